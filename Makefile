@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all their own set-up in .venv; nothing else on the machine is changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test test-slow test-all test-gpu bench clean
+
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
+BIN := .venv/bin
+STAMP := .venv/setup.stamp
+GATES := tests/test_architecture.py tests/test_packaging.py tests/test_public_api.py tests/test_docs.py tests/test_naming.py
+
+help: ## Show the targets
+	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP) ## Make .venv with fxopt (editable) and its test tools, versions pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)' || { \
+	  echo "make setup: fxopt needs Python 3.11 or 3.12, got $$($(PYTHON) --version 2>&1 | sed -n 1p)" >&2; \
+	  echo "install one of them and name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "make setup: installing fxopt and its test tools into .venv with $$($(PYTHON) --version)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## Train a 10 M parameter Llama on real English, stock and optimized, and compare
+	@$(BIN)/fxopt demo $(ARGS)
+
+check: setup ## Lint, format, types, and the tests of the house's own rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest -q -m "not slow and not gpu" $(GATES)
+
+test: check ## check, and every test that is not slow and needs no GPU
+	$(BIN)/pytest -m "not slow and not gpu" $(GATES:%=--ignore=%) $(ARGS)
+
+test-slow: setup
+	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
+
+test-all: test test-slow ## test, and the slow tests
+
+test-gpu: setup ## The tests that need a CUDA device
+	$(BIN)/pytest -m gpu $(ARGS)
+
+bench: setup ## Time the kernels whose tests pass, on a CUDA device
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+clean: ## Remove .venv and all that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,400 @@
+"""Times every kernel against its peers on this GPU: `python -m benchmarks.kernels --out results.json`.
+
+Per kernel and size, forward and backward: the median ms of `triton.testing.do_bench`, which empties the L2 cache
+between runs, for
+
+    fxopt      the op, through autograd
+    launch     the same kernels without autograd and dispatcher, for memory-bound kernels
+    liger      liger_kernel's functional form
+    cce        cut_cross_entropy without its gradient filter ("cce_exact")
+    compile    torch.compile of the eager form
+    eager      what a stock model runs
+    copy       a copy that moves the bytes the kernel has to move; for linear_cross_entropy `gemms`, its matrix
+               products alone
+
+A row is printed only if the op agrees with its reference first. Rows that fxopt loses are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from triton.testing import do_bench
+
+from fxopt.kernels import glu, linear_cross_entropy, rms_norm
+from fxopt.kernels.cross_entropy import cross_entropy
+from fxopt.kernels.launch import find_obstacle
+
+Function = Callable[..., torch.Tensor]
+Passes = tuple[Callable[[], Any], Callable[[], Any]]
+ROWS = 8192
+CLASSES = 128256
+GATE_ROWS = 256
+COLUMNS = ("fxopt", "launch", "liger", "cce", "compile", "eager", "copy", "gemms")
+
+
+@dataclass
+class Case:
+    """One kernel at one size; the functions take the tensors that `make(rows)` returns."""
+
+    kernel: str
+    size: str
+    make: Callable[[int], list[torch.Tensor]]
+    contestants: dict[str, Function]
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    rows: int = ROWS
+    launches: Callable[[list[torch.Tensor]], Passes] | None = None
+    gemms: Callable[[list[torch.Tensor]], Callable[[], None]] | None = None
+
+
+def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16).requires_grad_(grad)
+
+
+def find_liger() -> Any | None:
+    try:
+        from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return functional
+
+
+def find_cce() -> Function | None:
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cce  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return cce
+
+
+def rms_norm_cases() -> list[Case]:
+    def eager(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return weight * wide.to(x.dtype)
+
+    def launches(tensors: list[torch.Tensor]) -> Passes:
+        x, weight = tensors
+        dy, attributes = torch.randn_like(x), (1e-6, 0.0, True, False, "silu", False, 1, None)
+        _, statistics = rms_norm.launch_forward(x, weight, None, *attributes)
+        rest = (0.0, False, "silu", False, 1, True, True, False)
+        return (
+            lambda: rms_norm.launch_forward(x, weight, None, *attributes),
+            lambda: rms_norm.launch_backward(dy, x, weight, None, statistics, *rest),
+        )
+
+    liger = find_liger()
+    cases = []
+    for width in (2048, 4096, 8192, 16384):
+        contestants: dict[str, Function] = {
+            "fxopt": lambda x, weight: rms_norm.rms_norm(x, weight, eps=1e-6),
+            "eager": eager,
+            "compile": torch.compile(eager, dynamic=False),
+        }
+        if liger is not None:
+            contestants["liger"] = lambda x, weight: liger.liger_rms_norm(x, weight, 1e-6)
+        size = ROWS * width * 2
+
+        def make(rows: int, width: int = width) -> list[torch.Tensor]:
+            return [tensor(rows, width), tensor(width)]
+
+        cases.append(
+            Case("rms_norm", f"{ROWS} x {width}", make, contestants, 2 * size, 3 * size, launches=launches)
+        )
+    return cases
+
+
+def glu_cases() -> list[Case]:
+    def eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.silu(gate) * up
+
+    def launches(tensors: list[torch.Tensor]) -> Passes:
+        gate, up = tensors
+        dy = torch.randn_like(gate)
+        return (
+            lambda: glu.launch_forward(gate, up, "silu"),
+            lambda: glu.launch_backward(dy, gate, up, "silu", True, True),
+        )
+
+    liger = find_liger()
+    cases = []
+    for width in (8192, 18944):
+        contestants: dict[str, Function] = {
+            "fxopt": lambda gate, up: glu.glu(gate, up, act="silu"),
+            "eager": eager,
+            "compile": torch.compile(eager, dynamic=False),
+        }
+        if liger is not None:
+            contestants["liger"] = liger.liger_swiglu
+        size = ROWS * width * 2
+
+        def make(rows: int, width: int = width) -> list[torch.Tensor]:
+            return [tensor(rows, width), tensor(rows, width)]
+
+        cases.append(
+            Case("glu", f"{ROWS} x {width}", make, contestants, 3 * size, 5 * size, launches=launches)
+        )
+    return cases
+
+
+def cross_entropy_cases() -> list[Case]:
+    def eager(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), labels)
+
+    rows = 4096
+    contestants: dict[str, Function] = {
+        "fxopt": cross_entropy,
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False),
+    }
+    liger = find_liger()
+    if liger is not None:
+        contestants["liger"] = liger.liger_cross_entropy
+
+    def make(rows: int) -> list[torch.Tensor]:
+        return [tensor(rows, CLASSES), torch.randint(CLASSES, (rows,), device="cuda")]
+
+    size = rows * CLASSES * 2
+    return [Case("cross_entropy", f"{rows} x {CLASSES}", make, contestants, size, 2 * size, rows=rows)]
+
+
+def linear_cross_entropy_cases() -> list[Case]:
+    def eager(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(h, weight).float(), labels)
+
+    def gemms(tensors: list[torch.Tensor]) -> Callable[[], None]:
+        h, weight, _ = (value.detach() for value in tensors)
+        chunk = linear_cross_entropy.plan_chunk_rows(
+            h.shape[0], CLASSES * 2, linear_cross_entropy.CHUNK_BYTES
+        )
+        logits, dh = h.new_empty(chunk, CLASSES), torch.empty_like(h)
+        dweight = torch.empty_like(weight) if tensors[1].requires_grad else None
+
+        def products() -> None:
+            for start in range(0, h.shape[0], chunk):
+                part = h[start : start + chunk]
+                out = logits[: part.shape[0]]
+                torch.mm(part, weight.t(), out=out)
+                torch.mm(out, weight, out=dh[start : start + chunk])
+                if dweight is not None:
+                    dweight.addmm_(out.t(), part)
+
+        return products
+
+    liger, cce = find_liger(), find_cce()
+    cases = []
+    for width in (2048, 4096):
+        for trainable in (False, True):
+            contestants: dict[str, Function] = {
+                "fxopt": linear_cross_entropy.linear_cross_entropy,
+                "eager": eager,
+                "compile": torch.compile(eager, dynamic=False),
+            }
+            if liger is not None:
+                contestants["liger"] = liger.liger_fused_linear_cross_entropy
+            if cce is not None:
+                contestants["cce"] = lambda h, weight, labels: cce(h, weight, labels, impl="cce_exact")
+
+            def make(rows: int, width: int = width, trainable: bool = trainable) -> list[torch.Tensor]:
+                weight = tensor(CLASSES, width, scale=width**-0.5, grad=trainable)
+                return [tensor(rows, width), weight, torch.randint(CLASSES, (rows,), device="cuda")]
+
+            head = "trainable" if trainable else "frozen"
+            size = f"{ROWS} x {width} x {CLASSES}, {head} head"
+            cases.append(Case("linear_cross_entropy", size, make, contestants, gemms=gemms))
+    return cases
+
+
+def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return the output and the gradients of `function`, computed in `dtype`."""
+    leaves = [
+        value.detach().to(dtype).requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        for value in tensors
+    ]
+    y = function(*leaves)
+    return [
+        y.detach(),
+        *torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], torch.ones_like(y)),
+    ]
+
+
+def find_disagreement(case: Case) -> str | None:
+    """Return where the op is further from fp32 than twice eager, or None."""
+    tensors = case.make(GATE_ROWS)
+    exact = gradients(case.contestants["eager"], tensors, torch.float32)
+    eager = gradients(case.contestants["eager"], tensors, torch.bfloat16)
+    ours = gradients(case.contestants["fxopt"], tensors, torch.bfloat16)
+    for index, (value, stock, truth) in enumerate(zip(ours, eager, exact, strict=True)):
+        error, allowed = ((other.float() - truth).norm() / truth.norm() for other in (value, stock))
+        if not error <= 2 * allowed + 2**-8:
+            return f"output {index}: error {error:.2e}, eager has {allowed:.2e}"
+    return None
+
+
+def median_ms(function: Callable[[], Any]) -> float:
+    return float(do_bench(function, warmup=20, rep=80, return_mode="median"))  # pyright: ignore[reportArgumentType]
+
+
+def time_copy(num_bytes: int) -> float:
+    source = torch.empty(num_bytes // 4, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return median_ms(lambda: target.copy_(source))
+
+
+def time_contestant(function: Function, tensors: list[torch.Tensor]) -> tuple[float, float, int]:
+    """Return ms of forward and of backward, and the most bytes both allocate beyond inputs."""
+    forward, backward = time_passes(function, tensors)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = function(*tensors)
+    torch.autograd.grad(y, [value for value in tensors if value.requires_grad], torch.ones_like(y))
+    return forward, backward, torch.cuda.max_memory_allocated() - before
+
+
+def time_passes(function: Function, tensors: list[torch.Tensor]) -> tuple[float, float]:
+    needed = [value for value in tensors if value.requires_grad]
+    y = function(*tensors)
+    dy = torch.ones_like(y)
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(y, needed, dy, retain_graph=True)
+
+    backward()  # compiles what is compiled on first use
+    return median_ms(lambda: function(*tensors)), median_ms(backward)
+
+
+def run_case(case: Case) -> list[dict[str, Any]]:
+    """Return one row for forward, one for backward, and for the loss head one for both together."""
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    peak: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for name, function in case.contestants.items():
+        torch.manual_seed(0)
+        try:
+            forward[name], backward[name], peak[name] = time_contestant(function, case.make(case.rows))
+        except Exception as error:  # a peer that cannot run is part of the result
+            if name == "fxopt":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+        torch.cuda.empty_cache()
+    tensors = case.make(case.rows)
+    if case.forward_bytes:
+        forward["copy"], backward["copy"] = time_copy(case.forward_bytes), time_copy(case.backward_bytes)
+    if case.launches is not None:
+        first, second = case.launches([value.detach() for value in tensors])
+        forward["launch"], backward["launch"] = median_ms(first), median_ms(second)
+    rows = [("forward", forward), ("backward", backward)]
+    if case.gemms is not None:
+        both = {name: forward[name] + backward[name] for name in forward}
+        both["gemms"] = median_ms(case.gemms(tensors))
+        rows.append(("both", both))
+    return [
+        {
+            "kernel": case.kernel,
+            "size": case.size,
+            "pass": name,
+            "ms": ms,
+            "peak_bytes": peak,
+            "failed": failed,
+        }
+        for name, ms in rows
+    ]
+
+
+def render_row(row: dict[str, Any]) -> str:
+    ms = row["ms"]
+    cells = [f"{ms[name]:9.3f}" if name in ms else f"{'-':>9}" for name in COLUMNS]
+    fraction = f"{ms['copy'] / ms['fxopt']:7.0%}" if "copy" in ms else f"{'':7}"
+    text = f"{row['kernel']:21} {row['size']:38} {row['pass']:9}" + "".join(cells) + fraction
+    if row["pass"] == "both":
+        text += "  peak GiB " + " ".join(f"{k} {v / 2**30:.2f}" for k, v in row["peak_bytes"].items())
+    return text
+
+
+def describe_machine(commit: str | None) -> dict[str, Any]:
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    packages = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": {package: version(package) for package in packages},
+        "commit": commit,
+    }
+
+
+def main() -> int:
+    """Run all cases, or those named; return 1 if an op disagreed with its reference."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--commit", help="the commit measured, where there is no git")
+    parser.add_argument("--only", default="", help="kernels to run, separated by commas")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.kernels: no CUDA device, expected one; kernels are timed on a GPU only")
+        return 2
+    obstacle = find_obstacle(torch.cuda.current_device(), torch.bfloat16)
+    if obstacle is not None:
+        print(f"benchmarks.kernels: the kernels cannot run here: {obstacle}")
+        return 2
+    machine = describe_machine(arguments.commit)
+    print(json.dumps(machine))
+    print(
+        f"{'kernel':21} {'size':38} {'pass':9}" + "".join(f"{name:>9}" for name in COLUMNS) + "  fxopt/copy"
+    )
+    rows: list[dict[str, Any]] = []
+    disagreements: list[str] = []
+    makers = {
+        "rms_norm": rms_norm_cases,
+        "glu": glu_cases,
+        "cross_entropy": cross_entropy_cases,
+        "linear_cross_entropy": linear_cross_entropy_cases,
+    }
+    for name, make_cases in makers.items():
+        if arguments.only and name not in arguments.only.split(","):
+            continue
+        for case in make_cases():
+            torch.manual_seed(0)
+            torch._dynamo.reset()
+            disagreement = find_disagreement(case)
+            torch.cuda.empty_cache()
+            if disagreement is not None:
+                disagreements.append(f"{case.kernel} {case.size}: not timed: {disagreement}")
+                print(disagreements[-1], flush=True)
+                continue
+            for row in run_case(case):
+                rows.append(row)
+                print(render_row(row), flush=True)
+            torch.cuda.empty_cache()
+            if arguments.out is not None:
+                result = {"machine": machine, "rows": rows, "disagreements": disagreements}
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if disagreements else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""fxopt: a compiler-style graph-rewriting optimizer for training Hugging Face models."""
+
+from fxopt.errors import (
+    FxoptError,
+    ProofError,
+    StaleLogitsError,
+    UnknownNameError,
+    UnmatchedError,
+    VerifyError,
+)
+from fxopt.pipeline import ALL, explain, optimize, restore
+from fxopt.report.records import Proof, Report, Site
+from fxopt.rewriting.pattern import Match, Mismatch, Pattern
+
+__all__ = [
+    "ALL",
+    "FxoptError",
+    "Match",
+    "Mismatch",
+    "Pattern",
+    "Proof",
+    "ProofError",
+    "Report",
+    "Site",
+    "StaleLogitsError",
+    "UnknownNameError",
+    "UnmatchedError",
+    "VerifyError",
+    "explain",
+    "optimize",
+    "restore",
+]
+__version__ = "0.1.0"

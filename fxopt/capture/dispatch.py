@@ -1,0 +1,143 @@
+"""The callables fxopt puts into modules' compile slots, and how each call chooses its path.
+
+A module's slot (`_compiled_call_impl`, what `module.compile()` fills) replaces neither `forward` nor any
+class; copies and pickles of the module do not carry it. Evaluation, `no_grad` and cached calls run the
+stock path by design. A training call that cannot be served runs the stock path and is counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture import torch_compat
+from fxopt.capture.hooks import Hooks, find_hooks, has_hooks, idle_hooks_hidden
+from fxopt.capture.ledger import Ledger
+
+PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def block_entry(block: nn.Module, count_eager: Callable[[], None], args: Any, kwargs: Any) -> Any:
+    """Run `block`'s forward; Dynamo captures this frame, and what runs it uncaptured is counted."""
+    if not torch.compiler.is_compiling():
+        count_eager()
+    return block.forward(*args, **kwargs)
+
+
+class BlockCalls:
+    """Makes the calls of one stack's blocks; all blocks of a stack share their captures."""
+
+    def __init__(self, ledger: Ledger, region: str, backend: Callable[..., Any], *, partial: bool) -> None:
+        self.ledger = ledger
+        self.region = region
+        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=not partial)
+        self.stock_classes: dict[type, str] = {}
+
+    def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one block: compiled where fxopt serves the call, else stock."""
+        if not torch.is_grad_enabled():
+            self.ledger.stock_calls["without gradients"] += 1
+            return torch_compat.stock_call(block, *args, **kwargs)
+        hooks = find_hooks(block)
+        reason = self.find_obstacle(block, hooks, args, kwargs)
+        if reason is not None:
+            self.ledger.count_fallback(self.region, reason)
+            return torch_compat.stock_call(block, *args, **kwargs)
+        call = functools.partial(self._run_compiled, path, block, hooks.idle)
+        try:
+            if has_hooks(block):
+                return call_with_forward(block, call, args, kwargs)
+            return call(*args, **kwargs)
+        except torch_compat.CAPTURE_ERRORS as error:
+            reason = torch_compat.reason_of(error)
+        self.stock_classes[type(block)] = reason
+        self.ledger.refused[self.region] = reason
+        self.ledger.count_fallback(self.region, f"capture failed: {reason}")
+        return torch_compat.stock_call(block, *args, **kwargs)
+
+    def find_obstacle(
+        self, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        """Return why this call cannot be served, or None."""
+        if type(block) in self.stock_classes:
+            return f"capture failed: {self.stock_classes[type(block)]}"
+        if torch_compat.has_global_hooks():
+            return "hooks for all modules are registered"
+        if hooks.live is not None:
+            return f"a hook sits on the {type(hooks.live).__name__} inside"
+        return find_opaque(args, kwargs)
+
+    def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
+        self.ledger.current = path
+        if idle_hooks:
+            with idle_hooks_hidden(block):
+                return self.compiled(block, self._count_eager, args, kwargs)
+        return self.compiled(block, self._count_eager, args, kwargs)
+
+    def _count_eager(self) -> None:
+        self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")
+
+
+def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Return a reason when an argument is neither a tensor, a plain value nor a container of these."""
+    for name, value in (*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()):
+        queue = [value]
+        while queue:
+            item = queue.pop()
+            if type(item) in (tuple, list):
+                queue.extend(item)
+            elif type(item) is dict:
+                queue.extend(item.values())
+            elif not isinstance(item, PLAIN_VALUES):
+                return f"{name} is a {type(item).__name__}"
+    return None
+
+
+def call_with_forward(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call `module` as stock does, hooks and all, with `forward` in place of its own for this call."""
+    had = "forward" in module.__dict__
+    previous = module.__dict__.get("forward")
+    state = {"inside": False}
+
+    def swapped(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        # The module's own forward is back while it runs, so that captures and nested calls see it.
+        _restore(module, had, previous)
+        state["inside"] = True
+        return forward(*inner_args, **inner_kwargs)
+
+    module.__dict__["forward"] = swapped
+    try:
+        return torch_compat.stock_call(module, *args, **kwargs)
+    finally:
+        if not state["inside"]:
+            _restore(module, had, previous)
+
+
+def _restore(module: nn.Module, had: bool, previous: Any) -> None:
+    if had:
+        module.__dict__["forward"] = previous
+    else:
+        module.__dict__.pop("forward", None)
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Return whether `function` takes an argument called `name` by its signature."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def takes_any(function: Callable[..., Any]) -> bool:
+    """Return whether `function` passes on keyword arguments that its signature does not name."""
+    try:
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False

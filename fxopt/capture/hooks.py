@@ -1,0 +1,85 @@
+"""Which hooks a module really has at a call: Dynamo ignores hooks added after a capture, so we look each time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fxopt.capture import torch_compat
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """The hooks inside a module: the first module with one that would run, and whether others stand idle."""
+
+    live: nn.Module | None
+    idle: bool
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether `module` itself carries a hook that would run at this call."""
+    return any(_is_live(hook) for name in torch_compat.HOOK_DICTS for hook in getattr(module, name).values())
+
+
+def find_hooks(module: nn.Module) -> Hooks:
+    """Return the hooks on the modules inside `module`, not on `module` itself."""
+    idle = False
+    stack = list(module._modules.values())
+    while stack:
+        inner = stack.pop()
+        if inner is None:
+            continue
+        if (
+            inner._forward_hooks
+            or inner._forward_pre_hooks
+            or inner._backward_hooks
+            or inner._backward_pre_hooks
+        ):
+            if has_hooks(inner):
+                return Hooks(inner, idle)
+            idle = True
+        stack.extend(inner._modules.values())
+    return Hooks(None, idle)
+
+
+@contextlib.contextmanager
+def idle_hooks_hidden(module: nn.Module) -> Iterator[None]:
+    """Hide the hooks inside `module` that do nothing at this call, so that Dynamo need not trace them."""
+    hidden: list[tuple[nn.Module, str, Any]] = []
+    for inner in module.modules():
+        for name in torch_compat.HOOK_DICTS:
+            hooks = getattr(inner, name)
+            if hooks and not any(_is_live(hook) for hook in hooks.values()):
+                hidden.append((inner, name, hooks))
+    for inner, name, hooks in hidden:
+        inner.__dict__[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for inner, name, hooks in hidden:
+            inner.__dict__[name] = hooks
+
+
+def _is_live(hook: Any) -> bool:
+    """Return False for transformers' output-capturing hooks while nothing is being captured.
+
+    transformers leaves these on every layer after the first `output_hidden_states=True` call; they
+    return at once unless a collector is active that wants their key.
+    """
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return True
+    code = getattr(hook, "__code__", None)
+    if code is None or code.co_filename != output_capturing.__file__:
+        return True
+    collector = output_capturing._active_collector.get()
+    if collector is None:
+        return False
+    cells = getattr(hook, "__closure__", None) or ()
+    key = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=False)).get("key")
+    return key is None or key in collector

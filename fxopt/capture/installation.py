@@ -1,0 +1,166 @@
+"""Install fxopt in a model's compile slots and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxopt.capture import torch_compat
+from fxopt.capture.dispatch import BlockCalls
+from fxopt.capture.ledger import Ledger
+from fxopt.capture.model_call import REGION, ModelCall, is_leaf
+from fxopt.capture.regions import Regions, find_regions
+from fxopt.capture.segments import Lower, compile_model_graph
+from fxopt.capture.tail import cut_tail
+from fxopt.errors import FxoptError
+
+SLOT = "_compiled_call_impl"
+
+
+class Transform(Protocol):
+    """The passes, as the pipeline gives them: rewrite `gm` in place and return what was done."""
+
+    def __call__(self, gm: fx.GraphModule, *, region: str, lazy_outputs: bool) -> Any:
+        """Run all passes over `gm`."""
+        ...
+
+
+class Installation:
+    """fxopt in one model: its regions, what they compiled, and what happened while they ran."""
+
+    def __init__(
+        self, model: nn.Module, options: Any, transform: Transform, lower: Lower, *, partial: bool
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.regions: Regions = find_regions(model)
+        self.ledger = Ledger()
+        self._transform = transform
+        self._lower = lower
+        self._calls: dict[str, BlockCalls] = {}
+        blocks = dict(self.regions.blocks)
+        if blocks:
+            self.model_call: ModelCall | None = ModelCall(self.ledger, model, blocks, self._compile_model)
+            for stack in self.regions.stacks:
+                backend = self._block_backend(stack.path)
+                self._calls[stack.path] = BlockCalls(self.ledger, stack.path, backend, partial=partial)
+        else:
+            self.model_call = None
+            self._calls[REGION] = BlockCalls(
+                self.ledger, REGION, self._block_backend(REGION), partial=partial
+            )
+
+    def install(self) -> None:
+        """Fill the compile slots of the model and its blocks."""
+        for stack in self.regions.stacks:
+            for path, block in zip(stack.paths, stack.blocks, strict=True):
+                block.__dict__[SLOT] = self._make_leaf(self._calls[stack.path], path, block)
+        if self.model_call is not None:
+            root: Callable[..., Any] = self.model_call.run
+        else:
+            root = self._root_as_region
+        self.model.__dict__[SLOT] = _Slot(self, root)
+
+    def remove(self) -> None:
+        """Empty the compile slots again; nothing else was changed."""
+        for module in (self.model, *(block for _, block in self.regions.blocks)):
+            module.__dict__.pop(SLOT, None)
+
+    def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
+        with torch_compat.recompile_limits():
+            return self._calls[REGION].run(REGION, self.model, args, kwargs)
+
+    def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:
+        model_call = self.model_call
+        assert model_call is not None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return calls.run(path, block, args, kwargs)
+
+        def call_block(*args: Any, **kwargs: Any) -> Any:
+            if any(torch_compat.is_fake(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+                return model_call.leaf_stand_in(block, args, kwargs)
+            return model_call.call_block(block, run, args, kwargs)
+
+        call_block.fxopt_leaf = True  # pyright: ignore[reportFunctionMemberAccess]
+        return torch_compat.mark_leaf(call_block)
+
+    def _block_backend(self, region: str) -> Callable[..., Any]:
+        def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            outcome = self._transform(gm, region=region, lazy_outputs=False)
+            capture = self.ledger.add_capture(region, outcome)
+            compiled = self._lower(gm, example_inputs)
+            ledger = self.ledger
+
+            def run(*args: Any) -> Any:
+                ledger.served[ledger.current] = capture
+                return compiled(*args)
+
+            return run
+
+        return compile_block
+
+    def _compile_model(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        assert self.model_call is not None
+        tail = cut_tail(gm, is_leaf)
+        outcome = self._transform(tail.graph, region=REGION, lazy_outputs=self.model.training)
+        capture = self.ledger.add_capture(REGION, outcome)
+        placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
+        examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
+        examples += [example_inputs[index] for index in tail.placeholders]
+        call = compile_model_graph(tail.graph, examples, self._lower)
+        ledger = self.ledger
+
+        def run(*args: Any) -> Any:
+            ledger.served[REGION] = capture
+            return call(*args)
+
+        return self.model_call.compile_tail(tail, run)
+
+
+class _Slot:
+    """What sits in an optimized model's compile slot: callable, and the way back to its installation."""
+
+    def __init__(self, installation: Installation, call: Callable[..., Any]) -> None:
+        self.installation = installation
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+def find_installation(model: nn.Module) -> Installation | None:
+    """Return what is installed in `model`, or None; a copy of an optimized model has nothing installed."""
+    slot = model.__dict__.get(SLOT)
+    return slot.installation if isinstance(slot, _Slot) else None
+
+
+def check_model(model: object) -> nn.Module:
+    """Return `model` if fxopt can be installed in it.
+
+    Raises:
+        FxoptError: not a module, or one that torch.compile or another installation already holds.
+    """
+    if not isinstance(model, nn.Module):
+        raise FxoptError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}\n"
+            "pass the model object itself, e.g. AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise FxoptError(
+            "model: already under torch.compile, expected the model itself\n"
+            "pass model._orig_mod, or use torch.compile(model, backend='fxopt') alone"
+        )
+    if find_installation(model) is not None:
+        return model
+    for path, module in model.named_modules():
+        if module.__dict__.get(SLOT) is not None:
+            raise FxoptError(
+                f"model: {path or 'the model'} ({type(module).__name__}) is already compiled by module.compile() "
+                "or by fxopt, expected stock modules\noptimize the outermost model once, before any compile()"
+            )
+    return model

@@ -1,0 +1,210 @@
+"""Logits that are computed only when somebody reads them.
+
+A rewritten head computes its loss without building the logits. The model's output still has to carry
+them, so it carries a `LazyLogits`: shape, dtype, device, casts, `detach` and slices stay lazy, anything
+else computes the stock arithmetic once, with its gradient, from the hidden states and the weights as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import StaleLogitsError
+
+
+class LogitsSource:
+    """How to compute one step's logits: the stock graph, its inputs, and their versions at the step.
+
+    `inputs` are the values of the graph's placeholders; `graph` runs under the autocast state of the step.
+    """
+
+    def __init__(self, graph: torch.fx.GraphModule, inputs: tuple[Any, ...], location: str) -> None:
+        self._graph = graph
+        self._inputs = inputs
+        self._location = location
+        self._versions = tuple(_fingerprint(value) for value in inputs)
+        self._autocast = tuple(
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            for device in sorted({value.device.type for value in inputs if isinstance(value, torch.Tensor)})
+            if torch.amp.is_autocast_available(device)
+        )
+        self._values: tuple[torch.Tensor, ...] | None = None
+        self.computed = False
+
+    def compute(self, index: int) -> torch.Tensor:
+        """Return output `index` of the graph, computing all of them at the first read.
+
+        Raises:
+            StaleLogitsError: an input changed (an optimizer step, a reshard) since the forward pass.
+        """
+        if self._values is None:
+            for value, version in zip(self._inputs, self._versions, strict=True):
+                if _fingerprint(value) != version:
+                    raise StaleLogitsError(
+                        "logits: read after the head's weight changed, expected a read before the optimizer "
+                        f"step, got a weight of shape {tuple(value.shape)} at version {value._version}\n"
+                        f"at {self._location}\nread outputs.logits before optimizer.step(), or call the model again"
+                    )
+            with torch.enable_grad():
+                scopes = [
+                    torch.autocast(device, dtype=dtype, enabled=enabled)
+                    for device, dtype, enabled in self._autocast
+                ]
+                for scope in scopes:
+                    scope.__enter__()
+                try:
+                    self._values = tuple(self._graph(*self._inputs))
+                finally:
+                    for scope in reversed(scopes):
+                        scope.__exit__(None, None, None)
+            self.computed = True
+            self._inputs = ()
+            self._versions = ()
+        return self._values[index]
+
+
+def _fingerprint(value: Any) -> tuple[Any, ...] | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return (value._version, tuple(value.shape), value.untyped_storage().size())
+
+
+class LazyLogits(torch.Tensor):
+    """A tensor of logits whose values do not exist yet; reading them computes them."""
+
+    _source: LogitsSource
+    _index: int
+    _steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    _needs_grad: bool
+
+    @staticmethod
+    def make(
+        source: LogitsSource,
+        index: int,
+        form: torch.Tensor,
+        device: torch.device,
+        steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (),
+        needs_grad: bool = True,
+    ) -> LazyLogits:
+        """Return output `index` of `source`, then `steps`, on `device`; `form` has its shape, strides and dtype."""
+        lazy = torch.Tensor._make_wrapper_subclass(
+            LazyLogits, form.shape, strides=form.stride(), dtype=form.dtype, device=device
+        )
+        lazy._source, lazy._index, lazy._steps, lazy._needs_grad = source, index, steps, needs_grad
+        return lazy
+
+    def materialize(self) -> torch.Tensor:
+        """Return the plain tensor, computing it at the first read of any lazy value of this step."""
+        with torch._C.DisableTorchFunctionSubclass():
+            source, index, steps = self._source, self._index, self._steps
+        value = source.compute(index)
+        for step in steps:
+            value = step(value)
+        return value
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the values have not been computed yet."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return not self._source.computed
+
+    def __repr__(self, **_: Any) -> str:
+        if self.is_lazy:
+            return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, not computed)"
+        return repr(self.materialize())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialize().__deepcopy__(memo)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        if lazy is not None:
+            if func in _READS_OF_FORM:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if func == _READ_OF_REQUIRES_GRAD:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return lazy._needs_grad
+            if func in _LAZY_STEPS and not _holds_tensor(args[1:], kwargs):
+                return _extend(lazy, func, args[1:], kwargs)
+        read_args, read_kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+        return func(*read_args, **read_kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Reached only where the caller switched __torch_function__ off: compute, as for any other read.
+        read_args, read_kwargs = pytree.tree_map_only(
+            LazyLogits, lambda lazy: lazy.materialize().detach(), (args, kwargs or {})
+        )
+        return func(*read_args, **read_kwargs)
+
+
+_READ_OF_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_READS_OF_FORM = frozenset(
+    {
+        torch.Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.device.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.ndim.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.is_cuda.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.layout.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.is_floating_point,
+        torch.Tensor.is_complex,
+        torch.Tensor.__len__,
+        torch.Tensor.stride,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+    }
+)
+_LAZY_STEPS = frozenset(
+    {
+        torch.Tensor.float,
+        torch.Tensor.half,
+        torch.Tensor.bfloat16,
+        torch.Tensor.double,
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.Tensor.detach,
+        torch.Tensor.__getitem__,
+        torch.Tensor.contiguous,
+        torch.detach,
+    }
+)
+
+
+def _holds_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+def _extend(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def step(value: torch.Tensor) -> torch.Tensor:
+        return func(value, *args, **kwargs)
+
+    with torch._C.DisableTorchFunctionSubclass():
+        form = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+        device, needs_grad = lazy.device, lazy._needs_grad
+        source, index, steps = lazy._source, lazy._index, (*lazy._steps, step)
+    places = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, str | torch.device)]
+    names_type = func is torch.Tensor.type and not (args and isinstance(args[0], torch.dtype))
+    if names_type or any(torch.device(place) != device for place in places):
+        return step(lazy.materialize())
+    on_meta: Any = pytree.tree_map_only((str, torch.device), lambda _: torch.device("meta"), (args, kwargs))
+    needs_grad = needs_grad and func not in (torch.Tensor.detach, torch.detach)
+    return LazyLogits.make(source, index, func(form, *on_meta[0], **on_meta[1]), device, steps, needs_grad)

@@ -1,0 +1,51 @@
+"""What happened while an optimized model ran: captures, which layer each serves, fallbacks, notes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from fxopt.report.records import Fallback
+
+
+@dataclasses.dataclass
+class Capture:
+    """One captured graph of one region; `outcome` is what the passes made of it."""
+
+    region: str
+    number: int
+    outcome: Any
+
+
+@dataclasses.dataclass
+class Ledger:
+    """Everything the report needs that only running tells. One per optimized model."""
+
+    captures: list[Capture] = dataclasses.field(default_factory=list)
+    served: dict[str, Capture] = dataclasses.field(default_factory=dict)
+    fallbacks: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+    stock_calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)
+    current: str = ""
+
+    def add_capture(self, region: str, outcome: Any) -> Capture:
+        """Record a new capture of `region`."""
+        capture = Capture(region, sum(c.region == region for c in self.captures), outcome)
+        self.captures.append(capture)
+        return capture
+
+    def count_fallback(self, region: str, reason: str) -> None:
+        """Count a call that ran the stock path although fxopt should have served it."""
+        self.fallbacks[region, reason] += 1
+
+    def note(self, text: str) -> None:
+        """Record something the user should know, once."""
+        self.notes.setdefault(text)
+
+    def fallback_records(self) -> tuple[Fallback, ...]:
+        """Return the fallbacks counted so far as records, most frequent first."""
+        return tuple(
+            Fallback(region, reason, count) for (region, reason), count in self.fallbacks.most_common()
+        )

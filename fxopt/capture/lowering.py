@@ -1,0 +1,46 @@
+"""From a rewritten graph to something that runs: Inductor on a GPU, node by node elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.capture import torch_compat
+from fxopt.capture.mutation import find_mutated_inputs
+from fxopt.kernels import launch
+
+Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def choose_lowering(name: str, gm: fx.GraphModule) -> tuple[Lowering, str]:
+    """Return the lowering called `name` for `gm`, and why it is another one, or "".
+
+    "auto" is Inductor where the tensors are on a usable GPU, else node by node.
+    """
+    if name == "auto":
+        name = "inductor" if _on_gpu(gm) and launch.is_available() else "plain"
+    if name == "plain":
+        return torch_compat.plain_backend, ""
+    mutated = find_mutated_inputs(gm)
+    if mutated:
+        return torch_compat.plain_backend, (
+            f"a graph that writes to its input {mutated[0].name} runs node by node: Inductor's partitioner "
+            "may recompute from the written value"
+        )
+    return torch_compat.inductor_backend, ""
+
+
+def _on_gpu(gm: fx.GraphModule) -> bool:
+    return any(
+        isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.device.type == "cuda"
+        for node in gm.graph.nodes
+        if node.op == "placeholder"
+    )
+
+
+def run_uncompiled(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Return `gm` as it is, for a single look at what the passes made of it."""
+    return gm.forward

@@ -1,0 +1,171 @@
+"""Split a rewritten model graph into what runs now and what runs only if its logits are read, and run it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.capture.lazy import LazyLogits, LogitsSource
+from fxopt.capture.tail import MODE_SWITCHES
+from fxopt.graph.view import location_of
+
+Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One graph cut out of a larger one: it reads `inputs` and returns `outputs`, nodes of the larger one."""
+
+    graph: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def find_lazy_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that a rewrite kept only for the graph's output, and what follows from these alone."""
+    lazy: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "output" or node.target in MODE_SWITCHES:
+            continue
+        if node.meta.get("kept") or (node.all_input_nodes and any(i in lazy for i in node.all_input_nodes)):
+            lazy.add(node)
+    changed = True
+    while changed:
+        changed = False
+        for node in list(lazy):
+            if any(user.op != "output" and user not in lazy for user in node.users):
+                lazy.discard(node)
+                changed = True
+    return lazy
+
+
+def cut_piece(gm: fx.GraphModule, nodes: set[fx.Node], outputs: tuple[fx.Node, ...]) -> Piece:
+    """Return `nodes` of `gm` as a graph of its own that returns `outputs`; mode switches come along."""
+    inputs = tuple(
+        node
+        for node in gm.graph.nodes
+        if node not in nodes
+        and node.target not in MODE_SWITCHES
+        and any(user in nodes for user in node.users)
+    )
+    passed = tuple(node for node in outputs if node not in nodes and node not in inputs)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in (*inputs, *passed):
+        if node.op == "get_attr":
+            copies[node] = graph.node_copy(node)
+            continue
+        copy = graph.placeholder(node.name)
+        copy.meta = dict(node.meta)
+        copies[node] = copy
+    for node in gm.graph.nodes:
+        if node in nodes or node.target in MODE_SWITCHES:
+            copies[node] = graph.node_copy(node, lambda old: copies[old])
+    graph.output(tuple(copies[node] for node in outputs))
+    graph.lint()
+    piece = fx.GraphModule(gm, graph)
+    real_inputs = tuple(node for node in (*inputs, *passed) if node.op != "get_attr")
+    return Piece(piece, real_inputs, outputs)
+
+
+def compile_model_graph(gm: fx.GraphModule, example_inputs: list[Any], lower: Lower) -> Callable[..., Any]:
+    """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`.
+
+    The graph is cut where the lazy part reads it, so that a value which only the lazy part and a later
+    node read costs no gradient of zeros.
+    """
+    lazy = find_lazy_nodes(gm)
+    results = _output_nodes(gm)
+    if not any(node in lazy for node in results):
+        return lower(gm, example_inputs)
+    placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
+    computed = [
+        node
+        for node in gm.graph.nodes
+        if node.op not in ("placeholder", "output", "get_attr")
+        and node not in lazy
+        and node.target not in MODE_SWITCHES
+    ]
+    lazy_outputs = tuple(dict.fromkeys(node for node in results if node in lazy))
+    lazy_piece = cut_piece(gm, lazy, lazy_outputs)
+    read = [node for node in lazy_piece.inputs if node.op != "placeholder"]
+    early: set[fx.Node] = set()
+    for node in read:
+        early |= _computed_ancestors(node)
+    late = {node for node in computed if node not in early}
+    pieces: list[tuple[Piece, Callable[..., Any]]] = []
+    for part in (early, late):
+        if not part:
+            continue
+        outputs = tuple(
+            node for node in gm.graph.nodes if node in part and any(user not in part for user in node.users)
+        )
+        piece = cut_piece(gm, part, outputs)
+        examples = [node.meta["example_value"] for node in piece.inputs]
+        pieces.append((piece, lower(piece.graph, examples)))
+    forms = [node.meta["example_value"] for node in lazy_outputs]
+    location = location_of(lazy_outputs[0])
+    needs_grad = [bool(form.requires_grad) for form in forms]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        values: dict[fx.Node, Any] = dict(zip(placeholders, args, strict=True))
+        for piece, call in pieces:
+            out = call(*[values[node] for node in piece.inputs])
+            values.update(zip(piece.outputs, out, strict=True))
+        source = LogitsSource(lazy_piece.graph, tuple(values[node] for node in lazy_piece.inputs), location)
+        shapes = _shapes_of(lazy_outputs, values, placeholders)
+        for index, node in enumerate(lazy_outputs):
+            form = torch.empty(shapes[index], dtype=forms[index].dtype, device="meta")
+            values[node] = LazyLogits.make(source, index, form, forms[index].device, (), needs_grad[index])
+        return tuple(values[node] if isinstance(node, fx.Node) else node for node in results)
+
+    return run
+
+
+def _output_nodes(gm: fx.GraphModule) -> tuple[Any, ...]:
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    results = output.args[0]
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+
+def _computed_ancestors(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current in seen or current.op in ("placeholder", "get_attr"):
+            continue
+        seen.add(current)
+        queue.extend(current.all_input_nodes)
+    return seen
+
+
+def _shapes_of(
+    nodes: tuple[fx.Node, ...], values: dict[fx.Node, Any], placeholders: tuple[fx.Node, ...]
+) -> list[tuple[int, ...]]:
+    """Return the sizes of `nodes` at this call: symbolic ones from the sizes of the tensors at hand."""
+    known: dict[str, int] = {}
+    for node, value in values.items():
+        example = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and isinstance(example, torch.Tensor):
+            known.update(
+                (str(symbol), size)
+                for symbol, size in zip(example.shape, value.shape, strict=True)
+                if not isinstance(symbol, int)
+            )
+        elif isinstance(value, int) and isinstance(example, torch.SymInt):
+            known[str(example)] = value
+    shapes: list[tuple[int, ...]] = []
+    for node in nodes:
+        sizes = node.meta["example_value"].shape
+        shapes.append(tuple(size if isinstance(size, int) else _evaluate(size, known) for size in sizes))
+    return shapes
+
+
+def _evaluate(size: torch.SymInt, known: dict[str, int]) -> int:
+    expression = size.node.expr
+    return int(expression.subs({symbol: known[str(symbol)] for symbol in expression.free_symbols}))

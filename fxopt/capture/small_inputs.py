@@ -1,0 +1,73 @@
+"""One forward pass in training mode on small inputs, which leaves no trace in the model or the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.dispatch import accepts, takes_any
+from fxopt.errors import FxoptError
+
+TOKENS = (2, 16)
+"""Batch and sequence length of the inputs fxopt makes."""
+
+
+def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
+    """Run `model` once in training mode; training flags, buffers and random states are put back.
+
+    Raises:
+        FxoptError: no inputs could be made, or the model fails on them.
+    """
+    inputs = make_small_inputs(model) if example_inputs is None else example_inputs
+    if not isinstance(inputs, dict):
+        raise FxoptError(
+            f"example_inputs: expected a dict of the forward's keyword arguments, got {type(inputs).__name__}"
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    devices = (
+        [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
+    try:
+        model.train()
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            model(**inputs)
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise FxoptError(
+            f"model: {type(model).__name__} failed on small inputs ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            "pass example_inputs, a dict of keyword arguments the model's forward accepts"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+def make_small_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, and `labels` where the model takes them, of `TOKENS` tokens that its embeddings have.
+
+    Raises:
+        FxoptError: the model's forward takes no `input_ids`.
+    """
+    forward = model.forward
+    if not (accepts(forward, "input_ids") or takes_any(forward)):
+        raise FxoptError(
+            f"model: the forward of {type(model).__name__} takes no input_ids, so fxopt cannot make inputs for it\n"
+            "pass example_inputs, a dict of keyword arguments"
+        )
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    most = max(2, min([64, *sizes]))
+    ids = (torch.arange(TOKENS[0] * TOKENS[1]) % (most - 1) + 1).reshape(TOKENS).to(device)
+    inputs = {"input_ids": ids}
+    if accepts(forward, "labels"):
+        inputs["labels"] = ids
+    return inputs

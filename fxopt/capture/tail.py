@@ -1,0 +1,144 @@
+"""Cut the captured model at its blocks: what stands after the last of them is the tail fxopt compiles.
+
+The model is captured once with each block as one leaf call. What stands before the blocks (embedding,
+masks, rotary tables) is left to run as stock Python, because under capture transformers builds mask
+tensors that it avoids otherwise; the leaf calls whose values the tail reads become its inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+MODE_SWITCHES = frozenset(
+    {
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+        torch._C._set_grad_enabled,
+    }
+)
+"""Nodes that change how all later nodes run: kept, in order, in every part of a cut graph."""
+
+
+class TailRefusal(Exception):
+    """The tail of this model cannot be compiled; the text is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """The tail as a graph of its own.
+
+    `graph` takes the values of some of the leaf calls, then the captured graph's placeholders
+    numbered `placeholders`. Each of `leaves` is the number of a call, in calling order, and the item of
+    the tuple it returned, or None where it returned a tensor. `calls` are the captured graph's leaf calls.
+    """
+
+    graph: fx.GraphModule
+    calls: tuple[fx.Node, ...]
+    leaves: tuple[tuple[int, int | None], ...]
+    placeholders: tuple[int, ...]
+
+
+def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Tail:
+    """Return the part of `captured` after its leaf calls.
+
+    Raises:
+        TailRefusal: there is no leaf call, a leaf hides in a nested graph, or the tail needs what only an
+            impure node before the blocks computes.
+    """
+    nodes = list(captured.graph.nodes)
+    leaf_nodes = [node for node in nodes if is_leaf(node)]
+    if not leaf_nodes:
+        raise TailRefusal("no block was called")
+    for module in captured.modules():
+        if not isinstance(module, fx.GraphModule) or module is captured:
+            continue
+        if any(is_leaf(node) for node in module.graph.nodes):
+            raise TailRefusal("a block is called inside a nested graph (checkpointing around several blocks)")
+    needed = _ancestors(nodes[-1], stop=set(leaf_nodes))
+    last = nodes.index(leaf_nodes[-1])
+    for node in nodes[:last]:
+        if node in needed and node not in leaf_nodes and not _repeatable(node):
+            raise TailRefusal(
+                f"what stands after the blocks reads {node.name}, which cannot be computed twice"
+            )
+    for node in nodes[last:]:
+        if node not in needed and not _repeatable(node) and node.target not in MODE_SWITCHES:
+            needed.add(node)
+            needed |= _ancestors(node, stop=set(leaf_nodes))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    leaves: list[tuple[int, int | None]] = []
+    for index, leaf in enumerate(leaf_nodes):
+        for item, value in _values_of(leaf):
+            if value not in needed:
+                continue
+            copy = graph.placeholder(f"block_{index}" if item is None else f"block_{index}_{item}")
+            copy.meta = {
+                key: value.meta[key] for key in ("example_value", "stack_trace") if key in value.meta
+            }
+            copies[value] = copy
+            leaves.append((index, item))
+    placeholders: list[int] = []
+    all_placeholders = [node for node in nodes if node.op == "placeholder"]
+    for index, node in enumerate(all_placeholders):
+        if node in needed:
+            placeholders.append(index)
+            copies[node] = graph.node_copy(node)
+    for node in nodes:
+        if node in copies or node.op == "placeholder" or node in leaf_nodes:
+            continue
+        if node in needed or node.target in MODE_SWITCHES:
+            copies[node] = graph.node_copy(node, lambda old: copies[old])
+    graph.lint()
+    tail = fx.GraphModule(captured, graph)
+    return Tail(tail, tuple(leaf_nodes), tuple(leaves), tuple(placeholders))
+
+
+def _values_of(leaf: fx.Node) -> list[tuple[int | None, fx.Node]]:
+    """Return the tensors of a leaf call: itself, or the items taken from the tuple it returned."""
+    if not isinstance(leaf.meta.get("example_value"), tuple | list):
+        return [(None, leaf)]
+    values: list[tuple[int | None, fx.Node]] = []
+    for user in leaf.users:
+        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+            raise TailRefusal(f"a block's tuple is used whole, by {user.name}")
+        values.append((user.args[1], user))
+    return values
+
+
+def _ancestors(node: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
+    seen = {node}
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current in stop:
+            continue
+        for argument in current.all_input_nodes:
+            if argument not in seen:
+                seen.add(argument)
+                queue.append(argument)
+    return seen
+
+
+_RANDOM = frozenset({torch.nn.functional.dropout, torch.dropout, torch.rand, torch.randn, torch.bernoulli})
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Return whether running `node` a second time changes nothing and gives the same value."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if node.op == "call_method":
+        return not str(node.target).endswith("_") or str(node.target).startswith("__")
+    name: Any = getattr(node.target, "__name__", str(node.target))
+    if node.target in _RANDOM or node.target in MODE_SWITCHES:
+        return node.target in MODE_SWITCHES
+    return not (name.endswith("_") and not name.startswith("_")) and name not in (
+        "setitem",
+        "_log_api_usage_once",
+    )

@@ -1,0 +1,166 @@
+"""Everything private of torch that fxopt touches, in one place.
+
+`tests/fxopt/capture/test_torch_compat.py` fails in plain words when a torch version moves one of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import exc as dynamo_exc
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn.modules import module as nn_module
+from torch.utils.checkpoint import CheckpointPolicy
+
+RECOMPILE_LIMIT = 64
+"""Captures one region of one model may have; Dynamo's own limit of 8 is met by a short training run."""
+
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (
+    dynamo_exc.TorchDynamoException,
+    dynamo_exc.FailOnRecompileLimitHit,
+)
+"""What Dynamo raises when it cannot capture; never an error of the user's own code at run time."""
+
+_COPIES = itertools.count()
+HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The hook dictionaries of a module that `Module._call_impl` looks at."""
+
+stock_call = torch.nn.Module._call_impl
+"""What `module(...)` runs when nothing is installed: hooks and `forward`."""
+
+
+def isolate(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of `function` with a code object and a code name of its own.
+
+    Dynamo keeps its captures, and counts them against `recompile_limit`, per code object, and remembers
+    which sizes were seen to change per file, line and name of the code: a copy per model keeps two models in
+    one process apart in both (`isolate_recompiles`, from torch 2.13 on, does the first).
+    """
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}"),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def compile_frame(
+    function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool
+) -> Callable[..., Any]:
+    """Return `function` under Dynamo with `backend`; a graph break is an error unless `fullgraph` is False."""
+    return torch.compile(isolate(function), backend=backend, fullgraph=fullgraph)
+
+
+@contextlib.contextmanager
+def recompile_limits() -> Iterator[None]:
+    """Raise Dynamo's capture limits within the scope."""
+    with dynamo_config.patch(
+        recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT * 64
+    ):
+        yield
+
+
+def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make Dynamo put a call of `function` into the graph as one node, without tracing into it."""
+    dynamo.allow_in_graph(function)
+    return function
+
+
+def is_fake(value: object) -> bool:
+    """Return whether `value` is a stand-in tensor, as Dynamo uses while it traces."""
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def fake_mode_of(value: Any) -> Any:
+    """Return the FakeTensorMode that the stand-in tensor `value` belongs to."""
+    return value.fake_mode
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks for all modules of the process are registered."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def module_path(stack_path: str) -> str:
+    """Return "layers.0.mlp" for a path in a node's `nn_module_stack`, as in "L['model'].layers.0.mlp"."""
+    path = re.sub(r"^L\['\w+'\]", "", stack_path)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.strip(".")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first telling line of a Dynamo error and the innermost line of the model's source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    source = next(
+        (line for line in reversed(lines) if line.startswith("File ") and "/torch/" not in line), ""
+    )
+    parts = [message]
+    if explanation:
+        parts.append(explanation.removeprefix("Explanation:").strip())
+    if source:
+        path, _, rest = source.removeprefix('File "').partition('", line ')
+        parts.append(f"at {path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}")
+    return "; ".join(parts)
+
+
+def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import default_partition
+
+    def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=default_partition)
+    return compile_graph(gm, example_inputs)
+
+
+def inductor_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Return `gm` compiled by Inductor, with the model's rounding points kept."""
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": RecomputePointwise()}
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
+
+
+class RecomputePointwise(CustomGraphPass):
+    """Marks fxopt's pointwise ops to be computed again in the backward pass instead of saved.
+
+    Such an op reads what its own backward saves anyway, and its result is as large as they are: computing
+    it again costs one pass over memory, saving it costs its bytes until the block's backward.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Mark the nodes of a joint graph."""
+        for node in graph.nodes:
+            target = node.target
+            is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "fxopt"
+            if is_ours and torch.Tag.pointwise in target.tags:
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                node.meta["ac_graph_id"] = 0
+
+    def uuid(self) -> bytes:
+        """Return what Inductor's caches know this pass by; without it every process compiles anew."""
+        return b"fxopt.RecomputePointwise.1"

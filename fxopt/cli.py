@@ -1,0 +1,113 @@
+"""The `fxopt` command: `fxopt demo` and `fxopt report`.
+
+Mistakes of the user end in one clear message and exit code 2; a demo that does not hold ends with 1.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from fxopt.errors import FxoptError
+from fxopt.report.text import WIDTH
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Rewrite Hugging Face models to fused ops, and say what was done.",
+)
+
+STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the demo does not hold, 2 a mistake of the user's."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="fxopt")
+    except FxoptError as error:
+        print(f"fxopt: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fxopt {importlib.metadata.version('fxopt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def demo(
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1.")] = "cpu",
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 60,
+    arch: Annotated[
+        str, typer.Option(metavar="MODEL_TYPE", help="Architecture: llama, gemma2, olmo2.")
+    ] = "llama",
+    dtype: Annotated[str, typer.Option(help="fp32, or autocast to bf16 or fp16.")] = "fp32",
+    out: Annotated[Path, typer.Option(help="Where the loss curves go, as a PNG.")] = Path("fxopt-demo.png"),
+) -> None:
+    """Train a small model on real English, as stock and optimized, and compare the two."""
+    from fxopt.demo.run import DemoOptions, run_demo
+
+    console = _console()
+    options = DemoOptions(device=device, steps=steps, arch=arch, dtype=dtype, out=out)
+    failures = run_demo(options, console, lambda text: _print_report(console, text))
+    for failure in failures:
+        print(f"fxopt demo: failed: {failure}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
+    console.print("fxopt demo: passed")
+
+
+@app.command()
+def report(
+    source: Annotated[
+        str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """Print what fxopt would do to a model, from its config alone: no weights are loaded."""
+    if (source is None) == (arch is None):
+        raise FxoptError("report: expected a path or hub name, or --arch MODEL_TYPE, and not both")
+    import fxopt
+    from fxopt.demo.models import build_meta_model, default_config, load_config
+
+    config = default_config(arch) if arch is not None else load_config(str(source))
+    found = fxopt.explain(build_meta_model(config))
+    if json:
+        print(found.to_json())
+    else:
+        _print_report(_console(), str(found))
+
+
+def _console() -> Console:
+    """Return a console that wraps at a width of ours where there is no terminal to ask."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
+
+
+def _print_report(console: Console, text: str) -> None:
+    for line in text.splitlines():
+        style = next((style for start, style in STYLES.items() if line.startswith(start)), "")
+        if line and not line.startswith(" "):
+            style = "bold"
+        console.print(Text(line, style=style), soft_wrap=True)
+    console.print()

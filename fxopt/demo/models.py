@@ -1,0 +1,115 @@
+"""Models from Hugging Face configs alone: small ones to train, and any size on the meta device."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+from fxopt.errors import FxoptError, UnknownNameError
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "use_cache": False,
+}
+"""About 10 M parameters with a vocabulary of 4096 in the Llama architecture."""
+
+
+def build_small_model(model_type: str, vocabulary_size: int) -> torch.nn.Module:
+    """Return a randomly initialized causal LM of architecture `model_type`, on the CPU, in fp32.
+
+    Raises:
+        UnknownNameError: no such model type; the text lists the nearest.
+        FxoptError: the architecture has no causal LM, or none this small can be built.
+    """
+    fields = set(default_config(model_type).to_dict())
+    overrides = {name: value for name, value in SMALL.items() if name in fields}
+    try:
+        config = AutoConfig.for_model(model_type, **overrides, vocab_size=vocabulary_size)
+        model = _from_config(config)
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise FxoptError(
+            f"--arch {model_type}: no small model could be built with {_listed(overrides)}: {_first_line(error)}\n"
+            "choose another architecture, such as llama, qwen2, gemma2 or olmo2"
+        ) from error
+    return model
+
+
+def build_meta_model(config: PreTrainedConfig) -> torch.nn.Module:
+    """Return the causal LM of `config` on the meta device: all shapes, no storage."""
+    with torch.device("meta"):
+        return _from_config(config)
+
+
+def default_config(model_type: str) -> PreTrainedConfig:
+    """Return the default config of `model_type`.
+
+    Raises:
+        UnknownNameError: no such model type; the text lists the nearest.
+    """
+    known = list(CONFIG_MAPPING.keys())
+    if model_type not in known:
+        nearest = difflib.get_close_matches(model_type, known, n=5, cutoff=0.0)
+        raise UnknownNameError(
+            f"--arch: unknown model type {model_type!r}, expected one that transformers knows; "
+            f"the nearest are {', '.join(nearest)}"
+        )
+    return AutoConfig.for_model(model_type)
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """Return the config at `source`: a folder, a `config.json`, or a name on the Hugging Face hub.
+
+    Raises:
+        FxoptError: there is none, or it needs code of its own to be loaded.
+    """
+    is_path = Path(source).exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if is_path and not Path(source).exists():
+        raise FxoptError(f"{source}: no such folder or file, expected one with a model config")
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it logs each of its retries
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise FxoptError(
+            f"{source}: no model config found {'there' if is_path else 'under this hub name'}: {_first_line(error)}\n"
+            "give a folder with a config.json, a hub name, or --arch MODEL_TYPE"
+        ) from error
+
+
+def _from_config(config: PreTrainedConfig) -> torch.nn.Module:
+    logging.set_verbosity_error()
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise FxoptError(
+                f"{config.model_type}: transformers has no causal language model of this type, expected one"
+            ) from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _listed(overrides: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in overrides.items())

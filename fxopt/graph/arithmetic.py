@@ -1,0 +1,180 @@
+"""Canonical forms of pointwise ops, reductions and casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.graph import vocabulary
+from fxopt.graph.arguments import Form, bind, from_last, is_number, is_tensor, rank_of
+from fxopt.graph.edit import Editor, fresh_like
+
+Rule = Callable[[fx.Node, Editor], Form | None]
+FULL_PRECISION = (torch.float32, torch.float64)
+"""Dtypes that autocast leaves as they are."""
+
+
+def _unary(target: Any) -> Rule:
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        bound = bind(node, "x")
+        return Form(target, (bound["x"],), {}) if bound and is_tensor(bound["x"]) else None
+
+    return rule
+
+
+def _operands(node: fx.Node, option: str, default: Any) -> tuple[Any, Any] | None:
+    """Return the operands of a binary node, at least one a tensor, whose `option` has its default."""
+    bound = bind(node, "x", "other", **{option: default})
+    if bound is None or (bound[option] is not default and bound[option] != default):
+        return None
+    a, b = bound["x"], bound["other"]
+    fits = all(is_tensor(item) or is_number(item) for item in (a, b)) and (is_tensor(a) or is_tensor(b))
+    return (a, b) if fits else None
+
+
+def _add(node: fx.Node, editor: Editor) -> Form | None:
+    operands = _operands(node, "alpha", 1)
+    return operands and Form(torch.add, _tensor_first(*operands), {})
+
+
+def _sub(node: fx.Node, editor: Editor) -> Form | None:
+    operands = _operands(node, "alpha", 1)
+    return Form(torch.sub, operands, {}) if operands and is_tensor(operands[0]) else None
+
+
+def _mul(node: fx.Node, editor: Editor) -> Form | None:
+    operands = _operands(node, "out", None)
+    if operands is None:
+        return None
+    a, b = _tensor_first(*operands)
+    if a is b and _value(a).dtype in FULL_PRECISION and not _value(a).requires_grad:
+        # With a gradient the two differ: x * x sends two terms into x, a power one, and under autocast
+        # a power is computed in float32.
+        return Form(torch.pow, (a,), {"exponent": 2})
+    return Form(torch.mul, (a, b), {})
+
+
+def _div(node: fx.Node, editor: Editor) -> Form | None:
+    operands = _operands(node, "rounding_mode", None)
+    if operands is None:
+        return None
+    a, b = operands
+    if is_tensor(a):
+        return Form(torch.div, (a, b), {})
+    # Tensor.__rtruediv__ is reciprocal() * number.
+    if a == 1:
+        return Form(torch.reciprocal, (b,), {})
+    reciprocal = editor.insert_before(node, torch.reciprocal, (b,), {}, fresh_like(_value(node)))
+    return Form(torch.mul, (reciprocal, a), {})
+
+
+def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
+    return (a, b) if is_tensor(a) else (b, a)
+
+
+def _pow(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "exponent")
+    if bound is None or not is_tensor(bound["x"]) or not is_number(bound["exponent"]):
+        return None
+    x, exponent = bound["x"], bound["exponent"]
+    if isinstance(exponent, float) and exponent.is_integer() and _value(x).is_floating_point():
+        exponent = int(exponent)
+    return Form(torch.pow, (x,), {"exponent": exponent})
+
+
+def _square(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x")
+    return Form(torch.pow, (bound["x"],), {"exponent": 2}) if bound else None
+
+
+def _reduction(target: Any) -> Rule:
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        bound = bind(node, "x", dim=None, keepdim=False, dtype=None)
+        if bound is None or not is_tensor(bound["x"]) or not _is_default_dtype(bound["dtype"], bound["x"]):
+            return None
+        dims = _reduced(bound["dim"], bound["x"])
+        if dims is None:
+            is_full = bound["dim"] is None and bound["keepdim"] is False
+            return Form(target, (bound["x"],), {}) if is_full else None
+        return Form(target, (bound["x"],), {"dim": dims, "keepdim": bool(bound["keepdim"])})
+
+    return rule
+
+
+def _var(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", unbiased=True, keepdim=False, correction=None)
+    if bound is None or isinstance(bound["dim"], bool):
+        return None
+    dims = _reduced(bound["dim"], bound["x"])
+    if dims is None:
+        return None
+    correction = int(bound["unbiased"]) if bound["correction"] is None else bound["correction"]
+    kwargs = {"dim": dims, "correction": correction, "keepdim": bool(bound["keepdim"])}
+    return Form(torch.var, (bound["x"],), kwargs)
+
+
+def _reduced(dim: Any, x: fx.Node) -> tuple[int, ...] | None:
+    dims = (dim,) if isinstance(dim, int) else dim
+    if not isinstance(dims, list | tuple) or not dims:
+        return None
+    counted = [from_last(item, rank_of(x)) for item in dims]
+    return tuple(sorted(item for item in counted if item is not None)) if None not in counted else None
+
+
+def _is_default_dtype(dtype: Any, x: fx.Node) -> bool:
+    # Under autocast a reduction that names no dtype is computed in float32, so naming it must change nothing.
+    return dtype is None or (dtype == _value(x).dtype and dtype in FULL_PRECISION)
+
+
+def _softmax(node: fx.Node, editor: Editor) -> Form | None:
+    if node.target is torch.nn.functional.softmax:
+        bound = bind(node, "x", dim=None, _stacklevel=3, dtype=None)
+    else:
+        bound = bind(node, "x", "dim", dtype=None)
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    dtype = None if _is_default_dtype(bound["dtype"], bound["x"]) else bound["dtype"]
+    return (
+        None
+        if dim is None
+        else Form(torch.nn.functional.softmax, (bound["x"],), {"dim": dim, "dtype": dtype})
+    )
+
+
+def _cast(node: fx.Node, editor: Editor) -> Form | None:
+    x = node.args[0] if node.args else None
+    if not isinstance(x, fx.Node) or not is_tensor(x) or not is_tensor(node):
+        return None
+    asks_copy = bool(node.kwargs.get("copy")) or any(item is True for item in node.args)
+    keeps_layout = node.kwargs.get("memory_format") in (None, torch.preserve_format)
+    has_format = any(isinstance(item, torch.memory_format) for item in node.args)
+    if asks_copy or has_format or not keeps_layout or _value(node).device != _value(x).device:
+        return None
+    return Form(vocabulary.cast, (x,), {"dtype": _value(node).dtype})
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
+
+
+UNARY = ("neg", "sqrt", "rsqrt", "reciprocal", "exp", "tanh", "erf", "sigmoid", "abs")
+CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "int", "long", "bool")
+
+RULES: dict[str, Rule] = {
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "div": _div,
+    "pow": _pow,
+    "square": _square,
+    "mean": _reduction(torch.mean),
+    "sum": _reduction(torch.sum),
+    "var": _var,
+    "softmax": _softmax,
+    **{name: _unary(getattr(torch, name)) for name in UNARY},
+    **dict.fromkeys(CASTS, _cast),
+}

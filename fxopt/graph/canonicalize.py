@@ -1,0 +1,58 @@
+"""The captured graph brought to its canonical form, with the same bits forward and backward."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxopt.graph.aliases import Aliases
+from fxopt.graph.cse import merge_equal_nodes
+from fxopt.graph.edit import Editor
+from fxopt.graph.identities import remove_identities, remove_returned_inputs
+from fxopt.graph.inplace import make_pure
+from fxopt.graph.purity import is_pure
+from fxopt.graph.spelling import fold_constants, unify_spelling
+from fxopt.graph.verify import PLACEHOLDERS
+from fxopt.graph.view import find_subgraphs
+
+
+def canonicalize(gm: fx.GraphModule) -> None:
+    """Rewrite `gm`, and the bodies of its higher-order ops, in place to the ops of `vocabulary`.
+
+    Outputs and gradients keep every bit. Nodes whose spelling is not known, and impure ones, stay as they
+    are. A node keeps its stock name, and `meta["origins"]` names the stock nodes it stands for.
+
+    >>> import operator, torch
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> x.meta["example_value"] = torch.ones(2)
+    >>> y = graph.call_function(operator.add, (1, x))
+    >>> y.meta["example_value"] = torch.ones(2)
+    >>> _ = graph.output(y)
+    >>> canonicalize(fx.GraphModule({}, graph))
+    >>> y.target is torch.add, y.args
+    (True, (x, 1))
+    """
+    for prefix, part in find_subgraphs(gm):
+        part.meta.setdefault(
+            PLACEHOLDERS, tuple(node.name for node in part.graph.find_nodes(op="placeholder"))
+        )
+        _canonicalize_graph(part.graph, prefix)
+        part.recompile()
+
+
+def _canonicalize_graph(graph: fx.Graph, prefix: str) -> None:
+    fold_constants(graph)
+    make_pure(graph)
+    editor = Editor(graph, Aliases(graph), prefix)
+    unify_spelling(editor)
+    remove_returned_inputs(editor)
+    remove_identities(editor)
+    merge_equal_nodes(editor)
+    editor.finish()
+    _erase_unread(graph)
+
+
+def _erase_unread(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if not node.users and node.op != "get_attr" and is_pure(node):
+            graph.erase_node(node)

@@ -1,0 +1,243 @@
+"""Canonical forms of views, slices, splits and concatenations."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxopt.graph import vocabulary
+from fxopt.graph.arguments import Form, bind, from_last, is_integer, is_tensor, rank_of, sizes_of
+from fxopt.graph.arithmetic import Rule
+from fxopt.graph.edit import Editor
+
+EVERYTHING = slice(None)
+
+
+def _reshape(node: fx.Node, editor: Editor) -> Form | None:
+    sizes = sizes_of(node)
+    if not sizes or not is_tensor(node) or editor.aliases.is_mutated(node):
+        # A view that is written through must not become a copy where a rewrite changes the strides.
+        return None
+    return Form(vocabulary.reshape, (node.args[0],), {"shape": sizes})
+
+
+def _reshape_as(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "other")
+    if bound is None or not is_tensor(bound["other"]):
+        return None
+    shape = _sizes(node, bound["other"], range(rank_of(bound["other"])), editor)
+    return Form(vocabulary.reshape, (bound["x"],), {"shape": shape})
+
+
+def _flatten(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", start_dim=0, end_dim=-1)
+    if bound is None or not is_tensor(bound["x"]) or rank_of(bound["x"]) == 0 or 0 in _shape(bound["x"]):
+        return None
+    x, rank = bound["x"], rank_of(bound["x"])
+    start, end = from_last(bound["start_dim"], rank), from_last(bound["end_dim"], rank)
+    if start is None or end is None:
+        return None
+    before = _sizes(node, x, range(start + rank), editor)
+    after = _sizes(node, x, range(end + rank + 1, rank), editor)
+    return Form(vocabulary.reshape, (x,), {"shape": (*before, -1, *after)})
+
+
+def _unflatten(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", "sizes")
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    x, rank, sizes = bound["x"], rank_of(bound["x"]), bound["sizes"]
+    dim = from_last(bound["dim"], rank)
+    if dim is None or not isinstance(sizes, list | tuple) or not all(is_integer(size) for size in sizes):
+        return None
+    before = _sizes(node, x, range(dim + rank), editor)
+    after = _sizes(node, x, range(dim + rank + 1, rank), editor)
+    return Form(vocabulary.reshape, (x,), {"shape": (*before, *sizes, *after)})
+
+
+def _sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any, ...]:
+    """Return the sizes of `dims` of `x`: ints where they are static, new nodes before `node` where not."""
+    shape = _shape(x)
+    return tuple(
+        shape[dim]
+        if isinstance(shape[dim], int)
+        else editor.insert_before(node, "size", (x, dim), {}, shape[dim])
+        for dim in dims
+    )
+
+
+def _contiguous(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", memory_format=torch.contiguous_format)
+    if bound is None or bound["memory_format"] is not torch.contiguous_format:
+        return None
+    return Form(vocabulary.contiguous, (bound["x"],), {})
+
+
+def _transpose(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim0", "dim1")
+    return _swapped(bound["x"], bound["dim0"], bound["dim1"]) if bound else None
+
+
+def _t(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x")
+    return _swapped(bound["x"], -2, -1) if bound and rank_of(bound["x"]) == 2 else None
+
+
+def _tensor_attribute(node: fx.Node, editor: Editor) -> Form | None:
+    x, name = node.args[:2]
+    if not isinstance(x, fx.Node) or not is_tensor(x):
+        return None
+    if name == "mT" or (name == "T" and rank_of(x) == 2):
+        return _swapped(x, -2, -1)
+    return None
+
+
+def _swapped(x: Any, dim0: Any, dim1: Any) -> Form | None:
+    if not is_tensor(x):
+        return None
+    dims = [from_last(dim, rank_of(x)) for dim in (dim0, dim1)]
+    if None in dims:
+        return None
+    first, second = sorted(dim for dim in dims if dim is not None)
+    return Form(torch.transpose, (x,), {"dim0": first, "dim1": second})
+
+
+def _permute(node: fx.Node, editor: Editor) -> Form | None:
+    sizes = sizes_of(node)
+    if sizes is None or not is_tensor(node.args[0]):
+        return None
+    x: Any = node.args[0]
+    dims = tuple(from_last(dim, rank_of(x)) for dim in sizes)
+    moved = [place for place, dim in enumerate(dims) if dim != place - len(dims)]
+    if None in dims:
+        return None
+    if len(moved) == 2:
+        return _swapped(x, *moved)
+    return Form(torch.permute, (x,), {"dims": dims})
+
+
+def _unsqueeze(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim")
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]) + 1)
+    return None if dim is None else Form(torch.unsqueeze, (bound["x"],), {"dim": dim})
+
+
+def _squeeze(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim")
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return None if dim is None else Form(torch.squeeze, (bound["x"],), {"dim": dim})
+
+
+def _getitem(node: fx.Node, editor: Editor) -> Form | None:
+    """Return the index with as few full slices as there can be; one new dim and no slice is an unsqueeze."""
+    x, index = node.args
+    if not isinstance(x, fx.Node) or not is_tensor(x):
+        return None
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(item is None or item is ... or is_integer(item) or isinstance(item, slice) for item in index):
+        return None
+    rank = rank_of(x)
+    entries = _expanded(index, rank)
+    if entries is None:
+        return None
+    shape = iter(_shape(x))
+    entries = [entry if entry is None else _plain(entry, next(shape)) for entry in entries]
+    if entries.count(None) == 1 and entries.count(EVERYTHING) == rank:
+        return Form(torch.unsqueeze, (x,), {"dim": entries.index(None) - rank - 1})
+    leading = next((place for place, entry in enumerate(entries) if entry != EVERYTHING), len(entries))
+    if leading:
+        return Form(operator.getitem, (x, (..., *entries[leading:])), {})
+    while entries and entries[-1] == EVERYTHING:
+        entries.pop()
+    return Form(operator.getitem, (x, tuple(entries)), {})
+
+
+def _expanded(index: tuple[Any, ...], rank: int) -> list[Any] | None:
+    missing = rank - sum(item is not None and item is not ... for item in index)
+    ellipses = [place for place, item in enumerate(index) if item is ...]
+    if len(ellipses) > 1 or missing < 0:
+        return None
+    place = ellipses[0] if ellipses else len(index)
+    return [*index[:place], *[EVERYTHING] * missing, *index[place + 1 :]]
+
+
+def _plain(entry: Any, size: Any) -> Any:
+    """Return a slice without what it says by default; a stop beyond the end is the end."""
+    if not isinstance(entry, slice):
+        return entry
+    start = None if entry.start == 0 and isinstance(entry.start, int) else entry.start
+    step = None if entry.step == 1 and isinstance(entry.step, int) else entry.step
+    stop = entry.stop
+    if isinstance(stop, int) and isinstance(size, int) and stop >= size:
+        stop = None
+    return slice(start, stop, step)
+
+
+def _cat(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "tensors", dim=0)
+    if bound is None or not isinstance(bound["tensors"], list | tuple) or not is_tensor(node):
+        return None
+    dim = from_last(bound["dim"], rank_of(node))
+    return None if dim is None else Form(torch.cat, (tuple(bound["tensors"]),), {"dim": dim})
+
+
+def _chunk(node: fx.Node, editor: Editor) -> Form | None:
+    return _pieces(torch.chunk, "chunks", bind(node, "x", "chunks", dim=0))
+
+
+def _split(node: fx.Node, editor: Editor) -> Form | None:
+    name = "split_size" if "split_size" in node.kwargs else "split_size_or_sections"
+    bound = bind(node, "x", name, dim=0)
+    if bound is not None:
+        sizes = bound.pop(name)
+        bound["split_size_or_sections"] = tuple(sizes) if isinstance(sizes, list) else sizes
+    return _pieces(torch.split, "split_size_or_sections", bound)
+
+
+def _pieces(target: Any, attribute: str, bound: dict[str, Any] | None) -> Form | None:
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return None if dim is None else Form(target, (bound["x"],), {attribute: bound[attribute], "dim": dim})
+
+
+def _pad(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "pad", mode="constant", value=None)
+    if bound is None or not isinstance(bound["pad"], list | tuple):
+        return None
+    kwargs = {"pad": tuple(bound["pad"]), "mode": bound["mode"], "value": bound["value"]}
+    return Form(F.pad, (bound["x"],), kwargs)
+
+
+def _shape(x: fx.Node) -> tuple[Any, ...]:
+    return tuple(x.meta["example_value"].shape)
+
+
+RULES: dict[str, Rule] = {
+    "view": _reshape,
+    "reshape": _reshape,
+    "view_as": _reshape_as,
+    "reshape_as": _reshape_as,
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    "contiguous": _contiguous,
+    "transpose": _transpose,
+    "t": _t,
+    "getattr": _tensor_attribute,
+    "permute": _permute,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "getitem": _getitem,
+    "cat": _cat,
+    "chunk": _chunk,
+    "split": _split,
+    "pad": _pad,
+}

@@ -1,0 +1,69 @@
+"""One short name for each way of calling an op of torch: method, function, operator or attribute."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+# Later ones win; torch._C._nn, whose type stub is missing, holds F.linear, F.gelu and F.pad.
+NAMESPACES = (torch.Tensor, torch.special, torch.linalg, torch, getattr(torch._C, "_nn"), F)  # noqa: B009
+OPERATORS = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "abs", "getitem"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "invert", "not_"),
+    *("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "ifloordiv", "iand", "ior", "setitem"),
+)
+ALIASES = {
+    "absolute": "abs",
+    "concat": "cat",
+    "concatenate": "cat",
+    "divide": "div",
+    "expit": "sigmoid",
+    "itruediv": "idiv",
+    "multiply": "mul",
+    "negative": "neg",
+    "subtract": "sub",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "true_divide": "div",
+    "truediv": "div",
+}
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the short name of the op that `node` calls, the same for all spellings; "" if not torch's.
+
+    In-place forms keep their mark: "add_" for the method, "iadd" for the operator. A tensor attribute
+    (`x.T`) is named "getattr".
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> op_name(graph.call_method("multiply", (x, x))), op_name(graph.call_function(operator.mul, (x, x)))
+    ('mul', 'mul')
+    """
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        name = _names().get(node.target, "")
+    else:
+        return ""
+    return ALIASES.get(name, name)
+
+
+@functools.cache
+def _names() -> dict[Any, str]:
+    names: dict[Any, str] = {builtins.getattr: "getattr"}
+    for namespace in NAMESPACES:
+        for name in dir(namespace):
+            if not name.startswith("__"):
+                function = getattr(namespace, name, None)
+                if callable(function) and not isinstance(function, type):
+                    names[function] = name
+    # Operators are named without the underscore that Python's keywords force on them.
+    names.update({getattr(operator, name): name.rstrip("_") for name in OPERATORS})
+    return names

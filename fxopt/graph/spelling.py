@@ -1,0 +1,61 @@
+"""One spelling for each op: a stock node that a rule knows becomes the canonical call of the same thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.graph import arithmetic, functions, layout
+from fxopt.graph.arithmetic import Rule
+from fxopt.graph.edit import Editor
+from fxopt.graph.names import op_name
+
+RULES: dict[str, Rule] = {**arithmetic.RULES, **layout.RULES, **functions.RULES}
+CONSTANT = (bool, int, float)
+
+
+def fold_constants(graph: fx.Graph) -> None:
+    """Write numbers that Dynamo has fixed (a size, a specialized `item()`) where nodes stood for them."""
+    for node in graph.nodes:
+        if op_name(node) and any(_is_constant(source) for source in node.all_input_nodes):
+            node.args = fx.map_arg(node.args, _constant_of)
+            node.kwargs = fx.map_arg(node.kwargs, _constant_of)
+
+
+def unify_spelling(editor: Editor) -> None:
+    """Rewrite each node whose spelling is known to its canonical form, in place; its name stays."""
+    for node in editor.graph.nodes:
+        rule = RULES.get(op_name(node))
+        if rule is None or not _computes_tensors(node):
+            continue
+        form = rule(node, editor)
+        if form is None:
+            continue
+        node.op, node.target = "call_function", form.target
+        node.args, node.kwargs = form.args, form.kwargs
+
+
+def _computes_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Tensor) for item in value)
+    )
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and _number_of(node) is not None
+
+
+def _constant_of(node: fx.Node) -> Any:
+    return _number_of(node) if _is_constant(node) else node
+
+
+def _number_of(node: fx.Node) -> bool | int | float | None:
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.SymInt):
+        return value.node.maybe_as_int()
+    if isinstance(value, torch.SymFloat):
+        return value.node.maybe_as_float()
+    return value if isinstance(value, CONSTANT) else None

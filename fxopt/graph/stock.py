@@ -1,0 +1,113 @@
+"""How the search for sites reads a stock graph: ops by short name in any spelling, and what they read.
+
+Only that search uses it. The canonicalizer knows the same spellings on its own, so that a gap of the one
+is not a gap of the other.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+NAMESPACES = (torch, torch.Tensor, torch.special, torch.linalg, getattr(torch._C, "_nn"), F)  # noqa: B009
+RENAMED = {
+    **dict.fromkeys(("truediv", "true_divide", "divide", "idiv", "itruediv"), "div"),
+    **dict.fromkeys(("multiply", "imul"), "mul"),
+    **dict.fromkeys(("subtract", "isub"), "sub"),
+    "iadd": "add",
+    "ipow": "pow",
+    "expit": "sigmoid",
+    "concat": "cat",
+    "concatenate": "cat",
+    **dict.fromkeys(("linalg_vector_norm", "vector_norm", "linalg_norm"), "norm"),
+    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm", "einsum", "imatmul"), "matmul"),
+    **dict.fromkeys(("clip", "clamp_min", "clamp_max", "maximum", "minimum"), "clamp"),
+    **dict.fromkeys(("float", "half", "bfloat16", "double", "type", "type_as"), "to"),
+}
+SCALING = frozenset({"add", "sub", "mul", "div", "neg"})
+ROUNDING = frozenset({"to", "clone", "contiguous", "clamp", "dropout", "alpha_dropout", "detach"})
+MOVING = frozenset(
+    {
+        *("getitem", "chunk", "split", "unbind", "view", "reshape", "flatten", "unflatten", "view_as"),
+        *("squeeze", "unsqueeze", "transpose", "permute", "t", "getattr", "narrow", "select"),
+        *("index_select", "movedim", "swapaxes", "reshape_as", "split_with_sizes", "tensor_split", "slice"),
+        *("expand", "index_add", "gather", "masked_fill"),
+    }
+)
+RESHAPING = frozenset(
+    {
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "view_as",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "t",
+    }
+)
+ACTIVATIONS = frozenset(
+    {
+        *("silu", "gelu", "relu", "sigmoid", "tanh", "erf", "relu6", "elu", "mish", "softplus"),
+        *("leaky_relu", "hardswish", "hardsigmoid", "celu", "selu", "logsigmoid", "glu"),
+    }
+)
+POINTWISE = frozenset({"pow", "square", "abs", "sqrt", "reciprocal", *SCALING, *ROUNDING, *ACTIVATIONS})
+PRODUCTS = frozenset({"linear", "matmul", "grouped_mm", "scaled_mm", "autograd_function_apply", "bilinear"})
+LOSSES = frozenset({"cross_entropy", "nll_loss"})
+SOFTCAP = frozenset({"tanh", *SCALING, *ROUNDING, *MOVING, "cat", "log_softmax"})
+MAX_DEPTH = 64
+
+
+def stock_name(node: Any) -> str:
+    """Return a name for the op of `node` without the marks of operator, method and in-place form."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    if node.op == "call_method":
+        name = str(node.target)
+    else:
+        name = str(getattr(node.target, "__name__", "") or getattr(node.target, "_name", ""))
+        if not _is_torch(node.target, name):
+            return ""
+    name = name.strip("_")
+    return RENAMED.get(name, name)
+
+
+def _is_torch(target: Any, name: str) -> bool:
+    if getattr(operator, name, None) is target or name == "getattr":
+        return True
+    if any(getattr(namespace, name, None) is target for namespace in NAMESPACES):
+        return True
+    return str(getattr(target, "__module__", "")).startswith("torch") or "torch._ops" in str(type(target))
+
+
+def tensors_read(node: fx.Node) -> list[fx.Node]:
+    """Return the tensor nodes that `node` reads, repeated ones repeated."""
+    found: list[fx.Node] = []
+
+    def visit(item: fx.Node) -> fx.Node:
+        if isinstance(item.meta.get("example_value"), Tensor):
+            found.append(item)
+        return item
+
+    fx.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def number_of(item: Any) -> float | None:
+    """Return `item`, or the value of a node, as a number; None if it is none that is fixed."""
+    if isinstance(item, fx.Node):
+        item = item.meta.get("example_value")
+    return float(item) if isinstance(item, int | float) else None
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Return whether a tensor node holds one item and no dims that matter."""
+    value = node.meta["example_value"]
+    return value.dim() == 0 or (value.dim() == 1 and value.shape[0] == 1)

@@ -1,0 +1,51 @@
+"""The invariants that hold before and after every pass over a graph."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxopt.errors import VerifyError
+from fxopt.graph.view import find_subgraphs, location_of, module_of
+
+PLACEHOLDERS = "placeholders"
+"""Key of `gm.meta` under which the names of the stock placeholders are noted."""
+
+
+def verify(gm: fx.GraphModule, pass_name: str) -> None:
+    """Check `gm` and the bodies of its higher-order ops after the pass `pass_name`.
+
+    The graph must be well formed, every value that is read must have an example value, and the placeholders
+    must be the stock ones, in order.
+
+    Raises:
+        VerifyError: naming the pass, and the node where there is one.
+    """
+    for prefix, part in find_subgraphs(gm):
+        _verify_graph(part, prefix, pass_name)
+
+
+def _verify_graph(gm: fx.GraphModule, prefix: str, pass_name: str) -> None:
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError, AttributeError) as error:
+        where = f" of {prefix.rstrip('/')}" if prefix else ""
+        raise VerifyError(f"{pass_name}: the graph{where} is malformed, {error}") from error
+    names = tuple(node.name for node in gm.graph.find_nodes(op="placeholder"))
+    stock = gm.meta.get(PLACEHOLDERS, names)
+    if names != stock:
+        expected, got = ", ".join(stock), ", ".join(names)
+        raise VerifyError(f"{pass_name}: the placeholders changed, expected {expected}, got {got}")
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "output") or not node.users or "example_value" in node.meta:
+            continue
+        if node.op == "call_function" and not _is_read_as_value(node):
+            continue
+        raise VerifyError(
+            f"{pass_name}: {prefix}{node.name} has no example value, expected one on all that is read\n"
+            f"at {module_of(node) or 'the root'} ({location_of(node) or 'no source line'})"
+        )
+
+
+def _is_read_as_value(node: fx.Node) -> bool:
+    # _enter_autocast returns a handle, which only _exit_autocast reads.
+    return any(getattr(user.target, "__name__", "") != "_exit_autocast" for user in node.users)

@@ -1,0 +1,123 @@
+"""Typed reads of what Dynamo left on a node: shape, dtype, device, gradient, source line, module, purity."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.graph.purity import is_pure
+
+__all__ = [
+    "device_of",
+    "dtype_of",
+    "find_subgraphs",
+    "is_pure",
+    "is_tensor",
+    "location_of",
+    "module_of",
+    "requires_grad",
+    "shape_of",
+    "value_of",
+]
+
+Dim = int | torch.SymInt
+TORCH_FOLDER = os.path.dirname(str(torch.__file__)) + os.sep
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]+)['"]?\]""")
+
+INLINED = frozenset(
+    {
+        "tag_activation_checkpoint",
+        "wrap",
+        "wrap_activation_checkpoint",
+        "wrap_with_autocast",
+        "wrap_with_set_grad_enabled",
+        "invoke_subgraph",
+    }
+)
+"""Higher-order ops that run their body as it stands, on the tensors they are given."""
+
+
+def value_of(node: fx.Node) -> Any:
+    """Return the example value of `node`: a fake tensor, a tuple of them, a SymInt, or None."""
+    return node.meta.get("example_value")
+
+
+def is_tensor(node: Any) -> bool:
+    """Return whether `node` is a node whose value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("example_value"), Tensor)
+
+
+def shape_of(node: fx.Node) -> tuple[Dim, ...] | None:
+    """Return the shape of a tensor node, symbolic where it was captured so; None for any other node."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """Return the dtype that a tensor node has at run time, under autocast too; None for any other node."""
+    value = value_of(node)
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def device_of(node: fx.Node) -> torch.device | None:
+    """Return the device of a tensor node; None for any other node."""
+    value = value_of(node)
+    return value.device if isinstance(value, Tensor) else None
+
+
+def requires_grad(node: fx.Node) -> bool:
+    """Return whether a gradient flows into `node`; False for what is not a tensor."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def location_of(node: fx.Node) -> str:
+    """Return "file.py:123", the innermost line of the model's own source, not torch's; "" where unknown."""
+    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    for path, line in reversed(frames):
+        if not path.startswith(TORCH_FOLDER):
+            return f"{os.path.basename(path)}:{line}"
+    return ""
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the path, from the captured root, of the module in which `node` was computed; "" for the root.
+
+    >>> node = fx.Graph().placeholder("x")
+    >>> node.meta["nn_module_stack"] = {"1": ("L['self'].model.layers[0].mlp", object)}
+    >>> module_of(node)
+    'model.layers.0.mlp'
+    """
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = SUBSCRIPT.sub(r".\1", path.replace("._modules", ""))
+    parts = [part for part in path.split(".") if part]
+    # A Dynamo path starts with "L" or "G" and the name of the local that holds the root.
+    return ".".join(parts[2:] if parts and parts[0] in ("L", "G") else parts)
+
+
+def find_subgraphs(gm: fx.GraphModule, prefix: str = "") -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield `gm` and the bodies of its higher-order ops at any depth, each once, with its nodes' prefix.
+
+    The prefix of `gm` itself is `prefix`; that of a body ends in "/". Bodies that are not run as they
+    stand (a score function, an autograd formula) are left out.
+    """
+    yield prefix, gm
+    seen: set[str] = set()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        body = getattr(gm, str(node.target), None)
+        if isinstance(body, fx.GraphModule) and node.target not in seen and _is_inlined(node):
+            seen.add(str(node.target))
+            yield from find_subgraphs(body, f"{prefix}{node.target}/")
+
+
+def _is_inlined(body: fx.Node) -> bool:
+    return bool(body.users) and all(getattr(user.target, "_name", "") in INLINED for user in body.users)

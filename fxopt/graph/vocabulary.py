@@ -1,0 +1,109 @@
+"""The closed vocabulary of the canonical graph: each op one callable, operands in order, attributes by name.
+
+After `canonicalize`, a node that calls one of these has exactly the form given here, or it is a form that
+the vocabulary does not name (an `add` with `alpha`, a full reduction) and stands as the model spelled it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x` in `dtype`, rounded to nearest; on the same device.
+
+    >>> cast(torch.ones(2), torch.float64).dtype
+    torch.float64
+    """
+    return x.to(dtype)
+
+
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return `x` in `shape`, its items in the same order; a view wherever that is possible.
+
+    >>> reshape(torch.ones(2, 3), (3, -1)).shape
+    torch.Size([3, 2])
+    """
+    return x.reshape(shape)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """Return `x` in dense row-major layout; `x` itself where it already is.
+
+    >>> contiguous(torch.ones(2, 3).mT).stride()
+    (2, 1)
+    """
+    return x.contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op of the vocabulary: `operands` are its positional arguments, `attributes` its keywords.
+
+    `index`, the shape of a norm and the list of a `cat` are operands by their place, though not tensors.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    operands: tuple[str, ...] = ("x",)
+    attributes: tuple[str, ...] = ()
+    commutative: bool = False
+
+
+OPS: tuple[Op, ...] = (
+    Op("add", torch.add, ("a", "b"), commutative=True),
+    Op("sub", torch.sub, ("a", "b")),
+    Op("mul", torch.mul, ("a", "b"), commutative=True),
+    Op("div", torch.div, ("a", "b")),
+    Op("neg", torch.neg),
+    Op("pow", torch.pow, ("x",), ("exponent",)),
+    Op("sqrt", torch.sqrt),
+    Op("rsqrt", torch.rsqrt),
+    Op("reciprocal", torch.reciprocal),
+    Op("exp", torch.exp),
+    Op("tanh", torch.tanh),
+    Op("erf", torch.erf),
+    Op("sigmoid", torch.sigmoid),
+    Op("abs", torch.abs),
+    Op("mean", torch.mean, ("x",), ("dim", "keepdim")),
+    Op("sum", torch.sum, ("x",), ("dim", "keepdim")),
+    Op("var", torch.var, ("x",), ("dim", "correction", "keepdim")),
+    Op("cast", cast, ("x",), ("dtype",)),
+    Op("silu", F.silu),
+    Op("relu", F.relu),
+    Op("gelu", F.gelu, ("x",), ("approximate",)),
+    Op("linear", F.linear, ("x", "w", "bias")),
+    Op("matmul", torch.matmul, ("a", "b")),
+    Op("reshape", reshape, ("x",), ("shape",)),
+    Op("transpose", torch.transpose, ("x",), ("dim0", "dim1")),
+    Op("permute", torch.permute, ("x",), ("dims",)),
+    Op("unsqueeze", torch.unsqueeze, ("x",), ("dim",)),
+    Op("squeeze", torch.squeeze, ("x",), ("dim",)),
+    Op("contiguous", contiguous),
+    Op("getitem", operator.getitem, ("x", "index")),
+    Op("cat", torch.cat, ("tensors",), ("dim",)),
+    Op("chunk", torch.chunk, ("x",), ("chunks", "dim")),
+    Op("split", torch.split, ("x",), ("split_size_or_sections", "dim")),
+    Op("pad", F.pad, ("x",), ("pad", "mode", "value")),
+    Op(
+        "cross_entropy",
+        F.cross_entropy,
+        ("logits", "target", "weight"),
+        ("ignore_index", "reduction", "label_smoothing"),
+    ),
+    Op("rms_norm", F.rms_norm, ("x", "normalized_shape", "weight"), ("eps",)),
+    Op("layer_norm", F.layer_norm, ("x", "normalized_shape", "weight", "bias"), ("eps",)),
+    Op("softmax", F.softmax, ("x",), ("dim", "dtype")),
+)
+"""Dims are negative (counted from the last), a reduction's a tuple; tuples where torch takes lists."""
+
+BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
+BY_TARGET: dict[Callable[..., Any], Op] = {op.target: op for op in OPS}
+COMMUTATIVE: frozenset[Callable[..., Any]] = frozenset(op.target for op in OPS if op.commutative)

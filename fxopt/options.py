@@ -1,0 +1,94 @@
+"""What a user may choose, checked once: the fields of one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from fxopt.errors import FxoptError, UnknownNameError
+
+LOWERINGS = ("auto", "inductor", "plain")
+VERIFY = ("on", "off")
+
+
+class NamedPattern(Protocol):
+    """Anything with a name that the pipeline accepts as a pattern."""
+
+    @property
+    def name(self) -> str:
+        """The pattern's name, as reports and `disable` use it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of `fxopt.optimize`; equal options mean that optimizing again changes nothing."""
+
+    patterns: tuple[Any, ...]
+    disable: frozenset[str] = frozenset()
+    lowering: str = "auto"
+    verify: str = "on"
+    strict: bool = False
+    partial: bool = False
+
+    @property
+    def active_patterns(self) -> tuple[Any, ...]:
+        """The patterns that are not disabled, in order."""
+        return tuple(pattern for pattern in self.patterns if pattern.name not in self.disable)
+
+
+def check_options(
+    known: Sequence[NamedPattern],
+    *,
+    patterns: Iterable[NamedPattern | str],
+    disable: Iterable[str],
+    lowering: str,
+    verify: str,
+    strict: bool,
+    partial: bool,
+) -> Options:
+    """Return checked options; `patterns` may hold names of `known` patterns and patterns of the user's own.
+
+    Raises:
+        UnknownNameError: a name that does not exist; the text lists the valid ones, nearest first.
+        FxoptError: a value of the wrong type.
+    """
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    if isinstance(disable, str):
+        disable = (disable,)
+    by_name = {pattern.name: pattern for pattern in known}
+    chosen: list[NamedPattern] = []
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            _check_name("patterns", pattern, tuple(by_name))
+            pattern = by_name[pattern]
+        elif not (
+            isinstance(getattr(pattern, "name", None), str) and callable(getattr(pattern, "search", None))
+        ):
+            raise FxoptError(
+                f"patterns: expected names or fxopt.Pattern objects, got {type(pattern).__name__} "
+                f"({pattern!r:.60})\nuse one of {', '.join(by_name)}, or write one with fxopt.Pattern"
+            )
+        chosen.append(pattern)
+    names = tuple(pattern.name for pattern in chosen)
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        raise FxoptError(f"patterns: {name} is given {names.count(name)} times, expected once")
+    disabled = frozenset(disable)
+    for name in sorted(disabled, key=str):
+        _check_name("disable", name, tuple(dict.fromkeys((*names, *by_name))))
+    _check_name("lowering", lowering, LOWERINGS)
+    _check_name("verify", verify, VERIFY)
+    for subject, value in (("strict", strict), ("partial", partial)):
+        if not isinstance(value, bool):
+            raise FxoptError(f"{subject}: expected True or False, got {value!r}")
+    return Options(tuple(chosen), disabled, lowering, verify, strict, partial)
+
+
+def _check_name(subject: str, name: object, valid: tuple[str, ...]) -> None:
+    if isinstance(name, str) and name in valid:
+        return
+    nearest = difflib.get_close_matches(str(name), valid, n=len(valid), cutoff=0.0)
+    raise UnknownNameError(f"{subject}: unknown name {name!r}, expected one of {', '.join(nearest)}")

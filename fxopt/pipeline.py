@@ -1,0 +1,259 @@
+"""The table of contents: what `fxopt.optimize` does to a captured graph, and how it is put into a model.
+
+Read `PASSES` top to bottom. The runner alone times, verifies and snapshots; passes do their one thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.capture.installation import Installation, check_model, find_installation
+from fxopt.capture.lowering import choose_lowering, run_uncompiled
+from fxopt.capture.segments import compile_model_graph
+from fxopt.capture.small_inputs import run_on_small_inputs
+from fxopt.errors import FxoptError, ProofError, UnmatchedError
+from fxopt.graph.anchors import find_anchors
+from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.snapshot import snapshot
+from fxopt.graph.verify import verify
+from fxopt.options import Options, check_options
+from fxopt.patterns import ALL
+from fxopt.report.records import GraphRecord, PassRecord, Report
+from fxopt.rewriting.pattern import Pattern
+from fxopt.rewriting.proof import Prover
+from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
+from fxopt.sites import Outcome, build_report, find_sites
+
+log = logging.getLogger("fxopt")
+
+
+@dataclasses.dataclass
+class Job:
+    """One graph on its way through the passes: what they may read, and where they leave their records."""
+
+    options: Options
+    lazy_outputs: bool
+    prove: Callable[..., Any] | None
+    result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
+
+
+def canonicalize_pass(gm: fx.GraphModule, job: Job) -> None:
+    """Rewrite every known spelling to the closed vocabulary, bit for bit the same."""
+    canonicalize(gm)
+
+
+def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
+    """Replace each proven match of a pattern by its semantic op."""
+    context = MatchContext(lazy_outputs=job.lazy_outputs, prove=job.prove)
+    job.result = apply_patterns(gm, job.options.active_patterns, context)
+
+
+PASSES: tuple[tuple[str, Callable[[fx.GraphModule, Job], None]], ...] = (
+    ("canonicalize", canonicalize_pass),
+    ("rewrite", rewrite_pass),
+)
+
+
+def run_passes(
+    gm: fx.GraphModule, *, region: str, lazy_outputs: bool, options: Options, prove: Callable[..., Any] | None
+) -> Outcome:
+    """Run `PASSES` over `gm` in place and return what was found and done.
+
+    Raises:
+        VerifyError: a pass left the graph invalid.
+    """
+    anchors = find_anchors(gm)
+    before = snapshot(gm)
+    job = Job(options, lazy_outputs, prove)
+    records: list[PassRecord] = []
+    for name, run in PASSES:
+        start, nodes_before = time.perf_counter(), len(gm.graph.nodes)
+        run(gm, job)
+        verify(gm, name)
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        records.append(PassRecord(name, round(elapsed_ms, 2), nodes_before, len(gm.graph.nodes)))
+    gm.recompile()
+    sites, mismatches = find_sites(gm, anchors, job.result, options.active_patterns, lazy_outputs)
+    rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
+    graph = GraphRecord(region, 0, before, snapshot(gm), rewrites, tuple(records))
+    return Outcome(sites, mismatches, graph)
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    patterns: Iterable[Pattern | str] = ALL,
+    disable: Iterable[str] = (),
+    lowering: str = "auto",
+    verify: str = "on",
+    strict: bool = False,
+    partial: bool = False,
+) -> nn.Module:
+    """Make `model` train faster and with less memory, in place, and return the same object.
+
+    Graphs are captured, rewritten, proven and compiled at the first training call of each form.
+
+    Args:
+        model: a `torch.nn.Module` on its device.
+        patterns: patterns to use, in order: names of the library's, or `Pattern`s of your own.
+        disable: names of patterns not to use.
+        lowering: "inductor", "plain" (node by node), or "auto": Inductor on a GPU, plain on a CPU.
+        verify: "on" proves every rewrite numerically before it is used; "off" skips the proofs.
+        strict: raise where a known form was left unmatched or a proof failed, instead of reporting it.
+        partial: where a block cannot be captured in one graph, optimize its pieces.
+
+    Raises:
+        FxoptError: not a module, on the meta device, or compiled already by somebody else.
+        UnknownNameError: a name that does not exist.
+        ProofError, UnmatchedError: with `strict=True`; the model is left as it was.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> fxopt.optimize(model) is model
+    True
+    >>> _ = fxopt.restore(model)
+    """
+    options = check_options(
+        ALL,
+        patterns=patterns,
+        disable=disable,
+        lowering=lowering,
+        verify=verify,
+        strict=strict,
+        partial=partial,
+    )
+    model = check_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise FxoptError(
+            f"model: {type(model).__name__} is on the meta device, expected weights on a real device\n"
+            "load or initialize the weights first; fxopt.explain(model) works on meta"
+        )
+    installed = find_installation(model)
+    if installed is not None:
+        if installed.options == options:
+            return model
+        log.warning("%s was optimized with other options: restored, optimized anew", type(model).__name__)
+        installed.remove()
+    if options.strict:
+        _check_strictly(_report_on_small_inputs(model, options, None))
+    _new_installation(model, options).install()
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give back the stock behaviour of an optimized model, bit for bit, and return the same object.
+
+    Raises:
+        FxoptError: `model` is not optimized.
+
+    >>> import torch, fxopt
+    >>> model = fxopt.optimize(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
+    >>> fxopt.restore(model) is model
+    True
+    """
+    installation = find_installation(check_model(model))
+    if installation is None:
+        raise FxoptError(
+            f"model: {type(model).__name__} is not optimized, expected a model that fxopt.optimize was given\n"
+            "a copy or a reloaded model is a stock model already"
+        )
+    installation.remove()
+    return model
+
+
+def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Report:
+    """Return the report of what fxopt did, or would do, to `model`; nothing is changed.
+
+    On a model that has run optimized, this is what was done. Otherwise fxopt runs one forward pass in
+    training mode on small inputs of its own (`input_ids` and `labels` of 2 x 16 tokens) or on
+    `example_inputs`, keyword arguments of the model's forward. Works on the meta device.
+
+    Raises:
+        FxoptError: not a module, or no inputs could be made for it.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> report = fxopt.explain(model, {"input": torch.randn(2, 4)})
+    >>> report.sites
+    ()
+    """
+    model = check_model(model)
+    installation = find_installation(model)
+    if installation is not None and installation.ledger.captures and example_inputs is None:
+        return build_report(installation)
+    options = installation.options if installation is not None else _default_options()
+    return _report_on_small_inputs(model, options, example_inputs)
+
+
+def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Compile one graph for `torch.compile(model, backend="fxopt")`: the same passes, torch's own entry."""
+    options = _default_options()
+    training = torch.is_grad_enabled()
+    transform = _make_transform(options)
+    outcome = transform(gm, region="model", lazy_outputs=training)
+    log.info("%d sites in this graph: %s", len(outcome.sites), [site.pattern for site in outcome.sites])
+    return compile_model_graph(gm, example_inputs, choose_lowering(options.lowering, gm)[0])
+
+
+def _default_options() -> Options:
+    return Options(patterns=tuple(ALL))
+
+
+def _make_transform(options: Options) -> Callable[..., Outcome]:
+    prove = Prover().prove if options.verify == "on" else None
+    return functools.partial(run_passes, options=options, prove=prove)
+
+
+def _new_installation(
+    model: nn.Module, options: Options, lower: Callable[..., Any] | None = None
+) -> Installation:
+    def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        lowering, reason = choose_lowering(options.lowering, gm)
+        if reason:
+            installation.ledger.note(reason)
+        return lowering(gm, example_inputs)
+
+    installation = Installation(
+        model, options, _make_transform(options), lower or lower_graph, partial=options.partial
+    )
+    return installation
+
+
+def _report_on_small_inputs(
+    model: nn.Module, options: Options, example_inputs: dict[str, Any] | None
+) -> Report:
+    installed = find_installation(model)
+    if installed is not None:
+        installed.remove()
+    probe = _new_installation(model, options, run_uncompiled)
+    probe.install()
+    try:
+        run_on_small_inputs(model, example_inputs)
+        return build_report(probe)
+    finally:
+        probe.remove()
+        if installed is not None:
+            installed.install()
+
+
+def _check_strictly(report: Report) -> None:
+    for site in report.sites:
+        if site.status == "refused" and site.proof is not None and not site.proof.passed:
+            raise ProofError(
+                f"{site.pattern}: the proof failed, {site.reason}\nat {site.module} ({site.location})\n"
+                f"disable=({site.pattern!r},) leaves these sites stock"
+            )
+    for site in report.sites:
+        if site.status == "unmatched":
+            raise UnmatchedError(
+                f"{site.pattern}: a known form was left unmatched, {site.reason}\n"
+                f"at {site.module} ({site.location})\nstrict=False reports it and goes on"
+            )

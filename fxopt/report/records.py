@@ -1,0 +1,144 @@
+"""Plain records of what fxopt found and did; every other part fills them, `report/` renders them.
+
+Nothing here imports fxopt or torch: a record is made of strings, numbers and other records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+Status = Literal["rewritten", "refused", "unmatched"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """The figures of one numeric proof: a rewrite against the stock arithmetic it replaces.
+
+    `error` and `stock_error` are relative norms against a float64 run of the stock arithmetic,
+    the worst over outputs and gradients; `worst` names the value that had it.
+    """
+
+    passed: bool
+    dtype: str
+    device: str
+    error: float
+    stock_error: float
+    worst: str
+    compared: tuple[str, ...]
+    shapes: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One occurrence of a known form in the stock arithmetic, and what became of it.
+
+    `pattern` is the stock form, `op` what it became ("" when it was not rewritten), `count` the
+    layers it stands for, `location` "file:line" of the model's source, `reason` why not.
+    """
+
+    pattern: str
+    op: str
+    count: int
+    status: Status
+    module: str
+    location: str
+    reason: str = ""
+    proof: Proof | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteRecord:
+    """One replacement: the nodes that went, the nodes that came, and the bytes it no longer saves."""
+
+    pattern: str
+    op: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    attributes: dict[str, Any]
+    location: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MismatchRecord:
+    """A "no": which pattern came nearest to an anchor and the first constraint that failed."""
+
+    pattern: str
+    reason: str
+    module: str
+    location: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """One pass over one graph, as the runner saw it."""
+
+    name: str
+    time_ms: float
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphRecord:
+    """One capture of a region: its code before and after, and what each pass did."""
+
+    region: str
+    capture: int
+    before: str
+    after: str
+    rewrites: tuple[RewriteRecord, ...]
+    passes: tuple[PassRecord, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionRecord:
+    """One thing fxopt compiles: `kind` "block" or "model", `module` the first path, `count` its copies.
+
+    `status` is "captured", "stock" (with `reason`), or "pending" before the first step.
+    """
+
+    kind: str
+    module: str
+    count: int
+    status: str
+    captures: int
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A call that ran the stock path although fxopt would have served it, how often and why."""
+
+    region: str
+    reason: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What fxopt found and did in one model; `print(report)` is the graph diff as text."""
+
+    model: str
+    sites: tuple[Site, ...] = ()
+    rewrites: tuple[RewriteRecord, ...] = ()
+    mismatches: tuple[MismatchRecord, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
+    graphs: tuple[GraphRecord, ...] = ()
+    regions: tuple[RegionRecord, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    notes: tuple[str, ...] = ()
+    lowering: str = ""
+    guards: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the whole report as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        """Return the report as text, as `report.text.render_text` formats it."""
+        from fxopt.report.text import render_text
+
+        return render_text(self)

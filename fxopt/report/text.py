@@ -1,0 +1,274 @@
+"""A report as text: pure formatting of records, at most `WIDTH` columns, no colours.
+
+First what became of every site, then every "no" with its reason, the proofs, what ran, and last the
+graph of each distinct block before and after, as a unified diff.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from fxopt.report.records import GraphRecord, PassRecord, Proof, Report, Site, Status
+
+WIDTH = 110
+DIFF_CONTEXT = 2
+STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
+
+_FREED_NAMES = re.compile(r";\s*(?:\w+ = )+None\b.*$")
+
+
+def render_text(report: Report) -> str:
+    """Return `report` as text of at most `WIDTH` columns, ending in a newline.
+
+    >>> print(render_text(Report("Tiny", sites=(Site("glu", "glu", 2, "rewritten", "layers.0", "tiny.py:7"),))))
+    fxopt report: Tiny
+    2 of 2 sites rewritten
+    <BLANKLINE>
+    Sites (in a block x its equal layers)
+      pattern  became  rewritten  refused  unmatched
+      glu      glu     2 = 1 x 2        -          -
+    <BLANKLINE>
+    Fallbacks: none
+    <BLANKLINE>
+    """
+    sections = (
+        _render_headline(report),
+        _render_sites(report.sites),
+        _render_misses(report),
+        _render_proofs(report.sites),
+        _render_regions(report),
+        _render_fallbacks(report),
+        _render_list("Guards", report.guards),
+        _render_list("Notes", report.notes),
+        _render_passes(report),
+        *_render_graphs(report.graphs),
+    )
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _render_headline(report: Report) -> list[str]:
+    title = f"fxopt report: {report.model}"
+    if report.lowering:
+        title += f", lowering {report.lowering}"
+    if not report.sites:
+        return [title, "no sites found"]
+    total = sum(site.count for site in report.sites)
+    counts = {status: _count_sites(report.sites, status) for status in STATUSES}
+    parts = [f"{counts['rewritten']} of {total} sites rewritten"]
+    parts += [f"{counts[status]} {status}" for status in STATUSES[1:] if counts[status]]
+    return [*_wrap(title), ", ".join(parts)]
+
+
+def _count_sites(sites: Iterable[Site], status: Status) -> int:
+    return sum(site.count for site in sites if site.status == status)
+
+
+def _render_sites(sites: Sequence[Site]) -> list[str]:
+    if not sites:
+        return []
+    rows: list[tuple[str, ...]] = [("pattern", "became", *STATUSES)]
+    for pattern in dict.fromkeys(site.pattern for site in sites):
+        of_pattern = [site for site in sites if site.pattern == pattern]
+        ops = ", ".join(dict.fromkeys(site.op for site in of_pattern if site.op)) or "-"
+        cells = (_multiplicities([s for s in of_pattern if s.status == status]) for status in STATUSES)
+        rows.append((pattern, ops, *cells))
+    return ["Sites (in a block x its equal layers)", *_table(rows, right=(2, 3, 4))]
+
+
+def _multiplicities(sites: Sequence[Site]) -> str:
+    """Return `sites` counted as "57 = 2 x 28 + 1": two sites in each of 28 equal layers, and one more."""
+    if not sites:
+        return "-"
+    total = sum(site.count for site in sites)
+    groups = sorted(Counter(site.count for site in sites).items(), reverse=True)
+    if groups[0][0] == 1:
+        return str(total)
+    terms = (str(number) if count == 1 else f"{number} x {count}" for count, number in groups)
+    return f"{total} = {' + '.join(terms)}"
+
+
+def _render_misses(report: Report) -> list[str]:
+    lines: list[str] = []
+    for site in report.sites:
+        if site.status == "rewritten":
+            continue
+        lines += _wrap(
+            f"{site.pattern}{_times(site.count)} {site.status} {_place(site.module, site.location)}", 2
+        )
+        lines += _wrap(site.reason or "no reason was recorded", 6)
+        if site.proof is not None:
+            lines += _wrap(f"proof: {_proof_figures(site.proof)}", 6)
+    told = {(site.location, site.reason) for site in report.sites}
+    for miss in report.mismatches:
+        reasons = {(miss.location, miss.reason), (miss.location, f"{miss.pattern}: {miss.reason}")}
+        if reasons & told:
+            continue
+        told |= reasons
+        lines += _wrap(f"{miss.pattern} did not match {_place(miss.module, miss.location)}", 2)
+        lines += _wrap(miss.reason, 6)
+    return ["Not rewritten", *lines] if lines else []
+
+
+def _render_proofs(sites: Sequence[Site]) -> list[str]:
+    """Return one line per pattern, dtype and device: the largest error, and stock's own beside it."""
+    worst: dict[tuple[str, str, str], tuple[Proof, int]] = {}
+    for site in sites:
+        if site.proof is None or site.status != "rewritten":
+            continue
+        key = (site.op, site.proof.dtype, site.proof.device)
+        proof, number = worst.get(key, (site.proof, 0))
+        worst[key] = (max(proof, site.proof, key=lambda p: p.error), number + 1)
+    if not worst:
+        return []
+    rows: list[tuple[str, ...]] = [("op", "dtype", "device", "sites", "error", "stock's own", "worst in")]
+    for (op, dtype, device), (proof, number) in worst.items():
+        figures = (f"{proof.error:.1e}", f"{proof.stock_error:.1e}", proof.worst)
+        rows.append((op, dtype, device, str(number), *figures))
+    return [
+        "Proofs (relative error of outputs and gradients against float64)",
+        *_table(rows, right=(3, 4, 5)),
+    ]
+
+
+def _proof_figures(proof: Proof) -> str:
+    verdict = "passed" if proof.passed else "failed"
+    text = (
+        f"{verdict} in {proof.dtype} on {proof.device}: error {proof.error:.1e}, "
+        f"stock's own {proof.stock_error:.1e}, worst in {proof.worst}"
+    )
+    if proof.shapes:
+        text += f", inputs {', '.join(proof.shapes)}"
+    return f"{text}; {proof.reason}" if proof.reason else text
+
+
+def _render_regions(report: Report) -> list[str]:
+    if not report.regions:
+        return []
+    rows: list[tuple[str, ...]] = [("kind", "module", "copies", "status", "captures")]
+    reasons: list[str] = []
+    for region in report.regions:
+        module = region.module or "(whole model)"
+        rows.append((region.kind, module, str(region.count), region.status, str(region.captures)))
+        if region.reason:
+            reasons += _wrap(f"{region.module or region.kind}: {region.reason}", 6)
+    return ["Regions", *_table(rows, right=(2, 4)), *reasons]
+
+
+def _render_fallbacks(report: Report) -> list[str]:
+    if not report.fallbacks:
+        return ["Fallbacks: none"]
+    lines = [f"Fallbacks: {sum(fallback.count for fallback in report.fallbacks)} calls ran the stock path"]
+    for fallback in report.fallbacks:
+        lines += _wrap(f"{fallback.count} x {fallback.region}: {fallback.reason}", 2)
+    return lines
+
+
+def _render_list(title: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    return [title, *(line for item in items for line in _wrap(item, 2, bullet="- "))]
+
+
+def _render_passes(report: Report) -> list[str]:
+    records = report.passes or tuple(record for graph in report.graphs for record in graph.passes)
+    if not records:
+        return []
+    by_name: dict[str, list[PassRecord]] = {}
+    for record in records:
+        by_name.setdefault(record.name, []).append(record)
+    rows: list[tuple[str, ...]] = [("pass", "graphs", "ms", "nodes before", "after")]
+    for name, same in by_name.items():
+        time_ms = f"{sum(record.time_ms for record in same):.1f}"
+        nodes = (sum(record.nodes_before for record in same), sum(record.nodes_after for record in same))
+        rows.append((name, str(len(same)), time_ms, *map(str, nodes)))
+    return ["Passes", *_table(rows, right=(1, 2, 3, 4))]
+
+
+def _render_graphs(graphs: Sequence[GraphRecord]) -> list[list[str]]:
+    """Return one section per capture; captures of one region with equal diffs are shown once."""
+    sections: list[list[str]] = []
+    shown: dict[tuple[str, tuple[str, ...]], int] = {}
+    for graph in graphs:
+        diff = _diff(graph.before, graph.after)
+        title = f"Graph of {graph.region or 'the model'}, capture {graph.capture}"
+        key = (graph.region, tuple(diff))
+        if key in shown:
+            sections.append(_wrap(f"{title}: the same changes as capture {shown[key]}"))
+            continue
+        shown[key] = graph.capture
+        lines = _wrap(f"{title}: {len(graph.rewrites)} rewrite{'' if len(graph.rewrites) == 1 else 's'}")
+        for rewrite in graph.rewrites:
+            attributes = ", ".join(f"{name}={value!r}" for name, value in rewrite.attributes.items())
+            place = f" at {rewrite.location}" if rewrite.location else ""
+            nodes = f"{len(rewrite.before)} nodes -> {len(rewrite.after)}"
+            lines += _wrap(f"{rewrite.pattern} -> {rewrite.op}({attributes}){place}, {nodes}", 2)
+        sections.append(lines + (diff or ["  no change"]))
+    return sections
+
+
+def _diff(before: str, after: str) -> list[str]:
+    lines = difflib.unified_diff(_code_lines(before), _code_lines(after), lineterm="", n=DIFF_CONTEXT)
+    rendered: list[str] = []
+    for line in lines:
+        if line.startswith(("---", "+++")):
+            continue
+        sign, code = line[0], line[1:]
+        indent = " " * (len(code) - len(code.lstrip()) + 4)
+        rendered += textwrap.wrap(
+            code,
+            WIDTH,
+            initial_indent=f"  {sign}",
+            subsequent_indent=f"  {sign}{indent}",
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        ) or [f"  {sign}".rstrip()]
+    return rendered
+
+
+def _code_lines(code: str) -> list[str]:
+    """Return the lines of fx-generated `code` without the `; name = None` that free names."""
+    lines = (_FREED_NAMES.sub("", line).rstrip() for line in code.expandtabs(4).splitlines())
+    return [line for line in lines if line]
+
+
+def _times(count: int) -> str:
+    return f" x {count}" if count > 1 else ""
+
+
+def _place(module: str, location: str) -> str:
+    place = f"at {module or '(the model itself)'}"
+    return f"{place} ({location})" if location else place
+
+
+def _table(rows: Sequence[Sequence[str]], right: tuple[int, ...]) -> list[str]:
+    """Return `rows` (the first is the header) in columns; a too wide last column wraps under itself."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines: list[str] = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines += _wrap("  ".join(cells).rstrip(), 2, keep_spaces=True)
+    return lines
+
+
+def _wrap(text: str, indent: int = 0, *, bullet: str = "", keep_spaces: bool = False) -> list[str]:
+    """Return `text` in lines of at most `WIDTH`, continuation lines four columns further in."""
+    margin = " " * indent
+    lines: list[str] = []
+    for number, paragraph in enumerate(text.splitlines() or [""]):
+        first = margin + (bullet if number == 0 else " " * len(bullet))
+        rest = margin + " " * max(len(bullet), 4)
+        whole = first + paragraph
+        if keep_spaces and len(whole) <= WIDTH:
+            lines.append(whole)
+            continue
+        lines += textwrap.wrap(
+            paragraph, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+        )
+    return lines

@@ -1,0 +1,192 @@
+"""Whether a match may be replaced where it stands: who else reads its values, what changes between its nodes.
+
+`GraphState` is read off a graph once per sweep; `judge` turns bindings into a `Match`, or says why not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.graph import vocabulary
+from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
+from fxopt.rewriting.matcher import Bindings
+from fxopt.rewriting.pattern import Match, Mismatch, Pattern
+from fxopt.rewriting.terms import name_of
+
+LAYOUT_OPS = ("cast", "reshape", "contiguous", "transpose", "permute", "unsqueeze", "squeeze", "getitem")
+LAYOUT = frozenset(vocabulary.BY_NAME[name].target for name in LAYOUT_OPS)
+"""What may stand between a kept value and the graph's output: what computes nothing new."""
+
+_AUTOCAST: Any = torch.amp.autocast_mode
+ENTER_AUTOCAST, EXIT_AUTOCAST = _AUTOCAST._enter_autocast, _AUTOCAST._exit_autocast
+Autocast = tuple[str, torch.dtype | None, bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What the switches before a node have set: gradient mode and autocast regions, outermost first."""
+
+    grad: bool | None = None
+    autocast: tuple[Autocast, ...] = ()
+
+
+@dataclasses.dataclass
+class GraphState:
+    """The nodes of a graph by place and by op, the mode each runs in, and where storages are written to."""
+
+    places: dict[fx.Node, int]
+    modes: dict[fx.Node, Mode]
+    by_target: dict[Any, list[fx.Node]]
+    writes: list[tuple[int, frozenset[Any]]]
+    erased: set[fx.Node] = dataclasses.field(default_factory=set[fx.Node])
+
+    def add(self, node: fx.Node, at: fx.Node) -> None:
+        """Note a new node that stands just before `at`."""
+        self.places[node], self.modes[node] = self.places[at], self.modes[at]
+
+    def written_between(self, first: int, last: int) -> frozenset[Any]:
+        """Return the storages that nodes after `first` and before `last` write to."""
+        start = bisect.bisect_right(self.writes, first, key=lambda write: write[0])
+        stop = bisect.bisect_left(self.writes, last, key=lambda write: write[0])
+        return frozenset[Any]().union(*(storages for _, storages in self.writes[start:stop]))
+
+
+def read_state(graph: fx.Graph) -> GraphState:
+    """Return the state of `graph` as it stands."""
+    state = GraphState({}, {}, {}, [])
+    mode = Mode()
+    for place, node in enumerate(graph.nodes):
+        if node.target in MODE_SWITCHES:
+            mode = _switch(mode, node)
+        state.places[node], state.modes[node] = place, mode
+        if node.op == "call_function":
+            state.by_target.setdefault(node.target, []).append(node)
+        written = mutated_inputs(node)
+        if written:
+            state.writes.append((place, frozenset(map(storage_of, written))))
+    return state
+
+
+def _switch(mode: Mode, node: fx.Node) -> Mode:
+    if node.target is ENTER_AUTOCAST:
+        device, dtype, enabled, *_ = (*node.args, None, True)
+        entered: Any = (device, dtype, enabled)
+        return dataclasses.replace(mode, autocast=(*mode.autocast, entered))
+    if node.target is EXIT_AUTOCAST:
+        return dataclasses.replace(mode, autocast=mode.autocast[:-1])
+    return dataclasses.replace(mode, grad=bool(node.args[0]))
+
+
+def storage_of(node: fx.Node) -> Any:
+    """Return what identifies the memory of a node's value: views of one tensor have it in common."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    return node
+
+
+def judge(
+    pattern: Pattern, bindings: Bindings, outputs: tuple[fx.Node, ...], state: GraphState, lazy_outputs: bool
+) -> Match | Mismatch:
+    """Return the match that `bindings` make, or the reason why it may not be replaced."""
+    nodes = tuple(sorted(bindings.nodes, key=state.places.__getitem__))
+    progress = len(nodes)
+    mode = state.modes[outputs[0]]
+    for node in nodes:
+        if state.modes[node] != mode:
+            reason = f"{node.name} runs under another autocast or gradient mode than {outputs[0].name}"
+            return Mismatch(pattern.name, reason, (node,), progress, True)
+    kept: set[fx.Node] = set()
+    exports: dict[str, fx.Node] = {}
+    for node in nodes:
+        outside = [user for user in node.users if user not in bindings.nodes]
+        if node in outputs or not outside:
+            continue
+        policy = bindings.nodes[node]
+        reader = f"{describe_node(node)} is also read by {describe_node(outside[0])}"
+        if policy is None or policy.policy == "refuse":
+            return Mismatch(pattern.name, reader, (node, outside[0]), progress, True)
+        if policy.policy == "export":
+            exports[policy.name] = node
+        elif policy.cheap or (lazy_outputs and feeds_output_only(outside)):
+            kept.add(node)
+        else:
+            needed = "only the graph's output" if lazy_outputs else "no reader outside (nothing is lazy here)"
+            return Mismatch(pattern.name, f"{reader}, expected {needed}", (node, outside[0]), progress, True)
+    for node in reversed(nodes):
+        if any(user in kept for user in node.users):
+            kept.add(node)
+    match = Match(
+        pattern,
+        nodes,
+        outputs,
+        bindings.values,
+        tuple(node for node in nodes if node in kept),
+        exports,
+        mode.autocast[-1] if mode.autocast else None,
+    )
+    at = find_insertion(match, state)
+    if at is None:
+        reason = f"a value is read before the last input of {outputs[-1].name} is computed"
+        return Mismatch(pattern.name, reason, outputs, progress, True)
+    written = state.written_between(state.places[nodes[0]], state.places[at])
+    for node in (*match.inputs, *nodes) if written else ():
+        if storage_of(node) in written:
+            reason = f"{node.name} is written to in place between the nodes of the match"
+            return Mismatch(pattern.name, reason, (node,), progress, True)
+    return match
+
+
+def find_insertion(match: Match, state: GraphState) -> fx.Node | None:
+    """Return the matched node before which the replacement may stand: after inputs, before readers."""
+    if len(match.outputs) == 1 and not match.exports:
+        return match.outputs[0]
+    places = state.places
+    last_input = max((places[node] for node in match.inputs), default=-1)
+    values = (*match.outputs, *match.exports.values())
+    inside = set(match.nodes)
+    readers = [places[user] for value in values for user in value.users if user not in inside]
+    first_reader = min(readers, default=max(map(places.__getitem__, match.nodes)) + 1)
+    fitting = [node for node in match.nodes if last_input < places[node] < first_reader]
+    return fitting[-1] if fitting else None
+
+
+def feeds_output_only(readers: Iterable[fx.Node]) -> bool:
+    """Return whether all that follows from `readers` is layout and casts, and ends in the graph's output."""
+    seen: dict[fx.Node, None] = dict.fromkeys(readers)
+    queue = list(seen)
+    while queue:
+        node = queue.pop()
+        if node.op == "output":
+            continue
+        if node.target not in LAYOUT or not node.users:
+            return False
+        queue.extend(user for user in node.users if user not in seen)
+        seen.update(dict.fromkeys(node.users))
+    return True
+
+
+def describe_node(node: fx.Node) -> str:
+    """Return a node's name and op, as mismatches print them."""
+    if node.op == "output":
+        return "the graph's output"
+    name = name_of(node.target) if node.op == "call_function" else str(node.target)
+    return node.name if node.op == "placeholder" else f"{node.name} ({name})"
+
+
+@contextlib.contextmanager
+def autocast_scope(autocast: Autocast | None) -> Generator[None]:
+    """Run the body under an autocast state that the graph itself switches to; the ambient one for None."""
+    if autocast is None:
+        yield
+        return
+    device, dtype, enabled = autocast
+    with torch.autocast(device, dtype=dtype, enabled=enabled):
+        yield

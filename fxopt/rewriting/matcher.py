@@ -1,0 +1,267 @@
+"""Match a pattern's terms against a graph: a backtracking search over immutable bindings.
+
+`find_matches` yields every way in which a pattern matches with a given node as its first output, the
+preferred alternatives first. Nothing here changes a graph. A `Trace` counts the steps and remembers
+the failure that came furthest, so that a "no" always has a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxopt.graph.arguments import same_size
+from fxopt.graph.view import dtype_of, shape_of
+from fxopt.graph.vocabulary import COMMUTATIVE
+from fxopt.rewriting.pattern import Pattern, depth_of, walk
+from fxopt.rewriting.prefilter import Pairs, could_match, is_equal, pair_arguments
+from fxopt.rewriting.roots import climb
+from fxopt.rewriting.terms import (
+    Attribute,
+    Either,
+    Escaping,
+    Many,
+    Named,
+    Number,
+    Operation,
+    Tensor,
+    Term,
+    describe,
+    items_of,
+    name_of,
+)
+from fxopt.rewriting.trace import Bindings, Trace, first_matching
+
+
+def find_matches(
+    pattern: Pattern, root: fx.Node, trace: Trace
+) -> Iterator[tuple[Bindings, tuple[fx.Node, ...]]]:
+    """Yield every match of `pattern` whose first output is `root`, with the nodes of all its outputs."""
+    first, *others = pattern.terms
+    for bindings in match_term(first, root, Bindings(), trace):
+        yield from _match_other_outputs(others, bindings, (root,), trace)
+
+
+def _match_other_outputs(
+    terms: Sequence[Term], bindings: Bindings, outputs: tuple[fx.Node, ...], trace: Trace
+) -> Iterator[tuple[Bindings, tuple[fx.Node, ...]]]:
+    if not terms:
+        yield bindings, outputs
+        return
+    term, *others = terms
+    found = False
+    for root in _find_roots_by_bindings(term, bindings):
+        for joined in match_term(term, root, bindings, trace):
+            found = True
+            yield from _match_other_outputs(others, joined, (*outputs, root), trace)
+    if not found:
+        trace.fail(f"no node matches the further output {describe(term)}", outputs, bindings)
+
+
+def _find_roots_by_bindings(term: Term, bindings: Bindings) -> list[fx.Node]:
+    """Return where a further output may stand: above the nodes that its leaves are bound to already."""
+    leaves = [leaf.name for leaf in walk(term) if isinstance(leaf, Tensor)]
+    bound = [node for name in leaves if isinstance(node := bindings.values.get(name), fx.Node)]
+    targets = frozenset(inner.target for inner in walk(term) if isinstance(inner, Operation))
+    if not bound:
+        return []
+    start = min(bound, key=lambda node: len(node.users))
+    reached = climb(start, depth_of(term), lambda node: node.target in targets)
+    return [node for node in reached if node.target in term.heads]
+
+
+def match_term(term: Any, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    """Yield every extension of `bindings` under which `term` matches `value`, a node or a plain value."""
+    trace.steps += 1
+    match term:
+        case Operation():
+            yield from _match_operation(term, value, bindings, trace)
+        case Either():
+            yield from _match_either(term, value, bindings, trace)
+        case Tensor():
+            yield from _match_tensor(term, value, bindings, trace)
+        case Escaping():
+            for joined in match_term(term.term, value, bindings, trace):
+                yield joined.allow(value, term) if value in joined.nodes else joined
+        case Named():
+            for joined in match_term(term.term, value, bindings, trace):
+                yield from _unify(term.name, value, joined, trace)
+        case Number():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield from _unify(term.name, value, bindings, trace)
+            else:
+                trace.fail(f"{term.name}: expected a number, got {_show(value)}", _nodes(value), bindings)
+        case Attribute():
+            yield from _unify(term.name, value, bindings, trace)
+        case tuple() if any(isinstance(item, Term) for item in items_of(term)):
+            yield from _match_items(items_of(term), value, bindings, trace)
+        case Term():
+            raise TypeError(f"{describe(term)}: {type(term).__name__} may stand only in a list of arguments")
+        case _:
+            if term is ... or is_equal(term, value):
+                yield bindings
+            else:
+                trace.fail(f"expected {_show(term)}, got {_show(value)}", _nodes(value), bindings)
+
+
+def _match_operation(term: Operation, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    if trace.known is not None and not could_match(term, value, trace.known):
+        return
+    if not isinstance(value, fx.Node) or value.op != "call_function" or value.target is not term.target:
+        trace.fail(f"expected {name_of(term.target)}, got {_show(value)}", _nodes(value), bindings)
+        return
+    if (id(term), value) in bindings.places:
+        yield bindings
+        return
+    if term.condition is not None and not term.condition(value):
+        trace.fail(f"expected {term.expected}, got {_show(value)}", (value,), bindings)
+        return
+    pairs = pair_arguments(term, value)
+    if isinstance(pairs, str):
+        trace.fail(f"{name_of(term.target)}: {pairs}", (value,), bindings)
+        return
+    attributes, operands = pairs
+    entered = bindings.enter(term, value)
+    orders = [operands]
+    if term.target in COMMUTATIVE and len(operands) == 2 and operands[0][1] is not operands[1][1]:
+        (a, left), (b, right) = operands
+        orders.append([(a, right), (b, left)])
+    yield from first_matching([_match_all([*attributes, *order], entered, trace) for order in orders], trace)
+
+
+def _match_all(pairs: Pairs, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    if not pairs:
+        yield bindings
+        return
+    (term, value), *others = pairs
+    for joined in match_term(term, value, bindings, trace):
+        yield from _match_all(others, joined, trace)
+
+
+def _match_either(term: Either, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    alternatives: list[Iterator[Bindings]] = []
+    for tag, option in term.options:
+        if trace.known is not None and not could_match(option, value, trace.known):
+            continue
+        if not term.name:
+            alternatives.append(match_term(option, value, bindings, trace))
+        elif term.name not in bindings.values:
+            alternatives.append(match_term(option, value, bindings.bind(term.name, tag), trace))
+        elif bindings.values[term.name] == tag:
+            alternatives.append(match_term(option, value, bindings, trace))
+    yield from first_matching(alternatives, trace)
+
+
+def _match_tensor(term: Tensor, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    shape = shape_of(value) if isinstance(value, fx.Node) else None
+    if shape is None:
+        trace.fail(f"{term.name}: expected a tensor, got {_show(value)}", _nodes(value), bindings)
+        return
+    if term.dtypes is not None and dtype_of(value) not in term.dtypes:
+        expected = " or ".join(sorted(map(str, term.dtypes)))
+        trace.fail(f"{term.name}: expected {expected}, got {dtype_of(value)}", (value,), bindings)
+        return
+    dims = bindings.dims
+    if term.shape is not None:
+        unified = unify_shape(term.shape, shape, bindings.dims)
+        if isinstance(unified, str):
+            trace.fail(f"{term.name}: {unified}", (value,), bindings)
+            return
+        dims = unified
+    for joined in _unify(term.name, value, bindings, trace):
+        yield joined if dims is bindings.dims else dataclasses.replace(joined, dims=dims)
+
+
+def unify_shape(
+    expected: tuple[str, ...], shape: Sequence[Any], known: Mapping[str, Any]
+) -> Mapping[str, Any] | str:
+    """Return `known` with the named dims of `expected` bound to `shape`, or what does not fit.
+
+    `*` stands for any number of leading dims and binds nothing; sizes may be symbolic.
+
+    >>> unify_shape(("*", "H"), (2, 3, 8), {})
+    {'H': 8}
+    >>> unify_shape(("H",), (4,), {"H": 8})
+    'expected size H = 8, got 4'
+    """
+    names = [name for name in expected if name != "*"]
+    if len(shape) < len(names) or (len(shape) > len(names) and "*" not in expected):
+        return f"expected shape [{', '.join(expected)}], got {_show_shape(shape)}"
+    dims = dict(known)
+    for name, size in zip(names, shape[len(shape) - len(names) :], strict=True):
+        if not same_size(dims.setdefault(name, size), size):
+            return f"expected size {name} = {dims[name]}, got {size}"
+    return dims
+
+
+def _unify(name: str, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    if name not in bindings.values:
+        yield bindings.bind(name, value)
+    elif is_equal(bindings.values[name], value):
+        yield bindings
+    else:
+        reason = f"{name}: expected {_show(bindings.values[name])} as elsewhere, got {_show(value)}"
+        trace.fail(reason, _nodes(value), bindings)
+
+
+def _match_items(terms: tuple[Any, ...], value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+    if not isinstance(value, list | tuple):
+        trace.fail(f"expected a list, got {_show(value)}", _nodes(value), bindings)
+        return
+    items = list(items_of(value))
+    variadic = [index for index, term in enumerate(terms) if isinstance(term, Many)]
+    if not variadic:
+        if len(items) != len(terms):
+            trace.fail(f"expected {len(terms)} items, got {len(items)}", _nodes(items), bindings)
+            return
+        yield from _match_all(list(zip(terms, items, strict=True)), bindings, trace)
+        return
+    (index,) = variadic
+    many: Many = terms[index]
+    after = len(terms) - index - 1
+    if len(items) < index + many.at_least + after:
+        trace.fail(f"expected at least {index + many.at_least + after} items", _nodes(items), bindings)
+        return
+    middle = items[index : len(items) - after]
+    fixed = [
+        *zip(terms[:index], items, strict=False),
+        *zip(terms[index + 1 :], items[len(items) - after :], strict=True),
+    ]
+    for joined in _match_all(fixed, bindings, trace):
+        yield from _match_many(many, middle, joined, (), trace)
+
+
+def _match_many(
+    many: Many, items: list[Any], bindings: Bindings, done: tuple[Mapping[str, Any], ...], trace: Trace
+) -> Iterator[Bindings]:
+    """Match each item by `many.term`; names first bound inside it belong to the item alone."""
+    if not items:
+        yield from _unify(many.name, done, bindings, trace)
+        return
+    first, *others = items
+    for joined in match_term(many.term, first, bindings, trace):
+        own = {name: value for name, value in joined.values.items() if name not in bindings.values}
+        shared = Bindings(bindings.values, bindings.dims, joined.nodes, bindings.places)
+        yield from _match_many(many, others, shared, (*done, own), trace)
+
+
+def _nodes(value: Any) -> tuple[fx.Node, ...]:
+    return tuple(item for item in items_of(value) if isinstance(item, fx.Node))
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, fx.Node):
+        return str(value)
+    if value.op == "call_function":
+        shown = ", ".join(str(arg) for arg in value.args[1:] if isinstance(arg, int | float))
+        return f"{name_of(value.target)}({shown})" if shown else name_of(value.target)
+    if value.op == "call_method":
+        return f".{value.target}"
+    return f"{value.op} {value.name}"
+
+
+def _show_shape(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

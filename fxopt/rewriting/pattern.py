@@ -1,0 +1,222 @@
+"""A pattern: what to find, when it holds, what it becomes, and on what that is proven.
+
+`search()` returns the term to find (a tuple of terms where the match has several outputs). `check(match)`
+returns None, or `match.fail(reason, ...)` where the arithmetic is right but the fused op does not serve it.
+`replace(match)` returns what comes instead, one `call(...)` per output; it changes nothing itself.
+
+A pattern of your own is used by `fxopt.optimize(model, patterns=(*fxopt.patterns.ALL, MINE))`:
+
+>>> import torch
+>>> from fxopt.rewriting.terms import cast, exp, tensor
+>>> def search():
+...     x = tensor("x")
+...     return exp(x) - 1
+>>> MINE = Pattern("expm1", search, replace=lambda m: call(torch.expm1, m["x"]))
+>>> print(MINE)
+expm1: sub(exp(x), 1)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.errors import FxoptError
+from fxopt.rewriting.terms import Either, Operation, Target, Term, describe, items_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """A "no" with its reason: the constraint that failed and the nodes it failed on; falsy.
+
+    `progress` counts the nodes that did match before, `is_anchored` says that one of them calls the op that
+    marks the pattern: of two mismatches the anchored one, then the one with more progress, is nearer.
+    """
+
+    pattern: str
+    reason: str
+    nodes: tuple[fx.Node, ...] = ()
+    progress: int = 0
+    is_anchored: bool = False
+
+    @property
+    def nearness(self) -> tuple[bool, int]:
+        """What mismatches are compared by, the nearer one having more."""
+        return self.is_anchored, self.progress
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Where a pattern was found: its nodes in graph order, its output nodes, and what its names are bound to.
+
+    `match["x"]` is the node or value bound to `x`, or None where the alternative that matched has no `x`.
+    `kept` are the nodes that stay because something outside reads them; `exports` names the values that
+    the replacement must return after its outputs. `autocast` is the autocast state that the graph itself
+    switches on or off around the nodes, `(device type, dtype, enabled)`.
+    """
+
+    pattern: Pattern
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    bindings: Mapping[str, Any]
+    kept: tuple[fx.Node, ...] = ()
+    exports: Mapping[str, fx.Node] = dataclasses.field(default_factory=dict[str, fx.Node])
+    autocast: tuple[str, torch.dtype | None, bool] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bindings.get(name)
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The nodes that the matched ones read from outside, in order of use."""
+        inside = set(self.nodes)
+        read = (source for node in self.nodes for source in node.all_input_nodes if source not in inside)
+        return tuple(dict.fromkeys(read))
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """The names of the stock nodes that the matched ones descend from."""
+        return frozenset[str]().union(*(node.meta.get("origins", (node.name,)) for node in self.nodes))
+
+    def example(self, name: str) -> torch.Tensor:
+        """Return the example value (a fake tensor: shape, dtype, device) of the tensor bound to `name`."""
+        return self.bindings[name].meta["example_value"]
+
+    @property
+    def output(self) -> torch.Tensor:
+        """The example value of the first output."""
+        return self.outputs[0].meta["example_value"]
+
+    def fail(self, reason: str, *names: str) -> Mismatch:
+        """Return a mismatch for `reason`, pointing at the nodes bound to `names`, else at the output."""
+        nodes = tuple(node for name in names if isinstance(node := self.bindings.get(name), fx.Node))
+        return Mismatch(self.pattern.name, reason, nodes or self.outputs, len(self.nodes), True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of the replacement; its arguments are nodes of the graph, values, or other calls."""
+
+    target: Target
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def call(target: Target, *args: Any, **kwargs: Any) -> Call:
+    """Return a call of `target` as part of a replacement; the rewriter inserts it, the proof runs it."""
+    return Call(target, args, kwargs)
+
+
+Replacement = Call | fx.Node | tuple[Call | fx.Node, ...]
+Example = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def _no_examples(device: torch.device) -> Iterable[tuple[str, Example]]:
+    return ()
+
+
+def _no_near_misses(device: torch.device) -> Iterable[tuple[str, Example, str]]:
+    return ()
+
+
+def _holds(match: Match) -> Mismatch | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A rewrite rule and its own proofs.
+
+    `examples(device)` yields `(name, (function, inputs))`, stock code that must be rewritten once;
+    `near_misses(device)` yields `(name, (function, inputs), reason)`, code that resembles it and must be
+    left alone, with a part of the expected reason; `mutations(device)` yields broken spellings, which
+    must be left alone or still be computed as they stand. `source` says where the stock forms come from.
+    """
+
+    name: str
+    search: Callable[[], Term | tuple[Term, ...]]
+    replace: Callable[[Match], Replacement]
+    check: Callable[[Match], Mismatch | None] = _holds
+    examples: Callable[[torch.device], Iterable[tuple[str, Example]]] = _no_examples
+    near_misses: Callable[[torch.device], Iterable[tuple[str, Example, str]]] = _no_near_misses
+    mutations: Callable[[torch.device], Iterable[tuple[str, Example]]] = _no_examples
+    source: str = ""
+
+    @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """What `search` returns, as a tuple.
+
+        Raises:
+            FxoptError: `search` returned something that is not an operation, or could be a bare tensor.
+        """
+        found = self.search()
+        terms = found if isinstance(found, tuple) else (found,)
+        for term in terms:
+            if not term.heads:
+                raise FxoptError(
+                    f"{self.name}: search() returned {describe(term)!r}, expected a term whose every "
+                    "alternative is an operation\nuse the operators and functions of fxopt.rewriting.terms"
+                )
+        return terms
+
+    @functools.cached_property
+    def targets(self) -> frozenset[Target]:
+        """Every op that a match may contain."""
+        return frozenset(
+            term.target for root in self.terms for term in walk(root) if isinstance(term, Operation)
+        )
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """The most operations on a path from an output of the pattern to a leaf."""
+        return max(map(depth_of, self.terms))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {', '.join(map(describe, self.terms))}"
+
+
+def children_of(term: Term) -> Iterator[Term]:
+    """Yield the terms directly inside `term`."""
+    match term:
+        case Operation():
+            values = (*term.args, *(value for _, value in term.attributes))
+            for value in values:
+                yield from (item for item in items_of(value) if isinstance(item, Term))
+        case Either():
+            yield from (option for _, option in term.options)
+        case _:
+            inner = getattr(term, "term", None)
+            if inner is not None:
+                yield inner
+
+
+def walk(term: Term) -> Iterator[Term]:
+    """Yield `term` and every term inside it, each once."""
+    seen: set[int] = set()
+    queue = [term]
+    while queue:
+        current = queue.pop()
+        if id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            queue.extend(children_of(current))
+
+
+def depth_of(term: Term) -> int:
+    """Return the most operations on a path from `term` to a leaf."""
+    return _depth(term, {})
+
+
+def _depth(term: Term, known: dict[int, int]) -> int:
+    if id(term) not in known:
+        deepest = max((_depth(child, known) for child in children_of(term)), default=0)
+        known[id(term)] = deepest + isinstance(term, Operation)
+    return known[id(term)]

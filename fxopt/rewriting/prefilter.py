@@ -1,0 +1,118 @@
+"""Whether a term could match a node at all, names left aside: asked before a search, answered once a pair.
+
+Without it a search tries every combination of alternatives; with it, only those that the ops allow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxopt.graph.view import is_tensor
+from fxopt.graph.vocabulary import COMMUTATIVE
+from fxopt.rewriting.terms import Either, Escaping, Many, Named, Number, Operation, Tensor, Term, items_of
+
+Known = dict[tuple[int, fx.Node], bool]
+
+
+def could_match(term: Any, value: Any, known: Known) -> bool:
+    """Return whether `term` matches `value` for some binding of its names; `known` remembers the answers.
+
+    After a rewrite an answer may be out of date: a "yes" costs a search, a "no" is asked anew next sweep.
+    """
+    match term:
+        case Operation() | Either():
+            if not isinstance(value, fx.Node):
+                return isinstance(term, Either) and any(could_match(o, value, known) for _, o in term.options)
+            if term.heads and value.target not in term.heads:
+                return False
+            key = (id(term), value)
+            if key not in known:
+                if isinstance(term, Operation):
+                    known[key] = _could_call(term, value, known)
+                else:
+                    known[key] = any(could_match(option, value, known) for _, option in term.options)
+            return known[key]
+        case Escaping() | Named():
+            return could_match(term.term, value, known)
+        case Tensor():
+            return is_tensor(value)
+        case Number():
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case tuple():
+            return _could_list(items_of(term), value, known)
+        case Term():
+            return True
+        case _:
+            return term is ... or is_equal(term, value)
+
+
+def _could_call(term: Operation, node: fx.Node, known: Known) -> bool:
+    if node.op != "call_function" or (term.condition is not None and not term.condition(node)):
+        return False
+    pairs = pair_arguments(term, node)
+    if isinstance(pairs, str):
+        return False
+    attributes, operands = pairs
+    if not all(could_match(expected, value, known) for expected, value in attributes):
+        return False
+    if all(could_match(operand, value, known) for operand, value in operands):
+        return True
+    if term.target not in COMMUTATIVE or len(operands) != 2:
+        return False
+    (a, left), (b, right) = operands
+    return could_match(a, right, known) and could_match(b, left, known)
+
+
+def _could_list(terms: tuple[Any, ...], value: Any, known: Known) -> bool:
+    if not any(isinstance(term, Term) for term in terms):
+        return is_equal(terms, value)
+    if any(isinstance(term, Many) for term in terms):
+        return True
+    items = items_of(value)
+    return len(items) == len(terms) and all(
+        could_match(t, v, known) for t, v in zip(terms, items, strict=True)
+    )
+
+
+Pairs = list[tuple[Any, Any]]
+
+
+def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs] | str:
+    """Return what stands against what, attributes and operands apart, or what is wrong with the arguments."""
+    operands: Pairs = []
+    for position, operand in enumerate(term.args):
+        if position >= len(node.args) and operand is not None:
+            return f"expected {len(term.args)} operands, got {len(node.args)}"
+        operands.append((operand, node.args[position] if position < len(node.args) else None))
+    attributes: Pairs = []
+    known: set[str] = set()
+    for position, (name, expected) in enumerate(term.attributes, len(term.args)):
+        known.add(name)
+        if name in node.kwargs:
+            attributes.append((expected, node.kwargs[name]))
+        elif position < len(node.args):
+            attributes.append((expected, node.args[position]))
+        elif expected is not ...:
+            return f"expected an argument {name}"
+    if len(node.args) > len(term.args) + len(term.attributes):
+        return f"expected at most {len(term.args) + len(term.attributes)} arguments, got {len(node.args)}"
+    unknown = set(node.kwargs) - known
+    if unknown:
+        return f"expected no argument {', '.join(sorted(unknown))}"
+    return attributes, operands
+
+
+def is_equal(expected: Any, value: Any) -> bool:
+    """Return whether a value is the expected one: nodes by identity, floats up to their last digits."""
+    if isinstance(expected, fx.Node) or isinstance(value, fx.Node):
+        return expected is value
+    if isinstance(expected, bool) or isinstance(value, bool):
+        return expected is value
+    if isinstance(expected, float) and isinstance(value, int | float):
+        return abs(expected - value) <= 1e-6 * abs(expected)
+    if isinstance(expected, list | tuple):
+        items, others = items_of(expected), items_of(value)
+        return len(items) == len(others) and all(map(is_equal, items, others))
+    return expected == value

@@ -1,0 +1,248 @@
+"""Prove a rewrite on the spot: the stock nodes and the op that replaces them, on the same random inputs.
+
+Three runs: the stock arithmetic in float64 (the oracle), the stock arithmetic in the model's dtype, and the
+replacement as it will run, on its device. Outputs and all gradients are compared by the relative norm
+||a - oracle|| / ||oracle||; the replacement's error may be twice the stock's own, plus a few epsilons of the
+dtype. A second comparison with everything in float32 catches what rounding in a narrow dtype would hide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from fxopt.report.records import Proof
+from fxopt.rewriting.legality import Autocast
+from fxopt.rewriting.pattern import Call, Match, Replacement
+from fxopt.rewriting.runs import Values, as_dtype, replacement_run, run_with_gradients, stock_run
+from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, propose_sizes
+from fxopt.rewriting.terms import items_of
+
+EPSILONS = 2
+FLOAT32_ERROR = 1e-5
+MOST_ORACLE_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How far one value of the replacement, and of the stock run, is from the oracle, and what is allowed."""
+
+    name: str
+    error: float
+    stock_error: float
+    allowed: float
+
+    @property
+    def excess(self) -> float:
+        """How many times the allowed error was reached; above 1 the proof fails."""
+        return self.error / self.allowed if math.isfinite(self.error) else math.inf
+
+
+class Prover:
+    """Proves matches, each distinct structure once: sizes do not count, dtypes, device and attributes do."""
+
+    def __init__(self) -> None:
+        self._proofs: dict[Any, Proof] = {}
+
+    def prove(self, match: Match, replacement: Replacement) -> Proof:
+        """Return the proof of one rewrite; the user's random state and modes stay as they are."""
+        if _device_of(match).type == "meta":
+            return prove(match, replacement)
+        key = structure_of(match, replacement)
+        if key not in self._proofs:
+            self._proofs[key] = prove(match, replacement)
+        return self._proofs[key]
+
+
+def prove(match: Match, replacement: Replacement) -> Proof:
+    """Return the figures of `replacement` against the stock nodes of `match`."""
+    dtype = str(match.output.dtype).removeprefix("torch.")
+    device = _device_of(match)
+    if device.type == "meta":
+        return Proof(True, dtype, "meta", 0.0, 0.0, "", (), (), "not proven on meta")
+    autocast = autocast_of(match)
+    with _undisturbed(device):
+        try:
+            comparisons, shapes = _compare(match, replacement, autocast)
+        except Exception as error:
+            reason = f"the proof could not run: {type(error).__name__}: {_first_line(error)}"
+            return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason)
+    worst = max(comparisons, key=lambda comparison: comparison.excess)
+    passed = worst.excess <= 1
+    reason = "" if passed else f"{worst.name}: error {worst.error:.2e}, allowed {worst.allowed:.2e}"
+    compared = tuple(comparison.name for comparison in comparisons)
+    return Proof(
+        passed, dtype, str(device), worst.error, worst.stock_error, worst.name, compared, shapes, reason
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Generator[None]:
+    """Run the body with gradients, without autocast, in full float32; all is as before afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    off = torch.autocast(device.type, enabled=False)
+    matmul: Any = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    random: Any = torch.random
+    with unset_fake_temporarily(), random.fork_rng(devices=devices), torch.enable_grad(), off:
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = precision
+
+
+def _compare(
+    match: Match, replacement: Replacement, autocast: Autocast
+) -> tuple[list[Comparison], tuple[str, ...]]:
+    sizes, inputs = _draw(match, autocast)
+    oracle_dtype = torch.float64 if _largest_float(inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
+    gradients = _draw_gradients(match, sizes, inputs, autocast)
+    exact = as_dtype(inputs, oracle_dtype)
+    oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
+    del exact
+    with _autocast(autocast):
+        by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
+        by_new = run_with_gradients(replacement_run(replacement, None), inputs, gradients)
+    floor = max(EPSILONS * _coarsest_eps(match), FLOAT32_ERROR)
+    comparisons = [_compare_value(name, by_new[name], by_stock[name], oracle[name], floor) for name in oracle]
+    del by_stock, by_new
+    wide = as_dtype(inputs, torch.float32)
+    if oracle_dtype == torch.float32:
+        by_stock = oracle
+    else:
+        by_stock = run_with_gradients(stock_run(match, sizes, torch.float32), wide, gradients)
+    by_new = run_with_gradients(replacement_run(replacement, torch.float32), wide, gradients)
+    comparisons += [
+        _compare_value(f"{name} in float32", by_new[name], by_stock[name], oracle[name], FLOAT32_ERROR)
+        for name in oracle
+    ]
+    shapes = tuple(
+        f"{node.name}: {list(value.shape)}"
+        for node, value in inputs.items()
+        if isinstance(value, torch.Tensor)
+    )
+    return comparisons, shapes
+
+
+def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
+    """Return the first sizes with which the stock nodes run, and inputs of these sizes."""
+    proposals = list(propose_sizes(match))
+    for sizes in proposals:
+        sampler = Sampler(match, sizes)
+        inputs = {node: sampler.sample(node) for node in match.inputs}
+        if sizes is proposals[-1]:
+            return sizes, inputs
+        with contextlib.suppress(Exception), torch.no_grad(), _autocast(autocast):
+            outputs = stock_run(match, sizes, None)(inputs)
+            if all(map(_has_form, outputs, match.outputs)):
+                return sizes, inputs
+    raise AssertionError("there is always a last proposal")
+
+
+def _has_form(value: torch.Tensor, node: fx.Node) -> bool:
+    example = node.meta["example_value"]
+    return value.dim() == example.dim() and value.dtype == example.dtype
+
+
+def _draw_gradients(match: Match, sizes: Sizes, inputs: Values, autocast: Autocast) -> list[torch.Tensor]:
+    """Return a gradient for each output, one that the output's dtype holds exactly.
+
+    Drawn apart from the inputs: along x itself the gradient of a norm is all cancellation.
+    """
+    sampler = Sampler(match, sizes, GRADIENT_SEED)
+    with torch.no_grad(), _autocast(autocast):
+        return [sampler.like(output) for output in stock_run(match, sizes, None)(inputs)]
+
+
+def _largest_float(inputs: Mapping[fx.Node, Any]) -> int:
+    floats = (v for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return max((value.numel() for value in floats), default=0)
+
+
+def _coarsest_eps(match: Match) -> float:
+    """Return the epsilon of the narrowest float dtype in the matched arithmetic."""
+    values = (node.meta.get("example_value") for node in (*match.inputs, *match.nodes))
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return max(torch.finfo(value.dtype).eps for value in tensors if value.is_floating_point())
+
+
+def _compare_value(
+    name: str, new: torch.Tensor, stock: torch.Tensor, oracle: torch.Tensor, floor: float
+) -> Comparison:
+    if new.shape != oracle.shape:
+        return Comparison(f"{name} (shape {list(new.shape)}, not {list(oracle.shape)})", math.inf, 0.0, floor)
+    if new.dtype != stock.dtype:
+        return Comparison(f"{name} (dtype {new.dtype}, not {stock.dtype})", math.inf, 0.0, floor)
+    stock_error = _relative_error(stock, oracle)
+    allowed = max(2 * stock_error, floor) if floor == FLOAT32_ERROR else 2 * stock_error + floor
+    return Comparison(name, _relative_error(new, oracle), stock_error, allowed)
+
+
+def _relative_error(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    norm = oracle.pow(2).sum().sqrt().item()
+    distance = (value.to(oracle.dtype) - oracle).pow(2).sum().sqrt().item()
+    return distance / norm if norm else distance
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _device_of(match: Match) -> torch.device:
+    return match.output.device
+
+
+def autocast_of(match: Match) -> Autocast:
+    """Return the autocast state of the matched nodes: the graph's own switch, else the ambient state."""
+    device = _device_of(match).type
+    if match.autocast is not None:
+        return match.autocast
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def _autocast(state: Autocast) -> torch.autocast:
+    device, dtype, enabled = state
+    # A cached cast of a weight would belong to the run before.
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def structure_of(match: Match, replacement: Replacement) -> Any:
+    """Return what a proof depends on: ops, attributes, dtypes, ranks, gradients, device; not sizes."""
+    places = {node: place for place, node in enumerate((*match.inputs, *match.nodes))}
+
+    def erase(value: Any) -> Any:
+        match value:
+            case fx.Node():
+                return ("node", places.get(value, -1))
+            case Call():
+                return (value.target, erase(value.args), erase_attributes(value.kwargs))
+            case list() | tuple():
+                return tuple(map(erase, items_of(value)))
+            case int() | float() | str() | None | torch.dtype():
+                return value
+            case _:
+                return str(value)
+
+    def erase_attributes(kwargs: Mapping[str, Any]) -> Any:
+        return tuple(
+            (name, len(items_of(value)) if name == "shape" else erase(value))
+            for name, value in kwargs.items()
+        )
+
+    device = _device_of(match)
+    examples = (node.meta.get("example_value") for node in (*match.inputs, *match.nodes))
+    forms = tuple(
+        (value.dtype, value.dim(), value.requires_grad) if isinstance(value, torch.Tensor) else "number"
+        for value in examples
+    )
+    calls = tuple((node.target, erase(node.args), erase_attributes(node.kwargs)) for node in match.nodes)
+    outputs = tuple(places[node] for node in (*match.outputs, *match.exports.values()))
+    return (match.pattern.name, device, forms, calls, outputs, erase(replacement), autocast_of(match))

@@ -1,0 +1,118 @@
+"""What comes in the place of a match: checked on example values, run on real ones, put into the graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxopt.graph import vocabulary
+from fxopt.rewriting.legality import autocast_scope
+from fxopt.rewriting.pattern import Call, Match
+
+COPIED = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[int, Any] | str:
+    """Return the example value of each call of a replacement, by its id, or what is wrong with it.
+
+    It must return as many outputs as the match has, of the same dtypes and ranks, from the match's inputs.
+    """
+    values = (*match.outputs, *match.exports.values())
+    if len(outputs) != len(values):
+        return f"replacement returned {len(outputs)} outputs, expected {len(values)}"
+    strangers = [node for node in _walk_nodes(outputs) if node not in match.inputs]
+    if strangers:
+        return f"replacement reads {strangers[0].name}, expected inputs of the match only"
+    known: dict[int, Any] = {}
+    for old, item in zip(values, outputs, strict=True):
+        example = old.meta["example_value"]
+        try:
+            with autocast_scope(match.autocast):
+                scope = _fake_mode_of(match)
+                found = evaluate_call(item, lambda node: node.meta["example_value"], scope, known)
+        except Exception as error:
+            return f"replacement raised {type(error).__name__}: {error}"
+        if found.dtype != example.dtype or found.dim() != example.dim() or found.device != example.device:
+            got = f"{found.dtype} with {found.dim()} dims on {found.device}"
+            return f"replacement is {got}, expected {example.dtype} with {example.dim()} on {example.device}"
+    return known
+
+
+def evaluate_call(
+    item: Any, value_of: Callable[[fx.Node], Any], scope: Any = None, known: dict[int, Any] | None = None
+) -> Any:
+    """Return what a replacement computes when its nodes have the values that `value_of` gives them.
+
+    A call that stands in two places runs once: share `known` between the outputs of one replacement.
+    """
+    known = {} if known is None else known
+    if isinstance(item, fx.Node):
+        return value_of(item)
+    if not isinstance(item, Call):
+        return item
+    if id(item) not in known:
+        args, kwargs = pytree.tree_map_only(
+            (Call, fx.Node),
+            lambda inner: evaluate_call(inner, value_of, scope, known),
+            (item.args, dict(item.kwargs)),
+        )
+        with scope or contextlib.nullcontext():
+            known[id(item)] = item.target(*args, **kwargs)
+    return known[id(item)]
+
+
+def insert_call(
+    graph: fx.Graph, item: Any, match: Match, examples: dict[int, Any], inserted: dict[int, fx.Node]
+) -> Any:
+    """Insert a replacement's calls at the graph's insertion point and return the node of the outermost.
+
+    `inserted` holds the new nodes by their call, so that a call that stands in two places is inserted once.
+    """
+    if not isinstance(item, Call):
+        return item
+    if id(item) in inserted:
+        return inserted[id(item)]
+    args, kwargs = pytree.tree_map_only(
+        Call,
+        lambda inner: insert_call(graph, inner, match, examples, inserted),
+        (item.args, dict(item.kwargs)),
+    )
+    node = graph.call_function(item.target, args, kwargs)
+    source = match.outputs[0]
+    node.meta = {key: source.meta[key] for key in COPIED if key in source.meta}
+    node.meta["rewritten_by"] = match.pattern.name
+    node.meta["origins"] = match.origins
+    node.meta["example_value"] = examples[id(item)]
+    inserted[id(item)] = node
+    return node
+
+
+def _fake_mode_of(match: Match) -> Any:
+    examples = (node.meta.get("example_value") for node in (*match.inputs, *match.nodes))
+    return next((mode for value in examples if (mode := getattr(value, "fake_mode", None)) is not None), None)
+
+
+def find_main_call(outputs: Iterable[Any]) -> Call | None:
+    """Return the call that a replacement is about: the outermost that is not of the canonical vocabulary."""
+    calls = list(_walk_calls(outputs))
+    fused = (call for call in calls if call.target not in vocabulary.BY_TARGET)
+    return next(fused, calls[0] if calls else None)
+
+
+def _walk_calls(items: Iterable[Any]) -> Iterator[Call]:
+    for item in items:
+        if isinstance(item, Call):
+            yield item
+            yield from _walk_calls((*item.args, *item.kwargs.values()))
+
+
+def _walk_nodes(items: Iterable[Any]) -> Iterator[fx.Node]:
+    for item in pytree.tree_leaves(list(items)):
+        if isinstance(item, fx.Node):
+            yield item
+        elif isinstance(item, Call):
+            yield from _walk_nodes((*item.args, *item.kwargs.values()))

@@ -1,0 +1,240 @@
+"""Replace what patterns match, each match judged, priced and proven first, until nothing more matches.
+
+Every rewrite erases at least one node that no rewrite made, so the number of such nodes falls with each and
+the loop ends. A sweep visits the nodes of each pattern's rarest op only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.graph.view import find_subgraphs, location_of
+from fxopt.report.records import Proof, RewriteRecord
+from fxopt.rewriting.cost import check_cost, sizes_in_bytes
+from fxopt.rewriting.legality import GraphState, find_insertion, judge, read_state
+from fxopt.rewriting.matcher import find_matches
+from fxopt.rewriting.pattern import (
+    Call,
+    Match,
+    Mismatch,
+    Pattern,
+    Replacement,
+)
+from fxopt.rewriting.prefilter import Known
+from fxopt.rewriting.replacement import evaluate_examples, find_main_call, insert_call
+from fxopt.rewriting.roots import find_anchor_targets, find_climbing_terms, find_roots, make_passes
+from fxopt.rewriting.terms import name_of
+from fxopt.rewriting.trace import Trace
+
+Prove = Callable[[Match, Replacement], Proof]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchContext:
+    """What holds around a graph: whether values that only feed its output are lazy, and the prover.
+
+    `prove(match, replacement)` is None where proofs are switched off.
+    """
+
+    lazy_outputs: bool = False
+    prove: Prove | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One replacement done: names of the nodes that went and came, and the bytes that no longer exist."""
+
+    match: Match
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    saved: int
+    record: RewriteRecord
+    proof: Proof | None
+    origins: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A match that stays stock, because its proof failed or its replacement could not be built."""
+
+    pattern: str
+    reason: str
+    origins: frozenset[str]
+    proof: Proof | None = None
+
+
+@dataclasses.dataclass
+class RewriteResult:
+    """What `apply_patterns` did and would not do; `num_steps` counts the steps of all searches."""
+
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list[Rewrite])
+    refused: list[Refusal] = dataclasses.field(default_factory=list[Refusal])
+    num_steps: int = 0
+    num_sweeps: int = 0
+
+
+def apply_patterns(gm: fx.GraphModule, patterns: Sequence[Pattern], context: MatchContext) -> RewriteResult:
+    """Replace every proven match of `patterns` in `gm` and in the bodies of its higher-order ops, in place.
+
+    Patterns are tried in order, again and again until a sweep changes nothing. `gm` must be canonical.
+    """
+    result = RewriteResult()
+    for prefix, body in list(find_subgraphs(gm)):
+        # What a body returns is read by the graph around it, so nothing in it is lazy.
+        scope = dataclasses.replace(context, lazy_outputs=context.lazy_outputs and not prefix)
+        rewriter = _Rewriter(body, scope, result)
+        while rewriter.sweep(patterns):
+            pass
+        body.recompile()
+    return result
+
+
+class _Rewriter:
+    """The sweeps over one graph; a match that was refused once is not tried again."""
+
+    def __init__(self, gm: fx.GraphModule, context: MatchContext, result: RewriteResult) -> None:
+        self._graph = gm.graph
+        self._context = context
+        self._result = result
+        self._refused: set[tuple[str, fx.Node]] = set()
+
+    def sweep(self, patterns: Sequence[Pattern]) -> bool:
+        """Try every pattern once everywhere; return whether the graph changed."""
+        num_before = len(self._result.rewrites)
+        self._result.num_sweeps += 1
+        state = read_state(self._graph)
+        known: Known = {}
+        for pattern in patterns:
+            counts = {target: len(nodes) for target, nodes in state.by_target.items()}
+            targets = find_anchor_targets(pattern.terms[0], counts) or frozenset()
+            passes = make_passes(find_climbing_terms(pattern.terms[0], targets), known)
+            anchors = itertools.chain.from_iterable(state.by_target.get(target, ()) for target in targets)
+            for anchor in sorted(anchors, key=state.places.__getitem__):
+                if anchor not in state.erased:
+                    self._rewrite_at(anchor, pattern, passes, state, known)
+        self._result.num_steps += len(known)
+        return len(self._result.rewrites) > num_before
+
+    def _rewrite_at(
+        self,
+        anchor: fx.Node,
+        pattern: Pattern,
+        passes: Callable[[fx.Node], bool],
+        state: GraphState,
+        known: Known,
+    ) -> None:
+        trace = Trace(pattern.name, known=known)
+        for root in find_roots(pattern, anchor, passes):
+            if (pattern.name, root) in self._refused:
+                continue
+            match = find_match(pattern, root, anchor, state, self._context.lazy_outputs, trace)
+            if match and self._replace(match, state):
+                break
+        self._result.num_steps += trace.steps
+
+    def _replace(self, match: Match, state: GraphState) -> bool:
+        """Replace `match` and record it; return False where it was refused."""
+        name, proof = match.pattern.name, None
+        replacement = match.pattern.replace(match)
+        outputs = replacement if isinstance(replacement, tuple) else (replacement,)
+        examples = check_progress(match) or evaluate_examples(match, outputs)
+        reason = examples if isinstance(examples, str) else ""
+        if not reason and self._context.prove is not None:
+            proof = self._context.prove(match, replacement)
+            reason = "" if proof.passed else proof.reason
+        if reason or isinstance(examples, str):
+            self._refused.add((name, match.outputs[0]))
+            self._result.refused.append(Refusal(name, reason, match.origins, proof))
+            return False
+        self._result.rewrites.append(self._apply(match, outputs, examples, proof, state))
+        return True
+
+    def _apply(
+        self,
+        match: Match,
+        outputs: Sequence[Call | fx.Node],
+        examples: dict[int, Any],
+        proof: Proof | None,
+        state: GraphState,
+    ) -> Rewrite:
+        at = find_insertion(match, state)
+        assert at is not None
+        location, origins = location_of(match.outputs[0]), match.origins
+        calls: dict[int, fx.Node] = {}
+        values = (*match.outputs, *match.exports.values())
+        with self._graph.inserting_before(at):
+            new = [insert_call(self._graph, item, match, examples, calls) for item in outputs]
+        inserted = list(calls.values())
+        for node in inserted:
+            state.add(node, at)
+        inside = set(match.nodes)
+        for old, replacement in zip(values, new, strict=True):
+            if old in match.outputs:
+                old.replace_all_uses_with(replacement)
+            else:
+                old.replace_all_uses_with(replacement, lambda user: user not in inside)
+        for node in match.kept:
+            node.meta["kept"] = match.pattern.name
+        gone = [node for node in match.nodes if node not in match.kept]
+        saved = sizes_in_bytes(gone) - sizes_in_bytes(inserted)
+        for node in reversed(gone):
+            self._graph.erase_node(node)
+            state.erased.add(node)
+        main = find_main_call(outputs)
+        record = RewriteRecord(
+            pattern=match.pattern.name,
+            op=name_of(main.target) if main else "",
+            before=tuple(node.name for node in gone),
+            after=tuple(node.name for node in inserted),
+            attributes=_attributes_of(main) if main else {},
+            location=location,
+        )
+        return Rewrite(match, record.before, record.after, saved, record, proof, origins)
+
+
+def find_match(
+    pattern: Pattern, root: fx.Node, anchor: fx.Node, state: GraphState, lazy_outputs: bool, trace: Trace
+) -> Match | None:
+    """Return the preferred legal match of `pattern` that contains `anchor` and whose first output is `root`.
+
+    `trace` remembers why there is none.
+    """
+    for bindings, outputs in find_matches(pattern, root, trace):
+        if anchor not in bindings.nodes:
+            continue
+        match = judge(pattern, bindings, outputs, state, lazy_outputs)
+        if isinstance(match, Match):
+            refusal = _judge_by_author(match)
+            if refusal is None:
+                return match
+            match = refusal
+        trace.refuse(match)
+    return None
+
+
+def _judge_by_author(match: Match) -> Mismatch | None:
+    refusal = match.pattern.check(match)
+    # A mismatch is falsy: only None says that the pattern holds.
+    return check_cost(match) if refusal is None else refusal
+
+
+def check_progress(match: Match) -> str:
+    """Return why a rewrite would not bring the end nearer: it must erase a node that no rewrite made."""
+    gone = (node for node in match.nodes if node not in match.kept)
+    if any("rewritten_by" not in node.meta for node in gone):
+        return ""
+    return "the match holds nothing but nodes of earlier rewrites: it could go on for ever"
+
+
+def _attributes_of(call: Call) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, int | float | str | None) else str(value)
+        for name, value in call.kwargs.items()
+        if not isinstance(value, Call | fx.Node | torch.Tensor)
+    }

@@ -1,0 +1,122 @@
+"""Run the stock nodes of a match, or what replaces them, on given inputs in a given dtype, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxopt.graph.view import requires_grad
+from fxopt.rewriting.pattern import Call, Match, Replacement
+from fxopt.rewriting.replacement import evaluate_call
+from fxopt.rewriting.samples import Sizes
+
+Values = dict[fx.Node, Any]
+Runner = Callable[[Values], list[torch.Tensor]]
+
+
+def stock_run(match: Match, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
+    """Return a function that runs the matched nodes, every float cast going to `dtype` where it is given."""
+    values = (*match.outputs, *match.exports.values())
+
+    def run(inputs: Values) -> list[torch.Tensor]:
+        known = dict(inputs)
+        for node in match.nodes:
+            args, kwargs = pytree.tree_map_only(fx.Node, known.__getitem__, (node.args, dict(node.kwargs)))
+            args, kwargs = _resize((args, kwargs), node, sizes)
+            if node.target is F.rms_norm and kwargs.get("eps") is None:
+                kwargs["eps"] = torch.finfo(node.args[0].meta["example_value"].dtype).eps  # pyright: ignore
+            args, kwargs = _recast((args, kwargs), dtype)
+            assert callable(node.target)
+            known[node] = node.target(*args, **kwargs)
+        return [known[node] for node in values]
+
+    return run
+
+
+def _resize(arguments: Any, node: fx.Node, sizes: Sizes) -> Any:
+    """Return arguments in which the sizes of a new shape are those of the samples; leading sizes only."""
+    args, kwargs = arguments
+    shape = kwargs.get("shape")
+    if shape is None or not sizes.numbers:
+        return args, kwargs
+    given: Any = node.kwargs["shape"]
+    last = len(shape) - 1
+    resized = tuple(
+        sizes.numbers.get(size, size) if isinstance(given[place], int) and place < last else size
+        for place, size in enumerate(shape)
+    )
+    return args, {**kwargs, "shape": resized}
+
+
+def _recast(arguments: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return arguments
+    return pytree.tree_map_only(
+        torch.dtype, lambda found: dtype if found.is_floating_point else found, arguments
+    )
+
+
+def replacement_run(replacement: Replacement, dtype: torch.dtype | None) -> Runner:
+    """Return a function that runs the replacement, its float dtypes all being `dtype` where it is given."""
+    items = replacement if isinstance(replacement, tuple) else (replacement,)
+    recast = [_recast_call(item, dtype) for item in items]
+
+    def run(inputs: Values) -> list[torch.Tensor]:
+        known: dict[int, Any] = {}
+        return [evaluate_call(item, inputs.__getitem__, None, known) for item in recast]
+
+    return run
+
+
+def _recast_call(item: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or not isinstance(item, Call):
+        return item
+    args, kwargs = pytree.tree_map_only(
+        Call, lambda inner: _recast_call(inner, dtype), (item.args, dict(item.kwargs))
+    )
+    args, kwargs = _recast((args, kwargs), dtype)
+    return Call(item.target, args, kwargs)
+
+
+def run_with_gradients(
+    run: Runner, inputs: Values, gradients: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the outputs by name, and the gradients of the inputs that require them in the graph."""
+    leaves = {node: _as_leaf(node, value) for node, value in inputs.items()}
+    outputs = run(leaves)
+    found = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
+    wanted = {
+        node: leaf for node, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    }
+    pairs = [
+        (output, gradient.to(output.dtype))
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if output.requires_grad
+    ]
+    if wanted and pairs:
+        sources, seeds = zip(*pairs, strict=True)
+        computed: tuple[Any, ...] = torch.autograd.grad(
+            sources, list(wanted.values()), seeds, allow_unused=True
+        )
+        for node, leaf, gradient in zip(wanted, wanted.values(), computed, strict=True):
+            found[f"gradient of {node.name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return found
+
+
+def _as_leaf(node: fx.Node, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_(requires_grad(node))
+
+
+def as_dtype(inputs: Values, dtype: torch.dtype) -> Values:
+    """Return the float tensors of `inputs` in `dtype`, all else as it is."""
+    return {
+        node: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for node, value in inputs.items()
+    }

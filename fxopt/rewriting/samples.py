@@ -1,0 +1,189 @@
+"""Random inputs for the stock arithmetic of a match: of its dtypes, devices and layouts, with few tokens.
+
+Leading dims of activations are shrunk, all by the same rule; dims that weights have stay as they are. All
+random numbers come from generators of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxopt.graph import vocabulary
+from fxopt.graph.view import is_tensor
+from fxopt.rewriting.cost import hint_of
+from fxopt.rewriting.pattern import Match
+
+FEW_TOKENS = 6
+"""What leading dims shrink to, each to one more: enough for shifts and for rows to be ignored."""
+INPUT_SEED, GRADIENT_SEED = 20240229, 20240301
+WEIGHT_RANK = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What becomes of the sizes of one match: plain numbers by number, symbols by their names."""
+
+    numbers: Mapping[int, int]
+    symbols: Mapping[Any, int]
+
+    def of(self, size: Any) -> int:
+        """Return the size that stands for `size`."""
+        if isinstance(size, int):
+            return self.numbers.get(size, size)
+        expression = size.node.expr
+        return int(expression.subs({symbol: self.symbols[symbol] for symbol in expression.free_symbols}))
+
+    def of_shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
+        """Return what stands for a shape: leading sizes shrunk, the last one as it is."""
+        return tuple(
+            self.of(size) if place < len(shape) - 1 or not isinstance(size, int) else size
+            for place, size in enumerate(shape)
+        )
+
+
+def propose_sizes(match: Match) -> Iterator[Sizes]:
+    """Yield sizes to try, smallest first; the last are those of the capture and always fit."""
+    symbols = {symbol: size for node in (*match.inputs, *match.nodes) for symbol, size in _symbols_of(node)}
+    small_symbols = {
+        symbol: min(size, FEW_TOKENS + place) for place, (symbol, size) in enumerate(symbols.items())
+    }
+    leading = _leading_sizes(match, floats=True)
+    numbers = {size: min(size, FEW_TOKENS + place) for place, size in enumerate(leading)}
+    folded = dict(numbers)
+    for shift in range(3):
+        for b in leading:
+            shrunk = max(numbers[b] - shift, 1)
+            folded.setdefault(b - shift, shrunk)
+            for a in leading:
+                folded.setdefault(a * (b - shift), numbers[a] * shrunk)
+    for size in _leading_sizes(match, floats=False):
+        folded.setdefault(size, min(size, FEW_TOKENS))
+    yield Sizes({**folded, 1: 1}, small_symbols)
+    if symbols:
+        yield Sizes({}, small_symbols)
+    yield Sizes({}, symbols)
+
+
+def _leading_sizes(match: Match, *, floats: bool) -> list[int]:
+    """Return the plain sizes of the leading dims of activations, or all those of the integer inputs."""
+    sizes: dict[int, None] = {}
+    for node in match.inputs:
+        if not is_tensor(node) or is_weight(node):
+            continue
+        example = node.meta["example_value"]
+        if example.is_floating_point() == floats:
+            dims = example.shape[:-1] if floats else example.shape
+            sizes.update(dict.fromkeys(size for size in dims if isinstance(size, int) and size > 1))
+    return list(sizes)
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Return whether a node looks like a parameter: a vector or matrix that comes into the graph as it is."""
+    example = node.meta["example_value"]
+    return (
+        node.op in ("placeholder", "get_attr")
+        and example.is_floating_point()
+        and example.dim() <= WEIGHT_RANK
+    )
+
+
+def _symbols_of(node: fx.Node) -> Iterator[tuple[Any, int]]:
+    """Yield the symbols in a value's sizes, each with the number it had at capture."""
+    value = node.meta.get("example_value")
+    sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else [value]
+    for size in sizes:
+        symbolic: Any = getattr(size, "node", None)
+        if symbolic is not None:
+            known: Any = symbolic.shape_env.backed_var_to_val
+            for symbol in sorted(symbolic.expr.free_symbols, key=str):
+                yield symbol, int(known.get(symbol, FEW_TOKENS))
+
+
+class Sampler:
+    """Random values for the inputs of one match, drawn without touching the user's random state."""
+
+    def __init__(self, match: Match, sizes: Sizes, seed: int = INPUT_SEED) -> None:
+        self._seed = seed
+        self._match = match
+        self._sizes = sizes
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def sample(self, node: fx.Node) -> Any:
+        """Return a value for the input `node`."""
+        example = node.meta.get("example_value")
+        if not isinstance(example, torch.Tensor):
+            return example if not isinstance(example, torch.SymInt) else self._sizes.of(example)
+        if example.dtype == torch.bool:
+            return self._uniform(self._shape(node), torch.float32, example.device) < 0.5
+        if not example.is_floating_point():
+            return self._integers(node, example)
+        return self._floats(node, example)
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """Return normal numbers in the form of `value`."""
+        return self._normal(tuple(value.shape), value.dtype, value.device)
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        example = node.meta["example_value"]
+        if is_weight(node):
+            return tuple(size if isinstance(size, int) else self._sizes.of(size) for size in example.shape)
+        if not example.is_floating_point():
+            return tuple(self._sizes.of(size) for size in example.shape)
+        return self._sizes.of_shape(example.shape)
+
+    def _floats(self, node: fx.Node, example: torch.Tensor) -> torch.Tensor:
+        shape = self._shape(node)
+        if not shape:
+            return self._uniform(shape, example.dtype, example.device) + 1.0
+        order = sorted(range(len(shape)), key=lambda dim: hint_of(example.stride(dim)), reverse=True)
+        dense = self._normal(tuple(shape[dim] for dim in order), example.dtype, example.device)
+        if is_weight(node) and len(shape) == WEIGHT_RANK:
+            dense.div_(math.sqrt(shape[-1]))
+        return dense.permute([order.index(dim) for dim in range(len(shape))])
+
+    def _integers(self, node: fx.Node, example: torch.Tensor) -> torch.Tensor:
+        loss = self._find_loss(node)
+        shape = self._shape(node)
+        if loss is None:
+            high = 8
+            return (self._uniform(shape, torch.float32, example.device) * high + 1).to(example.dtype)
+        num_classes = hint_of(loss.args[0].meta["example_value"].shape[-1])
+        values = (self._uniform(shape, torch.float64, example.device) * num_classes).to(example.dtype)
+        flat = values.reshape(-1)
+        ignore_index = loss.kwargs.get("ignore_index", -100)
+        if isinstance(ignore_index, int) and flat.numel() > 1:
+            flat[1::3] = ignore_index
+        return flat.reshape(shape)
+
+    def _find_loss(self, node: fx.Node) -> Any:
+        """Return the loss that reads `node` as its labels, through views and casts; None if there is none."""
+        labels = {node}
+        for inner in self._match.nodes:
+            if inner.target is F.cross_entropy and inner.args[1] in labels:
+                return inner
+            if inner.target in VIEWS and inner.args[0] in labels:
+                labels.add(inner)
+        return None
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=self._generator(device))
+
+    def _uniform(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.rand(shape, dtype=dtype, device=device, generator=self._generator(device))
+
+
+VIEWS = frozenset(
+    {vocabulary.reshape, vocabulary.contiguous, vocabulary.cast, vocabulary.BY_NAME["getitem"].target}
+)

@@ -1,0 +1,391 @@
+"""The language in which a pattern says what it looks for: terms that read like the arithmetic they match.
+
+A term is a tree. `tensor`, `number` and `attribute` are its named leaves and bind what they meet; a name
+used twice must meet the same value. An operation is written as arithmetic (`x * w`, `x ** 2`) or with the
+functions below, one per op of the canonical graph; `operation` builds any other. `either`, `choice` and
+`maybe` are alternatives, tried in order with real backtracking. A term used in two places matches one
+node, or two nodes that compute the same from the same values. Sums and products match in both orders.
+
+>>> x, w, eps = tensor("x", "* H"), tensor("w", "H"), number("eps")
+>>> print(x * rsqrt(mean(x ** 2) + eps) * w)
+mul(mul(x, rsqrt(add(mean(pow(x, 2)), eps))), w)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from fxopt.graph import vocabulary
+
+Target = Callable[..., Any]
+EscapePolicy = Literal["refuse", "keep", "export"]
+
+
+class Term:
+    """Anything a pattern is made of; arithmetic on terms builds larger ones."""
+
+    def __add__(self, other: Any) -> Term:
+        return operation(torch.add, self, other)
+
+    def __radd__(self, other: Any) -> Term:
+        return operation(torch.add, self, other)
+
+    def __sub__(self, other: Any) -> Term:
+        return operation(torch.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Term:
+        return operation(torch.sub, other, self)
+
+    def __mul__(self, other: Any) -> Term:
+        return operation(torch.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Term:
+        return operation(torch.mul, self, other)
+
+    def __truediv__(self, other: Any) -> Term:
+        return operation(torch.div, self, other)
+
+    def __rtruediv__(self, other: Any) -> Term:
+        return operation(torch.div, other, self)
+
+    def __pow__(self, exponent: Any) -> Term:
+        return operation(torch.pow, self, exponent=exponent)
+
+    def __neg__(self) -> Term:
+        return operation(torch.neg, self)
+
+    def __getitem__(self, index: Any) -> Term:
+        return operation(operator.getitem, self, index=index)
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    @functools.cached_property
+    def heads(self) -> frozenset[Target]:
+        """The ops that the topmost node of a match may call; empty where it may be any value."""
+        match self:
+            case Operation():
+                return frozenset({self.target})
+            case Escaping() | Named():
+                return self.term.heads
+            case Either():
+                heads = [option.heads for _, option in self.options]
+                return frozenset[Target]().union(*heads) if all(heads) else frozenset()
+            case _:
+                return frozenset()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor(Term):
+    """A named tensor; `shape` names its dims, `*` standing for any number of leading ones."""
+
+    name: str
+    shape: tuple[str, ...] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Number(Term):
+    """A named Python number (not a bool, not a tensor)."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attribute(Term):
+    """A named attribute of an op; binds whatever the node has there."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation(Term):
+    """One node calling `target`; an attribute may stand by name or in its place after `args`."""
+
+    target: Target
+    args: tuple[Any, ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+    condition: Callable[[torch.fx.Node], bool] | None = None
+    expected: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Either(Term):
+    """Alternatives in order of preference; a `name` binds the value beside the one that matched."""
+
+    options: tuple[tuple[Any, Term], ...]
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Escaping(Term):
+    """A value that may be read from outside the match, and what then happens to it."""
+
+    term: Term
+    policy: EscapePolicy
+    name: str = ""
+    cheap: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Named(Term):
+    """A term whose node is bound to a name as well."""
+
+    name: str
+    term: Term
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Many(Term):
+    """One or more items of a list of arguments, each matching `term`; binds a tuple of their own bindings."""
+
+    name: str
+    term: Term
+    at_least: int = 1
+
+
+def tensor(name: str, shape: str | None = None, *dtypes: torch.dtype) -> Tensor:
+    """Return a named tensor whose dims are unified by name over the whole pattern.
+
+    >>> tensor("w", "V H").shape, tensor("scalar", "").shape, tensor("any").shape
+    (('V', 'H'), (), None)
+    """
+    return Tensor(name, None if shape is None else tuple(shape.split()), frozenset(dtypes) or None)
+
+
+def number(name: str) -> Number:
+    """Return a named Python number, such as an epsilon."""
+    return Number(name)
+
+
+def attribute(name: str) -> Attribute:
+    """Return a named attribute, such as a reduction; `...` in its place means any value, unbound."""
+    return Attribute(name)
+
+
+def operation(target: Target, *args: Any, **attributes: Any) -> Operation:
+    """Return a term for one call of `target`: operands in order, then its attributes by name."""
+    return Operation(target, args, tuple(attributes.items()))
+
+
+def either(*terms: Term) -> Either:
+    """Return the first of `terms` with which the rest of the pattern matches too."""
+    return Either(tuple((index, term) for index, term in enumerate(terms)))
+
+
+def choice(name: str, **terms: Term) -> Either:
+    """Return one of `terms`; `name` binds the keyword of the one that matched.
+
+    >>> gate = tensor("gate")
+    >>> print(choice("act", silu=silu(gate), gelu=gelu(gate)))
+    (silu(gate) | gelu(gate, none))
+    """
+    return Either(tuple(terms.items()), name)
+
+
+def maybe(build: Callable[[Term], Term], term: Term, name: str = "") -> Either:
+    """Return `build(term)` or `term` itself; `name`, where given, binds which as True or False."""
+    return Either(((True, build(term)), (False, term)), name)
+
+
+def keep(term: Term, *, cheap: bool = False) -> Escaping:
+    """Return `term`, whose stock nodes stay in the graph where its value is read from outside.
+
+    That costs its computation, so it is done only where a value that feeds the graph's output alone is
+    computed lazily, or where the pattern says that it is `cheap`.
+    """
+    return Escaping(term, "keep", cheap=cheap)
+
+
+def export(name: str, term: Term) -> Escaping:
+    """Return `term`, whose value the replacement also returns where it is read from outside."""
+    return Escaping(term, "export", name)
+
+
+def named(name: str, term: Term) -> Named:
+    """Return `term`, and bind `name` to the node that it matches."""
+    return Named(name, term)
+
+
+def many(name: str, term: Term, at_least: int = 1) -> Many:
+    """Return one or more list items that match `term`, as in `cat(many("parts", x * w))`."""
+    return Many(name, term, at_least)
+
+
+def cast(x: Term, dtype: Any = ...) -> Operation:
+    """Return `x` in another dtype."""
+    return operation(vocabulary.cast, x, dtype=dtype)
+
+
+def upcast(x: Term) -> Operation:
+    """Return `x` in a dtype that holds each of its values exactly."""
+    return Operation(vocabulary.cast, (x,), (("dtype", ...),), _is_upcast, "a cast to a wider dtype")
+
+
+def downcast(x: Term) -> Operation:
+    """Return `x` rounded to a narrower dtype."""
+    return Operation(vocabulary.cast, (x,), (("dtype", ...),), _is_downcast, "a cast to a narrower dtype")
+
+
+def _cast_dtypes(node: torch.fx.Node) -> tuple[torch.dtype, torch.dtype]:
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    return source.meta["example_value"].dtype, node.meta["example_value"].dtype
+
+
+def _is_upcast(node: torch.fx.Node) -> bool:
+    before, after = _cast_dtypes(node)
+    return (
+        before.is_floating_point and after.is_floating_point and torch.promote_types(before, after) == after
+    )
+
+
+def _is_downcast(node: torch.fx.Node) -> bool:
+    before, after = _cast_dtypes(node)
+    return (
+        before.is_floating_point and after.is_floating_point and torch.promote_types(before, after) == before
+    )
+
+
+def mean(x: Term, dim: Any = (-1,), keepdim: Any = True) -> Operation:
+    """Return the mean over `dim`."""
+    return operation(torch.mean, x, dim=dim, keepdim=keepdim)
+
+
+def total(x: Term, dim: Any = (-1,), keepdim: Any = True) -> Operation:
+    """Return the sum over `dim`."""
+    return operation(torch.sum, x, dim=dim, keepdim=keepdim)
+
+
+def variance(x: Term, dim: Any = (-1,), correction: Any = 0, keepdim: Any = True) -> Operation:
+    """Return the variance over `dim`; `correction` 0 divides by the number of items."""
+    return operation(torch.var, x, dim=dim, correction=correction, keepdim=keepdim)
+
+
+def sqrt(x: Term) -> Operation:
+    """Return the square root."""
+    return operation(torch.sqrt, x)
+
+
+def rsqrt(x: Term) -> Operation:
+    """Return the reciprocal square root."""
+    return operation(torch.rsqrt, x)
+
+
+def reciprocal(x: Term) -> Operation:
+    """Return one over `x`."""
+    return operation(torch.reciprocal, x)
+
+
+def exp(x: Term) -> Operation:
+    """Return the exponential."""
+    return operation(torch.exp, x)
+
+
+def tanh(x: Term) -> Operation:
+    """Return the hyperbolic tangent."""
+    return operation(torch.tanh, x)
+
+
+def erf(x: Term) -> Operation:
+    """Return the error function."""
+    return operation(torch.erf, x)
+
+
+def sigmoid(x: Term) -> Operation:
+    """Return the logistic function."""
+    return operation(torch.sigmoid, x)
+
+
+def silu(x: Term) -> Operation:
+    """Return `x * sigmoid(x)`, called by its name."""
+    return operation(F.silu, x)
+
+
+def relu(x: Term) -> Operation:
+    """Return `x` where it is positive, else 0."""
+    return operation(F.relu, x)
+
+
+def gelu(x: Term, approximate: Any = "none") -> Operation:
+    """Return the Gaussian error linear unit, called by its name; `approximate` is "none" or "tanh"."""
+    return operation(F.gelu, x, approximate=approximate)
+
+
+def linear(x: Term, w: Term, bias: Term | None = None) -> Operation:
+    """Return `x @ w.T + bias`."""
+    return operation(F.linear, x, w, bias)
+
+
+def matmul(a: Term, b: Term) -> Operation:
+    """Return the matrix product."""
+    return operation(torch.matmul, a, b)
+
+
+def reshape(x: Term, shape: Any = ...) -> Operation:
+    """Return `x` in another shape, in the same order."""
+    return operation(vocabulary.reshape, x, shape=shape)
+
+
+def contiguous(x: Term) -> Operation:
+    """Return `x` copied to a dense layout."""
+    return operation(vocabulary.contiguous, x)
+
+
+def cat(*tensors: Term, dim: Any = -1) -> Operation:
+    """Return `tensors` one after the other; one of them may be `many(...)`."""
+    return operation(torch.cat, tensors, dim=dim)
+
+
+def rms_norm(x: Term, weight: Term | None = None, eps: Any = ...) -> Operation:
+    """Return torch's own RMS norm over whatever dims it names."""
+    return operation(F.rms_norm, x, normalized_shape=..., weight=weight, eps=eps)
+
+
+def cross_entropy(logits: Term, labels: Term, **attributes: Any) -> Operation:
+    """Return torch's cross entropy without class weights; `attributes` not given match any value."""
+    named = {"ignore_index": ..., "reduction": ..., "label_smoothing": ..., **attributes}
+    return operation(F.cross_entropy, logits, labels, None, **named)
+
+
+def describe(term: Any) -> str:
+    """Return a term as text, on one line."""
+    match term:
+        case Tensor() | Number() | Attribute():
+            return term.name
+        case Operation():
+            attributes = [describe(value) for name, value in term.attributes if _is_shown(name, value)]
+            return f"{name_of(term.target)}({', '.join([*map(describe, term.args), *attributes])})"
+        case Either(options=((True, built), (False, _))):
+            return f"maybe {describe(built)}"
+        case Either():
+            return f"({' | '.join(describe(option) for _, option in term.options)})"
+        case Escaping() | Named():
+            return describe(term.term)
+        case Many():
+            return f"{describe(term.term)}, ..."
+        case tuple():
+            return f"[{', '.join(map(describe, items_of(term)))}]"
+        case _:
+            return str(term)
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return value is not ... and name not in ("dim", "keepdim")
+
+
+def items_of(value: Any) -> tuple[Any, ...]:
+    """Return the items of a list or tuple; of anything else, the value as the only item."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def name_of(target: Any) -> str:
+    """Return the short name of a callable, as mismatches print it."""
+    return getattr(target, "__name__", str(target)).strip("_")

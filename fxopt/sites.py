@@ -1,0 +1,123 @@
+"""From what the passes and the running model recorded to the report a user reads."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from fxopt.capture.installation import Installation
+from fxopt.capture.ledger import Capture
+from fxopt.capture.model_call import REGION
+from fxopt.graph.anchors import Anchor
+from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site
+from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.rewrite import RewriteResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the passes found and did in one graph; modules are named from the region's root."""
+
+    sites: tuple[Site, ...]
+    mismatches: tuple[MismatchRecord, ...]
+    graph: GraphRecord
+
+
+def find_sites(
+    gm: fx.GraphModule,
+    anchors: Sequence[Anchor],
+    result: RewriteResult,
+    patterns: Sequence[Any],
+    lazy_outputs: bool,
+) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...]]:
+    """Return one site per anchor of the stock graph, and for each that no pattern took its nearest miss."""
+    sites: list[Site] = []
+    mismatches: list[MismatchRecord] = []
+    for anchor in anchors:
+        rewrite = next((r for r in result.rewrites if anchor.node in r.origins), None)
+        if rewrite is not None:
+            sites.append(_site(anchor, "rewritten", rewrite.record.op, "", rewrite.proof))
+            continue
+        refused = next((r for r in result.refused if anchor.node in r.origins), None)
+        if refused is not None:
+            sites.append(_site(anchor, "refused", "", refused.reason, refused.proof))
+            continue
+        miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
+        reason = f"{miss.pattern}: {miss.reason}"
+        sites.append(_site(anchor, "unmatched", "", reason, None))
+        mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
+    return tuple(sites), tuple(mismatches)
+
+
+def _site(anchor: Anchor, status: Any, op: str, reason: str, proof: Any) -> Site:
+    return Site(anchor.kind, op, 1, status, anchor.module, anchor.location, reason, proof)
+
+
+def build_report(installation: Installation) -> Report:
+    """Return the report of one optimized model: sites counted over the layers they stand for."""
+    ledger = installation.ledger
+    served = [
+        (path, ledger.served[path])
+        for path in (*(path for path, _ in installation.regions.blocks), REGION)
+        if path in ledger.served
+    ]
+    used = tuple({id(capture): capture for _, capture in served}.values())
+    graphs = tuple(
+        dataclasses.replace(capture.outcome.graph, region=capture.region, capture=capture.number)
+        for capture in used
+    )
+    return Report(
+        model=type(installation.model).__name__,
+        sites=_count_sites(served),
+        rewrites=tuple(rewrite for graph in graphs for rewrite in graph.rewrites),
+        mismatches=tuple(miss for capture in used for miss in capture.outcome.mismatches),
+        passes=tuple(record for graph in graphs for record in graph.passes),
+        graphs=graphs,
+        regions=_regions(installation),
+        fallbacks=ledger.fallback_records(),
+        notes=tuple(ledger.notes),
+        lowering=installation.options.lowering,
+    )
+
+
+def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
+    """Return the sites of all layers, equal ones of different layers merged into one with their count."""
+    first: dict[tuple[Any, ...], Site] = {}
+    counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    for path, capture in served:
+        prefix = "" if path == REGION else path
+        seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        for site in capture.outcome.sites:
+            key = (
+                capture.region,
+                site.pattern,
+                site.op,
+                site.status,
+                site.module,
+                site.location,
+                site.reason,
+            )
+            seen[key] += 1
+            key = (*key, seen[key])
+            counts[key] += 1
+            module = ".".join(part for part in (prefix, site.module) if part)
+            first.setdefault(key, dataclasses.replace(site, module=module))
+    return tuple(dataclasses.replace(site, count=counts[key]) for key, site in first.items())
+
+
+def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
+    ledger = installation.ledger
+    captures = collections.Counter(capture.region for capture in ledger.captures)
+    records: list[RegionRecord] = []
+    named = [
+        ("block", stack.path, stack.paths[0], len(stack.blocks)) for stack in installation.regions.stacks
+    ]
+    for kind, region, module, count in (*named, ("model", REGION, "", 1)):
+        refused = ledger.refused.get(region, "")
+        status = "stock" if refused else "captured" if captures[region] else "pending"
+        records.append(RegionRecord(kind, module, count, status, captures[region], refused))
+    return tuple(records)

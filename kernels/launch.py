@@ -1,0 +1,198 @@
+"""What all kernel files share: is Triton usable here, launch sizes, and how an op is registered.
+
+A kernel runs where `can_launch(tensor)` is true; elsewhere the op computes its reference in plain torch, and
+the reason is said once. Under `TRITON_INTERPRET=1`, read when Triton is imported, kernels run on CPU tensors;
+the ops do not use them there, tests do.
+
+Triton is optional, since it exists for few platforms: kernel files import `jit` and `tl` from here, and
+without it a kernel is an object that cannot be launched.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = False
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    def jit(function: Callable[..., Any]) -> Any:
+        """Return `function` as a Triton kernel, or as a part of one."""
+elif HAS_TRITON:
+    import triton.language as tl
+    from triton import jit, knobs
+
+    INTERPRETED = bool(knobs.runtime.interpret)
+else:
+    tl = SimpleNamespace(constexpr=lambda value=None: value)
+
+    def jit(function):
+        """Return `function`: nothing can launch it."""
+        return function
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (7, 5)
+OLDEST_BFLOAT16_CAPABILITY = (8, 0)
+SHARED_SLACK_BYTES = 16 * 1024  # for reductions
+INTERPRETED_PROGRAMS = 3  # few, so that each program of a persistent grid does several turns under test
+
+LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
+
+
+@functools.cache
+def find_obstacle(device_index: int, dtype: torch.dtype) -> str | None:
+    """Return why no kernel can run on that CUDA device for `dtype`, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if INTERPRETED:
+        return "TRITON_INTERPRET is set, and interpreted kernels are for tests on a CPU"
+    if torch.version.hip is not None:
+        return "the kernels are built and tested for NVIDIA devices only"
+    capability = torch.cuda.get_device_capability(device_index)
+    name = torch.cuda.get_device_name(device_index)
+    if capability < OLDEST_CAPABILITY:
+        return f"{name} has compute capability {capability}, expected {OLDEST_CAPABILITY} or newer"
+    if dtype == torch.bfloat16 and capability < OLDEST_BFLOAT16_CAPABILITY:
+        return f"{name} has no bfloat16 instructions; float16 works on it"
+    return None
+
+
+@functools.cache
+def is_available() -> bool:
+    """Return whether kernels can run on the current CUDA device."""
+    if not torch.cuda.is_available():
+        return False
+    return find_obstacle(torch.cuda.current_device(), torch.float16) is None
+
+
+@functools.cache
+def _can_launch(device_index: int, dtype: torch.dtype) -> bool:
+    if dtype not in KERNEL_DTYPES:
+        return False  # float64 is what references are for: no warning
+    obstacle = find_obstacle(device_index, dtype)
+    if obstacle is not None:
+        warn_once(f"fxopt kernels: not used, plain torch runs instead: {obstacle}")
+    return obstacle is None
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn with `text`, the first time only."""
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def can_launch(*tensors: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> bool:
+    """Return whether a kernel can read these CUDA tensors and write `out_dtype`; the first "no" for a device warns."""
+    for tensor in tensors:
+        if tensor is not None:
+            index = tensor.device.index
+            if not _can_launch(index, tensor.dtype) or not (
+                out_dtype is None or _can_launch(index, out_dtype)
+            ):
+                return False
+    return True
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of `device`; a small number in the interpreter."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which Triton launches on the device of `tensor`."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Return the quotient rounded up.
+
+    >>> ceil_div(9, 4)
+    3
+    """
+    return -(-numerator // denominator)
+
+
+def next_power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below `number`.
+
+    >>> next_power_of_two(896), next_power_of_two(1024)
+    (1024, 1024)
+    """
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def num_warps_for(tile_elements: int, elements_per_thread: int = 16, at_most: int = 16) -> int:
+    """Return a power of two of warps that gives each thread about `elements_per_thread` of a tile.
+
+    >>> num_warps_for(4096), num_warps_for(128), num_warps_for(65536)
+    (8, 1, 16)
+    """
+    return max(1, min(at_most, next_power_of_two(tile_elements // (32 * elements_per_thread))))
+
+
+@functools.cache
+def num_stages_for(loop_bytes: int, device: torch.device) -> int:
+    """Return the stages of a loop whose turns load `loop_bytes`: 3 if its two buffers fit on a multiprocessor, else 1.
+
+    With 2 stages Triton has a single buffer, filled after a turn's arithmetic: nothing overlaps.
+    """
+    if device.type != "cuda":
+        return 1
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 3 if 2 * loop_bytes + SHARED_SLACK_BYTES <= most else 1
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` as [rows, last dimension] with a last stride of 1: a view where strides allow it, else a copy.
+
+    >>> as_rows(torch.empty(2, 3, 8)[..., :4]).shape
+    torch.Size([6, 4])
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def register_op(
+    schema: str,
+    *,
+    plain: Callable[..., Any],
+    fused: Callable[..., Any],
+    fake: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
+) -> torch._ops.OpOverload:
+    """Define `fxopt::<schema>`, run by `plain` on a CPU, `fused` on CUDA, `fake` under FakeTensor; return the op.
+
+    An op tagged `torch.Tag.pointwise` is computed again in the backward pass instead of saved.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    LIBRARY.impl(name, plain, "CPU")
+    LIBRARY.impl(name, fused, "CUDA")
+    torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fxopt, name).default
+
+
+def register_gradient(op: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Make `backward` the derivative of `fxopt::<op>`, and differentiating `fxopt::<op>_backward` an error."""
+    torch.library.register_autograd(f"fxopt::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"fxopt::{op}: second derivatives are not implemented, expected one backward pass, got a backward "
+            f"through fxopt::{op}_backward\nLeave this op out of the rewrite, or run the stock model here"
+        )
+
+    torch.library.register_autograd(f"fxopt::{op}_backward", refuse, lib=LIBRARY)

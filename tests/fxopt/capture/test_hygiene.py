@@ -1,0 +1,267 @@
+"""What Dynamo does silently when left alone, each met by a test."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.capture import torch_compat
+
+
+def test_twelve_models_in_one_process_are_all_captured(build, install, assert_same_step):
+    """Dynamo's limit of 8 captures per code object is shared by all instances of a class."""
+    for _ in range(12):
+        model = build(num_hidden_layers=2)
+        installation = install(model)
+        assert_same_step(model, build(num_hidden_layers=2))
+        assert not installation.ledger.fallbacks
+        assert [c.region for c in installation.ledger.captures].count("model.layers") == 1
+
+
+def test_a_second_identical_model_makes_captures_of_its_own(build, install):
+    first, second = build(), build()
+    installations = [install(first), install(second)]
+    ids = torch.randint(1, 256, (2, 16))
+    for model in (first, second):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for installation in installations:
+        assert {c.region for c in installation.ledger.captures} == {"model", "model.layers"}
+        assert set(installation.ledger.served) == {"model", *(f"model.layers.{i}" for i in range(3))}
+
+
+def test_twenty_eight_equal_layers_cost_at_most_three_captures(build, install):
+    model = build(num_hidden_layers=28)
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert len(installation.ledger.captures) <= 3
+    assert not installation.ledger.fallbacks
+
+
+def test_generate_makes_no_capture_and_gives_stock_tokens(twins, install):
+    model, stock = twins()
+    installation = install(model)
+    model.eval(), stock.eval()
+    ids = torch.randint(3, 256, (1, 7))
+    tokens = [m.generate(ids, max_new_tokens=12, do_sample=False) for m in (model, stock)]
+    assert torch.equal(*tokens)
+    assert not installation.ledger.captures
+    assert not installation.ledger.fallbacks
+    assert installation.ledger.stock_calls["without gradients"] > 0
+
+
+def test_a_hook_added_inside_after_capture_fires_and_is_counted(twins, install, assert_same_step):
+    model, stock = twins()
+    installation = install(model)
+    assert_same_step(model, stock)
+    seen: list[str] = []
+    inner = model.model.layers[1].mlp.gate_proj
+    handle = inner.register_forward_hook(lambda module, args, output: seen.append("forward"))
+    assert_same_step(model, stock)
+    assert seen == ["forward"]
+    reasons = {reason for region, reason in installation.ledger.fallbacks}
+    assert "a hook sits on the Linear inside" in reasons
+    handle.remove()
+    before = sum(installation.ledger.fallbacks.values())
+    assert_same_step(model, stock)
+    assert sum(installation.ledger.fallbacks.values()) == before
+
+
+def test_full_backward_hooks_inside_fire(twins, install, assert_same_step):
+    model, stock = twins()
+    install(model)
+    assert_same_step(model, stock)
+    seen: list[tuple[int, ...]] = []
+    model.model.layers[0].mlp.register_full_backward_hook(lambda m, gi, go: seen.append(tuple(go[0].shape)))
+    assert_same_step(model, stock)
+    assert seen == [(2, 16, 64)]
+
+
+def test_hooks_on_a_block_fire_around_the_compiled_block(twins, install, assert_same_step):
+    model, stock = twins()
+    installation = install(model)
+    assert_same_step(model, stock)
+    seen: list[str] = []
+    block = model.model.layers[1]
+    block.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    block.register_forward_hook(lambda m, args, output: seen.append("post"))
+    block.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    captures = len(installation.ledger.captures)
+    assert_same_step(model, stock)
+    assert seen == ["pre", "post", "backward"]
+    assert not any(region == "model.layers" for region, _ in installation.ledger.fallbacks)
+    assert len(installation.ledger.captures) - captures <= 1
+    assert "forward" not in block.__dict__
+
+
+def test_a_hook_that_changes_the_blocks_output_is_obeyed(twins, install, assert_same_step):
+    model, stock = twins()
+    install(model)
+    for each in (model, stock):
+        each.model.layers[0].register_forward_hook(lambda m, args, output: output * 0.5)
+    assert_same_step(model, stock)
+
+
+def test_transformers_own_capturing_hooks_do_not_stop_later_steps(twins, install, assert_same_step):
+    """After one call with output_hidden_states, transformers leaves idle hooks on layers for good."""
+    model, stock = twins()
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 16))
+    states = [m(input_ids=ids, labels=ids, output_hidden_states=True).hidden_states for m in (model, stock)]
+    assert len(states[0]) == len(states[1]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    before = dict(installation.ledger.fallbacks)
+    assert_same_step(model, stock)
+    assert installation.ledger.fallbacks == before
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_and_is_captured(twins, install, assert_same_step, use_reentrant):
+    model, stock = twins()
+    installation = install(model)
+    for each in (model, stock):
+        each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert_same_step(model, stock)
+    assert not installation.ledger.fallbacks
+    for each in (model, stock):
+        each.gradient_checkpointing_disable()
+    assert_same_step(model, stock)
+    assert not installation.ledger.fallbacks
+
+
+class MutatingBlock(nn.Module):
+    """A block that rescales a buffer after computing with a function of it, which is what it saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("scale", torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x) * torch.sigmoid(self.scale)
+        self.scale.mul_(0.5)
+        return x + y.tanh()
+
+
+class MutatingModel(nn.Module):
+    """Two mutating blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MutatingBlock() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_a_block_that_mutates_what_it_read_keeps_right_gradients(install, assert_same_step):
+    torch.manual_seed(0)
+    model = MutatingModel()
+    stock = copy.deepcopy(model)
+    install(model)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        assert_same_step(model, stock, lambda m: m(x))
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), stock.buffers(), strict=True))
+
+
+def test_num_items_as_an_int_settles_after_two_captures(twins, install, assert_same_step):
+    model, stock = twins()
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 16))
+    for count in (20, 21, 23, 29, 31):
+        assert_same_step(
+            model, stock, lambda m, n=count: m(input_ids=ids, labels=ids, num_items_in_batch=n).loss
+        )
+    assert [c.region for c in installation.ledger.captures].count("model") <= 2
+    assert [c.region for c in installation.ledger.captures].count("model.layers") == 1
+    assert not installation.ledger.fallbacks
+
+
+def test_changing_shapes_settle_on_dynamic_captures(twins, install, assert_same_step):
+    model, stock = twins()
+    installation = install(model)
+    for shape in ((2, 16), (3, 24), (4, 40), (5, 33), (2, 17)):
+        ids = torch.randint(1, 256, shape)
+        assert_same_step(model, stock, lambda m, ids=ids: m(input_ids=ids, labels=ids).loss)
+    assert [c.region for c in installation.ledger.captures].count("model.layers") <= 2
+    assert not installation.ledger.fallbacks
+
+
+def test_inductor_runs_without_custom_passes_that_would_turn_its_cache_off():
+    from torch._inductor import config
+
+    for name in ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass"):
+        assert getattr(config, name) is None
+
+
+def test_a_cache_object_in_training_runs_stock_and_is_counted(build, install):
+    model = build()
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 16))
+    out = model(input_ids=ids, labels=ids, use_cache=True)
+    assert out.past_key_values is not None
+    assert any("DynamicCache" in reason for _, reason in installation.ledger.fallbacks)
+
+
+class Breaking(nn.Module):
+    """A block Dynamo cannot capture whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        if x.sum().item() > 1e9:
+            return x
+        return x + 1
+
+
+class BreakingModel(nn.Module):
+    """Two blocks that break the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Breaking() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_a_block_that_breaks_stays_stock_with_reason_and_line(install, assert_same_step):
+    model = BreakingModel()
+    stock = copy.deepcopy(model)
+    installation = install(model)
+    x = torch.randn(4, 8)
+    assert_same_step(model, stock, lambda m: m(x))
+    assert_same_step(model, stock, lambda m: m(x))
+    reason = installation.ledger.refused["blocks"]
+    assert "test_hygiene.py:" in reason
+    assert "ata-dependent" in reason or "item" in reason
+
+
+def test_partial_optimizes_the_pieces_of_a_block_that_breaks(install, assert_same_step):
+    model = BreakingModel()
+    stock = copy.deepcopy(model)
+    installation = install(model, partial=True)
+    x = torch.randn(4, 8)
+    assert_same_step(model, stock, lambda m: m(x))
+    assert any(c.region == "blocks" for c in installation.ledger.captures)
+    assert "blocks" not in installation.ledger.refused
+
+
+def test_torch_compat_isolates_code_objects():
+    def function(x: int) -> int:
+        return x + 1
+
+    copies = [torch_compat.isolate(function) for _ in range(2)]
+    assert copies[0].__code__ is not copies[1].__code__
+    assert copies[0](1) == 2

@@ -1,0 +1,165 @@
+"""Lazy logits: nothing is computed until somebody reads, and what is read is what stock gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+
+from fxopt.capture import torch_compat
+from fxopt.capture.installation import Installation
+from fxopt.capture.lazy import LazyLogits
+from fxopt.errors import StaleLogitsError
+
+
+def keep_logits(gm: Any, *, region: str, lazy_outputs: bool) -> None:
+    """Give the loss a linear of its own and mark the logits' one as kept, as a rewritten head does."""
+    if not lazy_outputs:
+        return
+    for node in list(gm.graph.nodes):
+        if node.target is torch._C._nn.linear:
+            with gm.graph.inserting_after(node):
+                own = gm.graph.node_copy(node)
+            node.meta["kept"] = "test"
+            for user in list(node.users):
+                if user.op != "output":
+                    user.replace_input_with(node, own)
+            node.replace_all_uses_with(node)
+    gm.recompile()
+
+
+@pytest.fixture
+def lazy_twins(twins):
+    model, stock = twins()
+    Installation(model, None, keep_logits, torch_compat.plain_backend, partial=False).install()
+    return model, stock
+
+
+IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_training_computes_no_logits(lazy_twins):
+    model, stock = lazy_twins
+    out, expected = model(input_ids=IDS, labels=IDS), stock(input_ids=IDS, labels=IDS)
+    assert type(out.logits) is LazyLogits
+    assert torch.equal(out.loss, expected.loss)
+    out.loss.backward()
+    expected.loss.backward()
+    for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert out.logits.is_lazy
+
+
+def test_form_casts_detach_and_slices_stay_lazy(lazy_twins):
+    model, stock = lazy_twins
+    logits, expected = model(input_ids=IDS, labels=IDS).logits, stock(input_ids=IDS, labels=IDS).logits
+    assert isinstance(logits, torch.Tensor)
+    assert logits.shape == expected.shape
+    assert (logits.dtype, logits.device, logits.ndim) == (expected.dtype, expected.device, 3)
+    assert logits.size(-1) == 256
+    assert len(logits) == 2
+    assert logits.requires_grad
+    derived = [
+        logits.float(),
+        logits.to(torch.bfloat16),
+        logits.detach(),
+        logits[:, :-1],
+        logits[..., :5].half(),
+    ]
+    assert all(type(each) is LazyLogits for each in derived)
+    assert not logits.detach().requires_grad
+    assert derived[3].shape == (2, 15, 256)
+    assert derived[4].dtype is torch.float16
+    assert "not computed" in repr(logits)
+    assert logits.is_lazy
+    assert torch.equal(derived[1].materialize(), expected.to(torch.bfloat16))
+    assert torch.equal(derived[4].materialize(), expected[..., :5].half())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.argmax(-1),
+        lambda t: t + 1,
+        lambda t: torch.softmax(t, -1),
+        lambda t: t.sum(),
+        lambda t: torch.cat([t, t]),
+        lambda t: torch.nn.functional.cross_entropy(t.reshape(-1, 256), IDS.reshape(-1)),
+        lambda t: t.detach().clone(),
+        lambda t: torch.from_numpy(t.detach().numpy()),
+        lambda t: torch.tensor(t.tolist()),
+        lambda t: t.cpu(),
+        lambda t: t[t > 0],
+        lambda t: copy.deepcopy(t.detach()),
+        lambda t: pickle.loads(pickle.dumps(t.detach())),
+    ],
+)
+def test_any_other_read_computes_what_stock_gives(lazy_twins, read):
+    model, stock = lazy_twins
+    ours, theirs = (
+        read(model(input_ids=IDS, labels=IDS).logits),
+        read(stock(input_ids=IDS, labels=IDS).logits),
+    )
+    assert type(ours) is torch.Tensor
+    assert torch.equal(ours, theirs)
+
+
+def test_a_loss_of_the_users_own_on_the_logits_has_stock_gradients(lazy_twins):
+    model, stock = lazy_twins
+    for each in (model, stock):
+        (each(input_ids=IDS, labels=IDS).logits.float().square().mean()).backward()
+    for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_accelerates_fp32_conversion_computes_nothing(lazy_twins):
+    model, _ = lazy_twins
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(input_ids=IDS, labels=IDS)
+    kept = out.logits
+    converted = convert_outputs_to_fp32(lambda: out)()
+    assert converted.logits.dtype is torch.float32
+    assert type(converted.logits) is LazyLogits
+    assert kept.is_lazy
+
+
+def test_autocast_of_the_step_holds_at_a_later_read(lazy_twins):
+    model, stock = lazy_twins
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected = model(input_ids=IDS, labels=IDS).logits, stock(input_ids=IDS, labels=IDS).logits
+    assert logits.dtype is torch.bfloat16
+    assert torch.equal(logits.materialize(), expected)
+
+
+def test_reading_after_an_optimizer_step_says_so(lazy_twins):
+    model, _ = lazy_twins
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(StaleLogitsError, match="read after the head's weight changed"):
+        out.logits.sum()
+
+
+def test_evaluation_and_no_grad_give_plain_tensors(lazy_twins):
+    model, stock = lazy_twins
+    model.eval(), stock.eval()
+    out, expected = model(input_ids=IDS, labels=IDS), stock(input_ids=IDS, labels=IDS)
+    assert type(out.logits) is torch.Tensor
+    assert torch.equal(out.logits, expected.logits)
+    model.train()
+    with torch.no_grad():
+        assert type(model(input_ids=IDS, labels=IDS).logits) is torch.Tensor
+
+
+def test_shapes_follow_the_call_under_dynamic_captures(lazy_twins):
+    model, stock = lazy_twins
+    for shape in ((2, 16), (3, 24), (4, 33)):
+        ids = torch.randint(1, 256, shape)
+        logits = model(input_ids=ids, labels=ids).logits
+        assert type(logits) is LazyLogits
+        assert logits.shape == (*shape, 256)
+        assert torch.equal(logits.materialize(), stock(input_ids=ids, labels=ids).logits)

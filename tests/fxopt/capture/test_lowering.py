@@ -1,0 +1,63 @@
+"""Which lowering a graph gets, and that a graph which writes to its inputs is kept from Inductor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxopt.capture import torch_compat
+from fxopt.capture.lowering import choose_lowering
+from fxopt.capture.mutation import find_mutated_inputs
+
+
+def capture(function, *args):
+    graphs = []
+
+    def keep(gm, _):
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(torch_compat.isolate(function), backend=keep, fullgraph=True)(*args)
+    return graphs[0]
+
+
+def pure(x, w):
+    return torch.sigmoid(x * w).view(-1)
+
+
+def in_place(x, w):
+    y = torch.sigmoid(w) * x
+    w.mul_(0.5)
+    return y
+
+
+def through_a_view(x, w):
+    y = torch.sigmoid(w) * x
+    w.view(2, 2)[0] = 1.0
+    return y
+
+
+def fresh_intermediate(x, w):
+    y = x * w
+    y.add_(1)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "written"), [(pure, 0), (in_place, 1), (through_a_view, 1), (fresh_intermediate, 0)]
+)
+def test_written_inputs_are_found_and_kept_from_inductor(function, written):
+    gm = capture(function, torch.randn(4), torch.randn(4))
+    assert len(find_mutated_inputs(gm)) == written
+    lowering, reason = choose_lowering("inductor", gm)
+    assert lowering is (torch_compat.plain_backend if written else torch_compat.inductor_backend)
+    assert bool(reason) == bool(written)
+
+
+def test_auto_is_plain_on_a_cpu():
+    gm = capture(pure, torch.randn(4), torch.randn(4))
+    assert choose_lowering("auto", gm) == (torch_compat.plain_backend, "")
+
+
+def test_inductors_pass_has_a_stable_identity_or_its_caches_are_off():
+    assert torch_compat.RecomputePointwise().uuid() == torch_compat.RecomputePointwise().uuid()

@@ -1,0 +1,110 @@
+"""Fails in plain words when a torch version moves something private that fxopt touches."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import pytest
+import torch
+
+from fxopt.capture import torch_compat
+
+
+def test_modules_have_a_compile_slot_that_copies_and_pickles_drop():
+    module = torch.nn.Linear(2, 2)
+    assert torch.nn.Module._compiled_call_impl is None, "Module._compiled_call_impl moved"
+    module.__dict__["_compiled_call_impl"] = lambda x: "slot"
+    assert module(torch.ones(2)) == "slot", "Module.__call__ no longer goes through _compiled_call_impl"
+    assert "_compiled_call_impl" not in module.__getstate__(), "Module.__getstate__ no longer drops the slot"
+
+
+def test_stock_call_is_the_call_without_a_slot():
+    module = torch.nn.Linear(2, 2)
+    x = torch.ones(2)
+    assert torch.equal(torch_compat.stock_call(module, x), module(x)), "Module._call_impl moved"
+
+
+def test_modules_keep_their_hooks_where_we_look():
+    module = torch.nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
+    module.register_full_backward_hook(lambda *_: None)
+    module.register_full_backward_pre_hook(lambda *_: None)
+    for name in torch_compat.HOOK_DICTS:
+        assert len(getattr(module, name)) == 1, f"Module.{name} moved"
+    assert not torch_compat.has_global_hooks()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert torch_compat.has_global_hooks(), "the process-wide hook dictionaries moved"
+    handle.remove()
+
+
+def test_dynamo_takes_a_patched_call_through_the_slot():
+    """The model's capture needs this to see each block as one leaf."""
+    inner, graphs = torch.nn.Linear(2, 2), []
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if torch_compat.is_fake(x) else torch_compat.stock_call(inner, x)
+
+    leaf.fxopt_leaf = True
+
+    def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module(x) * 2
+
+    def keep(gm: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(gm)
+        return gm.forward
+
+    inner.__dict__["_compiled_call_impl"] = torch_compat.mark_leaf(leaf)
+    inner.__dict__["_call_impl"] = functools.partial(torch_compat.stock_call, inner)
+    torch_compat.compile_frame(run, keep, fullgraph=True)(inner, torch.ones(2))
+    targets = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert any(getattr(target, "fxopt_leaf", False) for target in targets), (
+        "Dynamo no longer goes through Module._compiled_call_impl when _call_impl is not the stock method"
+    )
+
+
+def test_recompile_limits_are_raised_in_scope():
+    from torch._dynamo import config
+
+    before = config.recompile_limit
+    with torch_compat.recompile_limits():
+        assert config.recompile_limit == torch_compat.RECOMPILE_LIMIT
+    assert config.recompile_limit == before
+
+
+def test_a_refused_capture_raises_one_of_the_capture_errors():
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    compiled = torch_compat.compile_frame(breaks, lambda gm, _: gm.forward, fullgraph=True)
+    with pytest.raises(torch_compat.CAPTURE_ERRORS) as caught:
+        compiled(torch.ones(2))
+    assert "test_torch_compat.py:" in torch_compat.reason_of(caught.value)
+
+
+def test_module_paths_of_nodes_read_as_in_the_model():
+    for given in ("L['model'].layers.0.mlp", "L['model']._modules['layers']._modules['0'].mlp"):
+        assert torch_compat.module_path(given) == "layers.0.mlp"
+    assert torch_compat.module_path("L['model']") == ""
+
+
+def test_plain_lowering_saves_no_more_than_stock_and_differentiates():
+    gm = torch.fx.symbolic_trace(lambda x, w: (torch.sigmoid(x * w).sum(),))
+    x, w = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    (out,) = torch_compat.plain_backend(gm, [x, w])(x, w)
+    ours = torch.autograd.grad(out, (x, w))
+    stock = torch.autograd.grad(torch.sigmoid(x * w).sum(), (x, w))
+    assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
+
+
+def test_isolated_functions_keep_defaults_and_closures():
+    y = 3
+
+    def function(x: int = 1, *, z: int = 2) -> int:
+        return x + y + z
+
+    copy = torch_compat.isolate(function)
+    assert isinstance(copy, types.FunctionType)
+    assert copy() == 6

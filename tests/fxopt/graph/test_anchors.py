@@ -1,0 +1,176 @@
+"""What is a site and what is not, by spelling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxopt.graph.anchors import find_anchors
+
+X = torch.randn(2, 3, 8, requires_grad=True)
+W = torch.randn(8)
+GATE = torch.randn(16, 8, requires_grad=True)
+UP = torch.randn(16, 8, requires_grad=True)
+PACKED = torch.randn(32, 8, requires_grad=True)
+ONE = torch.randn(1, 8)
+IDS = torch.tensor([[1, 2, 3], [4, -100, 5]])
+HEAD = torch.randn(11, 8, requires_grad=True)
+
+
+def gelu_by_hand(x):
+    return 0.5 * x * (1.0 + torch.tanh(0.79788456 * (x + 0.044715 * x.pow(3.0))))
+
+
+def centred(x, w):
+    x = x - x.mean(-1, keepdim=True)
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def two_outputs(x):
+    r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x * r, x.abs() * r
+
+
+def clamped(x, g, u):
+    gate, up = F.linear(x, g).clamp(max=7.0), F.linear(x, u).clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+def packed(x, p):
+    gate, up = F.linear(x, p).chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def interleaved(x, p):
+    y = F.linear(x, p)
+    return F.gelu(y[..., ::2]) * y[..., 1::2]
+
+
+def adapted(x, g, u):
+    gate = F.linear(x, g) + 0.5 * F.linear(F.linear(x, u[:4]), g[:, :4])
+    return F.silu(gate) * F.linear(x, u)
+
+
+def in_place(x, g, u):
+    y = F.silu(F.linear(x, g))
+    y *= F.linear(x, u)
+    return y
+
+
+def attention(x, g, u):
+    scores = F.softmax(F.linear(x, g) @ F.linear(x, u).mT, -1)
+    return (scores @ F.linear(x, u)) * torch.sigmoid(F.linear(x, g))
+
+
+def rotated(x, cos):
+    q = F.linear(x, x[0, :, :].detach().mT @ x[0].detach())
+    return q * cos.cos() + torch.cat((-q[..., 4:], q[..., :4]), -1) * cos.sin()
+
+
+SITES = {
+    "rsqrt": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        (X, W),
+        ["rms_norm"],
+    ),
+    "rsqrt in float32": (
+        lambda x: (y := x.float()) * torch.rsqrt((y * y).mean(dim=2, keepdim=True).add(1e-6)),
+        (X.detach().bfloat16(),),
+        ["rms_norm"],
+    ),
+    "pow": (lambda x: x * torch.pow(x.square().mean(-1, keepdim=True) + 1e-6, -0.5), (X,), ["rms_norm"]),
+    "one over root": (lambda x: x * (1 / torch.sqrt((x**2).mean(-1, True) + 1e-6)), (X,), ["rms_norm"]),
+    "divided by root": (lambda x: x / torch.sqrt(torch.mean(x**2, -1, True) + 1e-6), (X,), ["rms_norm"]),
+    "divided by power": (lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** 0.5, (X,), ["rms_norm"]),
+    "sum of squares": (lambda x: x * torch.rsqrt(x.pow(2).sum(-1, True) / 8 + 1e-6), (X,), ["rms_norm"]),
+    "divided by norm": (lambda x: x / (x.norm(2, dim=-1, keepdim=True) * 8**-0.5 + 1e-6), (X,), ["rms_norm"]),
+    "by its name": (lambda x, w: F.rms_norm(x, (8,), w, 1e-6), (X, W), ["rms_norm"]),
+    "centred": (centred, (X, W), ["rms_norm"]),
+    "one root for two outputs": (two_outputs, (X,), ["rms_norm"]),
+    "a length, not a norm": (lambda x: x * torch.rsqrt(x.pow(2).sum(-1, True) + 1e-6), (X,), []),
+    "layer norm": (lambda x, w: F.layer_norm(x, (8,), w), (X, W), []),
+    "a root of something else": (lambda x: x * torch.rsqrt(x.abs().mean(-1, True) + 1), (X,), []),
+    "a mean over tokens": (lambda x: x * torch.rsqrt(x.pow(2).mean(1, True) + 1), (X,), []),
+    "silu": (lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u), (X, GATE, UP), ["glu"]),
+    "up first": (lambda x, g, u: F.linear(x, u) * F.gelu(F.linear(x, g)), (X, GATE, UP), ["glu"]),
+    "gelu by hand": (lambda x, g, u: gelu_by_hand(F.linear(x, g)) * F.linear(x, u), (X, GATE, UP), ["glu"]),
+    "silu by hand": (
+        lambda x, g, u: ((y := F.linear(x, g)) * torch.sigmoid(y)) * F.linear(x, u),
+        (X, GATE, UP),
+        ["glu"],
+    ),
+    "squared relu": (
+        lambda x, g, u: F.relu(F.linear(x, g)).square() * F.linear(x, u),
+        (X, GATE, UP),
+        ["glu"],
+    ),
+    "clamped and shifted": (clamped, (X, GATE, UP), ["glu"]),
+    "packed": (packed, (X, PACKED), ["glu"]),
+    "interleaved": (interleaved, (X, PACKED), ["glu"]),
+    "with an adapter": (adapted, (X, GATE, UP), ["glu"]),
+    "viewed": (
+        lambda x, g, u: F.silu(F.linear(x, g)).view(-1, 16) * F.linear(x, u).view(-1, 16),
+        (X, GATE, UP),
+        ["glu"],
+    ),
+    "in place": (in_place, (X, GATE, UP), ["glu"]),
+    "with dropout": (
+        lambda x, g, u: F.dropout(F.silu(F.linear(x, g)), 0.1) * F.linear(x, u).float(),
+        (X, GATE, UP),
+        ["glu"],
+    ),
+    "an activation alone": (lambda x, g: F.silu(F.linear(x, g)), (X, GATE), []),
+    "an activation by hand": (lambda x, g: gelu_by_hand(F.linear(x, g)), (X, GATE), []),
+    "a gate of one column": (
+        lambda x, g, o: torch.sigmoid(F.linear(x, o)) * F.linear(x, g),
+        (X, GATE, ONE),
+        [],
+    ),
+    "a gated attention": (attention, (X, GATE, UP), []),
+    "a rotary table": (rotated, (X, torch.randn(3, 8)), []),
+    "a bilinear product": (lambda x, g, u: F.linear(x, g) * F.linear(x, u), (X, GATE, UP), []),
+    "loss of a head": (
+        lambda x, h, i: F.cross_entropy(F.linear(x, h).float().view(-1, 11), i.view(-1)),
+        (X, HEAD, IDS),
+        ["linear_cross_entropy"],
+    ),
+    "loss of a capped head": (
+        lambda x, h, i: F.cross_entropy(
+            (torch.tanh((x @ h.T) / 30) * 30)[:, :2].flatten(0, 1), i[:, 1:].flatten()
+        ),
+        (X, HEAD, IDS),
+        ["linear_cross_entropy"],
+    ),
+    "loss by its halves": (
+        lambda x, h, i: F.nll_loss(F.log_softmax(F.linear(x, h).view(-1, 11), -1), i.view(-1)),
+        (X, HEAD, IDS),
+        ["linear_cross_entropy"],
+    ),
+    "loss of logits": (lambda x, i: F.cross_entropy(x.view(-1, 8), i.view(-1)), (X, IDS), ["cross_entropy"]),
+    "loss of a sum": (
+        lambda x, h, i: F.cross_entropy((F.linear(x, h) + F.linear(x, 2 * h)).view(-1, 11), i.view(-1)),
+        (X, HEAD, IDS),
+        ["cross_entropy"],
+    ),
+    "another loss": (lambda x: F.mse_loss(x, x.detach() * 2), (X,), []),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_sites(name, capture, canonical) -> None:
+    function, inputs, kinds = SITES[name]
+    captured = capture(function, *inputs)
+    anchors = find_anchors(captured.gm)
+    assert [anchor.kind for anchor in anchors] == kinds
+    # Whoever matches the canonical graph can tell which site a node belongs to.
+    gm = canonical(captured)
+    assert {anchor.node for anchor in anchors} <= {
+        name for node in gm.graph.nodes for name in node.meta["origins"]
+    }
+
+
+def test_an_anchor_says_where_it_is(capture) -> None:
+    function, inputs, _ = SITES["silu"]
+    (anchor,) = find_anchors(capture(function, *inputs).gm)
+    assert (anchor.module, anchor.location.split(":")[0]) == ("", "test_anchors.py")

@@ -1,0 +1,251 @@
+"""Proofs: what they compare, that a planted error is found, and that they leave no trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxopt.graph import vocabulary
+from fxopt.report.records import Proof
+from fxopt.rewriting.pattern import Match, Pattern, call
+from fxopt.rewriting.proof import Prover
+from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
+from fxopt.rewriting.terms import cast, cross_entropy, mean, number, reshape, rsqrt, tanh, tensor
+
+
+def norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    xf = x.to(torch.float32)
+    return (w * (xf * torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def search_norm() -> Any:
+    x = tensor("x", "* H")
+    n = cast(x) * rsqrt(mean(cast(x) ** 2) + number("eps"))
+    return cast(tensor("w", "H") * n)
+
+
+def make(op: Callable[..., Any], check: Any = lambda m: None) -> Pattern:
+    return Pattern("norm", search_norm, replace=lambda m: call(op, m["x"], m["w"], m["eps"]), check=check)
+
+
+def norm_graph(
+    builder: Any, *shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True
+) -> fx.GraphModule:
+    x, w = (
+        builder.input("x", *shape, dtype=dtype, grad=grad),
+        builder.input("w", shape[-1], dtype=dtype, grad=grad),
+    )
+    wide = builder.call(vocabulary.cast, x, dtype=torch.float32)
+    spread = builder.call(torch.mean, builder.call(torch.pow, wide, exponent=2), dim=(-1,), keepdim=True)
+    n = builder.call(torch.mul, wide, builder.call(torch.rsqrt, builder.call(torch.add, spread, 1e-6)))
+    return builder.finish(builder.call(vocabulary.cast, builder.call(torch.mul, w, n), dtype=dtype))
+
+
+def apply(gm: fx.GraphModule, pattern: Pattern, prover: Prover | None = None) -> RewriteResult:
+    return apply_patterns(gm, (pattern,), MatchContext(prove=(prover or Prover()).prove))
+
+
+def proof_of(result: RewriteResult) -> Proof:
+    (done,) = (*result.rewrites, *result.refused)
+    assert done.proof is not None
+    return done.proof
+
+
+def test_outputs_and_all_gradients_are_compared_in_both_precisions(builder: Any) -> None:
+    proof = proof_of(apply(norm_graph(builder, 2, 7, 8), make(norm)))
+    values = ("output 0", "gradient of x", "gradient of w")
+    assert proof.passed
+    assert proof.compared == (*values, *(f"{value} in float32" for value in values))
+    assert (proof.dtype, proof.device, proof.reason) == ("bfloat16", "cpu", "")
+    assert proof.error <= 2 * proof.stock_error + 0.02
+
+
+def test_gradients_are_those_of_what_requires_them(builder: Any) -> None:
+    proof = proof_of(apply(norm_graph(builder, 2, 7, 8, grad=False), make(norm)))
+    assert proof.compared == ("output 0", "output 0 in float32")
+
+
+class Wrong(torch.autograd.Function):
+    """The norm, with a gradient of x that is 0.1 % too large."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return dy * 1.001
+
+
+def in_one_row(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    y = norm(x, w, eps)
+    return torch.cat([y[:1] * 1.01, y[1:]])
+
+
+PLANTED: dict[str, Callable[..., torch.Tensor]] = {
+    "another eps": lambda x, w, eps: norm(x, w, eps + 1e-3),
+    "no weight": lambda x, w, eps: norm(x, torch.ones_like(w), eps) + 0 * w,
+    "one plus the weight": lambda x, w, eps: norm(x, w + 1, eps),
+    "gradient too large": lambda x, w, eps: Wrong.apply(norm(x, w, eps)),  # pyright: ignore
+    "no gradient of the weight": lambda x, w, eps: norm(x, w.detach(), eps),
+    "one row wrong": in_one_row,
+    "not a number": lambda x, w, eps: norm(x, w, eps) * math.nan,
+    "rounded to bf16 inside": lambda x, w, eps: norm(x.bfloat16(), w.bfloat16(), eps).to(x.dtype),
+    "twice": lambda x, w, eps: 2 * norm(x, w, eps),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_error_is_refused_with_its_figures(builder: Any, name: str) -> None:
+    result = apply(norm_graph(builder, 4, 8), make(PLANTED[name]))
+    assert result.rewrites == []
+    (refusal,) = result.refused
+    assert refusal.proof is not None
+    assert not refusal.proof.passed
+    assert refusal.reason == refusal.proof.reason
+    assert "error" in refusal.reason
+    assert "allowed" in refusal.reason
+
+
+def test_a_replacement_that_raises_when_run_is_refused(builder: Any) -> None:
+    def only_fake(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            raise RuntimeError("no kernel image")
+        return norm(x, w, eps)
+
+    (refusal,) = apply(norm_graph(builder, 4, 8), make(only_fake)).refused
+    assert refusal.reason == "the proof could not run: RuntimeError: no kernel image"
+
+
+def test_the_user_s_random_state_and_modes_are_untouched(builder: Any) -> None:
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        result = apply(norm_graph(builder, 4, 8), make(norm))
+        assert not torch.is_grad_enabled()
+    assert proof_of(result).compared[1] == "gradient of x"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tokens_are_few_and_the_last_dim_is_whole(builder: Any) -> None:
+    proof = proof_of(apply(norm_graph(builder, 8, 4096, 48), make(norm)))
+    assert proof.shapes[0] == "x: [6, 7, 48]"
+    one = proof_of(apply(norm_graph(type(builder)(), 1, 1, 48), make(norm)))
+    assert one.shapes[0] == "x: [1, 1, 48]"
+    assert one.passed
+
+
+def test_equal_structures_are_proven_once(builder: Any) -> None:
+    prover, runs = Prover(), []
+
+    def counted(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        runs.append(type(x) is torch.Tensor)
+        return norm(x, w, eps)
+
+    pattern = make(counted)
+    apply(norm_graph(builder, 2, 7, 8), pattern, prover)
+    first = sum(runs)
+    apply(norm_graph(type(builder)(), 4, 5, 16), pattern, prover)
+    assert sum(runs) == first
+    apply(norm_graph(type(builder)(), 4, 5, 16, dtype=torch.float16), pattern, prover)
+    assert sum(runs) > first
+
+
+def test_on_the_meta_device_nothing_is_proven_and_it_says_so(builder: Any) -> None:
+    gm = norm_graph(builder, 4, 8)
+    for node in gm.graph.nodes:
+        if "example_value" in node.meta:
+            value = node.meta["example_value"]
+            with builder.mode:
+                node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    result = apply(gm, make(norm))
+    assert len(result.rewrites) == 1
+    assert proof_of(result).reason == "not proven on meta"
+    assert proof_of(result).compared == ()
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    return F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), labels, ignore_index=ignore_index)
+
+
+def loss_graph(builder: Any, *leading: int) -> fx.GraphModule:
+    logits = builder.call(torch.tanh, builder.input("z", *leading, 11, dtype=torch.bfloat16))
+    labels = builder.input("labels", math.prod(leading), dtype=torch.int64)
+    rows = builder.call(
+        vocabulary.reshape, builder.call(vocabulary.cast, logits, dtype=torch.float32), shape=(-1, 11)
+    )
+    kwargs = {"ignore_index": -7, "reduction": "mean", "label_smoothing": 0.0}
+    return builder.finish(builder.call(F.cross_entropy, rows, labels, None, **kwargs))
+
+
+def make_loss(op: Callable[..., Any]) -> Pattern:
+    def search() -> Any:
+        return cross_entropy(reshape(cast(tanh(tensor("z")))), tensor("labels", "N"))
+
+    def replace(m: Match) -> Any:
+        return call(op, call(torch.tanh, m["z"]), m["labels"], -7)
+
+    return Pattern("loss", search, replace=replace)
+
+
+@pytest.mark.parametrize("leading", [(8, 512), (2, 9), (1, 1)])
+def test_labels_are_in_range_and_some_are_ignored(builder: Any, leading: tuple[int, ...]) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watched(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        if type(labels) is torch.Tensor:
+            seen.append(labels)
+        return loss_of(logits, labels, ignore_index)
+
+    proof = proof_of(apply(loss_graph(builder, *leading), make_loss(watched)))
+    assert proof.passed, proof.reason
+    (valid, ignored) = ([x for x in seen[0].tolist() if x != -7], [x for x in seen[0].tolist() if x == -7])
+    assert all(0 <= label < 11 for label in valid)
+    assert bool(ignored) == (math.prod(leading) > 1)
+    assert len(seen[0]) <= 42
+
+
+def test_a_loss_that_counts_ignored_rows_is_refused(builder: Any) -> None:
+    def counting(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        rows = logits.float().reshape(-1, logits.shape[-1])
+        return F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
+
+    assert len(apply(loss_graph(builder, 2, 9), make_loss(counting)).refused) == 1
+
+
+def test_the_replacement_runs_under_the_ambient_autocast_state(builder: Any) -> None:
+    seen: list[bool] = []
+
+    def watched(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+        return norm(x, w, eps)
+
+    gm = norm_graph(builder, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        apply(gm, make(watched))
+    assert seen == [True, False]
+
+
+def test_gradients_are_drawn_apart_from_the_inputs(builder: Any) -> None:
+    """Along x itself the gradient of a norm vanishes, and its relative error says nothing."""
+
+    def search() -> Any:
+        x = tensor("x", "* H")
+        return x * rsqrt(mean(x**2) + number("eps"))
+
+    def plain(x: torch.Tensor, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    x = builder.input("x", 2, 5, 63)
+    spread = builder.call(torch.mean, builder.call(torch.pow, x, exponent=2), dim=(-1,), keepdim=True)
+    root = builder.call(torch.rsqrt, builder.call(torch.add, spread, 1e-6))
+    gm = builder.finish(builder.call(torch.mul, x, root))
+    proof = proof_of(apply(gm, Pattern("plain", search, replace=lambda m: call(plain, m["x"], m["eps"]))))
+    assert proof.passed
+    assert proof.stock_error < 1e-6

@@ -1,0 +1,323 @@
+"""Rewriting graphs built by hand: escapes, modes, writes, several outputs, nested graphs, termination."""
+
+from __future__ import annotations
+
+import operator
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from fxopt.graph import vocabulary
+from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.verify import verify
+from fxopt.patterns import ALL
+from fxopt.report.records import Proof
+from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.pattern import Match, Pattern, call
+from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
+from fxopt.rewriting.terms import exp, export, keep, mean, number, rsqrt, sigmoid, tanh, tensor
+
+
+def norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def search_norm() -> Any:
+    x, w = tensor("x", "* H"), tensor("w", "H")
+    return w * (x * rsqrt(mean(x**2) + number("eps")))
+
+
+NORM = Pattern("norm", search_norm, replace=lambda m: call(norm, m["x"], m["w"], m["eps"]))
+
+
+def apply(gm: fx.GraphModule, *patterns: Pattern, lazy: bool = False, prove: Any = None) -> RewriteResult:
+    result = apply_patterns(gm, patterns, MatchContext(lazy_outputs=lazy, prove=prove))
+    verify(gm, "rewrite")
+    return result
+
+
+def targets(gm: fx.GraphModule) -> list[Any]:
+    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+
+def test_a_match_becomes_one_call_that_knows_where_it_came_from(builder: Any) -> None:
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    y = builder.norm(x, w)
+    y.meta["stack_trace"] = 'File "/models/modeling.py", line 12, in forward'
+    gm = builder.finish(builder.call(torch.exp, y))
+    (done,) = apply(gm, NORM).rewrites
+    assert targets(gm) == [norm, torch.exp]
+    (new,) = gm.graph.find_nodes(op="call_function", target=norm)
+    assert new.meta["rewritten_by"] == "norm"
+    assert new.meta["origins"] == done.origins == {"pow_1", "mean", "add", "rsqrt", "mul", "mul_1"}
+    assert new.meta["example_value"].shape == (2, 8)
+    assert (done.record.op, done.record.location) == ("norm", "modeling.py:12")
+    assert done.saved > 0
+    a, b = torch.randn(2, 8), torch.randn(8)
+    assert torch.equal(gm(a, b)[0], torch.exp(norm(a, b, 1e-6)))
+
+
+def test_an_intermediate_read_elsewhere_refuses_the_match(builder: Any) -> None:
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    y = builder.norm(x, w)
+    root = next(node for node in builder.graph.nodes if node.target is torch.rsqrt)
+    gm = builder.finish(y, builder.call(torch.exp, root))
+    assert apply(gm, NORM).rewrites == []
+    miss = find_nearest_miss(gm, (NORM,), "rsqrt")
+    assert miss.reason == "rsqrt (rsqrt) is also read by exp (exp)"
+    assert [node.name for node in miss.nodes] == ["rsqrt", "exp"]
+
+
+KEPT = Pattern("kept", lambda: tanh(keep(exp(tensor("x")))), replace=lambda m: call(torch.sin, m["x"]))
+CHEAP = Pattern(
+    "cheap", lambda: tanh(keep(exp(tensor("x")), cheap=True)), replace=lambda m: call(torch.sin, m["x"])
+)
+
+
+def test_a_kept_value_stays_where_it_is_lazy(builder: Any) -> None:
+    e = builder.call(torch.exp, builder.input("x", 4))
+    y = builder.call(torch.tanh, e)
+    gm = builder.finish(y, builder.call(operator.getitem, e, (slice(1, None),)))
+    assert apply(gm, KEPT, lazy=False).rewrites == []
+    (done,) = apply(gm, KEPT, lazy=True).rewrites
+    assert done.match.kept == (e,)
+    assert e.meta["kept"] == "kept"
+    assert targets(gm) == [torch.exp, torch.sin, operator.getitem]
+
+
+def test_a_kept_value_that_is_computed_with_refuses(builder: Any) -> None:
+    e = builder.call(torch.exp, builder.input("x", 4))
+    gm = builder.finish(builder.call(torch.tanh, e), builder.call(torch.sigmoid, e))
+    assert apply(gm, KEPT, lazy=True).rewrites == []
+    miss = find_nearest_miss(gm, (KEPT,), "exp")
+    assert miss.reason == "exp (exp) is also read by sigmoid (sigmoid), expected only the graph's output"
+
+
+def test_a_cheap_kept_value_stays_anywhere(builder: Any) -> None:
+    e = builder.call(torch.exp, builder.input("x", 4))
+    gm = builder.finish(builder.call(torch.tanh, e), builder.call(torch.sigmoid, e))
+    assert len(apply(gm, CHEAP).rewrites) == 1
+    assert targets(gm) == [torch.exp, torch.sin, torch.sigmoid]
+
+
+def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.exp().tanh(), x.exp()
+
+
+def replace_exporting(m: Match) -> Any:
+    pair = call(both, m["x"])
+    first = call(operator.getitem, pair, 0)
+    return (first, call(operator.getitem, pair, 1)) if "e" in m.exports else first
+
+
+EXPORTED = Pattern("exported", lambda: tanh(export("e", exp(tensor("x")))), replace=replace_exporting)
+
+
+def test_an_exported_value_comes_from_the_replacement(builder: Any) -> None:
+    x = builder.input("x", 4)
+    e = builder.call(torch.exp, x)
+    gm = builder.finish(builder.call(torch.tanh, e), builder.call(torch.sigmoid, e))
+    assert apply(gm, EXPORTED).refused == []
+    assert targets(gm) == [both, operator.getitem, operator.getitem, torch.sigmoid]
+    a = torch.randn(4)
+    assert torch.equal(gm(a)[1], a.exp().sigmoid())
+
+
+def test_several_outputs_are_replaced_together(builder: Any) -> None:
+    x = tensor("x")
+
+    def two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.tanh(), x.sigmoid()
+
+    def replace(m: Match) -> Any:
+        pair = call(two, m["x"])
+        return call(operator.getitem, pair, 0), call(operator.getitem, pair, 1)
+
+    pattern = Pattern("two", lambda: (tanh(x), sigmoid(x)), replace=replace)
+    a = builder.input("a", 4)
+    left = builder.call(torch.tanh, a)
+    used = builder.call(torch.exp, left)
+    right = builder.call(torch.sigmoid, a)
+    gm = builder.finish(used, right)
+    assert len(apply(gm, pattern).rewrites) == 1
+    assert targets(gm) == [two, operator.getitem, operator.getitem, torch.exp]
+    value = torch.randn(4)
+    assert torch.equal(gm(value)[1], value.sigmoid())
+
+
+def test_outputs_of_which_one_needs_the_other_are_left_alone(builder: Any) -> None:
+    x, y = tensor("x"), tensor("y")
+    pattern = Pattern("two", lambda: (tanh(x), sigmoid(x) * y), replace=lambda m: (m["x"], m["y"]))
+    a = builder.input("a", 4)
+    left = builder.call(torch.tanh, a)
+    right = builder.call(torch.mul, builder.call(torch.sigmoid, a), builder.call(torch.exp, left))
+    gm = builder.finish(left, right)
+    assert apply(gm, pattern).rewrites == []
+    assert "before the last input" in find_nearest_miss(gm, (pattern,), "tanh").reason
+
+
+def test_a_write_between_the_nodes_refuses(builder: Any) -> None:
+    x, w = builder.input("x", 2, 8, grad=False), builder.input("w", 8, grad=False)
+    square = builder.call(torch.pow, x, exponent=2)
+    root = builder.call(
+        torch.rsqrt, builder.call(torch.add, builder.call(torch.mean, square, dim=(-1,), keepdim=True), 1e-6)
+    )
+    view = builder.call(operator.getitem, x, (0,))
+    builder.call(torch.Tensor.zero_, view)
+    y = builder.call(torch.mul, w, builder.call(torch.mul, x, root))
+    gm = builder.finish(y)
+    assert apply(gm, NORM).rewrites == []
+    assert "is written to in place" in find_nearest_miss(gm, (NORM,), "rsqrt").reason
+
+
+def test_nodes_under_different_modes_are_not_joined(builder: Any) -> None:
+    x = builder.input("x", 4)
+    pattern = Pattern("pair", lambda: tanh(exp(tensor("x"))), replace=lambda m: call(torch.sin, m["x"]))
+    builder.switch(torch._C._set_grad_enabled, False)
+    e = builder.call(torch.exp, x)
+    builder.switch(torch._C._set_grad_enabled, True)
+    gm = builder.finish(builder.call(torch.tanh, e))
+    assert apply(gm, pattern).rewrites == []
+    assert "another autocast or gradient mode" in find_nearest_miss(gm, (pattern,), "exp").reason
+
+
+def test_a_match_inside_an_autocast_region_knows_it(builder: Any) -> None:
+    x = builder.input("x", 4)
+    pattern = Pattern("pair", lambda: tanh(exp(tensor("x"))), replace=lambda m: call(torch.sin, m["x"]))
+    enter = builder.switch(torch.amp.autocast_mode._enter_autocast, "cpu", torch.bfloat16, False, None)
+    y = builder.call(torch.tanh, builder.call(torch.exp, x))
+    builder.switch(torch.amp.autocast_mode._exit_autocast, enter)
+    gm = builder.finish(y)
+    (done,) = apply(gm, pattern).rewrites
+    assert done.match.autocast == ("cpu", torch.bfloat16, False)
+
+
+def test_a_failed_proof_refuses_and_is_not_asked_again(builder: Any) -> None:
+    asked: list[Match] = []
+
+    def prove(match: Match, replacement: Any) -> Proof:
+        asked.append(match)
+        return Proof(
+            False, "float32", "cpu", 1.0, 0.0, "output 0", ("output 0",), (), "output 0: error 1.00e+00"
+        )
+
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    gm = builder.finish(builder.norm(x, w))
+    result = apply(gm, NORM, prove=prove)
+    assert result.rewrites == []
+    (refusal,) = result.refused
+    assert (refusal.pattern, refusal.reason) == ("norm", "output 0: error 1.00e+00")
+    assert "rsqrt" in refusal.origins
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("replace", "reason"),
+    [
+        (lambda m: (m["x"], m["x"]), "replacement returned 2 outputs, expected 1"),
+        (lambda m: call(torch.sum, m["x"]), "replacement is torch.float32 with 0 dims"),
+        (lambda m: call(torch.Tensor.double, m["x"]), "replacement is torch.float64"),
+        (lambda m: call(torch.matmul, m["x"], m["x"]), "replacement raised"),
+        (lambda m: call(torch.exp, m.nodes[0]), "replacement reads pow_1, expected inputs of the match only"),
+    ],
+)
+def test_a_replacement_that_does_not_fit_is_refused(builder: Any, replace: Any, reason: str) -> None:
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    gm = builder.finish(builder.norm(x, w))
+    (refusal,) = apply(gm, Pattern("norm", search_norm, replace=replace)).refused
+    assert refusal.reason.startswith(reason)
+
+
+def test_a_rewrite_that_would_go_on_for_ever_ends(builder: Any) -> None:
+    """Each rewrite must erase a node that no rewrite made."""
+    forever = Pattern("forever", lambda: exp(tensor("x")), replace=lambda m: call(torch.exp, m["x"]))
+    gm = builder.finish(builder.call(torch.exp, builder.input("x", 4)))
+    result = apply(gm, forever)
+    assert len(result.rewrites) == 1
+    assert "for ever" in result.refused[0].reason
+
+
+def test_a_rewrite_that_would_move_more_bytes_is_refused(builder: Any) -> None:
+    """A view moves nothing; an op in its place would read and write."""
+    from fxopt.rewriting.terms import reshape
+
+    copy = Pattern("copy", lambda: reshape(reshape(tensor("x"))), replace=lambda m: call(torch.clone, m["x"]))
+    once = builder.call(vocabulary.reshape, builder.input("x", 4, 6), shape=(24,))
+    gm = builder.finish(builder.call(vocabulary.reshape, once, shape=(6, 4)))
+    assert apply(gm, copy).rewrites == []
+    assert find_nearest_miss(gm, (copy,), once.name).reason == "would move 192 bytes instead of 0"
+
+
+def test_patterns_apply_to_what_others_made(builder: Any) -> None:
+    """To a fixpoint: the second pattern needs the op of the first, in whatever order they are given."""
+    fused = Pattern("fused", lambda: exp_of_norm(), replace=lambda m: call(torch.add, m["x"], m["w"]))
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    gm = builder.finish(builder.call(torch.exp, builder.norm(x, w)))
+    result = apply(gm, fused, NORM)
+    assert [done.record.pattern for done in result.rewrites] == ["norm", "fused"]
+    assert targets(gm) == [torch.add]
+
+
+def exp_of_norm() -> Any:
+    from fxopt.rewriting.terms import attribute, operation
+
+    return exp(operation(norm, tensor("x"), tensor("w"), eps=attribute("eps")))
+
+
+def test_bodies_of_checkpoints_are_rewritten() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return norm(x, w, 1e-6).tanh()
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> Any:
+        return checkpoint(layer, x, w, use_reentrant=False)
+
+    def remember(gm: fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    expected = torch.compile(model, backend=remember)(x, w)
+    (gm,) = graphs
+    canonicalize(gm)
+    result = apply(gm, NORM, lazy=True)
+    (done,) = result.rewrites
+    assert all("/" in name for name in done.origins)
+    (found,) = gm(*order(gm, x, w))
+    assert torch.allclose(found, expected)
+
+
+def order(gm: fx.GraphModule, x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+    shapes = [node.meta["example_value"].dim() for node in gm.graph.find_nodes(op="placeholder")]
+    return [x if rank == 2 else w for rank in shapes]
+
+
+def make_chain(builder: Any, num_nodes: int) -> fx.GraphModule:
+    """Return about `num_nodes` nodes in which norms, near misses and other ops alternate."""
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    while len(builder.graph.nodes) < num_nodes:
+        x = builder.norm(x, w)
+        x = builder.call(torch.add, x, builder.call(torch.tanh, builder.call(torch.mul, x, 2.0)))
+        total = builder.call(torch.sum, builder.call(torch.pow, x, exponent=2), dim=(-1,), keepdim=True)
+        x = builder.call(torch.mul, x, builder.call(torch.rsqrt, builder.call(torch.add, total, 1e-6)))
+        x = builder.call(torch.mul, x, w)
+    return builder.finish(x)
+
+
+def test_the_work_grows_with_the_graph_and_no_faster(builder: Any) -> None:
+    steps: list[int] = []
+    for num_nodes in (1_000, 10_000):
+        gm = make_chain(type(builder)(), num_nodes)
+        start = time.process_time()
+        result = apply(gm, *ALL)
+        elapsed = time.process_time() - start
+        assert len(result.rewrites) == pytest.approx(num_nodes / 15, rel=0.1)
+        assert result.num_sweeps == 2
+        steps.append(result.num_steps)
+    assert steps[1] <= 12 * steps[0]
+    assert elapsed < 3

@@ -1,0 +1,149 @@
+"""Kernel tests: the same ones in Triton's interpreter on a CPU and, with `-m gpu`, on a GPU; fresh memory holds NaN.
+
+On a CPU the ops run their references, so tests call a kernel file's `launch_forward` and `launch_backward`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, below at the latest
+
+from fxopt.kernels import launch
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOOR_EPS = {
+    "cpu": 1.0,
+    "cuda": 0.5,
+}  # of 16-bit dtypes: the interpreter truncates where a GPU rounds to nearest
+FLOOR_EPS_FLOAT32 = 4.0  # sums in another order
+
+
+@pytest.fixture(params=DEVICES)
+def op_device(request: pytest.FixtureRequest) -> str:
+    """Return a device for the op itself, which runs its reference on a CPU."""
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Return a device that kernels run on."""
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1: kernels cannot run on a CPU")
+    if request.param == "cpu" and _interpreter_cannot_loop():
+        pytest.skip(
+            "the interpreter of Triton 3.6 cannot loop to a tensor's value with NumPy 2.4, expected 3.7"
+        )
+    return request.param
+
+
+def _interpreter_cannot_loop() -> bool:
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")[:2]]
+
+    return numbers(metadata.version("triton")) < [3, 7] and numbers(numpy.__version__) >= [2, 4]
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate_nan
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (value.double() - exact.double()).norm().item()
+    size = exact.double().norm().item()
+    return difference / size if size else difference
+
+
+Check = Callable[..., None]
+
+
+@pytest.fixture
+def check() -> Check:
+    """Return a check that a value is at most twice as far from fp64 as eager is, plus a few eps of its dtype."""
+
+    def check_value(
+        name: str,
+        value: torch.Tensor | None,
+        eager: torch.Tensor | None,
+        exact: torch.Tensor | None,
+        rounded_to: torch.dtype | None = None,
+    ) -> None:
+        if exact is None or eager is None:
+            assert value is None, f"{name}: expected none, got a gradient"
+            return
+        assert value is not None, f"{name}: expected a gradient, got none"
+        assert (value.shape, value.dtype) == (eager.shape, eager.dtype), name
+        dtype = rounded_to or value.dtype
+        eps = FLOOR_EPS_FLOAT32 if dtype == torch.float32 else FLOOR_EPS[value.device.type]
+        most = 2 * relative_error(eager, exact) + eps * torch.finfo(dtype).eps
+        error = relative_error(value, exact)
+        assert error <= most, f"{name}: error {error:.2e}, expected at most {most:.2e}"
+
+    return check_value
+
+
+@pytest.fixture
+def gradients() -> Callable[..., tuple[torch.Tensor, list[torch.Tensor | None]]]:
+    """Return a function: the output of `function(*inputs)`, and its gradients for the inputs that require them."""
+
+    def run(
+        function: Callable[..., torch.Tensor],
+        inputs: list[torch.Tensor | None],
+        dy: torch.Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        leaves = [
+            None
+            if tensor is None
+            else tensor.detach()
+            .to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+            .requires_grad_(tensor.requires_grad)
+            for tensor in inputs
+        ]
+        y = function(*leaves)
+        needed = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        dy = torch.ones_like(y) if dy is None else dy.to(y.dtype)
+        found = iter(torch.autograd.grad(y, needed, dy) if needed else ())
+        return y.detach(), [
+            next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves
+        ]
+
+    return run
+
+
+@pytest.fixture
+def joint_targets() -> Callable[..., list[str]]:
+    """Return a function: the fxopt ops in AOTAutograd's forward and then backward graph of `function(*inputs)`."""
+
+    def record(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[str]:
+        from functorch.compile import aot_function, make_boxed_func
+
+        targets: list[str] = []
+
+        def compiler(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            targets.extend(str(node.target) for node in gm.graph.nodes if "fxopt" in str(node.target))
+            return make_boxed_func(gm.forward)
+
+        aot_function(function, fw_compiler=compiler, bw_compiler=compiler)(*inputs).sum().backward()
+        return targets
+
+    return record

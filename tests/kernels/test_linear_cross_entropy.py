@@ -1,0 +1,343 @@
+"""linear_cross_entropy: the kernel and the op against the reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.kernels import linear_cross_entropy as file
+from fxopt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "scale": {"scale": 0.25},
+    "softcap": {"softcap": 3.0},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-2},
+    "all": {"reduction": "sum", "scale": 0.5, "softcap": 5.0, "label_smoothing": 0.2, "z_loss": 1e-3},
+}
+
+
+def make(
+    rows: int,
+    width: int,
+    classes: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    ignored: int = 2,
+    bias: bool = True,
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    h = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(classes, width, device=device) / width**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, classes, (rows,), device=device)
+    labels[torch.randperm(rows, device=device)[:ignored]] = -100
+    return [
+        h,
+        weight,
+        torch.randn(classes, device=device).to(dtype).requires_grad_() if bias else None,
+    ], labels
+
+
+def run_kernel(
+    inputs: list[torch.Tensor | None],
+    labels: torch.Tensor,
+    dloss: torch.Tensor,
+    *,
+    denominator: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_bytes: int = file.CHUNK_BYTES,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    h, weight, bias = inputs
+    assert h is not None
+    assert weight is not None
+    needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
+    with torch.no_grad():
+        loss, divisor, *found = file.launch_forward(
+            h,
+            weight,
+            labels,
+            bias,
+            denominator,
+            ignore_index,
+            reduction == "mean",
+            scale,
+            softcap,
+            label_smoothing,
+            z_loss,
+            chunk_bytes,
+            *needs,
+        )
+        return loss, file.launch_backward(dloss, divisor, *found, h.dtype)
+
+
+def compare(
+    inputs: list[torch.Tensor | None],
+    labels: torch.Tensor,
+    form: dict[str, Any],
+    check: Any,
+    gradients: Any,
+    chunk_bytes: int = file.CHUNK_BYTES,
+) -> None:
+    def reference(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear_cross_entropy_reference(h, weight, labels, bias, **form)
+
+    dloss = torch.tensor(0.75, device=labels.device)
+    exact_loss, exact = gradients(reference, inputs, dloss, torch.float64)
+    eager_loss, eager = gradients(reference, inputs, dloss)
+    loss, found = run_kernel(inputs, labels, dloss, chunk_bytes=chunk_bytes, **form)
+    rounded_to = inputs[0].dtype  # type: ignore[union-attr]
+    check("loss", loss, eager_loss, exact_loss, rounded_to)
+    for name, value, eager_value, exact_value in zip(
+        ("h", "weight", "bias"), found, eager, exact, strict=True
+    ):
+        check(name, value, eager_value, exact_value)
+
+
+@pytest.mark.parametrize("classes", [1, 63, 1000, 4096, 9001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(classes: int, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
+    compare(*make(9, 48, classes, dtype, device), {}, check, gradients)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forms(name: str, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
+    compare(*make(9, 48, 513, dtype, device), FORMS[name], check, gradients)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ignored", [0, 5])
+def test_chunks(
+    rows_per_chunk: int, dtype: torch.dtype, ignored: int, device: str, check: Any, gradients: Any
+) -> None:
+    inputs, labels = make(20, 48, 200, dtype, device, ignored=ignored)
+    chunk_bytes = rows_per_chunk * 200 * inputs[0].element_size()  # type: ignore[union-attr]
+    compare(inputs, labels, {}, check, gradients, chunk_bytes)
+
+
+@pytest.mark.parametrize("num_chunks", [2, file.MOST_ROUNDED_SUMS, file.MOST_ROUNDED_SUMS + 1])
+def test_sums_over_chunks_are_as_exact_as_eager(
+    num_chunks: int, op_device: str, check: Any, gradients: Any
+) -> None:
+    """The gradient of W in bf16 with rounded sums, at most twice eager's error, without a floor."""
+    rows, classes = 32 * num_chunks, 64
+    inputs, labels = make(rows, 64, classes, torch.bfloat16, op_device, ignored=0)
+
+    def reference(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear_cross_entropy_reference(h, weight, labels, bias)
+
+    one = torch.ones((), device=op_device)
+    _, exact = gradients(reference, inputs, one, torch.float64)
+    _, eager = gradients(reference, inputs, one)
+    with torch.no_grad():  # in plain torch, whose roundings are those of a GPU
+        out = file.plain_forward(
+            inputs[0], inputs[1], labels, inputs[2], None, -100, True, 1.0, 0.0, 0.0, 0.0, 32 * classes * 2,
+            True, True, True,
+        )  # fmt: skip
+    error = (out[3].double() - exact[1]).norm()  # type: ignore[union-attr]
+    assert error <= 2 * (eager[1].double() - exact[1]).norm()
+
+
+def test_the_chunk_follows_the_budget() -> None:
+    assert file.plan_chunk_rows(8192, 128256 * 2, 512 * 2**20) == 2048
+    assert file.plan_chunk_rows(8192, 10, 512 * 2**20) == 8192
+    assert file.plan_chunk_rows(10, 1000, 1) == 1
+    assert file.plan_chunk_rows(0, 1000, 512 * 2**20) == 1
+    for rows in (1, 100, 129, 5000, 8191):
+        for most in (1, 100, 128, 300, 2093):
+            chunk = file.plan_chunk_rows(rows, 4, 4 * most)
+            assert 1 <= chunk <= max(1, min(rows, most))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_only_the_gradients_needed(frozen: tuple[int, ...], device: str, check: Any, gradients: Any) -> None:
+    inputs, labels = make(9, 48, 100, torch.float32, device)
+    for index in frozen:
+        inputs[index] = inputs[index].detach()  # type: ignore[union-attr]
+    compare(inputs, labels, {}, check, gradients, 3 * 400)
+
+
+def test_denominator(device: str, check: Any, gradients: Any) -> None:
+    form = {"denominator": torch.tensor(17, device=device), "reduction": "sum"}
+    compare(*make(9, 48, 100, torch.float32, device), form, check, gradients)
+
+
+def test_strides(device: str, check: Any, gradients: Any) -> None:
+    h = torch.randn(9, 96, device=device)[:, ::2].detach().requires_grad_()
+    weight = torch.randn(48, 100, device=device).t().detach().requires_grad_()
+    labels = torch.randint(0, 100, (18,), device=device)[::2]
+    compare([h, weight, None], labels, {}, check, gradients, 4 * 400)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_row_ignored(reduction: str, device: str) -> None:
+    inputs, labels = make(4, 48, 100, torch.float32, device, ignored=4)
+    loss, found = run_kernel(inputs, labels, torch.ones((), device=device), reduction=reduction)
+    assert loss.isnan() if reduction == "mean" else loss.item() == 0
+    for value in found:
+        assert value is not None
+        assert torch.equal(value.nan_to_num(), torch.zeros_like(value))
+
+
+def test_no_rows(device: str) -> None:
+    inputs, labels = make(0, 48, 100, torch.float32, device, ignored=0)
+    loss, found = run_kernel(inputs, labels, torch.ones((), device=device), reduction="sum")
+    assert loss.item() == 0
+    assert found[0] is not None
+    assert found[0].shape == (0, 48)
+    assert found[1] is not None
+    assert torch.equal(found[1], torch.zeros_like(found[1]))
+
+
+def test_planted_nan_in_an_ignored_row_changes_nothing(device: str) -> None:
+    inputs, labels = make(9, 48, 100, torch.float32, device)
+    one = torch.ones((), device=device)
+    clean, clean_found = run_kernel(inputs, labels, one)
+    with torch.no_grad():
+        inputs[0][labels == -100] = float("nan")  # type: ignore[index]
+    loss, found = run_kernel(inputs, labels, one)
+    assert torch.equal(loss, clean)
+    assert all(torch.equal(a, b) for a, b in zip(found, clean_found, strict=True))  # type: ignore[arg-type]
+
+
+def test_rows_ignored_inside_the_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a CUDA graph is captured: nothing is left out, the ignored rows get gradient 0."""
+    inputs, labels = make(9, 48, 100, torch.float32, device)
+    one = torch.ones((), device=device)
+    loss, found = run_kernel(inputs, labels, one)
+    monkeypatch.setattr(file, "_find_valid_rows", lambda *_: None)
+    whole_loss, whole_found = run_kernel(inputs, labels, one)
+    torch.testing.assert_close(whole_loss, loss)
+    for whole, part in zip(whole_found, found, strict=True):
+        torch.testing.assert_close(whole, part)
+
+
+def test_float16_keeps_small_and_large_gradients(device: str) -> None:
+    """Many rows of one label, a large denominator, and a loss scale that comes in with backward."""
+    rows, classes = 300, 500
+    h = torch.ones(rows, 8, device=device, dtype=torch.float16).requires_grad_()
+    weight = torch.zeros(classes, 8, device=device, dtype=torch.float16).requires_grad_()
+    labels = torch.zeros(rows, dtype=torch.long, device=device)
+    loss_scale = torch.tensor(65536.0, device=device)
+    denominator = torch.tensor(1e5, device=device)
+    _, found = run_kernel(
+        [h, weight, None], labels, loss_scale, denominator=denominator, chunk_bytes=2 * 500 * 64
+    )
+    exact_weight = weight.detach().double().requires_grad_()
+    exact = linear_cross_entropy_reference(h.detach().double(), exact_weight, labels, denominator=denominator)
+    exact.backward(loss_scale.double())
+    assert found[1] is not None
+    torch.testing.assert_close(found[1].double(), exact_weight.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_backward_twice(op_device: str) -> None:
+    (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
+    assert h is not None
+    assert weight is not None
+    loss = linear_cross_entropy(h, weight, labels)
+    first = torch.autograd.grad(loss, [h, weight], retain_graph=True)
+    doubled = torch.autograd.grad(2 * loss, [h, weight], retain_graph=True)
+    second = torch.autograd.grad(loss, [h, weight])
+    for a, b, c in zip(first, doubled, second, strict=True):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_tied_weight(op_device: str) -> None:
+    weight = torch.randn(100, 48, device=op_device).requires_grad_()
+    labels = torch.randint(0, 100, (9,), device=op_device)
+    found = torch.autograd.grad(linear_cross_entropy(weight[labels], weight, labels), [weight])[0]
+    exact = torch.autograd.grad(linear_cross_entropy_reference(weight[labels], weight, labels), [weight])[0]
+    torch.testing.assert_close(found, exact)
+
+
+def test_no_grad_computes_no_gradient(op_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
+    products: list[Any] = []
+    monkeypatch.setattr(file, "_add_product", lambda *args, **kwargs: products.append(args))
+    with torch.no_grad():
+        loss = linear_cross_entropy(h, weight, labels)  # type: ignore[arg-type]
+    assert not loss.requires_grad
+    assert products == []
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
+    inputs, labels = make(9, 48, 100, torch.float32, op_device)
+    dloss = torch.tensor(-0.7, device=op_device)
+    reference = functools.partial(linear_cross_entropy_reference, **FORMS[name])
+    op = functools.partial(linear_cross_entropy, chunk_bytes=4 * 400, **FORMS[name])
+    exact_loss, exact = gradients(lambda h, w, b: reference(h, w, labels, b), inputs, dloss, torch.float64)
+    eager_loss, eager = gradients(lambda h, w, b: reference(h, w, labels, b), inputs, dloss)
+    loss, found = gradients(lambda h, w, b: op(h, w, labels, b), inputs, dloss)
+    check("loss", loss, eager_loss, exact_loss)
+    for key, value, eager_value, exact_value in zip(
+        ("h", "weight", "bias"), found, eager, exact, strict=True
+    ):
+        check(key, value, eager_value, exact_value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck(dtype: torch.dtype, op_device: str) -> None:
+    (h, weight, bias), labels = make(9, 48, 100, dtype, op_device)
+    rest = (None, -100, True, 1.0, 0.0, 0.0, 0.0, file.CHUNK_BYTES)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments = (h, weight, labels, bias, *rest, True, True, True)
+    torch.library.opcheck(file._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        loss, divisor, dh, dweight, dbias = file._forward_op(*arguments)
+    torch.library.opcheck(file._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
+    torch.library.opcheck(file._backward_op, (loss, divisor, dh, None, None, dtype))
+
+
+def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
+    (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
+    targets = joint_targets(linear_cross_entropy, h, weight, labels)
+    assert targets == ["fxopt.linear_cross_entropy.default", "fxopt.linear_cross_entropy_backward.default"]
+
+
+def test_second_derivatives_are_refused(op_device: str) -> None:
+    (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
+    loss = linear_cross_entropy(h, weight, labels).square()  # type: ignore[arg-type]
+    (dh,) = torch.autograd.grad(loss, [h], create_graph=True)
+    with pytest.raises(RuntimeError, match="fxopt::linear_cross_entropy: second derivatives"):
+        dh.sum().backward()
+
+
+def test_errors() -> None:
+    labels = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"expected h \[N, H\], weight \[V, H\] and labels \[N\]"):
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 5), labels)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3).double(), labels)
+
+
+@pytest.mark.gpu
+def test_a_captured_cuda_graph_waits_for_nothing() -> None:
+    (h, weight, _), labels = make(64, 48, 1000, torch.bfloat16, "cuda")
+    eager_loss = linear_cross_entropy(h, weight, labels).detach()  # type: ignore[arg-type]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = linear_cross_entropy(h, weight, labels).detach()  # type: ignore[arg-type]
+    graph.replay()
+    torch.testing.assert_close(loss, eager_loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_real_head(dtype: torch.dtype, check: Any, gradients: Any) -> None:
+    inputs, labels = make(1500, 512, 32001, dtype, "cuda", ignored=100, bias=False)
+    compare(inputs, labels, {}, check, gradients, 300 * 32001 * 2)
+    compare(inputs, labels, {}, check, gradients, 100 * 32001 * 2)

@@ -1,0 +1,204 @@
+"""Tiny models of several architectures, stock and optimized, and how their steps are compared."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fxopt
+from fxopt.demo.training import count_saved_bytes
+
+LAYERS = 3
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    max_position_embeddings=128,
+)
+
+
+class ScaleNorm(nn.Module):
+    """A root-mean-square norm in a spelling of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide / torch.sqrt((wide * wide).mean(dim=-1, keepdim=True) + 1e-6)).type_as(x) * self.gain
+
+
+class Unit(nn.Module):
+    """Attention and a gated MLP; returns a tuple, as older models do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.between = ScaleNorm(width), ScaleNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.left, self.right = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(self.before(x)).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + self.out(attended.squeeze(1))
+        h = self.between(x)
+        left = self.left(h)
+        return x + self.down(self.right(h) * (left * torch.sigmoid(left))), None
+
+
+@dataclasses.dataclass
+class Result:
+    """What the single-level model returns."""
+
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class SingleLevel(nn.Module):
+    """A causal LM without an inner backbone: embedding, blocks, norm, head and loss in one forward."""
+
+    def __init__(self, width: int = 64, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, width)
+        self.units = nn.ModuleList(Unit(width) for _ in range(LAYERS))
+        self.last = ScaleNorm(width)
+        self.project = nn.Linear(width, vocabulary)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Result:
+        x = self.table(input_ids)
+        mask = None
+        if attention_mask is not None:
+            length = input_ids.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            own = torch.eye(length, dtype=torch.bool, device=x.device)
+            mask = (causal & attention_mask[:, None, None].bool()) | own
+        for unit in self.units:
+            x, _ = unit(x, mask)
+        logits = self.project(self.last(x))
+        loss = None
+        if labels is not None:
+            width = logits.shape[-1]
+            loss = F.cross_entropy(logits[:, :-1, :].reshape(-1, width), labels[:, 1:].reshape(-1))
+        return Result(loss, logits)
+
+
+def make_model(arch: str, **overrides: Any) -> Any:
+    """Return a tiny model of `arch` in training mode; the same weights every time."""
+    torch.manual_seed(0)
+    if arch == "single_level":
+        return SingleLevel().train()
+    fields = set(AutoConfig.for_model(arch).to_dict())
+    config = AutoConfig.for_model(arch, **{**{k: v for k, v in TINY.items() if k in fields}, **overrides})
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def make_batch(shape: tuple[int, int], *, padded: str, device: str) -> dict[str, torch.Tensor]:
+    """Return input ids, labels and an attention mask; `padded` is "none", "left" or "right"."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    ids = torch.randint(3, 256, shape, generator=generator)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    if padded != "none":
+        length = shape[1] // 3
+        padding = slice(0, length) if padded == "left" else slice(shape[1] - length, None)
+        ids[0, padding], labels[0, padding], mask[0, padding] = 0, -100, 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+@dataclasses.dataclass
+class Step:
+    """Loss and gradients of one step, all in float64."""
+
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def run_step(model: Any, batch: dict[str, torch.Tensor], autocast: torch.dtype | None = None) -> Step:
+    """Run forward and backward of one step; under `autocast` in float16 the loss is scaled as GradScaler does."""
+    model.zero_grad(set_to_none=True)
+    device = next(model.parameters()).device.type
+    scale = 1024.0 if autocast is torch.float16 else 1.0
+    with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = model(**batch).loss
+    (loss * scale).backward()
+    gradients = {n: p.grad.double() / scale for n, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.detach().double(), gradients)
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative error of `value` as a ratio of norms."""
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def distance(step: Step, exact: Step) -> float:
+    """Return the error of all gradients as one vector: single small tensors are noise in any dtype."""
+    names = sorted(exact.gradients)
+    return relative(
+        torch.cat([step.gradients[name].flatten() for name in names]),
+        torch.cat([exact.gradients[name].flatten() for name in names]),
+    )
+
+
+def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Return the bytes one forward saves for backward, parameters left out."""
+    with count_saved_bytes(model) as saved:
+        loss = model(**batch).loss
+    del loss
+    return saved.total
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of a test: a CPU, and a GPU under `-m gpu`."""
+    return request.param
+
+
+@pytest.fixture
+def twins() -> Callable[..., tuple[Any, Any]]:
+    """Return a builder of an optimized model and its stock twin."""
+
+    def build(arch: str, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
+        overrides = options.pop("overrides", {})
+        model = make_model(arch, **overrides).to(device)
+        stock = copy.deepcopy(model)
+        return fxopt.optimize(model, **options), stock
+
+    return build
+
+
+@pytest.fixture
+def tools() -> Any:
+    """The functions above, for tests that cannot import a conftest."""
+
+    class Tools:
+        make_model = staticmethod(make_model)
+        make_batch = staticmethod(make_batch)
+        run_step = staticmethod(run_step)
+        relative = staticmethod(relative)
+        distance = staticmethod(distance)
+        saved_bytes = staticmethod(saved_bytes)
+        layers = LAYERS
+
+    return Tools

@@ -1,0 +1,83 @@
+"""No name decides anything: a model whose every class and attribute is renamed has the same sites."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+
+import torch
+from transformers import AutoConfig
+from transformers.models.llama import modeling_llama
+
+import fxopt
+
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=256,
+    pad_token_id=0,
+)
+KEPT = {
+    "config",
+    "training",
+    "gradient_checkpointing",
+    "post_init",
+    "loss_function",
+    "register_buffer",
+    "forward",
+}
+"""What transformers' own base classes read."""
+
+
+def rename(source: str) -> tuple[str, dict[str, str]]:
+    """Return `source` with each attribute that its modules set, and each class it defines, renamed."""
+    set_on_self = set(re.findall(r"self\.(\w+)\s*(?::[^=\n]+)?=(?!=)", source)) - KEPT
+    classes = set(re.findall(r"^class (\w+)", source, flags=re.M))
+    new = {name: f"z{index}_x" for index, name in enumerate(sorted(set_on_self))}
+    new |= {name: f"K{index}" for index, name in enumerate(sorted(classes))}
+    for old, fresh in new.items():
+        if old in classes:
+            source = re.sub(rf"\b{old}\b", fresh, source)
+        else:
+            source = re.sub(rf"\.{old}\b(?!\s*import)", f".{fresh}", source)
+    return source, new
+
+
+def test_a_renamed_llama_has_the_same_sites(tmp_path):
+    source = inspect.getsource(modeling_llama)
+    source = re.sub(r"from \.\.\.(\w*)", r"from transformers.\1", source)
+    source = re.sub(r"from \.(\w+)", r"from transformers.models.llama.\1", source)
+    source = source.replace("from transformers. import", "from transformers import")
+    renamed, new = rename(source)
+    # Reads of the config keep their names; only modules' attributes were renamed.
+    for old, fresh in new.items():
+        renamed = renamed.replace(f"config.{fresh}", f"config.{old}")
+    path = tmp_path / "renamed_model.py"
+    path.write_text(renamed)
+    spec = importlib.util.spec_from_file_location("renamed_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["renamed_model"] = module
+    try:
+        spec.loader.exec_module(module)
+        cls = getattr(module, new["LlamaForCausalLM"])
+        cls._tied_weights_keys = {}
+        config = AutoConfig.for_model("llama", **TINY)
+        config._attn_implementation = "sdpa"
+        torch.manual_seed(0)
+        renamed_model, llama = cls(config), modeling_llama.LlamaForCausalLM(config)
+        assert "lm_head.weight" not in dict(renamed_model.named_parameters())
+        summaries = []
+        for model in (renamed_model, llama):
+            report = fxopt.explain(model)
+            summaries.append(sorted((s.pattern, s.op, s.count, s.status) for s in report.sites))
+        assert summaries[0] == summaries[1]
+        assert {s[0] for s in summaries[0]} == {"rms_norm", "glu", "linear_cross_entropy"}
+    finally:
+        del sys.modules["renamed_model"]

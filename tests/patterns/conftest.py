@@ -1,0 +1,82 @@
+"""How a pattern's examples become canonical graphs, and are run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from fxopt.graph.canonicalize import canonicalize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Captured:
+    """One function as Dynamo captures it: the graph, and the values of its placeholders."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Any],
+        kwargs: dict[str, Any],
+        dynamic: bool | None,
+    ) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self.inputs: list[Any] = []
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(function, backend=self._remember, fullgraph=True, dynamic=dynamic)
+        compiled(*inputs, **kwargs)
+        (self.stock,) = self.graphs
+
+    def _remember(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+
+        def run(*args: Any) -> Any:
+            self.inputs = list(args)
+            return gm.forward(*args)
+
+        return run
+
+    def canonical(self) -> fx.GraphModule:
+        """Return a canonical copy of the graph."""
+        gm = fx.GraphModule(self.stock, copy_graph(self.stock.graph))
+        canonicalize(gm)
+        return gm
+
+    def run(self, gm: fx.GraphModule) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the float outputs of `gm` and the gradients of its inputs, under a fixed gradient."""
+        leaves = [
+            value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+            for value in self.inputs
+        ]
+        outputs = [out for out in gm(*leaves) if isinstance(out, torch.Tensor) and out.is_floating_point()]
+        wanted = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        roots = [out for out in outputs if out.requires_grad]
+        torch.manual_seed(1)
+        seeds = [torch.randn(out.shape, device=out.device).to(out.dtype) for out in roots]
+        gradients = torch.autograd.grad(roots, wanted, seeds, allow_unused=True) if wanted and roots else ()
+        found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
+        return [out.detach() for out in outputs], found
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for new, old in zip(copied.nodes, graph.nodes, strict=True):
+        new.meta = copy.copy(old.meta)
+        new.name = old.name
+    return copied
+
+
+@pytest.fixture
+def capture() -> Callable[..., Captured]:
+    def run(
+        function: Callable[..., Any], inputs: Sequence[Any], *, dynamic: bool | None = False, **kwargs: Any
+    ) -> Captured:
+        return Captured(function, inputs, kwargs, dynamic)
+
+    return run

@@ -1,0 +1,169 @@
+"""Import directions: each floor of the house imports only from the floors below it.
+
+`ALLOWED` maps a part of fxopt to the parts it may import; a part may always import itself, except where
+the files of one folder are apart from each other (`APART`).
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT / "fxopt"}
+
+RECORDS = "report.records"
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "report": set(),
+    "kernels": set(),
+    "options": {"errors"},
+    "graph": {"errors", RECORDS},
+    "capture": {"graph", "options", "errors", "kernels.launch", RECORDS},
+    "rewriting": {"graph", "options", "errors", RECORDS},
+    "remat": {"graph", "options", "errors", RECORDS},
+    "sites": {"capture", "rewriting", "graph", RECORDS},
+    "patterns": {"rewriting", "graph", "kernels", "errors"},
+    "pipeline": {
+        "patterns",
+        "sites",
+        "capture",
+        "rewriting",
+        "remat",
+        "graph",
+        "options",
+        "errors",
+        "report",
+    },
+    "__init__": {"pipeline", "rewriting", "options", "errors", "report"},
+    "demo": {"__init__", "errors", "report"},
+    "cli": {"demo", "__init__", "errors", "report"},
+}
+APART = {"patterns": set[str](), "kernels": {"launch"}}
+"""Folders whose files never import each other, but for the shared ones named; `__init__` gathers them."""
+
+HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"}
+TERMINAL = {"rich", "typer"}
+THIRD_PARTY: dict[str, set[str]] = {
+    "errors": set(),
+    "options": {"torch"},
+    "report": set(),
+    "kernels": {"torch", "triton"},
+    "graph": {"torch"},
+    "capture": {"torch", "functorch", "triton", *HUGGING_FACE},
+    "rewriting": {"torch"},
+    "remat": {"torch", "networkx"},
+    "sites": {"torch"},
+    "patterns": {"torch"},
+    "pipeline": {"torch"},
+    "__init__": set(),
+    "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
+    "cli": TERMINAL,
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Yield the dotted name below `fxopt` and the path of every module, links left out."""
+    for prefix, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            relative = path.relative_to(folder)
+            if not prefix and relative.parts[0] in ("patterns", "kernels"):
+                continue
+            parts = (*filter(None, (prefix,)), *relative.with_suffix("").parts)
+            name = ".".join(parts)
+            yield name.removesuffix(".__init__"), path
+
+
+def part_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield every module that `path` imports, also inside functions and for type checking, and the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: relative import, expected an absolute one"
+            module = node.module or ""
+            for alias in node.names:
+                dotted = f"{module}.{alias.name}"
+                is_module = module == "fxopt" or module.startswith("fxopt.")
+                yield (dotted if is_module and dotted in MODULES else module), node.lineno
+
+
+MODULES = {f"fxopt.{name}" for name, _ in modules()} | {"fxopt"}
+
+
+def inside(imported: str) -> str | None:
+    """Return the name below `fxopt` that `imported` names, "__init__" for fxopt itself, None for others."""
+    if imported == "fxopt":
+        return "__init__"
+    return imported.removeprefix("fxopt.") if imported.startswith("fxopt.") else None
+
+
+def violations() -> Iterator[str]:
+    for name, path in modules():
+        part = part_of(name)
+        where = path.relative_to(ROOT)
+        if part not in ALLOWED:
+            yield f"{where}: {part} is on no floor, expected one of {', '.join(ALLOWED)}"
+            continue
+        for imported, line in imports_of(path):
+            target = inside(imported)
+            if target is None:
+                package = imported.split(".")[0]
+                if package not in sys.stdlib_module_names and package not in THIRD_PARTY[part]:
+                    yield f"{where}:{line}: {part} imports {package}"
+            elif part_of(target) == part:
+                if part in APART and name != part and target != part:
+                    file = target.split(".")[1]
+                    if file != name.split(".")[1] and file not in APART[part]:
+                        yield f"{where}:{line}: files of {part}/ are apart, but it imports {imported}"
+            elif target not in ALLOWED[part] and part_of(target) not in ALLOWED[part]:
+                yield f"{where}:{line}: {part} imports {imported}"
+
+
+def test_every_import_goes_down() -> None:
+    assert list(violations()) == []
+
+
+def test_only_the_pipeline_imports_patterns() -> None:
+    users = {
+        part_of(name)
+        for name, path in modules()
+        for imported, _ in imports_of(path)
+        if (target := inside(imported)) is not None and part_of(target) == "patterns"
+    }
+    assert users - {"patterns"} <= {"pipeline"}
+
+
+def test_the_floors_have_no_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(part: str, above: tuple[str, ...]) -> None:
+        assert part not in above, f"{' -> '.join((*above, part))} is a cycle"
+        if part not in done:
+            for lower in ALLOWED[part]:
+                visit(part_of(lower), (*above, part))
+            done.add(part)
+
+    for part in ALLOWED:
+        visit(part, ())
+
+
+@pytest.mark.parametrize("folder", ["patterns", "kernels"])
+def test_pattern_and_kernel_folders_are_flat(folder: str) -> None:
+    nested = [path.name for path in FOLDERS[folder].iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert nested == []
+
+
+def test_the_kernels_package_holds_only_a_docstring() -> None:
+    # Hugging Face's package of that name may be looked for while this folder is on the path.
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert [type(node) for node in body] == [ast.Expr]

@@ -1,0 +1,158 @@
+"""The command line: its messages, its exit codes, and the demo at a small size."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.cli import main
+from fxopt.demo.comparison import Comparison, find_failures, largest_difference
+from fxopt.demo.corpus import make_batches, read_corpus, train_tokenizer
+from fxopt.demo.training import Run, count_saved_bytes
+from fxopt.report.records import Fallback, Report, Site
+
+REWRITTEN = Report("Tiny", sites=(Site("glu", "glu", 1, "rewritten", "mlp", "tiny.py:1"),))
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(argument) for argument in arguments])
+    code = exit_info.value.code
+    return 0 if code is None else int(code)
+
+
+def make_run(*losses: float, saved_bytes: int = 10) -> Run:
+    return Run(losses, tuple(1.0 for _ in losses), saved_bytes)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("fxopt 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--arch", "lama"), "unknown model type 'lama'.* llama"),
+        (("demo", "--dtype", "int8"), "unknown name 'int8', expected one of fp32, bf16, fp16"),
+        (("demo", "--device", "meta"), "a model on meta has no weights"),
+        (("demo", "--device", "nowhere"), "'nowhere' cannot be used here"),
+        (("demo", "--steps", "1"), "expected at least 2, got 1"),
+        (("demo", "--out", "/no/such/folder/plot.png"), "no such folder: /no/such/folder"),
+        (("report",), "expected a path or hub name, or --arch"),
+        (("report", "--arch", "t5"), "t5: transformers has no causal language model"),
+        (("report", "/no/such/model"), "/no/such/model: no such folder or file"),
+        (("report", "nobody/nothing"), "nobody/nothing: no model config found under this hub name"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len(error.splitlines()) <= 2
+    assert error.startswith("fxopt: ")
+    assert re.search(message, error), error
+
+
+def test_a_folder_without_a_config_is_said_plainly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("report", tmp_path) == 2
+    assert "no model config found there" in capsys.readouterr().err
+
+
+def test_report_of_a_folder_and_of_a_model_type_are_equal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        num_hidden_layers=3, hidden_size=64, num_attention_heads=4, num_key_value_heads=2
+    ).save_pretrained(tmp_path)
+    assert run("report", tmp_path, "--json") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert records["model"] == "LlamaForCausalLM"
+    counts = {site["pattern"]: site["count"] for site in records["sites"] if site["module"]}
+    assert 3 in counts.values()
+
+
+def test_demo_holds_and_saves_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "curves.png"
+    assert run("demo", "--steps", "3", "--out", plot) == 0
+    output = capsys.readouterr().out
+    assert "nothing about speed" in output
+    assert output.rstrip().endswith("fxopt demo: passed")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "dtype"), [("llama", "fp32"), ("llama", "bf16"), ("gemma2", "fp32")])
+def test_demo_holds_at_full_length(arch: str, dtype: str, tmp_path: Path) -> None:
+    assert run("demo", "--arch", arch, "--dtype", dtype, "--out", tmp_path / "curves.png") == 0
+
+
+def test_demo_fails_when_the_optimized_model_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(model: torch.nn.Module) -> torch.nn.Module:
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+        return model
+
+    monkeypatch.setattr(fxopt, "optimize", spoil)
+    monkeypatch.setattr(fxopt, "explain", lambda model: REWRITTEN)
+    assert run("demo", "--steps", "2", "--out", tmp_path / "curves.png") == 1
+    assert "the losses differ by" in capsys.readouterr().err
+
+
+def test_failures_name_each_thing_that_does_not_hold() -> None:
+    same = Comparison(make_run(2.0, 1.0), make_run(2.0, 1.0))
+    assert find_failures(same, REWRITTEN) == []
+    bad = Comparison(make_run(2.0, 1.0), make_run(2.0, 1.1, saved_bytes=11))
+    report = Report("Tiny", fallbacks=(Fallback("block", "a hook", 3),))
+    failures = find_failures(bad, report)
+    assert [failure.split()[0] for failure in failures] == ["the", "3", "no", "the"]
+
+
+def test_a_loss_that_is_nan_in_one_run_fails() -> None:
+    comparison = Comparison(make_run(2.0, 1.0), make_run(2.0, float("nan")))
+    assert find_failures(comparison, REWRITTEN) != []
+
+
+def test_in_bf16_the_tolerance_is_stocks_own_difference() -> None:
+    reference, stock = make_run(2.0, 1.0), make_run(2.0, 1.01)
+    assert Comparison(stock, make_run(2.0, 1.02), reference).tolerance == largest_difference(stock, reference)
+    assert find_failures(Comparison(stock, make_run(2.0, 1.015), reference), REWRITTEN) == []
+    assert find_failures(Comparison(stock, make_run(2.0, 1.03), reference), REWRITTEN) != []
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = torch.ones(4, 8, requires_grad=True)
+    with count_saved_bytes(layer) as saved:
+        y = layer(x)  # saves x and the weight
+        (y.exp() + y[:2].exp().sum()).sum()  # saves both results of exp
+    assert saved.total == 4 * (4 * 8 + 4 * 8 + 2 * 8)
+
+
+def test_tokens_decode_to_the_text() -> None:
+    text = read_corpus()[:20_000]
+    tokenizer = train_tokenizer(text, 512)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_batches_follow_the_seed() -> None:
+    tokens = torch.arange(1000)
+    first, again, other = (
+        make_batches(tokens, num_batches=2, batch_size=3, length=8, seed=seed) for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert first[0].shape == (3, 8)

@@ -1,0 +1,62 @@
+"""Every Python example in the docs and in the docstrings runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import fxopt
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+
+
+def module_names() -> list[str]:
+    files = [path for folder in ("fxopt", "patterns", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    names = set[str]()
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "fxopt" else ("fxopt", *parts)
+        names.add(".".join(parts).removesuffix(".__init__"))
+    return sorted(names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of one page run one after the other, in one module."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    module = types.ModuleType("docs_page")  # Dynamo looks the globals of a function up in its module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in BLOCK.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        source = "\n" * line + block.group(1)  # so that a traceback names the page's own line
+        exec(compile(source, str(page), "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = [target for target in LINK.findall(page.read_text()) if not (page.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_docstring_examples_run(name: str) -> None:
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    results = doctest.testmod(module, optionflags=flags, verbose=False)
+    assert results.failed == 0, f"{name}: {results.failed} of {results.attempted} examples failed"
+
+
+@pytest.mark.parametrize("name", ["optimize", "explain", "restore"])
+def test_public_functions_have_an_example(name: str) -> None:
+    assert ">>>" in (inspect.getdoc(getattr(fxopt, name)) or ""), f"fxopt.{name} shows no example"
