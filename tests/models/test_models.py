@@ -86,6 +86,7 @@ def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, devic
 def test_fewer_bytes_are_saved_for_backward(arch, device, twins, tools):
     model, stock = twins(arch, device)
     batch = tools.make_batch((2, 24), padded="none", device=device)
+    tools.run_step(model, batch)  # Dynamo captures nothing while hooks on saved tensors are set
     assert tools.saved_bytes(model, batch) < tools.saved_bytes(stock, batch)
     assert fxopt.explain(model).fallbacks == ()
 
