@@ -17,6 +17,7 @@ import fxopt
 from fxopt.demo.training import count_saved_bytes
 
 LAYERS = 3
+SEEDS = 6
 TINY = dict(
     hidden_size=64,
     intermediate_size=128,
@@ -161,6 +162,40 @@ def distance(step: Step, exact: Step) -> float:
     )
 
 
+def mean_distances(
+    model: Any,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    autocast: bool,
+    arch: str,
+    shape: tuple[int, int] = (2, 24),
+) -> tuple[float, float]:
+    """Return the errors of `model`'s and stock's gradients against fp32, means over `SEEDS` draws of weights.
+
+    One draw says nothing: over draws the two errors of olmo2 in bf16 scatter by about 10 % each, and either
+    comes out ahead (eight draws: 0.0102 and 0.0100 in the mean, ratios from 0.86 to 1.22).
+    """
+    ours, theirs = [], []
+    for seed in range(SEEDS):
+        exact = make_model(arch).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in exact.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        stock = copy.deepcopy(exact) if autocast else copy.deepcopy(exact).to(dtype)
+        model.load_state_dict(stock.state_dict())
+        if not autocast:
+            exact = copy.deepcopy(stock).float()
+        batch = make_batch(shape, padded="left" if seed % 2 else "right", device=device)
+        reference = run_step(exact, batch)
+        cast = dtype if autocast else None
+        ours.append(distance(run_step(model, batch, cast), reference))
+        theirs.append(distance(run_step(stock, batch, cast), reference))
+    return sum(ours) / SEEDS, sum(theirs) / SEEDS
+
+
 def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
     """Return the bytes one forward saves for backward, parameters left out."""
     with count_saved_bytes(model) as saved:
@@ -197,7 +232,7 @@ def tools() -> Any:
         make_batch = staticmethod(make_batch)
         run_step = staticmethod(run_step)
         relative = staticmethod(relative)
-        distance = staticmethod(distance)
+        mean_distances = staticmethod(mean_distances)
         saved_bytes = staticmethod(saved_bytes)
         layers = LAYERS
 

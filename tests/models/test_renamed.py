@@ -23,15 +23,25 @@ TINY = dict(
     pad_token_id=0,
 )
 KEPT = {
-    "config",
-    "training",
-    "gradient_checkpointing",
-    "post_init",
-    "loss_function",
-    "register_buffer",
-    "forward",
+    *(
+        "config",
+        "training",
+        "gradient_checkpointing",
+        "post_init",
+        "loss_function",
+        "register_buffer",
+        "forward",
+    ),
+    *(
+        "rope_type",
+        "inv_freq",
+        "original_inv_freq",
+        "max_seq_len_cached",
+        "original_max_seq_len",
+        "rope_init_fn",
+    ),
 }
-"""What transformers' own base classes read."""
+"""What transformers' own base classes, rotary decorator and attention functions read."""
 
 
 def rename(source: str) -> tuple[str, dict[str, str]]:
