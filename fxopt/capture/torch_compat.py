@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -63,11 +64,19 @@ def compile_frame(
     return torch.compile(isolate(function), backend=backend, fullgraph=fullgraph)
 
 
+LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info_once", "warning_advice")
+"""Methods of loggers, transformers' own among them; a log line breaks a capture, so under capture it says nothing."""
+
+
 @contextlib.contextmanager
 def recompile_limits() -> Iterator[None]:
-    """Raise Dynamo's capture limits within the scope."""
+    """Raise Dynamo's capture limits within the scope, and let it pass over log lines."""
+    methods = {getattr(logging.Logger, name) for name in LOG_METHODS if hasattr(logging.Logger, name)}
+    ignored = dynamo_config.ignore_logging_functions | methods
     with dynamo_config.patch(
-        recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT * 64
+        recompile_limit=RECOMPILE_LIMIT,
+        accumulated_recompile_limit=RECOMPILE_LIMIT * 64,
+        ignore_logging_functions=ignored,
     ):
         yield
 
