@@ -39,6 +39,7 @@ class Installation:
         self.options = options
         self.regions: Regions = find_regions(model)
         self.ledger = Ledger()
+        self._settings = torch_compat.make_capture_settings()
         self._transform = transform
         self._lower = lower
         self._calls: dict[str, BlockCalls] = {}
@@ -71,7 +72,7 @@ class Installation:
             module.__dict__.pop(SLOT, None)
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
-        with torch_compat.recompile_limits():
+        with torch_compat.capture_scope(self._settings):
             return self._calls[REGION].run(REGION, self.model, args, kwargs)
 
     def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, take
 from fxopt.capture.hooks import find_hooks, has_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.tail import Tail, TailRefusal
+from fxopt.graph.view import modules_of
 
 REGION = "model"
 
@@ -55,6 +56,7 @@ class ModelCall:
         self.blocks = frozenset(blocks.values())
         self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
         self.obstacle = ""
+        self._settings = torch_compat.make_capture_settings()
         self._takes_cache = accepts(model.forward, "use_cache") or (
             takes_any(model.forward)
             and any(accepts(inner.forward, "use_cache") for inner in find_around(model, self.blocks))
@@ -69,7 +71,7 @@ class ModelCall:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
         model = self.model
-        with torch_compat.recompile_limits():
+        with torch_compat.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._trunk is not None:
                 return torch_compat.stock_call(model, *args, **kwargs)
             kwargs = self._without_cache(kwargs)
@@ -252,8 +254,7 @@ def find_tail_modules(model: nn.Module, tail: fx.GraphModule) -> tuple[nn.Module
     named = dict(model.named_modules())
     paths: set[str] = set()
     for node in tail.graph.nodes:
-        for path, _ in node.meta.get("nn_module_stack", {}).values():
-            paths.add(torch_compat.module_path(path))
+        paths.update(modules_of(node))
     return tuple(named[path] for path in sorted(paths) if path and path in named)
 
 

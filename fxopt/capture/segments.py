@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.lazy import LazyLogits, LogitsSource
-from fxopt.capture.tail import MODE_SWITCHES
+from fxopt.graph.purity import MODE_SWITCHES
 from fxopt.graph.view import location_of
 
 Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]

@@ -10,19 +10,10 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import fx
 
-MODE_SWITCHES = frozenset(
-    {
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-        torch._C._set_grad_enabled,
-    }
-)
-"""Nodes that change how all later nodes run: kept, in order, in every part of a cut graph."""
+from fxopt.graph.purity import MODE_SWITCHES, is_pure
 
 
 class TailRefusal(Exception):
@@ -68,7 +59,7 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
                 f"what stands after the blocks reads {node.name}, which cannot be computed twice"
             )
     for node in nodes[last:]:
-        if node not in needed and not _repeatable(node) and node.target not in MODE_SWITCHES:
+        if node not in needed and not _repeatable(node):
             needed.add(node)
             needed |= _ancestors(node, stop=set(leaf_nodes))
     graph = fx.Graph()
@@ -126,19 +117,6 @@ def _ancestors(node: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-_RANDOM = frozenset({torch.nn.functional.dropout, torch.dropout, torch.rand, torch.randn, torch.bernoulli})
-
-
 def _repeatable(node: fx.Node) -> bool:
     """Return whether running `node` a second time changes nothing and gives the same value."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return True
-    if node.op == "call_method":
-        return not str(node.target).endswith("_") or str(node.target).startswith("__")
-    name: Any = getattr(node.target, "__name__", str(node.target))
-    if node.target in _RANDOM or node.target in MODE_SWITCHES:
-        return node.target in MODE_SWITCHES
-    return not (name.endswith("_") and not name.startswith("_")) and name not in (
-        "setitem",
-        "_log_api_usage_once",
-    )
+    return node.op in ("placeholder", "output") or node.target in MODE_SWITCHES or is_pure(node)

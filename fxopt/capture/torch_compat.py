@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,16 +67,20 @@ LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info
 """Methods of loggers, transformers' own among them; a log line breaks a capture, so under capture it says nothing."""
 
 
-@contextlib.contextmanager
-def recompile_limits() -> Iterator[None]:
-    """Raise Dynamo's capture limits within the scope, and let it pass over log lines."""
+def make_capture_settings() -> dict[str, Any]:
+    """Return Dynamo's settings for fxopt's calls: raised capture limits, and log lines passed over."""
     methods = {getattr(logging.Logger, name) for name in LOG_METHODS if hasattr(logging.Logger, name)}
-    ignored = dynamo_config.ignore_logging_functions | methods
-    with dynamo_config.patch(
-        recompile_limit=RECOMPILE_LIMIT,
-        accumulated_recompile_limit=RECOMPILE_LIMIT * 64,
-        ignore_logging_functions=ignored,
-    ):
+    return {
+        "recompile_limit": RECOMPILE_LIMIT,
+        "accumulated_recompile_limit": RECOMPILE_LIMIT * 64,
+        "ignore_logging_functions": dynamo_config.ignore_logging_functions | methods,
+    }
+
+
+@contextlib.contextmanager
+def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
+    """Put `settings` of Dynamo in force within the scope."""
+    with dynamo_config.patch(settings):
         yield
 
 
@@ -105,14 +108,6 @@ def has_global_hooks() -> bool:
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
     )
-
-
-def module_path(stack_path: str) -> str:
-    """Return "layers.0.mlp" for a path in a node's `nn_module_stack`, as in "L['model'].layers.0.mlp"."""
-    path = re.sub(r"^L\['\w+'\]", "", stack_path)
-    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
-    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    return path.strip(".")
 
 
 def reason_of(error: BaseException) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "is_tensor",
     "location_of",
     "module_of",
+    "modules_of",
     "requires_grad",
     "shape_of",
     "value_of",
@@ -94,10 +95,16 @@ def module_of(node: fx.Node) -> str:
     >>> module_of(node)
     'model.layers.0.mlp'
     """
+    return next(reversed(modules_of(node)), "")
+
+
+def modules_of(node: fx.Node) -> tuple[str, ...]:
+    """Return the paths, from the captured root, of the modules that were running at `node`, outermost first."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))[0]
+    return tuple(_module_path(path) for path, _ in stack.values())
+
+
+def _module_path(path: str) -> str:
     path = SUBSCRIPT.sub(r".\1", path.replace("._modules", ""))
     parts = [part for part in path.split(".") if part]
     # A Dynamo path starts with "L" or "G" and the name of the local that holds the root.

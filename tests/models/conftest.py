@@ -191,8 +191,14 @@ def mean_distances(
         batch = make_batch(shape, padded="left" if seed % 2 else "right", device=device)
         reference = run_step(exact, batch)
         cast = dtype if autocast else None
-        ours.append(distance(run_step(model, batch, cast), reference))
-        theirs.append(distance(run_step(stock, batch, cast), reference))
+        step, stock_step = run_step(model, batch, cast), run_step(stock, batch, cast)
+        ours.append(distance(step, reference))
+        theirs.append(distance(stock_step, reference))
+        if autocast:
+            loss_error = relative(step.loss, reference.loss)
+            floor = torch.finfo(torch.float32).eps * 8
+            stock_loss_error = relative(stock_step.loss, reference.loss)
+            assert loss_error <= max(stock_loss_error + floor, torch.finfo(dtype).eps / 4)
     return sum(ours) / SEEDS, sum(theirs) / SEEDS
 
 

@@ -55,10 +55,10 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.gpu)], ids=["bf16", "fp16"]
 )
-def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, twins, tools):
+def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools):
     if dtype is torch.float16 and device == "cpu":
         pytest.skip("float16 autocast with scaled losses is a GPU matter; the GPU variant runs under -m gpu")
-    model, _ = twins(arch, device)
+    model = fxopt.optimize(tools.make_model(arch).to(device))
     for shape in SHAPES[:2]:
         ours, theirs = tools.mean_distances(model, dtype, device, autocast=True, arch=arch, shape=shape)
         assert ours <= theirs * NOISE
@@ -67,9 +67,8 @@ def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, twins,
 
 @pytest.mark.parametrize("arch", SITES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, device, twins, tools):
-    model, _ = twins(arch, device)
-    model = model.to(dtype)
+def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, device, tools):
+    model = fxopt.optimize(tools.make_model(arch).to(device, dtype))
     ours, theirs = tools.mean_distances(model, dtype, device, autocast=False, arch=arch)
     assert ours <= theirs * NOISE
     assert fxopt.explain(model).fallbacks == ()

@@ -32,7 +32,6 @@ KEPT = {
         "register_buffer",
         "forward",
     ),
-    *("num_key_value_groups", "is_causal"),
     *(
         "rope_type",
         "inv_freq",
@@ -41,6 +40,7 @@ KEPT = {
         "original_max_seq_len",
         "rope_init_fn",
     ),
+    *("num_key_value_groups", "is_causal"),
 }
 """What transformers' own base classes, rotary decorator and attention functions read."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fxopt.capture import torch_compat
+from fxopt.graph.view import modules_of
 
 
 def test_modules_have_a_compile_slot_that_copies_and_pickles_drop():
@@ -64,11 +65,11 @@ def test_dynamo_takes_a_patched_call_through_the_slot():
     )
 
 
-def test_recompile_limits_are_raised_in_scope():
+def test_capture_limits_are_raised_in_scope():
     from torch._dynamo import config
 
     before = config.recompile_limit
-    with torch_compat.recompile_limits():
+    with torch_compat.capture_scope(torch_compat.make_capture_settings()):
         assert config.recompile_limit == torch_compat.RECOMPILE_LIMIT
     assert config.recompile_limit == before
 
@@ -85,9 +86,10 @@ def test_a_refused_capture_raises_one_of_the_capture_errors():
 
 
 def test_module_paths_of_nodes_read_as_in_the_model():
+    node = torch.fx.Graph().placeholder("x")
     for given in ("L['model'].layers.0.mlp", "L['model']._modules['layers']._modules['0'].mlp"):
-        assert torch_compat.module_path(given) == "layers.0.mlp"
-    assert torch_compat.module_path("L['model']") == ""
+        node.meta["nn_module_stack"] = {"1": ("L['model']", object), "2": (given, object)}
+        assert modules_of(node) == ("", "layers.0.mlp")
 
 
 def test_plain_lowering_saves_no_more_than_stock_and_differentiates():
