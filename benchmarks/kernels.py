@@ -23,198 +23,19 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from triton.testing import do_bench
 
-from fxopt.kernels import glu, linear_cross_entropy, rms_norm
-from fxopt.kernels.cross_entropy import cross_entropy
+from benchmarks.cases import ALL
+from benchmarks.cases.case import Case, Function
 from fxopt.kernels.launch import find_obstacle
 
-Function = Callable[..., torch.Tensor]
-Passes = tuple[Callable[[], Any], Callable[[], Any]]
-ROWS = 8192
-CLASSES = 128256
 GATE_ROWS = 256
 COLUMNS = ("fxopt", "launch", "liger", "cce", "compile", "eager", "copy", "gemms")
-
-
-@dataclass
-class Case:
-    """One kernel at one size; the functions take the tensors that `make(rows)` returns."""
-
-    kernel: str
-    size: str
-    make: Callable[[int], list[torch.Tensor]]
-    contestants: dict[str, Function]
-    forward_bytes: int = 0
-    backward_bytes: int = 0
-    rows: int = ROWS
-    launches: Callable[[list[torch.Tensor]], Passes] | None = None
-    gemms: Callable[[list[torch.Tensor]], Callable[[], None]] | None = None
-
-
-def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> torch.Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16).requires_grad_(grad)
-
-
-def find_liger() -> Any | None:
-    try:
-        from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return functional
-
-
-def find_cce() -> Function | None:
-    try:
-        from cut_cross_entropy import linear_cross_entropy as cce  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return cce
-
-
-def rms_norm_cases() -> list[Case]:
-    def eager(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return weight * wide.to(x.dtype)
-
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        x, weight = tensors
-        dy, attributes = torch.randn_like(x), (1e-6, 0.0, True, False, "silu", False, 1, None)
-        _, statistics = rms_norm.launch_forward(x, weight, None, *attributes)
-        rest = (0.0, False, "silu", False, 1, True, True, False)
-        return (
-            lambda: rms_norm.launch_forward(x, weight, None, *attributes),
-            lambda: rms_norm.launch_backward(dy, x, weight, None, statistics, *rest),
-        )
-
-    liger = find_liger()
-    cases = []
-    for width in (2048, 4096, 8192, 16384):
-        contestants: dict[str, Function] = {
-            "fxopt": lambda x, weight: rms_norm.rms_norm(x, weight, eps=1e-6),
-            "eager": eager,
-            "compile": torch.compile(eager, dynamic=False),
-        }
-        if liger is not None:
-            contestants["liger"] = lambda x, weight: liger.liger_rms_norm(x, weight, 1e-6)
-        size = ROWS * width * 2
-
-        def make(rows: int, width: int = width) -> list[torch.Tensor]:
-            return [tensor(rows, width), tensor(width)]
-
-        cases.append(
-            Case("rms_norm", f"{ROWS} x {width}", make, contestants, 2 * size, 3 * size, launches=launches)
-        )
-    return cases
-
-
-def glu_cases() -> list[Case]:
-    def eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return F.silu(gate) * up
-
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        gate, up = tensors
-        dy = torch.randn_like(gate)
-        return (
-            lambda: glu.launch_forward(gate, up, "silu"),
-            lambda: glu.launch_backward(dy, gate, up, "silu", True, True),
-        )
-
-    liger = find_liger()
-    cases = []
-    for width in (8192, 18944):
-        contestants: dict[str, Function] = {
-            "fxopt": lambda gate, up: glu.glu(gate, up, act="silu"),
-            "eager": eager,
-            "compile": torch.compile(eager, dynamic=False),
-        }
-        if liger is not None:
-            contestants["liger"] = liger.liger_swiglu
-        size = ROWS * width * 2
-
-        def make(rows: int, width: int = width) -> list[torch.Tensor]:
-            return [tensor(rows, width), tensor(rows, width)]
-
-        cases.append(
-            Case("glu", f"{ROWS} x {width}", make, contestants, 3 * size, 5 * size, launches=launches)
-        )
-    return cases
-
-
-def cross_entropy_cases() -> list[Case]:
-    def eager(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.float(), labels)
-
-    rows = 4096
-    contestants: dict[str, Function] = {
-        "fxopt": cross_entropy,
-        "eager": eager,
-        "compile": torch.compile(eager, dynamic=False),
-    }
-    liger = find_liger()
-    if liger is not None:
-        contestants["liger"] = liger.liger_cross_entropy
-
-    def make(rows: int) -> list[torch.Tensor]:
-        return [tensor(rows, CLASSES), torch.randint(CLASSES, (rows,), device="cuda")]
-
-    size = rows * CLASSES * 2
-    return [Case("cross_entropy", f"{rows} x {CLASSES}", make, contestants, size, 2 * size, rows=rows)]
-
-
-def linear_cross_entropy_cases() -> list[Case]:
-    def eager(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(h, weight).float(), labels)
-
-    def gemms(tensors: list[torch.Tensor]) -> Callable[[], None]:
-        h, weight, _ = (value.detach() for value in tensors)
-        chunk = linear_cross_entropy.plan_chunk_rows(
-            h.shape[0], CLASSES * 2, linear_cross_entropy.CHUNK_BYTES
-        )
-        logits, dh = h.new_empty(chunk, CLASSES), torch.empty_like(h)
-        dweight = torch.empty_like(weight) if tensors[1].requires_grad else None
-
-        def products() -> None:
-            for start in range(0, h.shape[0], chunk):
-                part = h[start : start + chunk]
-                out = logits[: part.shape[0]]
-                torch.mm(part, weight.t(), out=out)
-                torch.mm(out, weight, out=dh[start : start + chunk])
-                if dweight is not None:
-                    dweight.addmm_(out.t(), part)
-
-        return products
-
-    liger, cce = find_liger(), find_cce()
-    cases = []
-    for width in (2048, 4096):
-        for trainable in (False, True):
-            contestants: dict[str, Function] = {
-                "fxopt": linear_cross_entropy.linear_cross_entropy,
-                "eager": eager,
-                "compile": torch.compile(eager, dynamic=False),
-            }
-            if liger is not None:
-                contestants["liger"] = liger.liger_fused_linear_cross_entropy
-            if cce is not None:
-                contestants["cce"] = lambda h, weight, labels: cce(h, weight, labels, impl="cce_exact")
-
-            def make(rows: int, width: int = width, trainable: bool = trainable) -> list[torch.Tensor]:
-                weight = tensor(CLASSES, width, scale=width**-0.5, grad=trainable)
-                return [tensor(rows, width), weight, torch.randint(CLASSES, (rows,), device="cuda")]
-
-            head = "trainable" if trainable else "frozen"
-            size = f"{ROWS} x {width} x {CLASSES}, {head} head"
-            cases.append(Case("linear_cross_entropy", size, make, contestants, gemms=gemms))
-    return cases
 
 
 def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -368,13 +189,7 @@ def main() -> int:
     )
     rows: list[dict[str, Any]] = []
     disagreements: list[str] = []
-    makers = {
-        "rms_norm": rms_norm_cases,
-        "glu": glu_cases,
-        "cross_entropy": cross_entropy_cases,
-        "linear_cross_entropy": linear_cross_entropy_cases,
-    }
-    for name, make_cases in makers.items():
+    for name, make_cases in ALL.items():
         if arguments.only and name not in arguments.only.split(","):
             continue
         for case in make_cases():

@@ -12,11 +12,15 @@ import fxopt
 
 ROOT = Path(__file__).parent.parent
 NOT_A_FEATURE = {"__init__", "launch"}
-FEATURES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem not in NOT_A_FEATURE)
+FEATURES = sorted(
+    path.stem
+    for path in (ROOT / "kernels").iterdir()
+    if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.stem not in NOT_A_FEATURE
+)
 FILES = ("__init__.py", "pipeline.py", "errors.py", "options.py", "cli.py", "py.typed")
 PARTS = {
     "capture": ("regions.py", "lowering.py", "torch_compat.py"),
-    "graph": ("view.py", "canonicalize.py", "anchors.py", "verify.py"),
+    "graph": ("view.py", "canonicalize.py", "anchors/__init__.py", "verify.py"),
     "rewriting": ("pattern.py", "matcher.py", "rewrite.py", "proof.py"),
     "report": ("records.py", "text.py"),
 }
@@ -40,7 +44,7 @@ def test_every_pattern_is_named_after_its_file() -> None:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_kernel_has_a_pattern_a_test_a_benchmark_and_a_page(feature: str) -> None:
-    benchmarks = "\n".join(path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.py")))
+    benchmarks = "\n".join(path.read_text() for path in sorted((ROOT / "benchmarks").rglob("*.py")))
     places = {
         f"patterns/{feature}.py": (ROOT / "patterns" / f"{feature}.py").exists(),
         f"tests/kernels/test_{feature}.py": (ROOT / "tests" / "kernels" / f"test_{feature}.py").exists(),

@@ -27,15 +27,25 @@ def packages_on_disk() -> set[str]:
         for path in (ROOT / "fxopt").rglob("__init__.py")
         if path.parent.name not in TOP_FOLDERS.values()
     }
-    return found | {name for name, folder in TOP_FOLDERS.items() if (ROOT / folder / "__init__.py").exists()}
+    for name, folder in TOP_FOLDERS.items():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join((name, *path.parent.relative_to(ROOT / folder).parts)))
+    return found
+
+
+def folder_of(package: str) -> Path:
+    """Return where the sources of `package` lie: patterns and kernels are top-level folders."""
+    for name, folder in TOP_FOLDERS.items():
+        if package == name or package.startswith(f"{name}."):
+            return ROOT / package.replace(name, folder, 1).replace(".", "/")
+    return ROOT / package.replace(".", "/")
 
 
 def source_files() -> set[str]:
     """Return the path in the wheel of every Python file of every package."""
     found = set[str]()
     for name in packages_on_disk():
-        folder = ROOT / TOP_FOLDERS.get(name, name.replace(".", "/"))
-        found |= {f"{name.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
+        found |= {f"{name.replace('.', '/')}/{path.name}" for path in folder_of(name).glob("*.py")}
     return found | {"fxopt/py.typed"}
 
 

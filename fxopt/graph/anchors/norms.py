@@ -1,62 +1,26 @@
-"""The sites of a stock graph: every known form, found by its arithmetic before anything is rewritten.
-
-Nothing here is shared with the canonicalizer or the matcher: what they miss must show as a site that nobody
-took. Each spelling is therefore known here once more, by name only.
-"""
+"""Norms in a stock graph: a reciprocal root of a mean of squares, in any spelling."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch import Tensor, fx
 
-from fxopt.graph.gates import Gates
-from fxopt.graph.stock import (
-    LOSSES,
+from fxopt.graph.anchors.stock import (
     MAX_DEPTH,
     ROUNDING,
     SCALING,
-    SOFTCAP,
     is_scalar,
     number_of,
     stock_name,
     tensors_read,
 )
-from fxopt.graph.view import find_subgraphs, location_of, module_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Anchor:
-    """One site: `node` is its stock name, "body/name" in the body of a higher-order op."""
-
-    kind: str
-    node: str
-    module: str
-    location: str
-
 
 MAX_CHAIN = 5
 
 
-def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
-    """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
-
-    Kinds are "rms_norm" (a reciprocal root of a mean of squares), "glu" (an activation times another value,
-    both from linear projections), and "cross_entropy", "linear_cross_entropy" where its logits come straight
-    from one linear layer.
-    """
-    anchors: list[Anchor] = []
-    for prefix, part in find_subgraphs(gm):
-        gates = Gates()
-        for node in part.graph.nodes:
-            kind = _norm_kind(node) or _loss_kind(node) or gates.kind(node)
-            if kind:
-                anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))
-    return tuple(anchors)
-
-
-def _norm_kind(node: fx.Node) -> str:
+def norm_kind(node: fx.Node) -> str:
+    """Return "rms_norm" if `node` is the root of a norm's mean of squares, or a whole norm, else ""."""
     name = stock_name(node)
     if name == "rms_norm":
         return "rms_norm"
@@ -170,18 +134,3 @@ def _is_scaled_norm(node: fx.Node) -> bool:
 
 def _is_rescaled(node: fx.Node) -> bool:
     return any(stock_name(user) == "mul" and len(tensors_read(user)) == 1 for user in node.users)
-
-
-def _loss_kind(node: fx.Node) -> str:
-    if stock_name(node) not in LOSSES or not tensors_read(node):
-        return ""
-    logits = tensors_read(node)[0]
-    for _ in range(MAX_DEPTH):
-        name, operands = stock_name(logits), tensors_read(logits)
-        if name in ("linear", "matmul"):
-            return "linear_cross_entropy"
-        large = [item for item in operands if not is_scalar(item)]
-        if name not in SOFTCAP or len(large) != 1:
-            return "cross_entropy"
-        logits = large[0]
-    return "cross_entropy"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.graph.stock import (
+from fxopt.graph.anchors.stock import (
     ACTIVATIONS,
     MOVING,
     POINTWISE,

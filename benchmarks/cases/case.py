@@ -1,0 +1,49 @@
+"""What a benchmarked kernel is made of, and the peers where they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Function = Callable[..., torch.Tensor]
+Passes = tuple[Callable[[], Any], Callable[[], Any]]
+ROWS = 8192
+CLASSES = 128256
+
+
+@dataclass
+class Case:
+    """One kernel at one size; the functions take the tensors that `make(rows)` returns."""
+
+    kernel: str
+    size: str
+    make: Callable[[int], list[torch.Tensor]]
+    contestants: dict[str, Function]
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    rows: int = ROWS
+    launches: Callable[[list[torch.Tensor]], Passes] | None = None
+    gemms: Callable[[list[torch.Tensor]], Callable[[], None]] | None = None
+
+
+def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16).requires_grad_(grad)
+
+
+def find_liger() -> Any | None:
+    try:
+        from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return functional
+
+
+def find_cce() -> Function | None:
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cce  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return cce

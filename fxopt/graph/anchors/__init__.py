@@ -1,0 +1,43 @@
+"""The sites of a stock graph: every known form, found by its arithmetic before anything is rewritten.
+
+Nothing here is shared with the canonicalizer or the matcher: what they miss must show as a site that nobody
+took. Each spelling is therefore known here once more, by name only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from fxopt.graph.anchors.gates import Gates
+from fxopt.graph.anchors.losses import loss_kind
+from fxopt.graph.anchors.norms import norm_kind
+from fxopt.graph.view import find_subgraphs, location_of, module_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """One site: `node` is its stock name, "body/name" in the body of a higher-order op."""
+
+    kind: str
+    node: str
+    module: str
+    location: str
+
+
+def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
+    """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
+
+    Kinds are "rms_norm" (a reciprocal root of a mean of squares), "glu" (an activation times another value,
+    both from linear projections), and "cross_entropy", "linear_cross_entropy" where its logits come straight
+    from one linear layer.
+    """
+    anchors: list[Anchor] = []
+    for prefix, part in find_subgraphs(gm):
+        gates = Gates()
+        for node in part.graph.nodes:
+            kind = norm_kind(node) or loss_kind(node) or gates.kind(node)
+            if kind:
+                anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))
+    return tuple(anchors)
