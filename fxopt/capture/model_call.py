@@ -179,10 +179,11 @@ class ModelCall:
             self._standing_in = True
             try:
                 state = {
-                    name: mode.from_tensor(tensor, static_shapes=True)
+                    name: torch_compat.make_stand_in(mode, tensor)
                     for name, tensor in (*block.named_parameters(), *block.named_buffers())
                 }
-                out = torch.func.functional_call(block, state, args, kwargs)
+                with torch_compat.real_tensors_allowed(mode):
+                    out = torch.func.functional_call(block, state, args, kwargs)
             finally:
                 self._standing_in = False
             self._forms[key] = out

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,13 +67,33 @@ LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info
 """Methods of loggers, transformers' own among them; a log line breaks a capture, so under capture it says nothing."""
 
 
+class FunctionSet(str):
+    """A set of functions that is a text to JSON: torch before 2.13 writes its settings into a log, and fails
+    with a traceback per capture where one is a `set` of functions."""
+
+    functions: frozenset[Callable[..., Any]]
+
+    def __new__(cls, functions: Iterable[Callable[..., Any]]) -> FunctionSet:
+        """Return the set of `functions`."""
+        members = frozenset(functions)
+        made = super().__new__(cls, f"{len(members)} functions")
+        made.functions = members
+        return made
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.functions
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.functions)
+
+
 def make_capture_settings() -> dict[str, Any]:
     """Return Dynamo's settings for fxopt's calls: raised capture limits, and log lines passed over."""
     methods = {getattr(logging.Logger, name) for name in LOG_METHODS if hasattr(logging.Logger, name)}
     return {
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": RECOMPILE_LIMIT * 64,
-        "ignore_logging_functions": dynamo_config.ignore_logging_functions | methods,
+        "ignore_logging_functions": FunctionSet(methods.union(dynamo_config.ignore_logging_functions)),
     }
 
 
@@ -98,6 +118,24 @@ def is_fake(value: object) -> bool:
 def fake_mode_of(value: Any) -> Any:
     """Return the FakeTensorMode that the stand-in tensor `value` belongs to."""
     return value.fake_mode
+
+
+def make_stand_in(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a stand-in of `mode` for `tensor` that carries what was set on it (a packed weight's scales)."""
+    stand_in = mode.from_tensor(tensor, static_shapes=True)
+    for name, value in tensor.__dict__.items():
+        stand_in.__dict__.setdefault(name, value)
+    return stand_in
+
+
+@contextlib.contextmanager
+def real_tensors_allowed(mode: Any) -> Iterator[None]:
+    """Let ops of `mode` read real tensors beside stand-ins within the scope."""
+    previous, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = previous
 
 
 def has_global_hooks() -> bool:
