@@ -96,6 +96,7 @@ def optimize(
     verify: str = "on",
     strict: bool = False,
     partial: bool = False,
+    example_inputs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make `model` train faster and with less memory, in place, and return the same object.
 
@@ -107,8 +108,11 @@ def optimize(
         disable: names of patterns not to use.
         lowering: "inductor", "plain" (node by node), or "auto": Inductor on a GPU, plain on a CPU.
         verify: "on" proves every rewrite numerically before it is used; "off" skips the proofs.
-        strict: raise where a known form was left unmatched or a proof failed, instead of reporting it.
+        strict: raise where a known form was not rewritten, a proof failed or a region was not captured, as
+            seen in one forward pass on small inputs, instead of reporting it.
         partial: where a block cannot be captured in one graph, optimize its pieces.
+        example_inputs: keyword arguments of the model's forward for that pass; by default fxopt makes
+            `input_ids` and `labels` of 2 x 16 tokens.
 
     Raises:
         FxoptError: not a module, on the meta device, or compiled already by somebody else.
@@ -137,14 +141,17 @@ def optimize(
             "load or initialize the weights first; fxopt.explain(model) works on meta"
         )
     installed = find_installation(model)
+    if installed is not None and installed.options == options:
+        return model
+    if options.strict:
+        _check_strictly(_report_on_small_inputs(model, options, example_inputs))
     if installed is not None:
-        if installed.options == options:
-            return model
         log.warning("%s was optimized with other options: restored, optimized anew", type(model).__name__)
         installed.remove()
-    if options.strict:
-        _check_strictly(_report_on_small_inputs(model, options, None))
-    _new_installation(model, options).install()
+    installation = _new_installation(model, options)
+    for note in installation.ledger.notes:
+        log.warning("%s", note)
+    installation.install()
     return model
 
 
@@ -187,20 +194,26 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     """
     model = check_model(model)
     installation = find_installation(model)
-    if installation is not None and installation.ledger.captures and example_inputs is None:
+    if installation is not None and installation.ledger.has_run and example_inputs is None:
         return build_report(installation)
     options = installation.options if installation is not None else _default_options()
     return _report_on_small_inputs(model, options, example_inputs)
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Compile one graph for `torch.compile(model, backend="fxopt")`: the same passes, torch's own entry."""
+    """Compile one graph for `torch.compile(model, backend="fxopt")`: the same passes, torch's own entry.
+
+    Torch does not tell a backend whether the model trains, so logits stay lazy wherever gradients are on.
+    """
     options = _default_options()
     training = torch.is_grad_enabled()
     transform = _make_transform(options)
     outcome = transform(gm, region="model", lazy_outputs=training)
     log.info("%d sites in this graph: %s", len(outcome.sites), [site.pattern for site in outcome.sites])
-    return compile_model_graph(gm, example_inputs, choose_lowering(options.lowering, gm)[0])
+    lowering, reason = choose_lowering(options.lowering, gm)
+    if reason:
+        log.warning("%s", reason)
+    return compile_model_graph(gm, example_inputs, lowering)
 
 
 def _default_options() -> Options:
@@ -233,27 +246,35 @@ def _report_on_small_inputs(
     installed = find_installation(model)
     if installed is not None:
         installed.remove()
-    probe = _new_installation(model, options, run_uncompiled)
-    probe.install()
     try:
-        run_on_small_inputs(model, example_inputs)
-        return build_report(probe)
+        probe = _new_installation(model, options, run_uncompiled)
+        probe.install()
+        try:
+            run_on_small_inputs(model, example_inputs)
+            return build_report(probe)
+        finally:
+            probe.remove()
     finally:
-        probe.remove()
         if installed is not None:
             installed.install()
 
 
 def _check_strictly(report: Report) -> None:
-    for site in report.sites:
-        if site.status == "refused" and site.proof is not None and not site.proof.passed:
-            raise ProofError(
-                f"{site.pattern}: the proof failed, {site.reason}\nat {site.module} ({site.location})\n"
-                f"disable=({site.pattern!r},) leaves these sites stock"
+    for region in report.regions:
+        if region.reason:
+            raise UnmatchedError(
+                f"{region.module}: expected a captured {region.kind}, it stays stock: {region.reason}\n"
+                "strict=False reports it and goes on"
             )
     for site in report.sites:
-        if site.status == "unmatched":
+        where = f"at {site.module} ({site.location})"
+        if site.status == "refused" and site.proof is not None and not site.proof.passed:
+            raise ProofError(
+                f"{site.pattern}: the proof failed, {site.reason}\n{where}\n"
+                f"disable=({site.pattern!r},) leaves these sites stock"
+            )
+        if site.status != "rewritten":
             raise UnmatchedError(
-                f"{site.pattern}: a known form was left unmatched, {site.reason}\n"
-                f"at {site.module} ({site.location})\nstrict=False reports it and goes on"
+                f"{site.pattern}: expected every known form rewritten, this one was {site.status}: {site.reason}\n"
+                f"{where}\nstrict=False reports it and goes on"
             )

@@ -48,17 +48,24 @@ class BlockCalls:
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
             return torch_compat.stock_call(block, *args, **kwargs)
-        call = functools.partial(self._run_compiled, path, block, hooks.idle)
+        serve = functools.partial(self._serve, path, block, hooks.idle)
+        if has_hooks(block):
+            return call_with_forward(block, serve, args, kwargs)
+        return serve(*args, **kwargs)
+
+    def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
+        """Run `block`'s forward compiled, or as it is where it cannot be captured."""
         try:
-            if has_hooks(block):
-                return call_with_forward(block, call, args, kwargs)
-            return call(*args, **kwargs)
+            return self._run_compiled(path, block, idle_hooks, *args, **kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
+            cause = torch_compat.cause_to_raise(error)
+            if cause is not None:
+                raise cause from None
             reason = torch_compat.reason_of(error)
         self.stock_classes[type(block)] = reason
         self.ledger.refused[self.region] = reason
         self.ledger.count_fallback(self.region, f"capture failed: {reason}")
-        return torch_compat.stock_call(block, *args, **kwargs)
+        return block.forward(*args, **kwargs)
 
     def find_obstacle(
         self, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]

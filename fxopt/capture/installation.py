@@ -13,8 +13,9 @@ from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
+from fxopt.capture.patched import find_patched
 from fxopt.capture.regions import Regions, find_regions
-from fxopt.capture.segments import Lower, compile_model_graph
+from fxopt.capture.segments import Lower, compile_model_graph, find_lazy_nodes, find_write
 from fxopt.capture.tail import cut_tail
 from fxopt.errors import FxoptError
 
@@ -39,6 +40,8 @@ class Installation:
         self.options = options
         self.regions: Regions = find_regions(model)
         self.ledger = Ledger()
+        for line in find_patched(model):
+            self.ledger.note(line)
         self._settings = torch_compat.make_capture_settings()
         self._transform = transform
         self._lower = lower
@@ -84,7 +87,7 @@ class Installation:
 
         def call_block(*args: Any, **kwargs: Any) -> Any:
             if any(torch_compat.is_fake(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
-                return model_call.leaf_stand_in(block, args, kwargs)
+                return model_call.stand_ins.call(block, args, kwargs)
             return model_call.call_block(block, run, args, kwargs)
 
         call_block.fxopt_leaf = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -113,6 +116,9 @@ class Installation:
         placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
         examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
         examples += [example_inputs[index] for index in tail.placeholders]
+        write = find_write(tail.graph) if find_lazy_nodes(tail.graph) else None
+        if write is not None:
+            self.ledger.note(f"logits are computed at every step: after the blocks {write}")
         call = compile_model_graph(tail.graph, examples, self._lower)
         ledger = self.ledger
 

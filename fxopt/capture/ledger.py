@@ -30,6 +30,11 @@ class Ledger:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     current: str = ""
 
+    @property
+    def has_run(self) -> bool:
+        """Whether a training call was served, or refused, since fxopt was installed."""
+        return bool(self.captures or self.fallbacks)
+
     def add_capture(self, region: str, outcome: Any) -> Capture:
         """Record a new capture of `region`."""
         capture = Capture(region, sum(c.region == region for c in self.captures), outcome)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.lazy import LazyLogits, LogitsSource
-from fxopt.graph.purity import MODE_SWITCHES
+from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
 from fxopt.graph.view import location_of
 
 Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -41,6 +41,14 @@ def find_lazy_nodes(gm: fx.GraphModule) -> set[fx.Node]:
                 lazy.discard(node)
                 changed = True
     return lazy
+
+
+def find_write(gm: fx.GraphModule) -> str | None:
+    """Return why no output of `gm` may be computed later, or None: something is written to in place."""
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method") and mutated_inputs(node):
+            return f"{node.name} at {location_of(node)} writes in place"
+    return None
 
 
 def cut_piece(gm: fx.GraphModule, nodes: set[fx.Node], outputs: tuple[fx.Node, ...]) -> Piece:
@@ -76,11 +84,12 @@ def compile_model_graph(gm: fx.GraphModule, example_inputs: list[Any], lower: Lo
     """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`.
 
     The graph is cut where the lazy part reads it, so that a value which only the lazy part and a later
-    node read costs no gradient of zeros.
+    node read costs no gradient of zeros. Where the graph writes in place, nothing is computed later: it would
+    read what was written.
     """
     lazy = find_lazy_nodes(gm)
     results = _output_nodes(gm)
-    if not any(node in lazy for node in results):
+    if not any(node in lazy for node in results) or find_write(gm) is not None:
         return lower(gm, example_inputs)
     placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
     computed = [

@@ -23,13 +23,13 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
     inputs = make_small_inputs(model) if example_inputs is None else example_inputs
     if not isinstance(inputs, dict):
         raise FxoptError(
-            f"example_inputs: expected a dict of the forward's keyword arguments, got {type(inputs).__name__}"
+            f"example_inputs: expected a dict of the forward's keyword arguments, got {type(inputs).__name__}\n"
+            "name each argument, e.g. {'input_ids': ids, 'labels': ids}"
         )
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
-    devices = (
-        [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
+    held = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    devices = [device for device in held if device.type == "cuda"]
     try:
         model.train()
         with torch.random.fork_rng(devices=devices), torch.enable_grad():

@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 from torch import fx
 
-from fxopt.graph.purity import MODE_SWITCHES, is_pure
+from fxopt.graph.aliases import Aliases
+from fxopt.graph.purity import MODE_SWITCHES, is_pure, mutated_inputs
+from fxopt.graph.view import location_of
 
 
 class TailRefusal(Exception):
@@ -40,7 +42,7 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
 
     Raises:
         TailRefusal: there is no leaf call, a leaf hides in a nested graph, or the tail needs what only an
-            impure node before the blocks computes.
+            impure node before the blocks computes, or memory that is written to there.
     """
     nodes = list(captured.graph.nodes)
     leaf_nodes = [node for node in nodes if is_leaf(node)]
@@ -58,6 +60,7 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
             raise TailRefusal(
                 f"what stands after the blocks reads {node.name}, which cannot be computed twice"
             )
+    _check_no_writes(captured.graph, nodes[:last], needed, set(leaf_nodes))
     for node in nodes[last:]:
         if node not in needed and not _repeatable(node):
             needed.add(node)
@@ -89,6 +92,26 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
     graph.lint()
     tail = fx.GraphModule(captured, graph)
     return Tail(tail, tuple(leaf_nodes), tuple(leaves), tuple(placeholders))
+
+
+def _check_no_writes(
+    graph: fx.Graph, trunk: list[fx.Node], needed: set[fx.Node], leaf_nodes: set[fx.Node]
+) -> None:
+    """Refuse where the trunk writes to memory that the tail reads: computed again, it would be another value."""
+    aliases = Aliases(graph)
+    read: set[int] = set()
+    for node in needed - leaf_nodes:
+        if not any(source in leaf_nodes for source in node.all_input_nodes):
+            read |= aliases.keys_of(node)
+    for node in trunk:
+        if node in leaf_nodes:
+            continue
+        for written in mutated_inputs(node):
+            if not read.isdisjoint(aliases.keys_of(written)):
+                raise TailRefusal(
+                    f"what stands after the blocks reads {written.name}, which {node.name} writes to in place "
+                    f"before them ({location_of(node)})"
+                )
 
 
 def _values_of(leaf: fx.Node) -> list[tuple[int | None, fx.Node]]:

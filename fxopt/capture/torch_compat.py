@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,6 +20,9 @@ from torch._dynamo import exc as dynamo_exc
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import CheckpointPolicy
+
+from fxopt.errors import FxoptError, VerifyError
+from fxopt.graph.view import FRAME, is_torchs
 
 RECOMPILE_LIMIT = 64
 """Captures one region of one model may have; Dynamo's own limit of 8 is met by a short training run."""
@@ -148,20 +152,38 @@ def has_global_hooks() -> bool:
     )
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """Return the innermost error that `error` wraps or was raised for."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return error
+
+
+def cause_to_raise(error: BaseException) -> BaseException | None:
+    """Return the mistake of the user or of a pass that `error` wraps, or None: Dynamo could not capture."""
+    cause = root_cause(error)
+    return cause if isinstance(cause, FxoptError | VerifyError) else None
+
+
 def reason_of(error: BaseException) -> str:
     """Return the first telling line of a Dynamo error and the innermost line of the model's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
+    if isinstance(error, dynamo_exc.BackendCompilerFailed):
+        cause = root_cause(error)
+        message = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
-    source = next(
-        (line for line in reversed(lines) if line.startswith("File ") and "/torch/" not in line), ""
-    )
+    frames = [frame for line in lines if (frame := FRAME.match(line)) and not is_torchs(frame[1])]
     parts = [message]
     if explanation:
         parts.append(explanation.removeprefix("Explanation:").strip())
-    if source:
-        path, _, rest = source.removeprefix('File "').partition('", line ')
-        parts.append(f"at {path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}")
+    if frames:
+        parts.append(f"at {os.path.basename(frames[-1][1])}:{frames[-1][2]}")
     return "; ".join(parts)
 
 

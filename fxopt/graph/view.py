@@ -82,9 +82,14 @@ def location_of(node: fx.Node) -> str:
     """Return "file.py:123", the innermost line of the model's own source, not torch's; "" where unknown."""
     frames = FRAME.findall(node.meta.get("stack_trace") or "")
     for path, line in reversed(frames):
-        if not path.startswith(TORCH_FOLDER):
+        if not is_torchs(path):
             return f"{os.path.basename(path)}:{line}"
     return ""
+
+
+def is_torchs(path: str) -> bool:
+    """Return whether the source file at `path` belongs to torch."""
+    return path.startswith(TORCH_FOLDER)
 
 
 def module_of(node: fx.Node) -> str:

@@ -173,10 +173,35 @@ def test_a_planted_error_in_the_op_is_refused_with_figures(monkeypatch):
 
 def test_strict_raises_where_a_known_form_is_left_unmatched():
     model = llama()
-    with pytest.raises(fxopt.UnmatchedError, match="glu: a known form was left unmatched"):
+    with pytest.raises(
+        fxopt.UnmatchedError, match="glu: expected every known form rewritten, this one was unmatched"
+    ):
         fxopt.optimize(model, strict=True, disable=("glu",))
     assert slots(model) == 0
     fxopt.optimize(llama(), strict=True)
+    optimized = fxopt.optimize(llama())
+    with pytest.raises(fxopt.UnmatchedError):
+        fxopt.optimize(optimized, strict=True, disable=("glu",))
+    assert slots(optimized) > 0, "a strict failure left the model less optimized than it was"
+
+
+def test_strict_raises_where_a_region_stays_stock_and_takes_example_inputs():
+    class Breaking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return self.linear(x)
+
+    model = nn.Sequential(*(Breaking() for _ in range(3)))
+    example = {"input": torch.randn(2, 4)}
+    with pytest.raises(fxopt.UnmatchedError, match="expected a captured block, it stays stock"):
+        fxopt.optimize(model, strict=True, example_inputs=example)
+    assert slots(model) == 0
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert fxopt.optimize(plain, strict=True, example_inputs=example) is plain
 
 
 def test_the_report_reads_as_text_and_json():

@@ -1,0 +1,55 @@
+"""What Dynamo sees of a block while it captures the model around it: values of the form the block returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.capture import torch_compat
+
+
+class StandIns:
+    """Makes the stand-in values of one model's blocks; equal blocks on equal arguments are run once."""
+
+    def __init__(self) -> None:
+        self._forms: dict[Any, Any] = {}
+        self._running = False
+
+    def clear(self) -> None:
+        """Forget all forms: they keep alive what the capture that made them held."""
+        self._forms.clear()
+
+    def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return stand-ins of the form `block` returns for these stand-in arguments."""
+        if self._running:
+            return torch_compat.stock_call(block, *args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        mode = torch_compat.fake_mode_of(next(leaf for leaf in leaves if torch_compat.is_fake(leaf)))
+        forms = tuple(
+            (str(leaf.shape), leaf.dtype, leaf.requires_grad) if torch_compat.is_fake(leaf) else str(leaf)
+            for leaf in leaves
+        )
+        key = (type(block), str(spec), forms, id(mode))
+        if key not in self._forms:
+            self._forms[key] = self._run(mode, block, args, kwargs)
+        return pytree.tree_map_only(torch.Tensor, _like, self._forms[key])
+
+    def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._running = True
+        try:
+            state = {
+                name: torch_compat.make_stand_in(mode, tensor)
+                for name, tensor in (*block.named_parameters(), *block.named_buffers())
+            }
+            with torch_compat.real_tensors_allowed(mode):
+                return torch.func.functional_call(block, state, args, kwargs)
+        finally:
+            self._running = False
+
+
+def _like(form: torch.Tensor) -> torch.Tensor:
+    stand_in = torch.empty_like(form)
+    return stand_in.requires_grad_(form.requires_grad) if form.is_floating_point() else stand_in

@@ -1,0 +1,46 @@
+"""A class that another package patched is said plainly; a stock one and a wrapped one are not."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.capture.patched import find_patched
+
+
+class Block(nn.Module):
+    """A linear layer and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).tanh()
+
+
+def test_a_patched_class_is_noted_with_the_package_that_did_it(monkeypatch, caplog) -> None:
+    def foreign(self: Block, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).tanh() * 1
+
+    foreign.__module__ = "other_kernels.transformers.blocks"
+    monkeypatch.setattr(Block, "forward", foreign)
+    model = nn.Sequential(Block(), Block()).train()
+    fxopt.optimize(model)
+    model(torch.randn(2, 4)).sum().backward()
+    assert any("Block was patched by other_kernels" in note for note in fxopt.explain(model).notes)
+    assert "Block was patched by other_kernels" in caplog.text
+
+
+def test_a_wrapped_forward_is_no_patch(monkeypatch) -> None:
+    original = Block.forward
+
+    @functools.wraps(original)
+    def wrapped(self: Block, x: torch.Tensor) -> torch.Tensor:
+        return original(self, x)
+
+    monkeypatch.setattr(Block, "forward", wrapped)
+    assert find_patched(nn.Sequential(Block())) == ()

@@ -1,0 +1,100 @@
+"""What happens where a capture fails: mistakes are raised, the rest runs stock once, with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.capture import torch_compat
+from fxopt.capture.installation import Installation
+from fxopt.errors import FxoptError, VerifyError
+
+IDS = torch.arange(1, 17).reshape(2, 8)
+
+
+class Broken(nn.Module):
+    """A block that Dynamo cannot capture."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x * 2
+
+
+class Stack(nn.Module):
+    """Three blocks and a head."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), block) for block in blocks)
+        self.head = nn.Linear(8, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("error", [VerifyError("rewrite: the graph is broken"), FxoptError("mine: is wrong")])
+def test_a_broken_pass_raises_and_is_no_fallback(error: Exception) -> None:
+    model = Stack(*(nn.Tanh() for _ in range(3))).train()
+
+    def transform(gm, *, region, lazy_outputs):
+        raise error
+
+    installation = Installation(model, None, transform, torch_compat.plain_backend, partial=False)
+    installation.install()
+    with pytest.raises(type(error), match=str(error)):
+        model(IDS)
+    assert installation.ledger.fallback_records() == ()
+
+
+def test_another_error_of_a_pass_is_told_by_its_type_and_text() -> None:
+    model = Stack(*(nn.Tanh() for _ in range(3))).train()
+
+    def transform(gm, *, region, lazy_outputs):
+        raise ZeroDivisionError("by nothing")
+
+    installation = Installation(model, None, transform, torch_compat.plain_backend, partial=False)
+    installation.install()
+    model(IDS).backward()
+    reasons = [fallback.reason for fallback in installation.ledger.fallback_records()]
+    assert reasons
+    assert all("ZeroDivisionError: by nothing" in reason for reason in reasons)
+
+
+def test_hooks_fire_once_where_a_capture_fails() -> None:
+    model = Stack(*(Broken() for _ in range(3))).train()
+    fxopt.optimize(model)
+    calls: list[str] = []
+    model.layers[1].register_forward_pre_hook(lambda module, args: calls.append("block"))
+    model.register_forward_pre_hook(lambda module, args: calls.append("model"))
+    model(IDS).backward()
+    assert sorted(calls) == ["block", "model"]
+    assert fxopt.explain(model).fallbacks
+
+
+def test_a_trunk_whose_blocks_change_their_form_runs_once(install) -> None:
+    """A block that returns another dtype than at capture: the stock forward goes on, nothing runs twice."""
+
+    class Counting(nn.Module):
+        wide = False
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.double() if self.wide else x * 1
+
+    blocks = [Counting() for _ in range(3)]
+    model = Stack(*blocks).train()
+    installation = install(model)
+    model(IDS).backward()
+    seen: list[int] = []
+    model.table.register_forward_hook(lambda module, args, out: seen.append(1))
+    blocks[-1].wide = True
+    model.head.double()
+    model(IDS).backward()
+    assert seen == [1]
+    assert installation.ledger.fallback_records() != ()
