@@ -95,7 +95,7 @@ def judge(
     for node in nodes:
         if state.modes[node] != mode:
             reason = f"{node.name} runs under another autocast or gradient mode than {outputs[0].name}"
-            return Mismatch(pattern.name, reason, (node,), progress, True)
+            return Mismatch(pattern.name, reason, (node,), progress, True, True)
     kept: set[fx.Node] = set()
     exports: dict[str, fx.Node] = {}
     for node in nodes:
@@ -105,14 +105,16 @@ def judge(
         policy = bindings.nodes[node]
         reader = f"{describe_node(node)} is also read by {describe_node(outside[0])}"
         if policy is None or policy.policy == "refuse":
-            return Mismatch(pattern.name, reader, (node, outside[0]), progress, True)
+            return Mismatch(pattern.name, reader, (node, outside[0]), progress, True, True)
         if policy.policy == "export":
             exports[policy.name] = node
         elif policy.cheap or (lazy_outputs and feeds_output_only(outside)):
             kept.add(node)
         else:
             needed = "only the graph's output" if lazy_outputs else "no reader outside (nothing is lazy here)"
-            return Mismatch(pattern.name, f"{reader}, expected {needed}", (node, outside[0]), progress, True)
+            return Mismatch(
+                pattern.name, f"{reader}, expected {needed}", (node, outside[0]), progress, True, True
+            )
     for node in reversed(nodes):
         if any(user in kept for user in node.users):
             kept.add(node)
@@ -128,12 +130,12 @@ def judge(
     at = find_insertion(match, state)
     if at is None:
         reason = f"a value is read before the last input of {outputs[-1].name} is computed"
-        return Mismatch(pattern.name, reason, outputs, progress, True)
+        return Mismatch(pattern.name, reason, outputs, progress, True, True)
     written = state.written_between(state.places[nodes[0]], state.places[at])
     for node in (*match.inputs, *nodes) if written else ():
         if _may_be_written(keys_of(node), written):
             reason = f"{node.name} is written to in place between the nodes of the match"
-            return Mismatch(pattern.name, reason, (node,), progress, True)
+            return Mismatch(pattern.name, reason, (node,), progress, True, True)
     return match
 
 

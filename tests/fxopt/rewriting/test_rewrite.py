@@ -81,6 +81,26 @@ CHEAP = Pattern(
 )
 
 
+def test_a_site_that_is_not_reached_from_above_is_explained_from_below(builder: Any) -> None:
+    """eps stands outside of the root: the search from the output never comes as far as the root."""
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    spread = builder.call(torch.mean, builder.call(torch.pow, x, exponent=2), dim=(-1,), keepdim=True)
+    root = builder.call(torch.add, builder.call(torch.rsqrt, spread), 1e-6)
+    gm = builder.finish(builder.call(torch.mul, w, builder.call(torch.mul, x, root)))
+    reasons = {name: find_nearest_miss(gm, (NORM,), name).reason for name in ("rsqrt", "mean")}
+    assert reasons == {
+        "rsqrt": "under rsqrt: expected add, got mean",
+        "mean": "expected add above mean, got rsqrt",
+    }
+
+
+def test_an_op_that_no_pattern_has_is_named(builder: Any) -> None:
+    gm = builder.finish(builder.call(torch.cos, builder.input("x", 2, 8)))
+    miss = find_nearest_miss(gm, (NORM,), "cos")
+    assert (miss.pattern, miss.reason) == ("", "expected one of add, mean, mul, pow, rsqrt, got cos")
+    assert find_nearest_miss(gm, (), "cos").reason == "no pattern is in use"
+
+
 def test_a_kept_value_stays_where_it_is_lazy(builder: Any) -> None:
     e = builder.call(torch.exp, builder.input("x", 4))
     y = builder.call(torch.tanh, e)
@@ -197,7 +217,9 @@ def test_a_tensor_without_storage_may_be_what_a_write_changes(builder: Any) -> N
     for writes in (False, True):
         own = type(builder)()
         x, other = own.input("x", 4, 4, grad=False), own.input("other", 4, grad=False)
-        sparse = torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (4, 4))
+        sparse = torch.sparse_coo_tensor(
+            torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (4, 4), check_invariants=True
+        )
         e = own.call(torch.exp, x)
         if writes:
             zeroed = own.call(torch.Tensor.zero_, other)
