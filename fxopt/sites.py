@@ -47,7 +47,7 @@ def find_sites(
             sites.append(_site(anchor, "refused", "", refused.reason, refused.proof))
             continue
         miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
-        reason = f"{miss.pattern}: {miss.reason}"
+        reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
         sites.append(_site(anchor, "unmatched", "", reason, None))
         mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
     return tuple(sites), tuple(mismatches)

@@ -145,11 +145,19 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield (
         "the product is activated",
         (lambda gate, up: F.silu(gate * up), (gate, up)),
-        "expected cast or mul above silu",
+        "expected cast or mul above silu, got the graph's output",
     )
-    yield "broadcast", (lambda gate, up: F.silu(gate) * up, (thin, up)), "expected"
-    yield "the activation is read elsewhere", (escaping, (gate, up)), "is also read by the graph's output"
-    yield "summed", (lambda gate, up: F.silu(gate) + up, (gate, up)), "above silu, got add"
+    yield "broadcast", (lambda gate, up: F.silu(gate) * up, (thin, up)), "up: expected size I = 1, got 8"
+    yield (
+        "the activation is read elsewhere",
+        (escaping, (gate, up)),
+        "activated (silu) is also read by the graph's output",
+    )
+    yield (
+        "summed",
+        (lambda gate, up: F.silu(gate) + up, (gate, up)),
+        "expected cast or mul above silu, got add",
+    )
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

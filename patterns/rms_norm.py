@@ -281,12 +281,20 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         y[0] = 1.0
         return w * (y * root)
 
-    yield "eps outside the root", (outside, (x, w)), "expected"
+    yield "eps outside the root", (outside, (x, w)), "under rsqrt: expected add, got mean"
     yield "sum instead of mean", (summed, (x, w)), "expected mean, got sum"
     yield "mean over the wrong dim", (other_dim, (x, w)), "expected (-1,), got (-2,)"
-    yield "the root is read elsewhere", (escaping, (x, w)), "is also read by the graph's output"
-    yield "another tensor is divided", (other_tensor, (x, w)), "as elsewhere"
-    yield "written to in between", (in_place, (x.detach(), w)), "written to in place"
+    yield "the root is read elsewhere", (escaping, (x, w)), "root (rsqrt) is also read by the graph's output"
+    yield (
+        "another tensor is divided",
+        (other_tensor, (x, w)),
+        "x: expected tanh as elsewhere, got placeholder l_x_",
+    )
+    yield (
+        "written to in between",
+        (in_place, (x.detach(), w)),
+        "y is written to in place between the nodes of the match",
+    )
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, fx
 
 from fxopt.graph.purity import mutated_inputs
+from fxopt.graph.view import tensors_of
 
 UNKNOWN = -1
 """The storage of tensors that have none (wrappers, sparse ones): anything may happen to it."""
+
+
+def key_of(value: Tensor) -> int:
+    """Return what identifies the storage of one tensor: views of one tensor have it in common."""
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return UNKNOWN
+
+
+def keys_of(node: fx.Node) -> frozenset[int]:
+    """Return the storages of the tensors in the value of `node`."""
+    return frozenset(map(key_of, tensors_of(node)))
 
 
 class Aliases:
@@ -37,9 +49,9 @@ class Aliases:
                 self._returned |= self.keys_of(returned)
 
     def keys_of(self, node: fx.Node) -> frozenset[int]:
-        """Return the storages of the tensors in the value of `node`."""
+        """Return the storages of the tensors in the value of `node`, as `split` left them."""
         if node not in self._keys:
-            self._keys[node] = frozenset(_storages(node.meta.get("example_value")))
+            self._keys[node] = keys_of(node)
         return self._keys[node]
 
     def split(self, holders: list[fx.Node]) -> None:
@@ -71,14 +83,3 @@ class Aliases:
             self.is_mutated(node) or self.is_returned(node) or not self._given.isdisjoint(self.keys_of(node))
             for node in nodes
         )
-
-
-def _storages(value: Any) -> Iterator[int]:
-    if isinstance(value, Tensor):
-        try:
-            yield value.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):
-            yield UNKNOWN
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _storages(item)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.edit import Editor
 from fxopt.graph.purity import is_pure
+from fxopt.graph.view import tensors_of
 
 
 def merge_equal_nodes(editor: Editor) -> None:
@@ -33,7 +34,7 @@ def merge_equal_nodes(editor: Editor) -> None:
 def _can_merge(node: fx.Node, aliases: Aliases) -> bool:
     if aliases.is_returned(node) or aliases.is_mutated(node):
         return False
-    return not any(tensor.requires_grad for tensor in _tensors(node.meta.get("example_value")))
+    return not any(tensor.requires_grad for tensor in tensors_of(node))
 
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
@@ -51,9 +52,3 @@ def _frozen(item: Any) -> Any:
     if isinstance(item, slice):
         return "slice", _frozen(item.start), _frozen(item.stop), _frozen(item.step)
     return type(item).__name__, repr(item)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, Tensor) else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +45,8 @@ PURE = frozenset(
 TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "shape", "dtype", "device", "ndim", "is_cuda"})
 WRITING = frozenset({"batch_norm", "instance_norm", "embedding", "embedding_bag", "rrelu"})
 """Ops that may write to an argument though their name does not say so."""
+WRITING_WIDELY = ("_fused_", "_amp_")
+"""How the names of in-place ops begin that write into more than their first argument."""
 CANONICAL = frozenset(op.target for op in vocabulary.OPS)
 INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "idiv", "ipow", "imatmul", "ifloordiv", "iand", "ior"})
 MODE_SWITCHES = frozenset(
@@ -54,9 +58,6 @@ MODE_SWITCHES = frozenset(
 )
 """Nodes that change how all later nodes run."""
 
-# Where the flag stands that makes an op write into its input.
-INPLACE_POSITION = {"relu": 1, "silu": 1, "elu": 2, "leaky_relu": 2, "hardswish": 1, "relu6": 1, "mish": 1}
-INPLACE_POSITION |= {"dropout": 3}
 MAX_NORM_POSITION = 3
 DROPOUT_POSITION = 4
 
@@ -95,8 +96,10 @@ def is_inplace(node: fx.Node) -> bool:
     if name in INPLACE_OPERATORS:
         first = node.args[0]
         return not isinstance(first, fx.Node) or isinstance(first.meta.get("example_value"), Tensor)
-    position = INPLACE_POSITION.get(name)
-    return position is not None and _argument(node, position, "inplace", False) is not False
+    if not name:
+        return False
+    flag = _argument(node, _inplace_position(node.target), "inplace", False)
+    return isinstance(flag, fx.Node) or bool(flag)
 
 
 def is_active_dropout(node: fx.Node) -> bool:
@@ -119,10 +122,11 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """
     if node.op not in ("call_function", "call_method") or node.target in MODE_SWITCHES or is_pure(node):
         return ()
-    if is_inplace(node):
-        first = node.args[0] if node.args else node.kwargs.get("input")
-        return (first,) if isinstance(first, fx.Node) else ()
     name = op_name(node)
+    if is_inplace(node):
+        if name.startswith(WRITING_WIDELY) or not (node.args or "input" in node.kwargs):
+            return tuple(node.all_input_nodes)
+        return _nodes_in(node.args[0] if node.args else node.kwargs["input"])
     is_functional = (
         bool(name) and name not in WRITING and "out" not in node.kwargs and not name.endswith("__")
     )
@@ -149,7 +153,27 @@ def _is_inplace_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def _nodes_in(item: Any) -> tuple[fx.Node, ...]:
+    found: list[fx.Node] = []
+    fx.map_arg(item, lambda node: found.append(node) or node)
+    return tuple(found)
+
+
+@functools.cache
+def _inplace_position(target: Any) -> int | None:
+    """Return where the flag stands in the signature of `target` that makes it write into its input.
+
+    Methods and functions written in C, which have no signature, have no such flag either: their in-place
+    forms have names of their own.
+    """
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _argument(node: fx.Node, position: int | None, name: str, default: Any = None) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
-    return node.args[position] if len(node.args) > position else default
+    return node.args[position] if position is not None and len(node.args) > position else default

@@ -23,6 +23,7 @@ __all__ = [
     "modules_of",
     "requires_grad",
     "shape_of",
+    "tensors_of",
     "value_of",
 ]
 
@@ -52,6 +53,19 @@ def value_of(node: fx.Node) -> Any:
 def is_tensor(node: Any) -> bool:
     """Return whether `node` is a node whose value is one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("example_value"), Tensor)
+
+
+def tensors_of(node: fx.Node) -> tuple[Tensor, ...]:
+    """Return the tensors in the value of `node`: itself, or those in its lists and tuples at any depth."""
+    return tuple(_tensors_in(value_of(node)))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def shape_of(node: fx.Node) -> tuple[Dim, ...] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxopt.graph import vocabulary
+from fxopt.graph.aliases import UNKNOWN, keys_of
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
 from fxopt.rewriting.matcher import Bindings
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
@@ -44,18 +45,18 @@ class GraphState:
     places: dict[fx.Node, int]
     modes: dict[fx.Node, Mode]
     by_target: dict[Any, list[fx.Node]]
-    writes: list[tuple[int, frozenset[Any]]]
+    writes: list[tuple[int, frozenset[int]]]
     erased: set[fx.Node] = dataclasses.field(default_factory=set[fx.Node])
 
     def add(self, node: fx.Node, at: fx.Node) -> None:
         """Note a new node that stands just before `at`."""
         self.places[node], self.modes[node] = self.places[at], self.modes[at]
 
-    def written_between(self, first: int, last: int) -> frozenset[Any]:
+    def written_between(self, first: int, last: int) -> frozenset[int]:
         """Return the storages that nodes after `first` and before `last` write to."""
         start = bisect.bisect_right(self.writes, first, key=lambda write: write[0])
         stop = bisect.bisect_left(self.writes, last, key=lambda write: write[0])
-        return frozenset[Any]().union(*(storages for _, storages in self.writes[start:stop]))
+        return frozenset[int]().union(*(storages for _, storages in self.writes[start:stop]))
 
 
 def read_state(graph: fx.Graph) -> GraphState:
@@ -70,7 +71,7 @@ def read_state(graph: fx.Graph) -> GraphState:
             state.by_target.setdefault(node.target, []).append(node)
         written = mutated_inputs(node)
         if written:
-            state.writes.append((place, frozenset(map(storage_of, written))))
+            state.writes.append((place, frozenset[int]().union(*map(keys_of, written))))
     return state
 
 
@@ -84,14 +85,6 @@ def _switch(mode: Mode, node: fx.Node) -> Mode:
     return dataclasses.replace(mode, grad=bool(node.args[0]))
 
 
-def storage_of(node: fx.Node) -> Any:
-    """Return what identifies the memory of a node's value: views of one tensor have it in common."""
-    value = node.meta.get("example_value")
-    if isinstance(value, torch.Tensor):
-        return value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-    return node
-
-
 def judge(
     pattern: Pattern, bindings: Bindings, outputs: tuple[fx.Node, ...], state: GraphState, lazy_outputs: bool
 ) -> Match | Mismatch:
@@ -102,7 +95,7 @@ def judge(
     for node in nodes:
         if state.modes[node] != mode:
             reason = f"{node.name} runs under another autocast or gradient mode than {outputs[0].name}"
-            return Mismatch(pattern.name, reason, (node,), progress, True)
+            return Mismatch(pattern.name, reason, (node,), progress, True, True)
     kept: set[fx.Node] = set()
     exports: dict[str, fx.Node] = {}
     for node in nodes:
@@ -112,14 +105,16 @@ def judge(
         policy = bindings.nodes[node]
         reader = f"{describe_node(node)} is also read by {describe_node(outside[0])}"
         if policy is None or policy.policy == "refuse":
-            return Mismatch(pattern.name, reader, (node, outside[0]), progress, True)
+            return Mismatch(pattern.name, reader, (node, outside[0]), progress, True, True)
         if policy.policy == "export":
             exports[policy.name] = node
         elif policy.cheap or (lazy_outputs and feeds_output_only(outside)):
             kept.add(node)
         else:
             needed = "only the graph's output" if lazy_outputs else "no reader outside (nothing is lazy here)"
-            return Mismatch(pattern.name, f"{reader}, expected {needed}", (node, outside[0]), progress, True)
+            return Mismatch(
+                pattern.name, f"{reader}, expected {needed}", (node, outside[0]), progress, True, True
+            )
     for node in reversed(nodes):
         if any(user in kept for user in node.users):
             kept.add(node)
@@ -135,13 +130,18 @@ def judge(
     at = find_insertion(match, state)
     if at is None:
         reason = f"a value is read before the last input of {outputs[-1].name} is computed"
-        return Mismatch(pattern.name, reason, outputs, progress, True)
+        return Mismatch(pattern.name, reason, outputs, progress, True, True)
     written = state.written_between(state.places[nodes[0]], state.places[at])
     for node in (*match.inputs, *nodes) if written else ():
-        if storage_of(node) in written:
+        if _may_be_written(keys_of(node), written):
             reason = f"{node.name} is written to in place between the nodes of the match"
-            return Mismatch(pattern.name, reason, (node,), progress, True)
+            return Mismatch(pattern.name, reason, (node,), progress, True, True)
     return match
+
+
+def _may_be_written(keys: frozenset[int], written: frozenset[int]) -> bool:
+    """Return whether a write to the storages `written` may change `keys`: any may where one is not known."""
+    return bool(keys) and (UNKNOWN in keys or UNKNOWN in written or not keys.isdisjoint(written))
 
 
 def find_insertion(match: Match, state: GraphState) -> fx.Node | None:

@@ -1,18 +1,25 @@
-"""Why a known form was left alone: the pattern that came nearest and the first constraint that failed."""
+"""Why a known form was left alone: the pattern that came nearest and the first constraint that failed.
+
+From above, the search is run again at every node that may be an output over the site. Where none of these
+searches comes as far as the site, the pattern is followed from the site itself, down and then up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
 from fxopt.graph.view import find_subgraphs
 from fxopt.rewriting.legality import GraphState, read_state
-from fxopt.rewriting.pattern import Mismatch, Pattern
+from fxopt.rewriting.matcher import match_term
+from fxopt.rewriting.pattern import Mismatch, Pattern, children_of, walk
+from fxopt.rewriting.prefilter import Known, could_match
 from fxopt.rewriting.rewrite import find_match
-from fxopt.rewriting.roots import find_anchor_targets, find_roots
-from fxopt.rewriting.terms import name_of
-from fxopt.rewriting.trace import Trace
+from fxopt.rewriting.roots import find_rare_ops, find_roots
+from fxopt.rewriting.terms import Operation, Target, Term, name_of
+from fxopt.rewriting.trace import Bindings, Trace, first_matching
 
 
 def find_nearest_miss(
@@ -20,16 +27,25 @@ def find_nearest_miss(
 ) -> Mismatch:
     """Return the mismatch that came furthest of all `patterns` around the stock node `anchor_origin` of `gm`.
 
-    A stock node in the body of a higher-order op is named "submodule/node".
+    A stock node in the body of a higher-order op is named "submodule/node". Where no pattern has an op of
+    the site, the mismatch names none.
     """
-    nearest = Mismatch("", "no pattern has an op of this form")
-    for state, anchor in _find_nodes(gm, anchor_origin):
-        is_lazy = lazy_outputs and "/" not in anchor_origin
+    sites = list(_find_nodes(gm, anchor_origin))
+    is_lazy = lazy_outputs and "/" not in anchor_origin
+    nearest: Mismatch | None = None
+    for state, site in sites:
         for pattern in patterns:
-            mismatch = _find_miss(pattern, anchor, state, is_lazy)
-            if mismatch is not None and (mismatch.nearness > nearest.nearness or not nearest.pattern):
+            mismatch = _find_miss(pattern, site, state, is_lazy)
+            if mismatch is not None and (nearest is None or mismatch.nearness > nearest.nearness):
                 nearest = mismatch
-    return nearest
+    if nearest is not None:
+        return nearest
+    targets = frozenset(target for pattern in patterns for target in pattern.targets)
+    if not targets:
+        return Mismatch("", "no pattern is in use")
+    expected = ", ".join(sorted(set(map(name_of, targets))))
+    got = " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"
+    return Mismatch("", f"expected one of {expected}, got {got}", tuple(site for _, site in sites))
 
 
 def _find_nodes(gm: fx.GraphModule, origin: str) -> Iterator[tuple[GraphState, fx.Node]]:
@@ -42,23 +58,77 @@ def _find_nodes(gm: fx.GraphModule, origin: str) -> Iterator[tuple[GraphState, f
             yield from ((state, node) for node in found)
 
 
-def _find_miss(pattern: Pattern, anchor: fx.Node, state: GraphState, lazy_outputs: bool) -> Mismatch | None:
-    if anchor.op != "call_function" or anchor.target not in pattern.targets:
+def _find_miss(pattern: Pattern, site: fx.Node, state: GraphState, lazy_outputs: bool) -> Mismatch | None:
+    if site.op != "call_function" or site.target not in pattern.targets:
         return None
     counts = {target: len(nodes) for target, nodes in state.by_target.items()}
-    trace = Trace(pattern.name, find_anchor_targets(pattern.terms[0], counts) or frozenset())
-    roots = find_roots(pattern, anchor, lambda node: node.target in pattern.targets)
+    trace = Trace(pattern.name, find_rare_ops(pattern.terms[0], counts) or frozenset(), site)
+    roots = find_roots(pattern, site, lambda node: node.target in pattern.targets)
     if not roots:
-        expected = " or ".join(sorted(map(name_of, pattern.terms[0].heads)))
-        got = " and ".join(dict.fromkeys(map(_name, anchor.users))) or "nothing"
-        reason = f"expected {expected} above {name_of(anchor.target)}, got {got}"
-        return Mismatch(pattern.name, reason, (anchor, *anchor.users), 1, anchor.target in trace.anchors)
+        return _end_above(site, pattern.terms[0].heads, 1, trace)
     for root in roots:
-        match = find_match(pattern, root, anchor, state, lazy_outputs, trace)
+        match = find_match(pattern, root, site, state, lazy_outputs, trace)
         if match is not None:
             reason = f"matches {name_of(root.target)} {root.name}, but was not applied"
-            return Mismatch(pattern.name, reason, match.outputs, len(match.nodes), True)
-    return trace.nearest
+            return Mismatch(pattern.name, reason, match.outputs, len(match.nodes), True, True)
+    if trace.nearest is not None and trace.nearest.has_site:
+        return trace.nearest
+    broken = _find_break(pattern, site, trace)
+    return trace.nearest if broken is None else broken
+
+
+def _find_break(pattern: Pattern, site: fx.Node, trace: Trace) -> Mismatch | None:
+    """Return what is wrong below `site`, else where the way up from it to an output of `pattern` ends."""
+    known: Known = {}
+    terms = [term for root in pattern.terms for term in walk(root) if isinstance(term, Operation)]
+    node, num_nodes, wanted = site, 1, terms
+    while True:
+        fitting = [term for term in wanted if could_match(term, node, known)]
+        if not fitting:
+            return _find_fault_under(node, wanted, num_nodes, trace)
+        wanted = [term for term in terms if any(_is_operand(child, term) for child in fitting)]
+        targets = {term.target for term in wanted}
+        if not targets:
+            return None
+        readers = [user for user in node.users if user.target in targets]
+        if not readers:
+            return _end_above(node, targets, num_nodes, trace)
+        fits = (user for user in readers if any(could_match(term, user, known) for term in wanted))
+        node, num_nodes = next(fits, readers[0]), num_nodes + 1
+
+
+def _find_fault_under(
+    node: fx.Node, terms: Sequence[Operation], num_nodes: int, trace: Trace
+) -> Mismatch | None:
+    """Return why none of `terms`, some of which call the op of `node`, matches it."""
+    below = Trace(trace.pattern, trace.rare_ops)
+    same = [term for term in terms if term.target is node.target]
+    list(first_matching([match_term(term, node, Bindings(), below) for term in same], below))
+    if below.nearest is None:
+        return None
+    reason = f"under {name_of(node.target)}: {below.nearest.reason}"
+    progress = num_nodes + below.nearest.progress
+    return dataclasses.replace(below.nearest, reason=reason, progress=progress, has_site=True)
+
+
+def _end_above(node: fx.Node, targets: Iterable[Target], num_nodes: int, trace: Trace) -> Mismatch:
+    expected = " or ".join(sorted(set(map(name_of, targets))))
+    got = " and ".join(dict.fromkeys(map(_name, node.users))) or "nothing"
+    reason = f"expected {expected} above {name_of(node.target)}, got {got}"
+    return Mismatch(
+        trace.pattern, reason, (node, *node.users), num_nodes, node.target in trace.rare_ops, True
+    )
+
+
+def _is_operand(child: Term, term: Operation) -> bool:
+    return any(_is_head(child, operand) for operand in children_of(term))
+
+
+def _is_head(child: Term, term: Term) -> bool:
+    """Return whether `child` is an operation at the top of `term`, through alternatives and names."""
+    if isinstance(term, Operation):
+        return child is term
+    return any(_is_head(child, inner) for inner in children_of(term))
 
 
 def _name(node: fx.Node) -> str:

@@ -34,20 +34,22 @@ from fxopt.rewriting.terms import Either, Operation, Target, Term, describe, ite
 class Mismatch:
     """A "no" with its reason: the constraint that failed and the nodes it failed on; falsy.
 
-    `progress` counts the nodes that did match before, `is_anchored` says that one of them calls the op that
-    marks the pattern: of two mismatches the anchored one, then the one with more progress, is nearer.
+    `progress` counts the nodes that did match before, `has_site` says that the node that was asked about is
+    among them, `has_rare_op` that an op is that marks the pattern. In the order of `nearness` these decide
+    which of two mismatches is the nearer.
     """
 
     pattern: str
     reason: str
     nodes: tuple[fx.Node, ...] = ()
     progress: int = 0
-    is_anchored: bool = False
+    has_rare_op: bool = False
+    has_site: bool = False
 
     @property
-    def nearness(self) -> tuple[bool, int]:
+    def nearness(self) -> tuple[bool, bool, int]:
         """What mismatches are compared by, the nearer one having more."""
-        return self.is_anchored, self.progress
+        return self.has_site, self.has_rare_op, self.progress
 
     def __bool__(self) -> bool:
         return False
@@ -98,7 +100,7 @@ class Match:
     def fail(self, reason: str, *names: str) -> Mismatch:
         """Return a mismatch for `reason`, pointing at the nodes bound to `names`, else at the output."""
         nodes = tuple(node for name in names if isinstance(node := self.bindings.get(name), fx.Node))
-        return Mismatch(self.pattern.name, reason, nodes or self.outputs, len(self.nodes), True)
+        return Mismatch(self.pattern.name, reason, nodes or self.outputs, len(self.nodes), True, True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fxopt.graph import vocabulary
 from fxopt.report.records import Proof
 from fxopt.rewriting.legality import Autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.runs import Values, as_dtype, replacement_run, run_with_gradients, stock_run
-from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, propose_sizes
+from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, layout_of, propose_sizes
 from fxopt.rewriting.terms import items_of
 
 EPSILONS = 2
@@ -46,7 +47,7 @@ class Comparison:
 
 
 class Prover:
-    """Proves matches, each distinct structure once: sizes do not count, dtypes, device and attributes do."""
+    """Proves matches, each distinct structure once: sizes do not count; dtypes, layouts, attributes do."""
 
     def __init__(self) -> None:
         self._proofs: dict[Any, Proof] = {}
@@ -215,7 +216,7 @@ def _autocast(state: Autocast) -> torch.autocast:
 
 
 def structure_of(match: Match, replacement: Replacement) -> Any:
-    """Return what a proof depends on: ops, attributes, dtypes, ranks, gradients, device; not sizes."""
+    """Return what a proof depends on: ops, attributes, dtypes, layouts, gradients, device; not sizes."""
     places = {node: place for place, node in enumerate((*match.inputs, *match.nodes))}
 
     def erase(value: Any) -> Any:
@@ -223,7 +224,7 @@ def structure_of(match: Match, replacement: Replacement) -> Any:
             case fx.Node():
                 return ("node", places.get(value, -1))
             case Call():
-                return (value.target, erase(value.args), erase_attributes(value.kwargs))
+                return (value.target, erase(value.args), erase_attributes(value))
             case list() | tuple():
                 return tuple(map(erase, items_of(value)))
             case int() | float() | str() | None | torch.dtype():
@@ -231,18 +232,19 @@ def structure_of(match: Match, replacement: Replacement) -> Any:
             case _:
                 return str(value)
 
-    def erase_attributes(kwargs: Mapping[str, Any]) -> Any:
+    def erase_attributes(called: fx.Node | Call) -> Any:
+        is_reshape = called.target is vocabulary.reshape
         return tuple(
-            (name, len(items_of(value)) if name == "shape" else erase(value))
-            for name, value in kwargs.items()
+            (name, len(items_of(value)) if is_reshape and name == "shape" else erase(value))
+            for name, value in called.kwargs.items()
         )
 
     device = _device_of(match)
     examples = (node.meta.get("example_value") for node in (*match.inputs, *match.nodes))
     forms = tuple(
-        (value.dtype, value.dim(), value.requires_grad) if isinstance(value, torch.Tensor) else "number"
+        (value.dtype, layout_of(value), value.requires_grad) if isinstance(value, torch.Tensor) else "number"
         for value in examples
     )
-    calls = tuple((node.target, erase(node.args), erase_attributes(node.kwargs)) for node in match.nodes)
+    calls = tuple((node.target, erase(node.args), erase_attributes(node)) for node in match.nodes)
     outputs = tuple(places[node] for node in (*match.outputs, *match.exports.values()))
     return (match.pattern.name, device, forms, calls, outputs, erase(replacement), autocast_of(match))

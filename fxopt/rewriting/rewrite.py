@@ -28,7 +28,7 @@ from fxopt.rewriting.pattern import (
 )
 from fxopt.rewriting.prefilter import Known
 from fxopt.rewriting.replacement import evaluate_examples, find_main_call, insert_call
-from fxopt.rewriting.roots import find_anchor_targets, find_climbing_terms, find_roots, make_passes
+from fxopt.rewriting.roots import find_climbing_terms, find_rare_ops, find_roots, make_climb_test
 from fxopt.rewriting.terms import name_of
 from fxopt.rewriting.trace import Trace
 
@@ -112,28 +112,28 @@ class _Rewriter:
         known: Known = {}
         for pattern in patterns:
             counts = {target: len(nodes) for target, nodes in state.by_target.items()}
-            targets = find_anchor_targets(pattern.terms[0], counts) or frozenset()
-            passes = make_passes(find_climbing_terms(pattern.terms[0], targets), known)
-            anchors = itertools.chain.from_iterable(state.by_target.get(target, ()) for target in targets)
-            for anchor in sorted(anchors, key=state.places.__getitem__):
-                if anchor not in state.erased:
-                    self._rewrite_at(anchor, pattern, passes, state, known)
+            rare_ops = find_rare_ops(pattern.terms[0], counts) or frozenset()
+            may_climb = make_climb_test(find_climbing_terms(pattern.terms[0], rare_ops), known)
+            starts = itertools.chain.from_iterable(state.by_target.get(target, ()) for target in rare_ops)
+            for start in sorted(starts, key=state.places.__getitem__):
+                if start not in state.erased:
+                    self._rewrite_at(start, pattern, may_climb, state, known)
         self._result.num_steps += len(known)
         return len(self._result.rewrites) > num_before
 
     def _rewrite_at(
         self,
-        anchor: fx.Node,
+        start: fx.Node,
         pattern: Pattern,
-        passes: Callable[[fx.Node], bool],
+        may_climb: Callable[[fx.Node], bool],
         state: GraphState,
         known: Known,
     ) -> None:
         trace = Trace(pattern.name, known=known)
-        for root in find_roots(pattern, anchor, passes):
+        for root in find_roots(pattern, start, may_climb):
             if (pattern.name, root) in self._refused:
                 continue
-            match = find_match(pattern, root, anchor, state, self._context.lazy_outputs, trace)
+            match = find_match(pattern, root, start, state, self._context.lazy_outputs, trace)
             if match and self._replace(match, state):
                 break
         self._result.num_steps += trace.steps
@@ -199,14 +199,14 @@ class _Rewriter:
 
 
 def find_match(
-    pattern: Pattern, root: fx.Node, anchor: fx.Node, state: GraphState, lazy_outputs: bool, trace: Trace
+    pattern: Pattern, root: fx.Node, start: fx.Node, state: GraphState, lazy_outputs: bool, trace: Trace
 ) -> Match | None:
-    """Return the preferred legal match of `pattern` that contains `anchor` and whose first output is `root`.
+    """Return the preferred legal match of `pattern` that contains `start` and whose first output is `root`.
 
     `trace` remembers why there is none.
     """
     for bindings, outputs in find_matches(pattern, root, trace):
-        if anchor not in bindings.nodes:
+        if start not in bindings.nodes:
             continue
         match = judge(pattern, bindings, outputs, state, lazy_outputs)
         if isinstance(match, Match):

@@ -17,7 +17,7 @@ from fxopt.rewriting.terms import Either, Many, Operation, Target, Term
 MOST_READERS = 16
 
 
-def find_anchor_targets(term: Term, counts: Mapping[Target, int]) -> frozenset[Target] | None:
+def find_rare_ops(term: Term, counts: Mapping[Target, int]) -> frozenset[Target] | None:
     """Return the ops, one of which every match contains, that are rarest in a graph of these `counts`.
 
     None where a match may contain no op at all.
@@ -51,15 +51,15 @@ def _cheapest_cover(term: Term, counts: Mapping[Target, int], known: dict[int, C
     return best
 
 
-def find_climbing_terms(term: Term, anchors: frozenset[Target]) -> tuple[Operation, ...]:
-    """Return the operations on the ways from an anchor up to the output of a match, both included."""
+def find_climbing_terms(term: Term, rare_ops: frozenset[Target]) -> tuple[Operation, ...]:
+    """Return the operations on the ways from a rare op up to the output of a match, both included."""
     climbing: dict[int, Operation] = {}
     known: dict[int, bool] = {}
 
     def leads(current: Term) -> bool:
         if id(current) not in known:
             below = [leads(child) for child in children_of(current)]
-            found = any(below) or (isinstance(current, Operation) and current.target in anchors)
+            found = any(below) or (isinstance(current, Operation) and current.target in rare_ops)
             if found and isinstance(current, Operation):
                 climbing[id(current)] = current
             known[id(current)] = found
@@ -69,8 +69,8 @@ def find_climbing_terms(term: Term, anchors: frozenset[Target]) -> tuple[Operati
     return tuple(climbing.values())
 
 
-def climb(start: fx.Node, num_levels: int, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Return `start`'s users, their users and so on, as far as nodes pass; the furthest first.
+def climb(start: fx.Node, num_levels: int, may_climb: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return `start`'s users, their users and so on, as far as `may_climb` goes; the furthest first.
 
     Nothing with more than `MOST_READERS` users is climbed over, nor more than that many nodes per level: a
     value read so widely is no intermediate of one match.
@@ -79,30 +79,30 @@ def climb(start: fx.Node, num_levels: int, passes: Callable[[fx.Node], bool]) ->
     level = [start]
     for _ in range(num_levels):
         users = [user for node in level if len(node.users) <= MOST_READERS for user in node.users]
-        found = [user for user in dict.fromkeys(users) if user not in reached and passes(user)]
+        found = [user for user in dict.fromkeys(users) if user not in reached and may_climb(user)]
         level = found[:MOST_READERS]
         reached.update(dict.fromkeys(level))
     return list(reversed(reached))
 
 
-def find_roots(pattern: Pattern, anchor: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Return the nodes that may be the first output of a match that contains `anchor`, the furthest first.
+def find_roots(pattern: Pattern, start: fx.Node, may_climb: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return the nodes that may be the first output of a match that contains `start`, the furthest first.
 
-    `passes` says which nodes may stand between the two.
+    `may_climb` says which nodes may stand between the two.
     """
-    candidates = [*climb(anchor, pattern.depth, passes), anchor]
+    candidates = [*climb(start, pattern.depth, may_climb), start]
     heads = pattern.terms[0].heads
     return [node for node in candidates if node.target in heads]
 
 
-def make_passes(terms: Iterable[Operation], known: Known) -> Callable[[fx.Node], bool]:
-    """Return whether a node could be matched by one of `terms`."""
+def make_climb_test(terms: Iterable[Operation], known: Known) -> Callable[[fx.Node], bool]:
+    """Return a test of nodes: whether one could be matched by one of `terms`."""
     by_target: dict[Target, list[Operation]] = {}
     for term in terms:
         by_target.setdefault(term.target, []).append(term)
 
-    def passes(node: fx.Node) -> bool:
+    def may_climb(node: fx.Node) -> bool:
         target: Any = node.target
         return any(could_match(term, node, known) for term in by_target.get(target, ()))
 
-    return passes
+    return may_climb

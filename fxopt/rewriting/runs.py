@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxopt.graph import vocabulary
 from fxopt.graph.view import requires_grad
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.replacement import evaluate_call
@@ -41,9 +42,9 @@ def stock_run(match: Match, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
 def _resize(arguments: Any, node: fx.Node, sizes: Sizes) -> Any:
     """Return arguments in which the sizes of a new shape are those of the samples; leading sizes only."""
     args, kwargs = arguments
-    shape = kwargs.get("shape")
-    if shape is None or not sizes.numbers:
+    if node.target is not vocabulary.reshape or not sizes.numbers:
         return args, kwargs
+    shape = kwargs["shape"]
     given: Any = node.kwargs["shape"]
     last = len(shape) - 1
     resized = tuple(
@@ -115,8 +116,17 @@ def _as_leaf(node: fx.Node, value: Any) -> Any:
 
 
 def as_dtype(inputs: Values, dtype: torch.dtype) -> Values:
-    """Return the float tensors of `inputs` in `dtype`, all else as it is."""
+    """Return the float tensors of `inputs` in `dtype` and in their layout, all else as it is."""
     return {
-        node: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        node: _laid_out_as(value, dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
         for node, value in inputs.items()
     }
+
+
+def _laid_out_as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `value` in `dtype` with the same strides: a plain cast would repeat what is expanded."""
+    num_items = value.untyped_storage().nbytes() // value.element_size()
+    stored = value.as_strided((num_items,), (1,), 0).to(dtype)
+    return stored.as_strided(value.shape, value.stride(), value.storage_offset())

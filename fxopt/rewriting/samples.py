@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,24 @@ def is_weight(node: fx.Node) -> bool:
     )
 
 
+class Layout(NamedTuple):
+    """How a tensor lies in memory: its dims from the outermost to the innermost, which of them repeat the
+    same items, and the step between neighbours, 2 standing for any larger than 1."""
+
+    order: tuple[int, ...]
+    expanded: frozenset[int]
+    step: int
+
+
+def layout_of(value: torch.Tensor) -> Layout:
+    """Return the layout of `value`, its symbolic strides read by their hints."""
+    strides = [hint_of(stride) for stride in value.stride()]
+    expanded = frozenset(dim for dim, stride in enumerate(strides) if stride == 0)
+    order = sorted(range(len(strides)), key=lambda dim: (dim in expanded, strides[dim]), reverse=True)
+    stored = [stride for dim, stride in enumerate(strides) if hint_of(value.shape[dim]) > 1 and stride]
+    return Layout(tuple(order), expanded, 2 if min(stored, default=1) > 1 else 1)
+
+
 def _symbols_of(node: fx.Node) -> Iterator[tuple[Any, int]]:
     """Yield the symbols in a value's sizes, each with the number it had at capture."""
     value = node.meta.get("example_value")
@@ -142,11 +160,14 @@ class Sampler:
         shape = self._shape(node)
         if not shape:
             return self._uniform(shape, example.dtype, example.device) + 1.0
-        order = sorted(range(len(shape)), key=lambda dim: hint_of(example.stride(dim)), reverse=True)
-        dense = self._normal(tuple(shape[dim] for dim in order), example.dtype, example.device)
+        layout = layout_of(example)
+        stored = [1 if dim in layout.expanded else shape[dim] for dim in layout.order]
+        stored[-1] *= layout.step
+        dense = self._normal(tuple(stored), example.dtype, example.device)
         if is_weight(node) and len(shape) == WEIGHT_RANK:
             dense.div_(math.sqrt(shape[-1]))
-        return dense.permute([order.index(dim) for dim in range(len(shape))])
+        dense = dense[..., :: layout.step]
+        return dense.permute([layout.order.index(dim) for dim in range(len(shape))]).expand(shape)
 
     def _integers(self, node: fx.Node, example: torch.Tensor) -> torch.Tensor:
         loss = self._find_loss(node)

@@ -49,20 +49,21 @@ class Trace:
     """How many steps a search took, and the failure that came furthest, the first of equals.
 
     A search that only wants matches gives `known`, answers of `could_match` that cut it short. One that
-    asks why there is none leaves it out, and gives `anchors`, the ops that mark the pattern.
+    asks why there is none leaves it out, and gives `rare_ops`, which mark the pattern, and the `site`.
     """
 
     pattern: str
-    anchors: frozenset[Target] = frozenset()
+    rare_ops: frozenset[Target] = frozenset()
+    site: fx.Node | None = None
     known: Known | None = None
     steps: int = 0
     nearest: Mismatch | None = None
 
     def fail(self, reason: str, nodes: Sequence[fx.Node], bindings: Bindings) -> None:
         """Remember a failure if it came further than those before."""
-        is_anchored = bool(self.anchors) and any(node.target in self.anchors for node in bindings.nodes)
-        if self.nearest is None or (is_anchored, len(bindings.nodes)) > self.nearest.nearness:
-            self.nearest = Mismatch(self.pattern, reason, tuple(nodes), len(bindings.nodes), is_anchored)
+        has_rare_op = bool(self.rare_ops) and any(node.target in self.rare_ops for node in bindings.nodes)
+        has_site = self.site in bindings.nodes
+        self.refuse(Mismatch(self.pattern, reason, tuple(nodes), len(bindings.nodes), has_rare_op, has_site))
 
     def refuse(self, mismatch: Mismatch) -> None:
         """Remember the refusal of a complete match, or a failure judged elsewhere, if it came further."""

@@ -204,6 +204,23 @@ def test_strict_raises_where_a_region_stays_stock_and_takes_example_inputs():
     assert fxopt.optimize(plain, strict=True, example_inputs=example) is plain
 
 
+def test_a_site_of_which_no_pattern_has_an_op_says_what_was_expected():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    model = fxopt.optimize(Norm(), patterns=("cross_entropy",))
+    model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+    (site,) = fxopt.explain(model).sites
+    assert (site.pattern, site.status) == ("rms_norm", "unmatched")
+    assert site.reason.startswith("expected one of ")
+    assert site.reason.endswith(", got rsqrt")
+
+
 def test_the_report_reads_as_text_and_json():
     import json
 

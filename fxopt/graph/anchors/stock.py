@@ -84,7 +84,8 @@ def _is_torch(target: Any, name: str) -> bool:
         return True
     if any(getattr(namespace, name, None) is target for namespace in NAMESPACES):
         return True
-    return str(getattr(target, "__module__", "")).startswith("torch") or "torch._ops" in str(type(target))
+    module = str(getattr(target, "__module__", ""))
+    return module == "torch" or module.startswith("torch.") or "torch._ops" in str(type(target))
 
 
 def tensors_read(node: fx.Node) -> list[fx.Node]:

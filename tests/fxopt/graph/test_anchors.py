@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from fxopt.graph.anchors import find_anchors
+from fxopt.graph.anchors.stock import stock_name
 
 X = torch.randn(2, 3, 8, requires_grad=True)
 W = torch.randn(8)
@@ -168,6 +170,23 @@ def test_sites(name, capture, canonical) -> None:
     assert {anchor.node for anchor in anchors} <= {
         name for node in gm.graph.nodes for name in node.meta["origins"]
     }
+
+
+def test_a_package_whose_name_begins_with_torch_is_not_torch() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for module, name in (
+        ("torchao.ops", ""),
+        ("torch_foo", ""),
+        ("torch", "linear"),
+        ("torch.ao.nn", "linear"),
+    ):
+
+        def linear(x):
+            return x
+
+        linear.__module__ = module
+        assert stock_name(graph.call_function(linear, (x,))) == name, module
 
 
 def test_an_anchor_says_where_it_is(capture) -> None:

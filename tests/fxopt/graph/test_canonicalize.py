@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.purity import mutated_inputs
 from fxopt.graph.snapshot import count_ops, snapshot
 
 LEAF = torch.randn(2, 3, 4, requires_grad=True)
@@ -209,6 +210,47 @@ def test_values_written_to_are_not_merged(capture, canonical) -> None:
         return a + b.sin()
 
     assert count_ops(canonical(capture(function, PLAIN)))["mul"] == 2
+
+
+INPLACE_FLAGS = {
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.5, inplace=True),
+    "hardtanh by position": lambda x: F.hardtanh(x, -0.5, 0.5, True),
+    "selu": lambda x: F.selu(x, inplace=True),
+    "celu": lambda x: F.celu(x, 0.5, True),
+    "hardsigmoid": lambda x: F.hardsigmoid(x, 1),
+    "threshold": lambda x: F.threshold(x, 0.1, 7.0, inplace=True),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.5, True, inplace=True),
+    "dropout1d": lambda x: F.dropout1d(x, 0.5, True, True),
+    "rrelu": lambda x: F.rrelu(x, training=True, inplace=True),
+    "several at once": lambda x: torch._foreach_mul_([x], 0.5),
+}
+
+
+@pytest.mark.parametrize("name", INPLACE_FLAGS)
+def test_values_that_an_op_overwrites_when_asked_are_not_merged(name, capture, canonical) -> None:
+    def function(x):
+        a, b = x * 2, x * 2
+        INPLACE_FLAGS[name](a)
+        return a + b.sin()
+
+    assert count_ops(canonical(capture(function, PLAIN)))["mul"] == 2
+
+
+def test_what_is_written_to_is_read_off_any_form_of_call() -> None:
+    graph = fx.Graph()
+    a, b, flag = (graph.placeholder(name) for name in "abf")
+
+    def written(target, *args, **kwargs):
+        return mutated_inputs(graph.call_function(target, args, kwargs))
+
+    assert written(torch._foreach_mul_, [a, b], 0.5) == (a, b)
+    assert written(torch._foreach_add_, [a], [b]) == (a,)
+    assert written(torch._fused_sgd_, [a], [b], [], lr=0.1) == (a, b)
+    assert written(F.celu, a, 1.0, flag) == (a,)
+    assert written(F.celu, a, 1.0, False) == ()
+    assert written(F.celu, a, inplace=None) == ()
+    assert written(F.selu, input=a, inplace=True) == (a,)
+    assert written(operator.setitem, a, 0, b) == (a,)
 
 
 def test_returned_values_are_not_merged(capture, canonical) -> None:

@@ -12,7 +12,7 @@ from fxopt.errors import FxoptError
 from fxopt.graph import vocabulary
 from fxopt.rewriting.matcher import find_matches, unify_shape
 from fxopt.rewriting.pattern import Pattern, call
-from fxopt.rewriting.roots import find_anchor_targets
+from fxopt.rewriting.roots import find_rare_ops
 from fxopt.rewriting.terms import (
     attribute,
     cast,
@@ -225,14 +225,14 @@ def test_alternatives_that_fail_at_one_place_are_listed(builder: Any) -> None:
     assert trace.nearest.reason == "expected exp or tanh or sigmoid, got abs"
 
 
-def test_the_anchor_is_the_rarest_op_that_every_match_has() -> None:
+def test_the_rare_ops_are_the_rarest_of_which_every_match_has_one() -> None:
     x = tensor("x")
     term = either(x * rsqrt(mean(x**2)), x / mean(x**2))
     counts = {torch.mul: 9, torch.div: 9, torch.rsqrt: 2, torch.mean: 20, torch.pow: 30}
-    assert find_anchor_targets(term, counts) == {torch.rsqrt, torch.div}
-    assert find_anchor_targets(term, {**counts, torch.mean: 5}) == {torch.rsqrt, torch.mean}
-    assert find_anchor_targets(term, {**counts, torch.mean: 1}) == {torch.mean}
-    assert find_anchor_targets(maybe(exp, x), {}) is None
+    assert find_rare_ops(term, counts) == {torch.rsqrt, torch.div}
+    assert find_rare_ops(term, {**counts, torch.mean: 5}) == {torch.rsqrt, torch.mean}
+    assert find_rare_ops(term, {**counts, torch.mean: 1}) == {torch.mean}
+    assert find_rare_ops(maybe(exp, x), {}) is None
 
 
 def test_a_pattern_that_may_be_a_bare_tensor_is_refused() -> None:

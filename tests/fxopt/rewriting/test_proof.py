@@ -156,6 +156,95 @@ def test_equal_structures_are_proven_once(builder: Any) -> None:
     assert sum(runs) > first
 
 
+def lay_out(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a tensor of the shape of `x` in the layout `name`."""
+    with x.fake_mode:  # pyright: ignore
+        stored = torch.empty(2 * x.numel(), dtype=x.dtype)
+        rows, columns = x.shape
+        layouts = {
+            "as it is": stored[: x.numel()].view(rows, columns),
+            "transposed": stored[: x.numel()].view(columns, rows).mT,
+            "expanded rows": stored[:columns].expand(rows, columns),
+            "expanded columns": stored[:rows, None].expand(rows, columns),
+            "every other": stored.view(rows, 2 * columns)[:, ::2],
+        }
+        return layouts[name].requires_grad_()
+
+
+LAYOUTS = ("as it is", "transposed", "expanded rows", "expanded columns", "every other")
+
+
+def test_each_layout_is_proven_on_inputs_that_have_it(builder: Any) -> None:
+    """A kernel that reads a transposed tensor wrongly is refused there, though the contiguous one passed."""
+    prover, seen = Prover(), []
+
+    def watched(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            seen.append((x.dtype, x.stride()))
+        return norm(x, w, eps)
+
+    strides = {}
+    for name in LAYOUTS:
+        gm = norm_graph(type(builder)(), 9, 8)
+        x = next(iter(gm.graph.nodes))
+        x.meta["example_value"] = lay_out(x.meta["example_value"], name)
+        (done,) = apply(gm, make(watched), prover).rewrites
+        assert done.proof is not None
+        (stride,) = {stride for _, stride in seen}
+        assert [dtype for dtype, _ in seen] == [torch.bfloat16, torch.float32], name
+        strides[name] = stride
+        seen.clear()
+    assert strides == {
+        "as it is": (8, 1),
+        "transposed": (1, 9),
+        "expanded rows": (0, 1),
+        "expanded columns": (1, 0),
+        "every other": (16, 2),
+    }
+
+
+def test_a_layout_that_the_op_reads_wrongly_is_refused(builder: Any) -> None:
+    def reads_rows(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            x = x.as_strided(x.shape, (x.shape[1], 1))
+        return norm(x, w, eps)
+
+    prover = Prover()
+    assert len(apply(norm_graph(builder, 9, 8), make(reads_rows), prover).rewrites) == 1
+    gm = norm_graph(type(builder)(), 9, 8)
+    x = next(iter(gm.graph.nodes))
+    x.meta["example_value"] = lay_out(x.meta["example_value"], "transposed")
+    (refusal,) = apply(gm, make(reads_rows), prover).refused
+    assert refusal.proof is not None
+    assert "error" in refusal.reason
+
+
+def padded(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return `x` in front of zeros; `shape` is an attribute like any other here."""
+    return F.pad(x, (0, shape[-1] - x.shape[-1]))
+
+
+def test_only_a_reshape_is_resized_and_proven_without_its_sizes(builder: Any) -> None:
+    from fxopt.rewriting.terms import attribute, operation
+
+    prover, runs = Prover(), []
+
+    def counted(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            runs.append(shape)
+        return padded(x.tanh(), shape=shape)
+
+    def search() -> Any:
+        return operation(padded, tanh(tensor("x")), shape=attribute("shape"))
+
+    pattern = Pattern("padded", search, replace=lambda m: call(counted, m["x"], shape=m["shape"]))
+    for shape in ((40, 12), (40, 16)):
+        own = type(builder)()
+        gm = own.finish(own.call(padded, own.call(torch.tanh, own.input("x", 40, 8)), shape=shape))
+        assert len(apply(gm, pattern, prover).rewrites) == 1
+    assert runs == [(40, 12), (40, 12), (40, 16), (40, 16)]
+
+
 def test_on_the_meta_device_nothing_is_proven_and_it_says_so(builder: Any) -> None:
     gm = norm_graph(builder, 4, 8)
     for node in gm.graph.nodes:

@@ -16,10 +16,13 @@ from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.verify import verify
 from fxopt.patterns import ALL
 from fxopt.report.records import Proof
+from fxopt.rewriting.cost import sizes_in_bytes, traffic_of
+from fxopt.rewriting.legality import read_state
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Match, Pattern, call
-from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
+from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns, find_match
 from fxopt.rewriting.terms import exp, export, keep, mean, number, rsqrt, sigmoid, tanh, tensor
+from fxopt.rewriting.trace import Trace
 
 
 def norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
@@ -76,6 +79,26 @@ KEPT = Pattern("kept", lambda: tanh(keep(exp(tensor("x")))), replace=lambda m: c
 CHEAP = Pattern(
     "cheap", lambda: tanh(keep(exp(tensor("x")), cheap=True)), replace=lambda m: call(torch.sin, m["x"])
 )
+
+
+def test_a_site_that_is_not_reached_from_above_is_explained_from_below(builder: Any) -> None:
+    """eps stands outside of the root: the search from the output never comes as far as the root."""
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    spread = builder.call(torch.mean, builder.call(torch.pow, x, exponent=2), dim=(-1,), keepdim=True)
+    root = builder.call(torch.add, builder.call(torch.rsqrt, spread), 1e-6)
+    gm = builder.finish(builder.call(torch.mul, w, builder.call(torch.mul, x, root)))
+    reasons = {name: find_nearest_miss(gm, (NORM,), name).reason for name in ("rsqrt", "mean")}
+    assert reasons == {
+        "rsqrt": "under rsqrt: expected add, got mean",
+        "mean": "expected add above mean, got rsqrt",
+    }
+
+
+def test_an_op_that_no_pattern_has_is_named(builder: Any) -> None:
+    gm = builder.finish(builder.call(torch.cos, builder.input("x", 2, 8)))
+    miss = find_nearest_miss(gm, (NORM,), "cos")
+    assert (miss.pattern, miss.reason) == ("", "expected one of add, mean, mul, pow, rsqrt, got cos")
+    assert find_nearest_miss(gm, (), "cos").reason == "no pattern is in use"
 
 
 def test_a_kept_value_stays_where_it_is_lazy(builder: Any) -> None:
@@ -172,6 +195,56 @@ def test_a_write_between_the_nodes_refuses(builder: Any) -> None:
     gm = builder.finish(y)
     assert apply(gm, NORM).rewrites == []
     assert "is written to in place" in find_nearest_miss(gm, (NORM,), "rsqrt").reason
+
+
+def test_a_write_through_an_item_of_a_list_refuses(builder: Any) -> None:
+    x, w = builder.input("x", 2, 8, grad=False), builder.input("w", 8, grad=False)
+    square = builder.call(torch.pow, x, exponent=2)
+    root = builder.call(
+        torch.rsqrt, builder.call(torch.add, builder.call(torch.mean, square, dim=(-1,), keepdim=True), 1e-6)
+    )
+    halves = builder.call(torch.chunk, x, chunks=2, dim=-1)
+    writing = builder.graph.call_function(torch._foreach_mul_, (halves, 0.5))
+    writing.meta["example_value"] = halves.meta["example_value"]
+    gm = builder.finish(builder.call(torch.mul, w, builder.call(torch.mul, x, root)))
+    assert apply(gm, NORM).rewrites == []
+    assert "is written to in place" in find_nearest_miss(gm, (NORM,), "rsqrt").reason
+
+
+def test_a_tensor_without_storage_may_be_what_a_write_changes(builder: Any) -> None:
+    """A sparse tensor tells nobody where it lies: with a write in between, anything may have changed."""
+    pattern = Pattern("pair", lambda: tanh(exp(tensor("x"))), replace=lambda m: call(torch.sin, m["x"]))
+    for writes in (False, True):
+        own = type(builder)()
+        x, other = own.input("x", 4, 4, grad=False), own.input("other", 4, grad=False)
+        sparse = torch.sparse_coo_tensor(
+            torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (4, 4), check_invariants=True
+        )
+        e = own.call(torch.exp, x)
+        if writes:
+            zeroed = own.call(torch.Tensor.zero_, other)
+            assert zeroed.meta["example_value"].shape == (4,)
+        gm = own.finish(own.call(torch.tanh, e))
+        x.meta["example_value"] = sparse
+        state = read_state(gm.graph)
+        trace = Trace("pair")
+        found = find_match(
+            pattern, next(n for n in gm.graph.nodes if n.target is torch.tanh), e, state, False, trace
+        )
+        assert (found is None) == writes
+    assert trace.nearest is not None
+    assert trace.nearest.reason == "x is written to in place between the nodes of the match"
+
+
+def test_views_move_nothing_even_as_items_of_a_list(builder: Any) -> None:
+    x = builder.input("x", 2, 8)
+    halves = builder.call(torch.chunk, x, chunks=2, dim=-1)
+    first = builder.call(operator.getitem, halves, 0)
+    assert traffic_of([halves, first]) == 0
+    assert traffic_of([builder.call(torch.exp, first)]) == 2 * 32
+    largest = builder.call(torch.topk, x, 2, dim=-1)
+    assert traffic_of([largest]) == 64 + 2 * 2 * (4 + 8)
+    assert sizes_in_bytes([largest, builder.call(operator.getitem, largest, 0)]) == 2 * 2 * (4 + 8)
 
 
 def test_nodes_under_different_modes_are_not_joined(builder: Any) -> None:
