@@ -38,6 +38,7 @@ PARAMETERS = {
         "verify": "on",
         "strict": False,
         "partial": False,
+        "example_inputs": None,
     },
     "explain": {"model": inspect.Parameter.empty, "example_inputs": None},
     "restore": {"model": inspect.Parameter.empty},

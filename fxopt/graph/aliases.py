@@ -7,23 +7,7 @@ from collections import defaultdict
 from torch import Tensor, fx
 
 from fxopt.graph.purity import mutated_inputs
-from fxopt.graph.view import tensors_of
-
-UNKNOWN = -1
-"""The storage of tensors that have none (wrappers, sparse ones): anything may happen to it."""
-
-
-def key_of(value: Tensor) -> int:
-    """Return what identifies the storage of one tensor: views of one tensor have it in common."""
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return UNKNOWN
-
-
-def keys_of(node: fx.Node) -> frozenset[int]:
-    """Return the storages of the tensors in the value of `node`."""
-    return frozenset(map(key_of, tensors_of(node)))
+from fxopt.graph.storage import UNKNOWN, keys_of
 
 
 class Aliases:

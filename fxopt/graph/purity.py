@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.names import op_name
+from fxopt.graph.storage import UNKNOWN, keys_of
 
 PURE = frozenset(
     {
@@ -117,10 +118,13 @@ def is_active_dropout(node: fx.Node) -> bool:
 def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """Return the nodes whose storage `node` may write to; all its inputs where that is not known.
 
+    What a rewrite put into the graph writes to nothing: its proof has seen its inputs unchanged.
     Torch's own functions write only where their name ends in "_", where asked by `inplace` or `out`, and in
     a few exceptions; custom ops say so in their schema; higher-order ops write where their bodies do.
     """
     if node.op not in ("call_function", "call_method") or node.target in MODE_SWITCHES or is_pure(node):
+        return ()
+    if "rewritten_by" in node.meta:
         return ()
     name = op_name(node)
     if is_inplace(node):
@@ -145,7 +149,20 @@ def _says_it_writes_nothing(node: fx.Node) -> bool:
         owner = node.graph.owning_module
         held = [getattr(owner, str(i.target), None) for i in node.all_input_nodes if i.op == "get_attr"]
         bodies = [body for body in held if isinstance(body, fx.GraphModule)]
-        return bool(bodies) and not any(mutated_inputs(item) for body in bodies for item in body.graph.nodes)
+        return bool(bodies) and not any(_writes_to_its_inputs(body.graph) for body in bodies)
+    return False
+
+
+def _writes_to_its_inputs(body: fx.Graph) -> bool:
+    """Return whether the body of a higher-order op may write to more than what it computed itself."""
+    own: set[int] = set()
+    given: set[int] = {UNKNOWN}
+    for node in body.nodes:
+        (given if node.op in ("placeholder", "get_attr") else own).update(keys_of(node))
+        for written in mutated_inputs(node):
+            keys = keys_of(written)
+            if not keys or not given.isdisjoint(keys) or not keys <= own:
+                return True
     return False
 
 

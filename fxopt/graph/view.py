@@ -1,4 +1,4 @@
-"""Typed reads of what Dynamo left on a node: shape, dtype, device, gradient, source line, module, purity."""
+"""Typed reads of what Dynamo left on a node: shape, dtype, device, gradient, source line, module."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.graph.purity import is_pure
-
 __all__ = [
     "device_of",
     "dtype_of",
     "find_subgraphs",
-    "is_pure",
     "is_tensor",
+    "is_torchs",
     "location_of",
     "module_of",
     "modules_of",

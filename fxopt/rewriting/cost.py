@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.graph.aliases import UNKNOWN, key_of
+from fxopt.graph.storage import UNKNOWN, key_of
 from fxopt.graph.view import tensors_of
 from fxopt.rewriting.pattern import Match, Mismatch
 

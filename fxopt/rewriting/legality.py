@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.aliases import UNKNOWN, keys_of
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
+from fxopt.graph.storage import UNKNOWN, keys_of
 from fxopt.rewriting.matcher import Bindings
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 from fxopt.rewriting.terms import name_of

@@ -100,6 +100,22 @@ def _undisturbed(device: torch.device) -> Generator[None]:
             matmul.fp32_precision = precision
 
 
+def _fingerprints(inputs: dict[fx.Node, Any]) -> dict[str, Any]:
+    tensors = ((node.name, value) for node, value in inputs.items() if isinstance(value, torch.Tensor))
+    return {
+        name: torch.hash_tensor(value.detach()).view(torch.int64).item()
+        for name, value in tensors
+        if value.numel()
+    }
+
+
+def _check_unchanged(inputs: dict[fx.Node, Any], before: dict[str, int]) -> None:
+    after = _fingerprints(inputs)
+    written = [name for name, value in before.items() if after[name] != value]
+    if written:
+        raise RuntimeError(f"the replacement or the stock code writes to its input {written[0]}")
+
+
 def _compare(
     match: Match, replacement: Replacement, autocast: Autocast
 ) -> tuple[list[Comparison], tuple[str, ...]]:
@@ -109,6 +125,7 @@ def _compare(
     exact = as_dtype(inputs, oracle_dtype)
     oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
     del exact
+    before = _fingerprints(inputs)
     with _autocast(autocast):
         by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
         by_new = run_with_gradients(replacement_run(replacement, None), inputs, gradients)
@@ -121,6 +138,7 @@ def _compare(
     else:
         by_stock = run_with_gradients(stock_run(match, sizes, torch.float32), wide, gradients)
     by_new = run_with_gradients(replacement_run(replacement, torch.float32), wide, gradients)
+    _check_unchanged(inputs, before)
     comparisons += [
         _compare_value(f"{name} in float32", by_new[name], by_stock[name], oracle[name], FLOAT32_ERROR)
         for name in oracle

@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from fxopt.errors import VerifyError
 from fxopt.graph import vocabulary
 from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.purity import is_pure
 from fxopt.graph.snapshot import count_ops, snapshot
 from fxopt.graph.verify import verify
 from fxopt.graph.view import (
     device_of,
     dtype_of,
     find_subgraphs,
-    is_pure,
     location_of,
     module_of,
     requires_grad,

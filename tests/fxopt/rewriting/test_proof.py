@@ -123,6 +123,17 @@ def test_a_replacement_that_raises_when_run_is_refused(builder: Any) -> None:
     assert refusal.reason == "the proof could not run: RuntimeError: no kernel image"
 
 
+def test_a_replacement_that_writes_to_its_input_is_refused(builder: Any) -> None:
+    def writing(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        y = norm(x, w, eps)
+        with torch.no_grad():
+            w.data[0] += 1
+        return y
+
+    (refusal,) = apply(norm_graph(builder, 4, 8), make(writing)).refused
+    assert "writes to its input w" in refusal.reason
+
+
 def test_the_user_s_random_state_and_modes_are_untouched(builder: Any) -> None:
     before = torch.get_rng_state()
     with torch.no_grad():
