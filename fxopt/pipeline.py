@@ -19,6 +19,7 @@ from fxopt.capture.installation import Installation, check_model, find_installat
 from fxopt.capture.lowering import choose_lowering, run_uncompiled
 from fxopt.capture.segments import compile_model_graph
 from fxopt.capture.small_inputs import run_on_small_inputs
+from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
@@ -152,6 +153,8 @@ def optimize(
     for note in installation.ledger.notes:
         log.warning("%s", note)
     installation.install()
+    if options.lowering != "plain":
+        start_warming(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     return model
 
 

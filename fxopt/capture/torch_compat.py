@@ -200,6 +200,18 @@ def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callab
     return compile_graph(gm, example_inputs)
 
 
+def load_inductor() -> None:
+    """Load Inductor's modules, start its compiling processes, and Triton's driver for the current device."""
+    import torch._inductor.compile_fx as compile_fx
+    from torch._inductor.async_compile import AsyncCompile
+    from triton.runtime import cache, driver
+
+    assert callable(compile_fx.compile_fx)
+    AsyncCompile.wakeup()
+    driver.active.get_current_target()
+    cache.triton_key()
+
+
 def inductor_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Return `gm` compiled by Inductor, with the model's rounding points kept."""
     from torch._inductor.compile_fx import compile_fx
