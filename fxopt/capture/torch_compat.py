@@ -19,8 +19,8 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_exc
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.modules import module as nn_module
-from torch.utils.checkpoint import CheckpointPolicy
 
+from fxopt.capture import joint_passes
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.graph.view import FRAME, is_torchs
 
@@ -196,7 +196,11 @@ def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callab
     def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=default_partition)
+    def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint_passes.fold_skip_gradients(joint.graph)
+        return default_partition(joint, joint_inputs, **options)
+
+    compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
     return compile_graph(gm, example_inputs)
 
 
@@ -216,27 +220,19 @@ def inductor_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Cal
     """Return `gm` compiled by Inductor, with the model's rounding points kept."""
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": RecomputePointwise()}
+    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses()}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
 
-class RecomputePointwise(CustomGraphPass):
-    """Marks fxopt's pointwise ops to be computed again in the backward pass instead of saved.
-
-    Such an op reads what its own backward saves anyway, and its result is as large as they are: computing
-    it again costs one pass over memory, saving it costs its bytes until the block's backward.
-    """
+class JointPasses(CustomGraphPass):
+    """fxopt's passes over the joint graph, as Inductor takes them."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Mark the nodes of a joint graph."""
-        for node in graph.nodes:
-            target = node.target
-            is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "fxopt"
-            if is_ours and torch.Tag.pointwise in target.tags:
-                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                node.meta["ac_graph_id"] = 0
+        """Run the passes over `graph`."""
+        joint_passes.fold_skip_gradients(graph)
+        joint_passes.mark_recomputed(graph)
 
     def uuid(self) -> bytes:
-        """Return what Inductor's caches know this pass by; without it every process compiles anew."""
-        return b"fxopt.RecomputePointwise.1"
+        """Return what Inductor's caches know these passes by; without it every process compiles anew."""
+        return b"fxopt.JointPasses.1"
