@@ -18,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import cross_entropy, glu, linear_cross_entropy, rms_norm
+from fxopt.kernels import cross_entropy, glu, linear_cross_entropy
 from fxopt.kernels.launch import num_warps_for
+from fxopt.kernels.rms_norm import kernels as rms_norm_kernels
+from fxopt.kernels.rms_norm import launches as rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$")
@@ -38,16 +40,16 @@ def rms_norm_builds() -> Iterator[Build]:
     forms += [(4096, plain | dict(CENTRE=True)), (4096, plain | dict(HAS_WEIGHT=False))]
     forms += [(4096, plain | dict(GATE="silu", GATE_BEFORE=before)) for before in (True, False)]
     for width, form in forms:
-        rows, columns = rms_norm._tile(width, rms_norm.TILE_ELEMENTS)
+        rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
         form = form | dict(WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
         warps = num_warps_for(rows * columns)
         gated = form["GATE"] != ""
         keep = columns <= rms_norm.MOST_KEPT_COLUMNS
         backward = form | dict(NEED_X=True, NEED_WEIGHT=form["HAS_WEIGHT"], NEED_GATE=gated, KEEP_WEIGHT=keep)
-        yield rms_norm.rms_norm_forward_kernel, form | dict(CAST_FIRST=True), fp32, warps, True
-        yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
-        yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
-    yield rms_norm.rms_norm_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
+        yield rms_norm_kernels.rms_norm_forward_kernel, form | dict(CAST_FIRST=True), fp32, warps, True
+        yield rms_norm_kernels.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
+        yield rms_norm_kernels.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
+    yield rms_norm_kernels.rms_norm_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
 
 
 def glu_builds() -> Iterator[Build]:

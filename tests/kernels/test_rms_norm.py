@@ -10,6 +10,8 @@ import torch
 
 from fxopt.kernels import rms_norm as file
 from fxopt.kernels.rms_norm import rms_norm, rms_norm_reference
+from fxopt.kernels.rms_norm.launches import MOST_TILE_COLUMNS
+from fxopt.kernels.rms_norm.op import backward_op, forward_op
 
 FORMS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -104,7 +106,7 @@ def test_groups(name: str, device: str, check: Any, gradients: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
 def test_rows_longer_than_a_tile(name: str, device: str, check: Any, gradients: Any) -> None:
-    width = file.MOST_TILE_COLUMNS + 3
+    width = MOST_TILE_COLUMNS + 3
     compare(make((4, width), FORMS[name], torch.bfloat16, device), FORMS[name], check, gradients)
 
 
@@ -198,13 +200,13 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 def test_opcheck(name: str, op_device: str) -> None:
     inputs = make((4, 24), FORMS[name], torch.float32, op_device)
     attributes = attributes_of(FORMS[name])
-    torch.library.opcheck(file._forward_op, (*inputs, *attributes))
+    torch.library.opcheck(forward_op, (*inputs, *attributes))
     with torch.no_grad():
-        y, statistics = file._forward_op(*inputs, *attributes)
+        y, statistics = forward_op(*inputs, *attributes)
     _, offset, _, centre, gate_act, gate_before, groups, _ = attributes
     fixed = [None if tensor is None else tensor.detach() for tensor in inputs]
     torch.library.opcheck(
-        file._backward_op,
+        backward_op,
         (
             y,
             *fixed,
