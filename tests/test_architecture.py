@@ -41,8 +41,11 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"__init__", "errors", "report"},
     "cli": {"demo", "__init__", "errors", "report"},
 }
-APART = {"patterns": set[str](), "kernels": {"launch"}}
-"""Folders whose files never import each other, but for the shared ones named; `__init__` gathers them."""
+APART = {"patterns": set[str](), "kernels": {"launch", "rms_norm"}}
+"""Folders whose files never import each other, but for the shared ones named; `__init__` gathers them.
+
+The kernels of rms_norm also serve add_rms_norm.
+"""
 
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"}
 TERMINAL = {"rich", "typer"}

@@ -9,6 +9,8 @@ from fxopt.kernels.launch import can_launch, register_gradient, register_op
 from fxopt.kernels.rms_norm.launches import launch_backward, launch_forward
 from fxopt.kernels.rms_norm.reference import GATE_ACTIVATIONS, plain_backward, plain_forward, promoted
 
+NUM_REQUIRED = 9  # arguments of backward after the gate and before its optional `dskip`
+
 
 def _fused_forward(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, *attributes: Any
@@ -20,7 +22,7 @@ def _fused_forward(
 def _fused_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, gate: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    run = launch_backward if can_launch(dy, x, weight, gate) else plain_backward
+    run = launch_backward if can_launch(dy, x, weight, gate, *rest[NUM_REQUIRED:]) else plain_backward
     return run(dy, x, weight, gate, *rest)
 
 
@@ -48,7 +50,7 @@ def _fake_forward(
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, gate: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    need_x, need_weight, need_gate = rest[-3:]
+    need_x, need_weight, need_gate = rest[NUM_REQUIRED - 3 : NUM_REQUIRED]
     return (
         x.new_empty(x.shape) if need_x else None,
         weight.new_empty(weight.shape) if need_weight and weight is not None else None,
@@ -66,7 +68,7 @@ forward_op = register_op(
 )
 backward_op = register_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? gate, Tensor statistics, float offset, "
-    f"{_ATTRIBUTES}, bool need_x, bool need_weight, bool need_gate) -> (Tensor, Tensor, Tensor)",
+    f"{_ATTRIBUTES}, bool need_x, bool need_weight, bool need_gate, Tensor? dskip=None) -> (Tensor, Tensor, Tensor)",
     plain=plain_backward,
     fused=_fused_backward,
     fake=_fake_backward,

@@ -111,8 +111,9 @@ def plain_backward(
     need_x: bool,
     need_weight: bool,
     need_gate: bool,
+    dskip: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and gate that are needed, in plain torch."""
+    """Return the gradients of x (with `dskip` added), weight and gate that are needed, in plain torch."""
     wide = statistics.dtype
     width = x.shape[-1]
     xf, dyf = x.to(wide).reshape(-1, width), dy.to(wide).reshape(-1, width)
@@ -146,6 +147,8 @@ def plain_backward(
             if need_gate:
                 dgate = dx * xf * slope_of(gatef, gate_act)
             dx = dx * factor
+        if dskip is not None:
+            dx = dx + dskip.to(wide).reshape(-1, width)
     return (
         dx.to(x.dtype).reshape(x.shape).contiguous() if need_x and dx is not None else None,
         dweight.to(weight.dtype) if dweight is not None and weight is not None else None,

@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 
 from fxopt.kernels import cross_entropy, glu, linear_cross_entropy
 from fxopt.kernels.launch import num_warps_for
-from fxopt.kernels.rms_norm import kernels as rms_norm_kernels
 from fxopt.kernels.rms_norm import launches as rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -35,8 +34,8 @@ Build = tuple[Any, dict[str, Any], dict[str, str], int, bool]
 
 def rms_norm_builds() -> Iterator[Build]:
     fp32 = {"p_statistics": "*fp32", "p_partial": "*fp32"}
-    plain = dict(GROUPS=1, HAS_WEIGHT=True, GATE="", GATE_BEFORE=False, CENTRE=False)
-    forms = [(width, plain) for width in (*WIDTHS, ODD_WIDTH)]
+    plain = dict(GROUPS=1, HAS_SKIP=False, HAS_WEIGHT=True, GATE="", GATE_BEFORE=False, CENTRE=False)
+    forms = [(width, plain | dict(HAS_SKIP=skip)) for width in (*WIDTHS, ODD_WIDTH) for skip in (False, True)]
     forms += [(4096, plain | dict(CENTRE=True)), (4096, plain | dict(HAS_WEIGHT=False))]
     forms += [(4096, plain | dict(GATE="silu", GATE_BEFORE=before)) for before in (True, False)]
     for width, form in forms:
@@ -46,10 +45,12 @@ def rms_norm_builds() -> Iterator[Build]:
         gated = form["GATE"] != ""
         keep = columns <= rms_norm.MOST_KEPT_COLUMNS
         backward = form | dict(NEED_X=True, NEED_WEIGHT=form["HAS_WEIGHT"], NEED_GATE=gated, KEEP_WEIGHT=keep)
-        yield rms_norm_kernels.rms_norm_forward_kernel, form | dict(CAST_FIRST=True), fp32, warps, True
-        yield rms_norm_kernels.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
-        yield rms_norm_kernels.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
-    yield rms_norm_kernels.rms_norm_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
+        has_skip = backward.pop("HAS_SKIP")
+        backward |= dict(HAS_DH=has_skip, NEED_SKIP=has_skip and width == ODD_WIDTH)
+        yield rms_norm.rms_norm_forward_kernel, form | dict(CAST_FIRST=True), fp32, warps, True
+        yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
+        yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
+    yield rms_norm.rms_norm_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
 
 
 def glu_builds() -> Iterator[Build]:

@@ -149,6 +149,30 @@ def test_strides(layout: str, device: str, check: Any, gradients: Any) -> None:
     compare([x, weight, gate], form, check, gradients, dy)
 
 
+@pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
+@pytest.mark.parametrize("width", [63, MOST_TILE_COLUMNS + 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_from_elsewhere_is_added_before_rounding(
+    name: str, width: int, dtype: torch.dtype, device: str, check: Any, gradients: Any
+) -> None:
+    form = FORMS[name]
+    inputs = make((3, width), form, dtype, device)
+    dy, dskip = (torch.randn(3, width, device=device).to(dtype) for _ in range(2))
+    reference = functools.partial(rms_norm_reference, eps=1e-6, **form)
+    _, exact = gradients(reference, inputs, dy, torch.float64)
+    _, eager = gradients(reference, inputs, dy)
+    _, offset, _, centre, gate_act, gate_before, groups, _ = attributes_of(form)
+    rest = (offset, centre, gate_act, gate_before, groups, True, True, "gate_act" in form, dskip)
+    with torch.no_grad():
+        y, statistics = file.launch_forward(*inputs, *attributes_of(form))
+        found = file.launch_backward(dy.to(y.dtype), *inputs, statistics, *rest)
+        by_op = backward_op(dy.to(y.dtype), *inputs, statistics, *rest)
+    check("x", found[0], eager[0] + dskip, exact[0] + dskip.double(), dtype)
+    check("weight", found[1], eager[1], exact[1], dtype)
+    for value, kernel in zip(by_op, found, strict=True):
+        check("op", value, kernel, None if kernel is None else kernel.double(), dtype)
+
+
 def test_the_same_bits_twice(device: str) -> None:
     inputs = make((100, 256), {}, torch.bfloat16, device)
     dy = torch.randn(100, 256, device=device)
@@ -219,6 +243,7 @@ def test_opcheck(name: str, op_device: str) -> None:
             True,
             True,
             fixed[2] is not None,
+            torch.randn(4, 24, device=op_device),
         ),
     )
 

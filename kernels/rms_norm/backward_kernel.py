@@ -1,133 +1,7 @@
-"""The Triton kernels: a forward, a backward that walks the rows, and the sum of its programs' parts."""
+"""The backward kernel, which walks the rows, and the sum of its programs' parts of the gradient of weight."""
 
 from fxopt.kernels.launch import jit, tl
-
-
-@jit
-def _act_and_slope(b_gate, GATE: tl.constexpr):
-    b_sigmoid = tl.sigmoid(b_gate)
-    if GATE == "silu":
-        b_act = b_gate * b_sigmoid
-        b_slope = b_sigmoid + b_act * (1 - b_sigmoid)
-    else:
-        b_act = b_sigmoid
-        b_slope = b_sigmoid * (1 - b_sigmoid)
-    return b_act, b_slope
-
-
-@jit
-def _load_input(p_x, p_gate, b_mask, GATE: tl.constexpr, GATE_BEFORE: tl.constexpr):
-    b_x = tl.load(p_x, mask=b_mask, other=0.0).to(tl.float32)
-    if GATE != "" and GATE_BEFORE:
-        b_act, _ = _act_and_slope(tl.load(p_gate, mask=b_mask, other=0.0).to(tl.float32), GATE)
-        b_x *= b_act
-    return b_x
-
-
-@jit
-def _finish(
-    b_n,
-    p_weight,
-    p_gate,
-    p_y,
-    b_columns,
-    b_mask,
-    offset,
-    x_type: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    GATE: tl.constexpr,
-    GATE_BEFORE: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-):
-    if CAST_FIRST:
-        b_n = b_n.to(x_type).to(tl.float32)
-    if HAS_WEIGHT:
-        b_weight = tl.load(p_weight + b_columns, mask=b_columns < WIDTH, other=0.0).to(tl.float32)
-        b_n *= b_weight + offset
-    if GATE != "" and not GATE_BEFORE:
-        b_act, _ = _act_and_slope(tl.load(p_gate, mask=b_mask, other=0.0).to(tl.float32), GATE)
-        b_n *= b_act
-    tl.store(p_y, b_n.to(p_y.dtype.element_ty), mask=b_mask)
-
-
-@jit
-def rms_norm_forward_kernel(
-    p_x,
-    p_weight,
-    p_gate,
-    p_y,
-    p_statistics,
-    x_row_stride,
-    gate_row_stride,
-    num_rows,
-    eps,
-    offset,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    GATE: tl.constexpr,
-    GATE_BEFORE: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    CENTRE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Write y and the statistics of BLOCK_ROWS rows of one group of columns."""
-    group = tl.program_id(1)
-    b_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    b_is_row = b_row < num_rows
-    b_rows = b_row[:, None]
-    b_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    p_x += b_rows * x_row_stride + group * WIDTH
-    p_gate += b_rows * gate_row_stride + group * WIDTH
-    p_y += b_rows * (WIDTH * GROUPS) + group * WIDTH
-    p_weight += group * WIDTH
-    p_rstd = p_statistics + b_row * GROUPS + group
-    p_mean = p_statistics + (b_row + num_rows) * GROUPS + group
-    x_type: tl.constexpr = p_x.dtype.element_ty
-
-    if WIDTH <= BLOCK_COLUMNS:
-        b_mask = b_is_row[:, None] & (b_column < WIDTH)
-        b_x = _load_input(p_x + b_column, p_gate + b_column, b_mask, GATE, GATE_BEFORE)
-        if CENTRE:
-            b_mean = tl.sum(b_x, 1) / WIDTH
-            tl.store(p_mean, b_mean, mask=b_is_row)
-            b_x = tl.where(b_mask, b_x - b_mean[:, None], 0.0)
-        b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / WIDTH + eps)
-        b_n = b_x * b_rstd[:, None]
-        _finish(
-            b_n, p_weight, p_gate + b_column, p_y + b_column, b_column, b_mask, offset,
-            x_type, WIDTH, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,
-        )  # fmt: skip
-    else:
-        b_mean = tl.zeros([BLOCK_ROWS], tl.float32)
-        if CENTRE:
-            b_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-            for start in range(0, WIDTH, BLOCK_COLUMNS):
-                b_columns = start + b_column
-                b_mask = b_is_row[:, None] & (b_columns < WIDTH)
-                b_total += _load_input(p_x + b_columns, p_gate + b_columns, b_mask, GATE, GATE_BEFORE)
-            b_mean = tl.sum(b_total, 1) / WIDTH
-            tl.store(p_mean, b_mean, mask=b_is_row)
-        b_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        for start in range(0, WIDTH, BLOCK_COLUMNS):
-            b_columns = start + b_column
-            b_mask = b_is_row[:, None] & (b_columns < WIDTH)
-            b_x = _load_input(p_x + b_columns, p_gate + b_columns, b_mask, GATE, GATE_BEFORE)
-            b_x = tl.where(b_mask, b_x - b_mean[:, None], 0.0)
-            b_total += b_x * b_x
-        b_rstd = tl.rsqrt(tl.sum(b_total, 1) / WIDTH + eps)
-        for start in range(0, WIDTH, BLOCK_COLUMNS):
-            b_columns = start + b_column
-            b_mask = b_is_row[:, None] & (b_columns < WIDTH)
-            b_x = _load_input(p_x + b_columns, p_gate + b_columns, b_mask, GATE, GATE_BEFORE)
-            b_n = (b_x - b_mean[:, None]) * b_rstd[:, None]
-            _finish(
-                b_n, p_weight, p_gate + b_columns, p_y + b_columns, b_columns, b_mask, offset,
-                x_type, WIDTH, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,
-            )  # fmt: skip
-    tl.store(p_rstd, b_rstd, mask=b_is_row)
+from fxopt.kernels.rms_norm.forward_kernel import act_and_slope
 
 
 @jit
@@ -155,7 +29,7 @@ def _load_backward(
     b_n = b_x
     if GATE != "":
         b_gate = tl.load(p_gate + b_columns, mask=b_mask, other=0.0).to(tl.float32)
-        b_act, b_slope = _act_and_slope(b_gate, GATE)
+        b_act, b_slope = act_and_slope(b_gate, GATE)
         if GATE_BEFORE:
             b_n = b_x * b_act
         else:
@@ -171,11 +45,14 @@ def _load_backward(
 
 @jit
 def _store_backward(
+    p_dh,
     p_dx,
+    p_dskip,
     b_weight,
     p_dgate,
     b_columns,
     b_mask,
+    scale,
     offset,
     b_dy,
     b_x,
@@ -190,10 +67,12 @@ def _store_backward(
     GATE: tl.constexpr,
     GATE_BEFORE: tl.constexpr,
     CENTRE: tl.constexpr,
+    HAS_DH: tl.constexpr,
     NEED_X: tl.constexpr,
+    NEED_SKIP: tl.constexpr,
     NEED_GATE: tl.constexpr,
 ):
-    if NEED_X or (NEED_GATE and GATE_BEFORE):
+    if NEED_X or NEED_SKIP or (NEED_GATE and GATE_BEFORE):
         b_dx = b_dn - b_n * b_inner[:, None]
         if CENTRE:
             b_dx -= b_dn_mean[:, None]
@@ -203,8 +82,12 @@ def _store_backward(
                 b_dgate = b_dx * b_x * b_slope
                 tl.store(p_dgate + b_columns, b_dgate.to(p_dgate.dtype.element_ty), mask=b_mask)
             b_dx *= b_act
+        if HAS_DH:
+            b_dx += tl.load(p_dh + b_columns, mask=b_mask, other=0.0).to(tl.float32)
+        if NEED_SKIP:
+            tl.store(p_dskip + b_columns, b_dx.to(p_dskip.dtype.element_ty), mask=b_mask)
         if NEED_X:
-            tl.store(p_dx + b_columns, b_dx.to(p_dx.dtype.element_ty), mask=b_mask)
+            tl.store(p_dx + b_columns, (b_dx * scale).to(p_dx.dtype.element_ty), mask=b_mask)
     if NEED_GATE and not GATE_BEFORE:
         b_dgate = b_dy * b_n * b_slope
         if HAS_WEIGHT:
@@ -219,13 +102,17 @@ def rms_norm_backward_kernel(
     p_weight,
     p_gate,
     p_statistics,
+    p_dh,
     p_dx,
+    p_dskip,
     p_partial,
     p_dgate,
     dy_row_stride,
     x_row_stride,
     gate_row_stride,
+    dh_row_stride,
     num_rows,
+    scale,
     offset,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -233,7 +120,9 @@ def rms_norm_backward_kernel(
     GATE: tl.constexpr,
     GATE_BEFORE: tl.constexpr,
     CENTRE: tl.constexpr,
+    HAS_DH: tl.constexpr,
     NEED_X: tl.constexpr,
+    NEED_SKIP: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_GATE: tl.constexpr,
     KEEP_WEIGHT: tl.constexpr,
@@ -241,7 +130,10 @@ def rms_norm_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write the gradients of every n-th block of rows, and the program's part of the gradient of weight."""
+    """Write the gradients of every n-th block of rows, and the program's part of the gradient of weight.
+
+    dh is what else flows into the normalized value; the sum with it goes to dskip, and times scale to dx.
+    """
     group = tl.program_id(1)
     b_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     p_weight += group * WIDTH
@@ -259,7 +151,9 @@ def rms_norm_backward_kernel(
         p_row_dy = p_dy + (b_rows * dy_row_stride + group * WIDTH)
         p_row_x = p_x + (b_rows * x_row_stride + group * WIDTH)
         p_row_gate = p_gate + (b_rows * gate_row_stride + group * WIDTH)
+        p_row_dh = p_dh + (b_rows * dh_row_stride + group * WIDTH)
         p_row_dx = p_dx + (b_rows * (WIDTH * GROUPS) + group * WIDTH)
+        p_row_dskip = p_dskip + (b_rows * (WIDTH * GROUPS) + group * WIDTH)
         p_row_dgate = p_dgate + (b_rows * (WIDTH * GROUPS) + group * WIDTH)
         p_rstd = p_statistics + b_row * GROUPS + group
         b_rstd = tl.load(p_rstd, mask=b_is_row, other=0.0)
@@ -270,7 +164,14 @@ def rms_norm_backward_kernel(
         if WIDTH <= BLOCK_COLUMNS:
             b_mask = b_is_row[:, None] & (b_column < WIDTH)
             if HAS_WEIGHT and not KEEP_WEIGHT:
-                b_weight = tl.load(p_weight + b_column, mask=b_column < WIDTH, other=0.0)
+                if HAS_DH:
+                    # Three inputs fill the shared memory. Triton gives no buffer to what it loads under a condition.
+                    if num_rows > 0:
+                        b_weight = tl.load(p_weight + b_column, mask=b_column < WIDTH, other=0.0)
+                    else:
+                        b_weight = tl.zeros([1, BLOCK_COLUMNS], p_weight.dtype.element_ty)
+                else:
+                    b_weight = tl.load(p_weight + b_column, mask=b_column < WIDTH, other=0.0)
             b_dy, b_x, b_n, b_dn, b_dscaled, b_act, b_slope = _load_backward(
                 p_row_dy, p_row_x, b_weight, p_row_gate, b_column, b_mask, b_rstd, b_mean, offset,
                 HAS_WEIGHT, GATE, GATE_BEFORE, CENTRE,
@@ -282,9 +183,9 @@ def rms_norm_backward_kernel(
             if CENTRE:
                 b_dn_mean = tl.sum(b_dn, 1) / WIDTH
             _store_backward(
-                p_row_dx, b_weight, p_row_dgate, b_column, b_mask, offset,
+                p_row_dh, p_row_dx, p_row_dskip, b_weight, p_row_dgate, b_column, b_mask, scale, offset,
                 b_dy, b_x, b_n, b_dn, b_act, b_slope, b_rstd, b_inner, b_dn_mean,
-                HAS_WEIGHT, GATE, GATE_BEFORE, CENTRE, NEED_X, NEED_GATE,
+                HAS_WEIGHT, GATE, GATE_BEFORE, CENTRE, HAS_DH, NEED_X, NEED_SKIP, NEED_GATE,
             )  # fmt: skip
         else:
             b_products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
@@ -320,9 +221,9 @@ def rms_norm_backward_kernel(
                     b_sum += tl.load(p_partial + b_columns, mask=b_is_later, other=0.0)
                     tl.store(p_partial + b_columns, b_sum, mask=b_columns < WIDTH)
                 _store_backward(
-                    p_row_dx, b_weight, p_row_dgate, b_columns, b_mask, offset,
+                    p_row_dh, p_row_dx, p_row_dskip, b_weight, p_row_dgate, b_columns, b_mask, scale, offset,
                     b_dy, b_x, b_n, b_dn, b_act, b_slope, b_rstd, b_inner, b_dn_mean,
-                    HAS_WEIGHT, GATE, GATE_BEFORE, CENTRE, NEED_X, NEED_GATE,
+                    HAS_WEIGHT, GATE, GATE_BEFORE, CENTRE, HAS_DH, NEED_X, NEED_SKIP, NEED_GATE,
                 )  # fmt: skip
     if NEED_WEIGHT and WIDTH <= BLOCK_COLUMNS:
         tl.store(p_partial + b_column, tl.sum(b_dweight, 0)[None, :], mask=b_column < WIDTH)
