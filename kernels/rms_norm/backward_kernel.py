@@ -164,7 +164,7 @@ def rms_norm_backward_kernel(
         if WIDTH <= BLOCK_COLUMNS:
             b_mask = b_is_row[:, None] & (b_column < WIDTH)
             if HAS_WEIGHT and not KEEP_WEIGHT:
-                if HAS_DH:
+                if HAS_DH and STAGES > 1:
                     # Three inputs fill the shared memory. Triton gives no buffer to what it loads under a condition.
                     if num_rows > 0:
                         b_weight = tl.load(p_weight + b_column, mask=b_column < WIDTH, other=0.0)

@@ -14,10 +14,20 @@ SITES = {
     "llama": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "qwen2": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "gemma2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "granite": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "olmo2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "single_level": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""
+ADDS = {
+    "llama": LAYERS,
+    "qwen2": LAYERS,
+    "gemma2": LAYERS,
+    "granite": LAYERS,
+    "olmo2": 0,
+    "single_level": LAYERS,
+}
+"""Norms that became `add_rms_norm`: in a block, those of a sum that the block itself makes."""
 SHAPES = ((2, 24), (3, 17), (1, 40))
 """The first is the one captured; the others are unseen at capture."""
 
@@ -47,6 +57,7 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
                 assert tools.relative(ours.gradients[name], gradient) < 1e-4, (name, shape, padded)
     report = fxopt.explain(model)
     assert count_sites(report) == SITES[arch]
+    assert sum(site.count for site in report.sites if site.op == "add_rms_norm") == ADDS[arch]
     assert report.fallbacks == ()
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
