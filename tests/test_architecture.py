@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
 APART = {"patterns": set[str](), "kernels": {"launch", "rms_norm"}}
 """Folders whose files never import each other, but for the shared ones named; `__init__` gathers them.
 
-The kernels of rms_norm also serve add_rms_norm.
+The kernels of rms_norm also serve add_rms_norm, and its tiles layer_norm.
 """
 
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"}
