@@ -18,6 +18,9 @@ when centred: the means after them.
 
 Numerics: all arithmetic in fp32; the only roundings are the two above. Backward treats roundings as the
 identity. The gradient of weight is summed in fp32, per program and then over programs, in a fixed order.
+
+The backward op takes an optional `dskip`, of the shape of x: a gradient that reaches x beside the norm. It is
+added to that of x in fp32, before the rounding. The kernels also add a skip in front; see `add_rms_norm.py`.
 """
 
 from fxopt.kernels.rms_norm.launches import launch_backward, launch_forward
