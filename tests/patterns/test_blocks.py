@@ -71,6 +71,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "cohere": {"rms_norm": 2, "add_rms_norm": 1, "glu": 1, "linear_cross_entropy": 1},
     "glm4": {"rms_norm": 5, "add_rms_norm": 2, "glu": 1, "linear_cross_entropy": 1},
     "granite": {"rms_norm": 3, "add_rms_norm": 2, "glu": 1, "linear_cross_entropy": 1},
+    "gpt_neox": {"layer_norm": 3, "linear_cross_entropy": 1},
+    "stablelm": {"layer_norm": 3, "glu": 1, "linear_cross_entropy": 1},
     "gpt_oss": {"rms_norm": 3, "add_rms_norm": 2, "linear_cross_entropy": 1},
     "mamba2": {"rms_norm": 3, "add_rms_norm": 1, "linear_cross_entropy": 1},
     "t5": {"rms_norm": 7, "add_rms_norm": 5, "glu": 2, "linear_cross_entropy": 1},
