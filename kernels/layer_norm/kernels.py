@@ -223,7 +223,7 @@ def layer_norm_sum_kernel(
     b_columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     b_rows = tl.arange(0, BLOCK_ROWS)[:, None]
     if is_bias:
-        p_partial += num_partials.to(tl.int64) * num_columns
+        p_partial += num_partials * num_columns
     b_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, num_partials, BLOCK_ROWS):
         b_mask = (start + b_rows < num_partials) & (b_columns < num_columns)

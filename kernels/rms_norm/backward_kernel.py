@@ -166,7 +166,7 @@ def rms_norm_backward_kernel(
             if HAS_WEIGHT and not KEEP_WEIGHT:
                 if HAS_DH and STAGES > 1:
                     # Three inputs fill the shared memory. Triton gives no buffer to what it loads under a condition.
-                    if num_rows > 0:
+                    if block >= 0:
                         b_weight = tl.load(p_weight + b_column, mask=b_column < WIDTH, other=0.0)
                     else:
                         b_weight = tl.zeros([1, BLOCK_COLUMNS], p_weight.dtype.element_ty)

@@ -77,6 +77,14 @@ def test_long_rows(width: int, frozen: tuple[int, ...], device: str, check: Any,
     compare(inputs, check, gradients)
 
 
+@pytest.mark.parametrize("num_rows", [1, 7, pytest.param(300, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("width", [4096, MOST_TILE_COLUMNS])
+def test_several_turns_of_the_loop_over_rows(
+    num_rows: int, width: int, device: str, check: Any, gradients: Any
+) -> None:
+    compare(make((num_rows, width), torch.bfloat16, device), check, gradients)
+
+
 def test_many_short_rows(device: str, check: Any, gradients: Any) -> None:
     compare(make((2, 301, 1, 128), torch.bfloat16, device), check, gradients)
 
