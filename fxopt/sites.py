@@ -38,7 +38,8 @@ def find_sites(
     sites: list[Site] = []
     mismatches: list[MismatchRecord] = []
     for anchor in anchors:
-        rewrite = next((r for r in result.rewrites if anchor.node in r.origins), None)
+        # The last: a later pattern may take what an earlier one made.
+        rewrite = next((r for r in reversed(result.rewrites) if anchor.node in r.origins), None)
         if rewrite is not None:
             sites.append(_site(anchor, "rewritten", rewrite.record.op, "", rewrite.proof))
             continue

@@ -165,6 +165,21 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def with_row_stride(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return a tensor whose memory holds the rows of `tensor`, last stride 1, and the distance between rows.
+
+    A dense tensor is returned as it is: a view costs the host more than the rest of a launch's arithmetic.
+
+    >>> tensor, row_stride = with_row_stride(torch.empty(2, 3, 8)[..., :4])
+    >>> tensor.shape, row_stride
+    (torch.Size([6, 4]), 8)
+    """
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    rows = as_rows(tensor)
+    return rows, rows.stride(0)
+
+
 def register_op(
     schema: str,
     *,

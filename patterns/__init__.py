@@ -1,10 +1,12 @@
 """The pattern library; `ALL` is the ordered tuple of patterns: where two could match, the first does."""
 
+from fxopt.patterns.add_rms_norm import ADD_RMS_NORM
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.glu import GLU
+from fxopt.patterns.layer_norm import LAYER_NORM
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.patterns.rms_norm import RMS_NORM
 
-ALL = (RMS_NORM, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
+ALL = (LAYER_NORM, RMS_NORM, ADD_RMS_NORM, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
 
-__all__ = ["ALL", "CROSS_ENTROPY", "GLU", "LINEAR_CROSS_ENTROPY", "RMS_NORM"]
+__all__ = ["ADD_RMS_NORM", "ALL", "CROSS_ENTROPY", "GLU", "LAYER_NORM", "LINEAR_CROSS_ENTROPY", "RMS_NORM"]

@@ -349,6 +349,11 @@ def rms_norm(x: Term, weight: Term | None = None, eps: Any = ...) -> Operation:
     return operation(F.rms_norm, x, normalized_shape=..., weight=weight, eps=eps)
 
 
+def layer_norm(x: Term, weight: Any = ..., bias: Any = ..., eps: Any = ...) -> Operation:
+    """Return torch's own layer norm over whatever dims it names."""
+    return operation(F.layer_norm, x, normalized_shape=..., weight=weight, bias=bias, eps=eps)
+
+
 def cross_entropy(logits: Term, labels: Term, **attributes: Any) -> Operation:
     """Return torch's cross entropy without class weights; `attributes` not given match any value."""
     named = {"ignore_index": ..., "reduction": ..., "label_smoothing": ..., **attributes}

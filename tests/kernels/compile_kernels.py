@@ -18,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import cross_entropy, glu, linear_cross_entropy, rms_norm
+from fxopt.kernels import cross_entropy, glu, linear_cross_entropy
 from fxopt.kernels.launch import num_warps_for
+from fxopt.kernels.layer_norm import launches as layer_norm
+from fxopt.kernels.rms_norm import launches as rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$")
@@ -33,21 +35,43 @@ Build = tuple[Any, dict[str, Any], dict[str, str], int, bool]
 
 def rms_norm_builds() -> Iterator[Build]:
     fp32 = {"p_statistics": "*fp32", "p_partial": "*fp32"}
-    plain = dict(GROUPS=1, HAS_WEIGHT=True, GATE="", GATE_BEFORE=False, CENTRE=False)
-    forms = [(width, plain) for width in (*WIDTHS, ODD_WIDTH)]
+    plain = dict(GROUPS=1, HAS_SKIP=False, HAS_WEIGHT=True, GATE="", GATE_BEFORE=False, CENTRE=False)
+    forms = [(width, plain | dict(HAS_SKIP=skip)) for width in (*WIDTHS, ODD_WIDTH) for skip in (False, True)]
     forms += [(4096, plain | dict(CENTRE=True)), (4096, plain | dict(HAS_WEIGHT=False))]
     forms += [(4096, plain | dict(GATE="silu", GATE_BEFORE=before)) for before in (True, False)]
     for width, form in forms:
-        rows, columns = rms_norm._tile(width, rms_norm.TILE_ELEMENTS)
+        rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
         form = form | dict(WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
         warps = num_warps_for(rows * columns)
         gated = form["GATE"] != ""
         keep = columns <= rms_norm.MOST_KEPT_COLUMNS
         backward = form | dict(NEED_X=True, NEED_WEIGHT=form["HAS_WEIGHT"], NEED_GATE=gated, KEEP_WEIGHT=keep)
+        has_skip = backward.pop("HAS_SKIP")
+        backward |= dict(HAS_DH=has_skip, NEED_SKIP=has_skip and width == ODD_WIDTH)
         yield rms_norm.rms_norm_forward_kernel, form | dict(CAST_FIRST=True), fp32, warps, True
         yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
         yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
     yield rms_norm.rms_norm_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
+
+
+def layer_norm_builds() -> Iterator[Build]:
+    fp32 = {"p_statistics": "*fp32", "p_partial": "*fp32"}
+    plain = dict(HAS_WEIGHT=True, HAS_BIAS=True)
+    for width in (*WIDTHS, ODD_WIDTH):
+        rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
+        form = plain | dict(WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+        warps = num_warps_for(rows * columns)
+        yield layer_norm.layer_norm_forward_kernel, form, fp32, warps, True
+        keep = columns <= layer_norm.MOST_KEPT_COLUMNS
+        del form["HAS_BIAS"]
+        for trainable in (True, False):
+            needs = dict(NEED_X=True, NEED_WEIGHT=trainable, NEED_BIAS=trainable)
+            backward = form | needs | dict(KEEP_WEIGHT=keep, RELOAD=not keep and trainable)
+            for stages in (1, 3):
+                kernel = layer_norm.layer_norm_backward_kernel
+                yield kernel, backward | dict(STAGES=stages), fp32, warps, True
+    form = dict(NEED_WEIGHT=True, NEED_BIAS=True, BLOCK_ROWS=64, BLOCK_COLUMNS=64)
+    yield layer_norm.layer_norm_sum_kernel, form, fp32, 8, True
 
 
 def glu_builds() -> Iterator[Build]:
@@ -113,7 +137,7 @@ def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
 def main() -> None:
     arch, *dtypes = sys.argv[1:]
     for dtype in dtypes:
-        for build in (*rms_norm_builds(), *glu_builds(), *cross_entropy_builds()):
+        for build in (*rms_norm_builds(), *layer_norm_builds(), *glu_builds(), *cross_entropy_builds()):
             print(json.dumps(compile_one(int(arch), dtype, build)), flush=True)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from fxopt.kernels import rms_norm as file
 from fxopt.kernels.rms_norm import rms_norm, rms_norm_reference
+from fxopt.kernels.rms_norm.launches import MOST_TILE_COLUMNS
+from fxopt.kernels.rms_norm.op import backward_op, forward_op
 
 FORMS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -104,7 +106,7 @@ def test_groups(name: str, device: str, check: Any, gradients: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
 def test_rows_longer_than_a_tile(name: str, device: str, check: Any, gradients: Any) -> None:
-    width = file.MOST_TILE_COLUMNS + 3
+    width = MOST_TILE_COLUMNS + 3
     compare(make((4, width), FORMS[name], torch.bfloat16, device), FORMS[name], check, gradients)
 
 
@@ -145,6 +147,30 @@ def test_strides(layout: str, device: str, check: Any, gradients: Any) -> None:
     x, gate, dy = lay_out(0).detach().requires_grad_(), lay_out(1).detach().requires_grad_(), lay_out(2)
     weight = torch.randn(128, device=device)[::2].detach().requires_grad_()
     compare([x, weight, gate], form, check, gradients, dy)
+
+
+@pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
+@pytest.mark.parametrize("width", [63, MOST_TILE_COLUMNS + 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_from_elsewhere_is_added_before_rounding(
+    name: str, width: int, dtype: torch.dtype, device: str, check: Any, gradients: Any
+) -> None:
+    form = FORMS[name]
+    inputs = make((3, width), form, dtype, device)
+    dy, dskip = (torch.randn(3, width, device=device).to(dtype) for _ in range(2))
+    reference = functools.partial(rms_norm_reference, eps=1e-6, **form)
+    _, exact = gradients(reference, inputs, dy, torch.float64)
+    _, eager = gradients(reference, inputs, dy)
+    _, offset, _, centre, gate_act, gate_before, groups, _ = attributes_of(form)
+    rest = (offset, centre, gate_act, gate_before, groups, True, True, "gate_act" in form, dskip)
+    with torch.no_grad():
+        y, statistics = file.launch_forward(*inputs, *attributes_of(form))
+        found = file.launch_backward(dy.to(y.dtype), *inputs, statistics, *rest)
+        by_op = backward_op(dy.to(y.dtype), *inputs, statistics, *rest)
+    check("x", found[0], eager[0] + dskip, exact[0] + dskip.double(), dtype)
+    check("weight", found[1], eager[1], exact[1], dtype)
+    for value, kernel in zip(by_op, found, strict=True):
+        check("op", value, kernel, None if kernel is None else kernel.double(), dtype)
 
 
 def test_the_same_bits_twice(device: str) -> None:
@@ -198,13 +224,13 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 def test_opcheck(name: str, op_device: str) -> None:
     inputs = make((4, 24), FORMS[name], torch.float32, op_device)
     attributes = attributes_of(FORMS[name])
-    torch.library.opcheck(file._forward_op, (*inputs, *attributes))
+    torch.library.opcheck(forward_op, (*inputs, *attributes))
     with torch.no_grad():
-        y, statistics = file._forward_op(*inputs, *attributes)
+        y, statistics = forward_op(*inputs, *attributes)
     _, offset, _, centre, gate_act, gate_before, groups, _ = attributes
     fixed = [None if tensor is None else tensor.detach() for tensor in inputs]
     torch.library.opcheck(
-        file._backward_op,
+        backward_op,
         (
             y,
             *fixed,
@@ -217,6 +243,7 @@ def test_opcheck(name: str, op_device: str) -> None:
             True,
             True,
             fixed[2] is not None,
+            torch.randn(4, 24, device=op_device),
         ),
     )
 

@@ -14,10 +14,24 @@ SITES = {
     "llama": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "qwen2": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "gemma2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "granite": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "olmo2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "single_level": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "gpt_neox": {"layer_norm": 2 * LAYERS + 1, "linear_cross_entropy": 1},
+    "stablelm": {"layer_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "starcoder2": {"layer_norm": 2 * LAYERS + 1, "linear_cross_entropy": 1},
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""
+ADDS = {"llama": LAYERS, "qwen2": LAYERS, "gemma2": LAYERS, "granite": LAYERS, "single_level": LAYERS}
+"""Norms that became `add_rms_norm`: in a block, those of a sum that the block itself makes; none elsewhere."""
+IN_HALF_PRECISION = [
+    pytest.param(arch, marks=pytest.mark.slow) if arch in ("granite", "stablelm", "starcoder2") else arch
+    for arch in SITES
+]
+"""Six draws of weights each; what is slow differs from another one in nothing that rounds otherwise."""
+NOTHING_SAVED = ("gpt_neox", "starcoder2")
+"""No gated unit, and torch's own layer norm in fp32 saves as little as the op: what is left is the head, which
+saves the gradient of its weight, and with 256 classes that is more than the logits."""
 SHAPES = ((2, 24), (3, 17), (1, 40))
 """The first is the one captured; the others are unseen at capture."""
 
@@ -47,11 +61,12 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
                 assert tools.relative(ours.gradients[name], gradient) < 1e-4, (name, shape, padded)
     report = fxopt.explain(model)
     assert count_sites(report) == SITES[arch]
+    assert sum(site.count for site in report.sites if site.op == "add_rms_norm") == ADDS.get(arch, 0)
     assert report.fallbacks == ()
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
 
-@pytest.mark.parametrize("arch", SITES)
+@pytest.mark.parametrize("arch", IN_HALF_PRECISION)
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.gpu)], ids=["bf16", "fp16"]
 )
@@ -65,7 +80,7 @@ def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools)
     assert fxopt.explain(model).fallbacks == ()
 
 
-@pytest.mark.parametrize("arch", SITES)
+@pytest.mark.parametrize("arch", IN_HALF_PRECISION)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, device, tools):
     model = fxopt.optimize(tools.make_model(arch).to(device, dtype))
@@ -74,7 +89,7 @@ def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, devic
     assert fxopt.explain(model).fallbacks == ()
 
 
-@pytest.mark.parametrize("arch", SITES)
+@pytest.mark.parametrize("arch", [arch for arch in SITES if arch not in NOTHING_SAVED])
 def test_fewer_bytes_are_saved_for_backward(arch, device, twins, tools):
     model, stock = twins(arch, device)
     batch = tools.make_batch((2, 24), padded="none", device=device)

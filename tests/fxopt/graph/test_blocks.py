@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
-# model type: anchors in one block. Norms by F.layer_norm are none.
+# model type: anchors in one block
 BLOCKS = {
     "llama": {"rms_norm": 2, "glu": 1},
     "qwen2": {"rms_norm": 2, "glu": 1},
@@ -39,8 +39,8 @@ BLOCKS = {
     "glm4": {"rms_norm": 4, "glu": 1},  # gate and up from one packed projection
     "phi3": {"rms_norm": 2, "glu": 1},
     "qwen3_moe": {"rms_norm": 4, "glu": 1},
-    "gpt_neox": {},
-    "stablelm": {"glu": 1},
+    "gpt_neox": {"layer_norm": 2},
+    "stablelm": {"layer_norm": 2, "glu": 1},
 }
 
 

@@ -1,0 +1,129 @@
+"""How the kernels are launched: tiles, programs, warps and stages."""
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.launch import (
+    ceil_div,
+    num_processors,
+    num_stages_for,
+    num_warps_for,
+    on_device,
+    with_row_stride,
+)
+from fxopt.kernels.layer_norm.kernels import (
+    layer_norm_backward_kernel,
+    layer_norm_forward_kernel,
+    layer_norm_sum_kernel,
+)
+from fxopt.kernels.rms_norm.launches import TILE_ELEMENTS, tile_of
+
+MOST_KEPT_COLUMNS = 8192  # backward holds a row and the weight in registers; what is longer it reads again
+
+
+def launch_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return y and the statistics, by the kernel."""
+    columns = x.shape[-1]
+    num_rows = x.numel() // columns
+    y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+    statistics = x.new_empty((2, num_rows), dtype=torch.float32)
+    if num_rows == 0:
+        return y, statistics
+    block_rows, block_columns = tile_of(columns, TILE_ELEMENTS)
+    num_warps = num_warps_for(block_rows * block_columns)
+    x, x_row_stride = with_row_stride(x)
+    with on_device(x):
+        layer_norm_forward_kernel[(ceil_div(num_rows, block_rows),)](
+            x,
+            x if weight is None else weight.contiguous(),
+            x if bias is None else bias.contiguous(),
+            y,
+            statistics,
+            x_row_stride,
+            num_rows,
+            eps,
+            WIDTH=columns,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=num_warps,
+            # 16 warps with 86 registers each would leave no room for a second program beside the first.
+            maxnreg=64 if num_warps == 16 else None,
+            enable_fp_fusion=True,  # sums of squares and n * w + b: a fused multiply-add only rounds less
+        )
+    return y, statistics
+
+
+def launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias that are needed, by the kernel."""
+    columns = x.shape[-1]
+    num_rows = x.numel() // columns
+    dx = x.new_empty(x.shape) if need_x else None
+    dweight = weight.new_empty(weight.shape) if need_weight and weight is not None else None
+    dbias = bias.new_empty(bias.shape) if need_bias and bias is not None else None
+    if num_rows == 0:
+        return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
+    block_rows, block_columns = tile_of(columns, TILE_ELEMENTS)
+    tile_elements = block_rows * block_columns
+    per_processor = 1 if tile_elements > TILE_ELEMENTS else 2
+    programs = min(num_processors(x.device) * per_processor, ceil_div(num_rows, block_rows))
+    keep = block_columns <= MOST_KEPT_COLUMNS
+    tile_bytes = tile_elements * (dy.element_size() + x.element_size())
+    if weight is not None and not keep:
+        tile_bytes += block_columns * weight.element_size()
+    num_sums = (dweight is not None) + (dbias is not None)
+    partial = x.new_empty((2, programs, columns), dtype=torch.float32) if num_sums else statistics
+    x, x_row_stride = with_row_stride(x)
+    dy, dy_row_stride = with_row_stride(dy)
+    with on_device(x):
+        layer_norm_backward_kernel[(programs,)](
+            dy,
+            x,
+            x if weight is None else weight.contiguous(),
+            statistics,
+            x if dx is None else dx,
+            partial,
+            dy_row_stride,
+            x_row_stride,
+            num_rows,
+            WIDTH=columns,
+            HAS_WEIGHT=weight is not None,
+            NEED_X=need_x,
+            NEED_WEIGHT=dweight is not None,
+            NEED_BIAS=dbias is not None,
+            KEEP_WEIGHT=keep,
+            RELOAD=not keep and num_sums > 0,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            STAGES=num_stages_for(tile_bytes * per_processor, x.device) if columns <= block_columns else 1,
+            num_warps=num_warps_for(tile_elements),
+            enable_fp_fusion=True,  # products and sums of fp32 values: a fused multiply-add only rounds less
+        )
+        if num_sums:
+            block = 64
+            layer_norm_sum_kernel[(ceil_div(columns, block), num_sums)](
+                partial,
+                partial if dweight is None else dweight,
+                partial if dbias is None else dbias,
+                programs,
+                columns,
+                NEED_WEIGHT=dweight is not None,
+                NEED_BIAS=dbias is not None,
+                BLOCK_ROWS=64,
+                BLOCK_COLUMNS=block,
+                num_warps=8,
+                enable_fp_fusion=True,  # sums only: nothing to fuse
+            )
+    return dx, dweight, dbias

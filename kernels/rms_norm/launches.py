@@ -1,0 +1,232 @@
+"""How the kernels are launched: tiles, programs, warps and stages."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.launch import (
+    ceil_div,
+    next_power_of_two,
+    num_processors,
+    num_stages_for,
+    num_warps_for,
+    on_device,
+    with_row_stride,
+)
+from fxopt.kernels.rms_norm.backward_kernel import rms_norm_backward_kernel, rms_norm_sum_kernel
+from fxopt.kernels.rms_norm.forward_kernel import rms_norm_forward_kernel
+from fxopt.kernels.rms_norm.reference import promoted
+
+MOST_TILE_COLUMNS = 16384  # longer rows go through in tiles
+TILE_ELEMENTS = 4096  # what a program holds at a time, unless one row is longer
+LOOP_COLUMNS = 4096
+MOST_KEPT_COLUMNS = 8192  # backward holds the weight in registers; of longer rows it reads it again for each
+
+
+@functools.cache
+def tile_of(width: int, elements: int) -> tuple[int, int]:
+    """Return BLOCK_ROWS and BLOCK_COLUMNS for rows of `width`."""
+    columns = next_power_of_two(width)
+    if columns > MOST_TILE_COLUMNS:
+        return 1, LOOP_COLUMNS
+    return max(1, elements // max(columns, 64)), columns
+
+
+def launch_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+    centre: bool,
+    gate_act: str,
+    gate_before: bool,
+    groups: int,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y and the statistics, by the kernel."""
+    y = x.new_empty(x.shape, dtype=out_dtype or promoted(x, weight))
+    statistics = run_forward(
+        x, None, weight, gate, None, y, 1.0, eps, offset, cast_first, centre, gate_act, gate_before, groups
+    )
+    return y, statistics
+
+
+def run_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    h: Tensor | None,
+    y: Tensor,
+    scale: float,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+    centre: bool,
+    gate_act: str,
+    gate_before: bool,
+    groups: int,
+) -> Tensor:
+    """Write `y`, with a skip `h` as well, and return the statistics."""
+    columns = x.shape[-1]
+    num_rows = x.numel() // columns
+    statistics = x.new_empty((2 if centre else 1, num_rows * groups), dtype=torch.float32)
+    if num_rows == 0:
+        return statistics
+    width = columns // groups
+    block_rows, block_columns = tile_of(width, TILE_ELEMENTS)
+    x, x_row_stride = with_row_stride(x)
+    skip, skip_row_stride = (x, 0) if skip is None else with_row_stride(skip)
+    gate, gate_row_stride = (None, 0) if gate is None else with_row_stride(gate)
+    with on_device(x):
+        rms_norm_forward_kernel[(ceil_div(num_rows, block_rows), groups)](
+            x,
+            skip,
+            x if weight is None else weight.contiguous(),
+            x if gate is None else gate,
+            x if h is None else h,
+            y,
+            statistics,
+            x_row_stride,
+            skip_row_stride,
+            gate_row_stride,
+            num_rows,
+            scale,
+            eps,
+            offset,
+            WIDTH=width,
+            GROUPS=groups,
+            HAS_SKIP=h is not None,
+            HAS_WEIGHT=weight is not None,
+            GATE="" if gate is None else gate_act,
+            GATE_BEFORE=gate_before,
+            CAST_FIRST=cast_first,
+            CENTRE=centre,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=num_warps_for(block_rows * block_columns),
+            # Sums of squares, x * scale + skip, n * w * act: a fused multiply-add only rounds less.
+            enable_fp_fusion=True,
+        )
+    return statistics
+
+
+def launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    statistics: Tensor,
+    offset: float,
+    centre: bool,
+    gate_act: str,
+    gate_before: bool,
+    groups: int,
+    need_x: bool,
+    need_weight: bool,
+    need_gate: bool,
+    dskip: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x (with `dskip` added), weight and gate that are needed, by the kernel."""
+    dx = x.new_empty(x.shape) if need_x else None
+    dgate = gate.new_empty(gate.shape) if need_gate and gate is not None else None
+    dweight = run_backward(
+        dy, x, weight, gate, statistics, dskip, dx, None, dgate,
+        1.0, offset, centre, gate_act, gate_before, groups, need_weight,
+    )  # fmt: skip
+    return dx, dweight, dgate
+
+
+def run_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    statistics: Tensor,
+    dh: Tensor | None,
+    dx: Tensor | None,
+    dskip: Tensor | None,
+    dgate: Tensor | None,
+    scale: float,
+    offset: float,
+    centre: bool,
+    gate_act: str,
+    gate_before: bool,
+    groups: int,
+    need_weight: bool,
+) -> Tensor | None:
+    """Write the gradients given as `dx`, `dskip` and `dgate`, and return that of weight where needed."""
+    columns = x.shape[-1]
+    num_rows = x.numel() // columns
+    dweight = weight.new_empty(weight.shape) if need_weight and weight is not None else None
+    if num_rows == 0:
+        return None if dweight is None else dweight.zero_()
+    width = columns // groups
+    block_rows, block_columns = tile_of(width, TILE_ELEMENTS)
+    tile_elements = block_rows * block_columns
+    per_processor = 1 if tile_elements > TILE_ELEMENTS else 2
+    programs = max(1, num_processors(x.device) * per_processor // groups)
+    programs = min(programs, ceil_div(num_rows, block_rows))
+    keep_weight = block_columns <= MOST_KEPT_COLUMNS
+    read = (dy, x, gate, dh)
+    tile_bytes = tile_elements * sum(tensor.element_size() for tensor in read if tensor is not None)
+    if weight is not None and not keep_weight and dh is None:
+        tile_bytes += block_columns * weight.element_size()
+    partial = None if dweight is None else x.new_empty((programs, columns), dtype=torch.float32)
+    x, x_row_stride = with_row_stride(x)
+    dy, dy_row_stride = with_row_stride(dy)
+    gate, gate_row_stride = (None, 0) if gate is None else with_row_stride(gate)
+    dh, dh_row_stride = (None, 0) if dh is None else with_row_stride(dh)
+    with on_device(x):
+        rms_norm_backward_kernel[(programs, groups)](
+            dy,
+            x,
+            x if weight is None else weight.contiguous(),
+            x if gate is None else gate,
+            statistics,
+            x if dh is None else dh,
+            x if dx is None else dx,
+            x if dskip is None else dskip,
+            statistics if partial is None else partial,
+            x if dgate is None else dgate,
+            dy_row_stride,
+            x_row_stride,
+            gate_row_stride,
+            dh_row_stride,
+            num_rows,
+            scale,
+            offset,
+            WIDTH=width,
+            GROUPS=groups,
+            HAS_WEIGHT=weight is not None,
+            GATE="" if gate is None else gate_act,
+            GATE_BEFORE=gate_before,
+            CENTRE=centre,
+            HAS_DH=dh is not None,
+            NEED_X=dx is not None,
+            NEED_SKIP=dskip is not None,
+            NEED_WEIGHT=dweight is not None,
+            NEED_GATE=dgate is not None,
+            KEEP_WEIGHT=keep_weight,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            STAGES=num_stages_for(tile_bytes * per_processor, x.device) if width <= block_columns else 1,
+            num_warps=num_warps_for(tile_elements),
+            enable_fp_fusion=True,  # products and sums of fp32 values: a fused multiply-add only rounds less
+        )
+        if dweight is not None:
+            block = 64
+            rms_norm_sum_kernel[(ceil_div(columns, block),)](
+                partial,
+                dweight,
+                programs,
+                columns,
+                BLOCK_ROWS=64,
+                BLOCK_COLUMNS=block,
+                num_warps=8,
+                enable_fp_fusion=True,  # sums only: nothing to fuse
+            )
+    return dweight
