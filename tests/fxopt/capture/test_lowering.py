@@ -60,4 +60,4 @@ def test_auto_is_plain_on_a_cpu():
 
 
 def test_inductors_pass_has_a_stable_identity_or_its_caches_are_off():
-    assert torch_compat.RecomputePointwise().uuid() == torch_compat.RecomputePointwise().uuid()
+    assert torch_compat.JointPasses().uuid() == torch_compat.JointPasses().uuid()

@@ -1,0 +1,93 @@
+"""Passes over joint graphs: a gradient from elsewhere is added inside the norm's backward, nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import default_partition
+
+from fxopt.capture.joint_passes import fold_skip_gradients
+from fxopt.kernels.rms_norm import rms_norm
+
+
+class Joint:
+    """Compiles a function node by node, folding in its joint graph, and keeps what was done."""
+
+    def __init__(self) -> None:
+        self.folded = -1
+        self.graph = fx.Graph()
+
+    def run(self, function: Any, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+            self.folded = fold_skip_gradients(joint.graph)
+            joint.graph.lint()
+            self.graph = joint.graph
+            return default_partition(joint, joint_inputs, **options)
+
+        def run_nodes(graph: fx.GraphModule, _: Any) -> Any:
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
+        return gradients(torch.compile(function, backend=backend, fullgraph=True), *inputs)
+
+
+def gradients(function: Any, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y) / 3)]
+
+
+def block(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * 2 + torch.tanh(rms_norm(x, w, eps=1e-6))
+
+
+def residual(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x + torch.tanh(rms_norm(x, w, eps=1e-6))
+
+
+def two_norms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    h = x + torch.tanh(rms_norm(x, w, eps=1e-6))
+    return h + torch.sin(rms_norm(h, w, eps=1e-6))
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(32, 33, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+
+
+@pytest.mark.parametrize(("function", "expected"), [(block, 1), (residual, 1), (two_norms, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_skips_gradient_is_folded_and_the_gradients_are_those_of_eager(function, expected, dtype) -> None:
+    joint = Joint()
+    ours = joint.run(function, *inputs(dtype))
+    assert joint.folded == expected
+    exact = gradients(function, *(value.double() for value in inputs(dtype)))
+    eager = gradients(function, *inputs(dtype))
+    for value, stock, truth in zip(ours, eager, exact, strict=True):
+        error, allowed = ((other.double() - truth).norm() / truth.norm() for other in (value, stock))
+        assert error <= allowed * 1.05 + 1e-7
+
+
+def unread(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(rms_norm(x, w, eps=1e-6))
+
+
+def test_nothing_is_folded_where_nothing_is_added() -> None:
+    joint = Joint()
+    joint.run(unread, *inputs())
+    assert joint.folded == 0
+
+
+def test_a_folded_graph_holds_no_addition_of_gradients() -> None:
+    joint = Joint()
+    joint.run(residual, *inputs())
+    adds = joint.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    assert len(adds) == 1, "the residual's own"
+    (backward,) = (node for node in joint.graph.nodes if "rms_norm_backward" in str(node.target))
+    assert "dskip" in backward.kwargs
