@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fxopt.kernels import cross_entropy as file
 from fxopt.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS: dict[str, dict[str, Any]] = {
@@ -20,7 +21,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "smoothing": {"label_smoothing": 0.1},
     "z_loss": {"z_loss": 1e-2},
+    "z_loss of every row": {"z_loss": 1e-2, "z_rows": "all"},
     "all": {"reduction": "sum", "scale": 0.5, "softcap": 5.0, "label_smoothing": 0.2, "z_loss": 1e-3},
+    "all, z_loss of every row": {
+        "scale": 0.5,
+        "softcap": 5.0,
+        "label_smoothing": 0.2,
+        "z_loss": 1e-3,
+        "z_rows": "all",
+    },
 }
 
 
@@ -44,8 +53,9 @@ def run_kernel(
     softcap: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    z_rows: str = "labelled",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shaping = (scale, softcap, label_smoothing, z_loss)
+    shaping = Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all")
     with torch.no_grad():
         loss, lse, divisor = file.launch_forward(
             logits, labels, denominator, ignore_index, reduction == "mean", *shaping
@@ -199,7 +209,7 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 
 def test_opcheck(op_device: str) -> None:
     logits, labels = make(5, 64, torch.float32, op_device)
-    shaping = (1.0, 0.0, 0.0, 0.0)
+    shaping = Shaping()
     torch.library.opcheck(file._forward_op, (logits, labels, None, -100, True, *shaping))
     with torch.no_grad():
         loss, lse, divisor = file._forward_op(logits, labels, None, -100, True, *shaping)

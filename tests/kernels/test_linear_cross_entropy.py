@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.kernels import linear_cross_entropy as file
-from fxopt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from fxopt.kernels.linear_cross_entropy import (
+    chunks,
+    kernels,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    op,
+)
+from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS: dict[str, dict[str, Any]] = {
@@ -19,7 +25,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "smoothing": {"label_smoothing": 0.1},
     "z_loss": {"z_loss": 1e-2},
+    "z_loss of every row": {"z_loss": 1e-2, "z_rows": "all"},
     "all": {"reduction": "sum", "scale": 0.5, "softcap": 5.0, "label_smoothing": 0.2, "z_loss": 1e-3},
+    "all, z_loss of every row": {
+        "scale": 0.5,
+        "softcap": 5.0,
+        "label_smoothing": 0.2,
+        "z_loss": 1e-3,
+        "z_rows": "all",
+    },
 }
 
 
@@ -56,14 +70,15 @@ def run_kernel(
     softcap: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk_bytes: int = file.CHUNK_BYTES,
+    z_rows: str = "labelled",
+    chunk_bytes: int = chunks.CHUNK_BYTES,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     h, weight, bias = inputs
     assert h is not None
     assert weight is not None
     needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
     with torch.no_grad():
-        loss, divisor, *found = file.launch_forward(
+        loss, divisor, *found = kernels.launch_forward(
             h,
             weight,
             labels,
@@ -71,14 +86,11 @@ def run_kernel(
             denominator,
             ignore_index,
             reduction == "mean",
-            scale,
-            softcap,
-            label_smoothing,
-            z_loss,
+            *Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all"),
             chunk_bytes,
             *needs,
         )
-        return loss, file.launch_backward(dloss, divisor, *found, h.dtype)
+        return loss, kernels.launch_backward(dloss, divisor, *found, h.dtype)
 
 
 def compare(
@@ -87,7 +99,7 @@ def compare(
     form: dict[str, Any],
     check: Any,
     gradients: Any,
-    chunk_bytes: int = file.CHUNK_BYTES,
+    chunk_bytes: int = chunks.CHUNK_BYTES,
 ) -> None:
     def reference(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear_cross_entropy_reference(h, weight, labels, bias, **form)
@@ -127,7 +139,7 @@ def test_chunks(
     compare(inputs, labels, {}, check, gradients, chunk_bytes)
 
 
-@pytest.mark.parametrize("num_chunks", [2, file.MOST_ROUNDED_SUMS, file.MOST_ROUNDED_SUMS + 1])
+@pytest.mark.parametrize("num_chunks", [2, chunks.MOST_ROUNDED_SUMS, chunks.MOST_ROUNDED_SUMS + 1])
 def test_sums_over_chunks_are_as_exact_as_eager(
     num_chunks: int, op_device: str, check: Any, gradients: Any
 ) -> None:
@@ -142,8 +154,8 @@ def test_sums_over_chunks_are_as_exact_as_eager(
     _, exact = gradients(reference, inputs, one, torch.float64)
     _, eager = gradients(reference, inputs, one)
     with torch.no_grad():  # in plain torch, whose roundings are those of a GPU
-        out = file.plain_forward(
-            inputs[0], inputs[1], labels, inputs[2], None, -100, True, 1.0, 0.0, 0.0, 0.0, 32 * classes * 2,
+        out = op.plain_forward(
+            inputs[0], inputs[1], labels, inputs[2], None, -100, True, *Shaping(), 32 * classes * 2,
             True, True, True,
         )  # fmt: skip
     error = (out[3].double() - exact[1]).norm()  # type: ignore[union-attr]
@@ -151,13 +163,13 @@ def test_sums_over_chunks_are_as_exact_as_eager(
 
 
 def test_the_chunk_follows_the_budget() -> None:
-    assert file.plan_chunk_rows(8192, 128256 * 2, 512 * 2**20) == 2048
-    assert file.plan_chunk_rows(8192, 10, 512 * 2**20) == 8192
-    assert file.plan_chunk_rows(10, 1000, 1) == 1
-    assert file.plan_chunk_rows(0, 1000, 512 * 2**20) == 1
+    assert chunks.plan_chunk_rows(8192, 128256 * 2, 512 * 2**20) == 2048
+    assert chunks.plan_chunk_rows(8192, 10, 512 * 2**20) == 8192
+    assert chunks.plan_chunk_rows(10, 1000, 1) == 1
+    assert chunks.plan_chunk_rows(0, 1000, 512 * 2**20) == 1
     for rows in (1, 100, 129, 5000, 8191):
         for most in (1, 100, 128, 300, 2093):
-            chunk = file.plan_chunk_rows(rows, 4, 4 * most)
+            chunk = chunks.plan_chunk_rows(rows, 4, 4 * most)
             assert 1 <= chunk <= max(1, min(rows, most))
 
 
@@ -217,7 +229,7 @@ def test_rows_ignored_inside_the_kernel(device: str, monkeypatch: pytest.MonkeyP
     inputs, labels = make(9, 48, 100, torch.float32, device)
     one = torch.ones((), device=device)
     loss, found = run_kernel(inputs, labels, one)
-    monkeypatch.setattr(file, "_find_valid_rows", lambda *_: None)
+    monkeypatch.setattr(chunks, "find_labelled_rows", lambda *_: None)
     whole_loss, whole_found = run_kernel(inputs, labels, one)
     torch.testing.assert_close(whole_loss, loss)
     for whole, part in zip(whole_found, found, strict=True):
@@ -266,7 +278,7 @@ def test_tied_weight(op_device: str) -> None:
 def test_no_grad_computes_no_gradient(op_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
     products: list[Any] = []
-    monkeypatch.setattr(file, "_add_product", lambda *args, **kwargs: products.append(args))
+    monkeypatch.setattr(chunks, "_add_product", lambda *args, **kwargs: products.append(args))
     with torch.no_grad():
         loss = linear_cross_entropy(h, weight, labels)  # type: ignore[arg-type]
     assert not loss.requires_grad
@@ -292,14 +304,14 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck(dtype: torch.dtype, op_device: str) -> None:
     (h, weight, bias), labels = make(9, 48, 100, dtype, op_device)
-    rest = (None, -100, True, 1.0, 0.0, 0.0, 0.0, file.CHUNK_BYTES)
+    rest = (None, -100, True, *Shaping(), chunks.CHUNK_BYTES)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (h, weight, labels, bias, *rest, True, True, True)
-    torch.library.opcheck(file._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
+    torch.library.opcheck(op._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
     with torch.no_grad():
-        loss, divisor, dh, dweight, dbias = file._forward_op(*arguments)
-    torch.library.opcheck(file._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
-    torch.library.opcheck(file._backward_op, (loss, divisor, dh, None, None, dtype))
+        loss, divisor, dh, dweight, dbias = op._forward_op(*arguments)
+    torch.library.opcheck(op._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
+    torch.library.opcheck(op._backward_op, (loss, divisor, dh, None, None, dtype))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
