@@ -116,6 +116,14 @@ def _var(node: fx.Node, editor: Editor) -> Form | None:
     return Form(torch.var, (bound["x"],), kwargs)
 
 
+def _logsumexp(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", keepdim=False)
+    dims = _reduced(bound["dim"], bound["x"]) if bound and is_tensor(bound["x"]) else None
+    if bound is None or dims is None:
+        return None
+    return Form(torch.logsumexp, (bound["x"],), {"dim": dims, "keepdim": bool(bound["keepdim"])})
+
+
 def _reduced(dim: Any, x: fx.Node) -> tuple[int, ...] | None:
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, list | tuple) or not dims:
@@ -174,6 +182,7 @@ RULES: dict[str, Rule] = {
     "mean": _reduction(torch.mean),
     "sum": _reduction(torch.sum),
     "var": _var,
+    "logsumexp": _logsumexp,
     "softmax": _softmax,
     **{name: _unary(getattr(torch, name)) for name in UNARY},
     **dict.fromkeys(CASTS, _cast),

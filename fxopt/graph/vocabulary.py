@@ -75,6 +75,7 @@ OPS: tuple[Op, ...] = (
     Op("mean", torch.mean, ("x",), ("dim", "keepdim")),
     Op("sum", torch.sum, ("x",), ("dim", "keepdim")),
     Op("var", torch.var, ("x",), ("dim", "correction", "keepdim")),
+    Op("logsumexp", torch.logsumexp, ("x",), ("dim", "keepdim")),
     Op("cast", cast, ("x",), ("dtype",)),
     Op("silu", F.silu),
     Op("relu", F.relu),
