@@ -201,8 +201,8 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         loss = F.cross_entropy((torch.tanh(logits / 30.0) * 30.0).view(-1, 63), labels.view(-1))
         return loss + 0.1 * logits.logsumexp(-1).pow(2).mean()
 
-    yield "z-loss of more rows", (_with_z_loss(shift="logits"), (h, weight, labels)), "is also read by"
-    yield "z-loss of uncapped logits", (of_uncapped, (h, weight, labels)), "is also read by"
+    yield "z-loss of more rows", (_with_z_loss(shift="logits"), (h, weight, labels)), "got getitem"
+    yield "z-loss of uncapped logits", (of_uncapped, (h, weight, labels)), "got mul(30.0)"
     yield "every loss", (_head(reduction="none"), (h, weight, labels)), "reduction is 'none'"
     yield "logits read", (read, (h, weight, labels)), "is also read by"
     yield "two losses", (two_losses, (h, weight, labels)), "is also read by"

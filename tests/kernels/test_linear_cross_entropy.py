@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fxopt.kernels.linear_cross_entropy import (
     chunks,
@@ -203,6 +205,93 @@ def test_every_row_ignored(reduction: str, device: str) -> None:
         assert torch.equal(value.nan_to_num(), torch.zeros_like(value))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_row_ignored_trains_nothing(reduction: str, dtype: torch.dtype, op_device: str) -> None:
+    """As in stock: a mean is NaN, a sum 0, and the gradients are 0 either way."""
+    (h, weight, bias), labels = make(4, 48, 100, dtype, op_device, ignored=4)
+    stock = F.cross_entropy(F.linear(h, weight, bias).float(), labels, reduction=reduction)  # type: ignore[arg-type]
+    loss = linear_cross_entropy(h, weight, labels, bias, reduction=reduction)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, stock, equal_nan=True)
+    leaves = [h, weight, bias]
+    for found, expected in zip(
+        torch.autograd.grad(loss, leaves),  # type: ignore[arg-type]
+        torch.autograd.grad(stock, leaves),  # type: ignore[arg-type]
+        strict=True,
+    ):
+        assert torch.equal(expected, torch.zeros_like(expected))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), float("nan")])
+def test_extreme_logits(value: float, device: str) -> None:
+    """One logit of that size in each row: loss and gradients as stock's, NaN where they are."""
+    inputs, labels = make(9, 48, 100, torch.float32, device, bias=False)
+    h, weight = inputs[:2]
+    assert h is not None
+    assert weight is not None
+    with torch.no_grad():
+        h[:, 0], weight[:, 0] = 1.0, 0.0
+        weight[7, 0] = value
+    labels[:2] = torch.tensor([7, 8], device=device)
+    stock = F.cross_entropy(F.linear(h, weight), labels)
+    stock_gradients = torch.autograd.grad(stock, [h, weight])
+    loss, found = run_kernel(inputs, labels, torch.ones((), device=device))
+    torch.testing.assert_close(loss, stock.detach(), equal_nan=True)
+    if stock.isfinite():
+        for mine, expected in zip(found, stock_gradients, strict=False):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [100, -1])
+def test_a_label_out_of_range(label: int, device: str) -> None:
+    """NaN in the loss and in the gradients from the kernel; the op raises on a CPU, as torch does."""
+    inputs, labels = make(9, 48, 100, torch.float32, device, ignored=0)
+    labels[4] = label
+    loss, found = run_kernel(inputs, labels, torch.ones((), device=device))
+    assert loss.isnan()
+    assert found[0] is not None
+    assert found[0][4].isnan().all()
+    assert found[0][:4].isfinite().all()
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(inputs[0], inputs[1], labels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 63])
+def test_ignored_labels_when_compiled(ignore_index: int, op_device: str) -> None:
+    (h, weight, _), labels = make(8, 48, 64, torch.float32, op_device, ignored=0)
+    labels[2:5] = ignore_index
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(h, weight, labels, ignore_index=ignore_index)
+    stock = F.cross_entropy(F.linear(h, weight), labels, ignore_index=ignore_index)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, stock)
+    for found, expected in zip(
+        torch.autograd.grad(loss, [h, weight]),  # type: ignore[arg-type]
+        torch.autograd.grad(stock, [h, weight]),  # type: ignore[arg-type]
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_offsets_beyond_31_bits(device: str, tmp_path: Path) -> None:
+    """Rows 2^30 items apart in a file or memory never written: the third starts at 2^31."""
+    size = 2**31 + 64
+    if device == "cpu":
+        base = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+    else:
+        base = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    dense = torch.randn(3, 64, device=device).to(torch.bfloat16)
+    far = base.as_strided((3, 64), (2**30, 1))
+    far.copy_(dense)
+    labels, one = torch.tensor([1, -100, 3], device=device), torch.ones((), device=device)
+    losses = torch.zeros(2, 3, device=device)
+    for row, logits in zip(losses, (far, dense), strict=True):
+        kernels._launch_rows(logits, labels, row, one, None, -100, Shaping(), True)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(far, dense)
+
+
 def test_no_rows(device: str) -> None:
     inputs, labels = make(0, 48, 100, torch.float32, device, ignored=0)
     loss, found = run_kernel(inputs, labels, torch.ones((), device=device), reduction="sum")
@@ -334,6 +423,17 @@ def test_errors() -> None:
         linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 5), labels)
     with pytest.raises(ValueError, match="expected one dtype"):
         linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3).double(), labels)
+
+
+@pytest.mark.gpu
+def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
+    rows, classes = 17000, 128256
+    inputs, labels = make(rows, 16, classes, torch.bfloat16, "cuda", bias=False)
+    one = torch.ones((), device="cuda")
+    loss, found = run_kernel(inputs, labels, one)
+    whole_loss, whole = run_kernel(inputs, labels, one, chunk_bytes=2 * rows * classes)
+    torch.testing.assert_close(whole_loss, loss)
+    torch.testing.assert_close(whole[0], found[0])
 
 
 @pytest.mark.gpu
