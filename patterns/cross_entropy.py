@@ -76,6 +76,24 @@ def _with_z_loss(coefficient: float, **options: Any) -> Callable[..., torch.Tens
     return loss
 
 
+def _with_masked_z_loss(
+    reduction: str, denominator: Any = None, divide: Any = None
+) -> Callable[..., torch.Tensor]:
+    """Return a loss function of (logits, labels) that adds a z-loss over the labelled rows."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = _loss(reduction=reduction, denominator=denominator)(logits, labels)
+        mask = labels != -100
+        z_loss = (logits.float().logsumexp(-1).square() * mask).sum()
+        if divide is not None or denominator is not None:
+            z_loss = z_loss / (denominator if divide is None else divide)
+        elif reduction == "mean":
+            z_loss = z_loss / mask.sum()
+        return found + 1e-2 * z_loss
+
+    return loss
+
+
 def _by_halves(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     flat = logits.view(-1, logits.shape[-1])
     return F.nll_loss(F.log_softmax(flat, dim=-1, dtype=torch.float32), labels.view(-1))
@@ -104,6 +122,10 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         "log softmax": _by_halves,
         "flattened first": _loss(lambda z: torch.tanh(z.view(-1, 63).float() / 5.0) * 5.0),
         "z-loss": _with_z_loss(1e-2),
+        "z-loss of labelled rows": _with_masked_z_loss("mean"),
+        "z-loss in a sum over a number": _with_masked_z_loss("sum", 7),
+        "z-loss in a sum over items": _with_masked_z_loss("sum", torch.tensor(7, device=device)),
+        "z-loss in a sum": _with_masked_z_loss("sum"),
         "z-loss beside a sum": _with_z_loss(1e-2, reduction="sum", denominator=7),
     }
     for name, function in forms.items():
@@ -144,9 +166,20 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
         "another z-loss",
         (lambda z, t: F.cross_entropy(z, t) + 0.1 * (z * 2).logsumexp(-1).pow(2).mean(), inputs),
     )
+    yield "z-loss by another divisor", (_with_masked_z_loss("mean", divide=7), inputs)
+    yield (
+        "z-loss masked by other labels",
+        (
+            lambda z, t: (
+                F.cross_entropy(z, t, ignore_index=3)
+                + 0.1 * (z.logsumexp(-1).pow(2) * (t != -100)).sum() / (t != -100).sum()
+            ),
+            (inputs[0], inputs[1].clamp(min=0)),
+        ),
+    )
     yield "z-loss not squared", (lambda z, t: F.cross_entropy(z, t) + 0.1 * z.logsumexp(-1).mean(), inputs)
     yield (
-        "z-loss of labelled rows",
+        "z-loss of labelled rows over all",
         (lambda z, t: F.cross_entropy(z, t) + 0.1 * (z.logsumexp(-1).pow(2) * (t != -100)).mean(), inputs),
     )
     yield "mean divided", (_loss(denominator=torch.tensor(7.0, device=device)), inputs)

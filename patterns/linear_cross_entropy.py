@@ -104,6 +104,13 @@ def _with_z_loss(
     return loss
 
 
+def _with_masked_z_loss(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(h, weight).float()
+    mask = (labels != -100).float()
+    z_loss = (logits.logsumexp(-1).pow(2) * mask).sum() / mask.sum()
+    return F.cross_entropy(logits.view(-1, 63), labels.view(-1)) + 1e-3 * z_loss
+
+
 def _head(
     logits_of: Callable[..., torch.Tensor] = F.linear,
     shift: str = "labels",
@@ -164,6 +171,7 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         "flattened first": _head(_flat_capped, shift="none"),
         "cast before the shift": _head(lambda h, w: F.linear(h, w).float(), shift="logits"),
         "z-loss": _with_z_loss(),
+        "z-loss of labelled rows": _with_masked_z_loss,
         "z-loss of a capped head": _with_z_loss(_capped, reduction="sum", denominator=count),
         "scaled": _head(lambda h, w: F.linear(h, w) * 0.0625),
         "divided": _head(lambda h, w: F.linear(h, w) / 8.0, shift="logits"),
@@ -201,6 +209,16 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         loss = F.cross_entropy((torch.tanh(logits / 30.0) * 30.0).view(-1, 63), labels.view(-1))
         return loss + 0.1 * logits.logsumexp(-1).pow(2).mean()
 
+    def other_divisor(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, rows = F.linear(h, weight), labels.view(-1)
+        z_loss = (logits.view(-1, 63).logsumexp(-1) ** 2 * (rows != -100)).sum() / 7
+        return F.cross_entropy(logits.view(-1, 63), rows) + 0.1 * z_loss
+
+    yield (
+        "z-loss by another divisor",
+        (other_divisor, (h, weight, labels)),
+        "divided by items, expected count",
+    )
     yield "z-loss of more rows", (_with_z_loss(shift="logits"), (h, weight, labels)), "got getitem"
     yield "z-loss of uncapped logits", (of_uncapped, (h, weight, labels)), "got mul(30.0)"
     yield "every loss", (_head(reduction="none"), (h, weight, labels)), "reduction is 'none'"

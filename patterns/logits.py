@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fxopt.graph import vocabulary
+from fxopt.graph.arguments import same_shape
 from fxopt.rewriting.pattern import Match, Mismatch
 from fxopt.rewriting.terms import (
     Term,
@@ -20,11 +22,15 @@ from fxopt.rewriting.terms import (
     contiguous,
     cross_entropy,
     either,
+    keep,
     logsumexp,
     maybe,
     mean_of_all,
+    named,
+    not_equal,
     number,
     reshape,
+    sum_of_all,
     tanh,
     tensor,
 )
@@ -52,7 +58,7 @@ def prepared(z: Term, casting: Step) -> Term:
 
 
 def loss_of(rows: Term) -> Term:
-    """Return the cross entropy of `rows`, divided or not, and a z-loss over all of them or none."""
+    """Return the cross entropy of `rows`, divided or not, alone or with a z-loss."""
     loss = cross_entropy(
         rows,
         tensor("labels", "N"),
@@ -60,28 +66,59 @@ def loss_of(rows: Term) -> Term:
         reduction=attribute("reduction"),
         label_smoothing=attribute("label_smoothing"),
     )
-    loss = either(loss / tensor("denominator", ""), loss / number("items"), loss)
-    lse = maybe(cast, logsumexp(rows))
-    square = either(lse**2, lse * lse)
-    z_loss = either(mean_of_all(square) * number("z_loss"), mean_of_all(square * number("z_loss")))
+    loss = divided("divisor", loss)
     # The z-loss first: a sum with anything else is no near miss.
-    return either(maybe(cast, z_loss) + maybe(cast, loss), loss)
+    return either(maybe(cast, z_loss_of(rows)) + maybe(cast, loss), loss)
+
+
+def divided(name: str, total: Term, **more: Term) -> Term:
+    """Return `total` by a number, by a tensor or as it is; `name` binds which."""
+    denominator, items = tensor("denominator", ""), number("items")
+    return choice(name, **more, denominator=total / denominator, items=total / items, none=total)
+
+
+def z_loss_of(rows: Term) -> Term:
+    """Return the mean square of lse over all rows, or its sum over labelled ones by a divisor, times a number."""
+    factor = number("z_loss")
+    lse = maybe(cast, logsumexp(rows))
+    square = named("square", either(lse**2, lse * lse))
+    of_all = either(mean_of_all(square) * factor, mean_of_all(square * factor))
+
+    is_labelled = named("is_labelled", not_equal(tensor("mask_labels"), attribute("ignore_index")))
+    mask = maybe(cast, keep(is_labelled, cheap=True))
+    total = sum_of_all(square * mask)
+    of_labelled = divided("z_divisor", total, count=total / sum_of_all(mask)) * factor
+    return choice("z_rows", all=of_all, labelled=of_labelled)
 
 
 def check_loss(m: Match) -> Mismatch | None:
     """Refuse what no op computes: other reductions, soft labels, a mean divided once more."""
     reduction, denominator = m["reduction"], m["denominator"]
-    is_divided = denominator is not None or m["items"] is not None
     if reduction not in ("mean", "sum"):
         return m.fail(f"reduction is {reduction!r}, expected 'mean' or 'sum'", "labels")
     if not isinstance(m["ignore_index"], int) or not isinstance(m["label_smoothing"], int | float):
         return m.fail("ignore_index or label_smoothing is computed, expected numbers", "labels")
     if m.example("labels").dtype != torch.int64:
         return m.fail(f"labels are {m.example('labels').dtype}, expected int64", "labels")
-    if is_divided and reduction != "sum":
+    if m["divisor"] != "none" and reduction != "sum":
         return m.fail("a mean is divided once more, expected a sum", "denominator")
     if denominator is not None and m.example("denominator").requires_grad:
         return m.fail("the denominator requires grad, expected a constant", "denominator")
+    return _check_labelled(m) if m["z_rows"] == "labelled" else None
+
+
+def _check_labelled(m: Match) -> Mismatch | None:
+    """Refuse a z-loss over labelled rows whose divisor or whose labels are not those of the loss."""
+    expected = "count" if m["reduction"] == "mean" else m["divisor"]
+    if m["z_divisor"] != expected:
+        return m.fail(f"the z-loss is divided by {m['z_divisor']}, expected {expected} as the loss", "square")
+    labels = m["labels"]
+    while labels is not m["mask_labels"]:
+        if labels.target not in (vocabulary.reshape, vocabulary.contiguous):
+            return m.fail("the z-loss is masked by other labels than the loss", "is_labelled")
+        labels = labels.args[0]
+    if not same_shape(m.example("square"), m.example("is_labelled")):
+        return m.fail("the mask of the z-loss is broadcast", "is_labelled")
     return None
 
 
@@ -95,7 +132,7 @@ def loss_attributes(m: Match) -> dict[str, Any]:
         "softcap": float(m["softcap"] or 0.0),
         "label_smoothing": float(m["label_smoothing"]),
         "z_loss": float(m["z_loss"] or 0.0),
-        "z_rows": "all",
+        "z_rows": m["z_rows"] or "all",
     }
 
 

@@ -71,6 +71,11 @@ def _div(node: fx.Node, editor: Editor) -> Form | None:
     return Form(torch.mul, (reciprocal, a), {})
 
 
+def _ne(node: fx.Node, editor: Editor) -> Form | None:
+    operands = _operands(node, "out", None)
+    return operands and Form(torch.ne, _tensor_first(*operands), {})
+
+
 def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
     return (a, b) if is_tensor(a) else (b, a)
 
@@ -177,6 +182,7 @@ RULES: dict[str, Rule] = {
     "sub": _sub,
     "mul": _mul,
     "div": _div,
+    "ne": _ne,
     "pow": _pow,
     "square": _square,
     "mean": _reduction(torch.mean),

@@ -62,6 +62,7 @@ OPS: tuple[Op, ...] = (
     Op("sub", torch.sub, ("a", "b")),
     Op("mul", torch.mul, ("a", "b"), commutative=True),
     Op("div", torch.div, ("a", "b")),
+    Op("ne", torch.ne, ("a", "b")),
     Op("neg", torch.neg),
     Op("pow", torch.pow, ("x",), ("exponent",)),
     Op("sqrt", torch.sqrt),

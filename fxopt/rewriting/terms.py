@@ -274,6 +274,16 @@ def logsumexp(x: Term, dim: Any = (-1,), keepdim: Any = False) -> Operation:
     return operation(torch.logsumexp, x, dim=dim, keepdim=keepdim)
 
 
+def not_equal(a: Term, b: Term) -> Operation:
+    """Return where `a` is another value than `b`."""
+    return operation(torch.ne, a, b)
+
+
+def sum_of_all(x: Term) -> Operation:
+    """Return the sum over all items."""
+    return operation(torch.sum, x)
+
+
 def mean_of_all(x: Term) -> Operation:
     """Return the mean over all items."""
     return operation(torch.mean, x)

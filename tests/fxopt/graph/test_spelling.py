@@ -198,6 +198,11 @@ TABLE = {
             lambda a, b: NLL_LOSS(LOG_SOFTMAX(a), b),
         ],
     ),
+    "ne": (
+        (LABELS,),
+        "ne(%0, -100)",
+        [lambda a: a != -100, lambda a: torch.ne(a, -100), lambda a: a.ne(-100)],
+    ),
     "logsumexp": (
         (LEAF,),
         "logsumexp(%0, dim=(-1,), keepdim=False)",
