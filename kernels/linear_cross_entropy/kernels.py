@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import ceil_div, jit, num_warps_for, on_device, tl
-from fxopt.kernels.linear_cross_entropy.chunks import Outputs, run_chunks, split_arguments
+from fxopt.kernels.linear_cross_entropy.chunks import Outputs, run_chunks
 from fxopt.kernels.row_loss import (
     Shaping,
     columns_per_tile,
@@ -161,9 +161,8 @@ def _launch_rows(
 
 def launch_forward(h: Tensor, weight: Tensor, labels: Tensor, *rest: Any) -> Outputs:
     """Return loss, the divisor left for backward, and the gradients needed, by the kernel."""
-    first, shaping, last = split_arguments((h, weight, labels.contiguous(), *rest))
     with on_device(h), torch.autocast(h.device.type, enabled=False):
-        return run_chunks(_launch_rows, *first, shaping, *last)
+        return run_chunks(_launch_rows, h, weight, labels.contiguous(), *rest)
 
 
 def launch_backward(

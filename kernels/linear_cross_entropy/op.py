@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import can_launch, register_gradient, register_op
-from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, run_chunks, split_arguments
+from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, run_chunks
 from fxopt.kernels.linear_cross_entropy.kernels import launch_backward, launch_forward
 from fxopt.kernels.row_loss import (
     SHAPING_SCHEMA,
@@ -67,11 +67,10 @@ def _plain_rows(
         logits.copy_(plain_gradient(z, tanh, labels, statistics, z_weight, ignore_index, shaping) / divisor)
 
 
-def plain_forward(*arguments: Any) -> Outputs:
+def plain_forward(h: Tensor, *rest: Any) -> Outputs:
     """Return loss, the divisor left for backward, and the gradients needed, in plain torch."""
-    first, shaping, last = split_arguments(arguments)
-    with torch.autocast(first[0].device.type, enabled=False):
-        return run_chunks(_plain_rows, *first, shaping, *last)
+    with torch.autocast(h.device.type, enabled=False):
+        return run_chunks(_plain_rows, h, *rest)
 
 
 def plain_backward(
