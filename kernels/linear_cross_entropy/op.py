@@ -171,6 +171,9 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Any, .
             raise RuntimeError(
                 f"linear_cross_entropy: the gradient of {name} was not computed in forward, expected need_{name}=True"
             )
+    if torch.is_grad_enabled() and not dloss.requires_grad:
+        # What is saved are gradients, constants to autograd: without this their derivative would silently be zero.
+        dloss = dloss.detach().clone().requires_grad_()
     dh, dweight, dbias = _backward_op(dloss, *ctx.saved_tensors, ctx.dtype)
     return dh, dweight, None, dbias, *(None,) * (ctx.num_inputs - 4)
 

@@ -101,6 +101,10 @@ def test_gradients_accumulate_over_batches(twins, tools):
         assert tools.relative(ours.grad, theirs.grad) < 1e-4, name
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="torch 2.11 returns a compiled gradient that requires none: nothing to refuse",
+)
 def test_a_second_derivative_is_an_error_that_says_so(twins, tools):
     model, _ = twins("llama")
     loss = model(**tools.make_batch(BATCH, padded="none", device="cpu")).loss
