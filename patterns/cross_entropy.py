@@ -16,54 +16,23 @@ import torch.nn.functional as F
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.cross_entropy import cross_entropy as fused_cross_entropy
+from fxopt.patterns.logits import check_loss, flattened, loss_attributes, loss_of, shaped
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
-from fxopt.rewriting.terms import (
-    Term,
-    attribute,
-    choice,
-    contiguous,
-    cross_entropy,
-    either,
-    maybe,
-    number,
-    reshape,
-    tanh,
-    tensor,
-    upcast,
-)
+from fxopt.rewriting.terms import Term, either, maybe, reshape, tensor, upcast
 
 
 def search() -> Term:
-    """Return the loss of logits, through scale, softcap, upcast and flattening."""
+    """Return the loss of logits, through scale, softcap, upcast and flattening in the models' orders."""
     logits = tensor("logits", "* V")
-    z = maybe(upcast, logits)
-    z = choice("scaling", times=z * number("factor"), over=z / number("factor"), none=z)
-    z = either(tanh(z / number("softcap")) * number("softcap"), z)
-    z = maybe(upcast, maybe(contiguous, maybe(upcast, z)))
-    z = maybe(upcast, maybe(reshape, z))
-    loss = cross_entropy(
-        z,
-        tensor("labels", "N"),
-        ignore_index=attribute("ignore_index"),
-        reduction=attribute("reduction"),
-        label_smoothing=attribute("label_smoothing"),
-    )
-    return either(loss / tensor("denominator", ""), loss)
+    z = either(shaped(maybe(reshape, maybe(upcast, logits)), upcast), logits)
+    return loss_of(flattened(z, upcast))
 
 
 def check(m: Match) -> Mismatch | None:
     """Refuse what the op does not compute: other reductions, soft labels, classes in another dim."""
-    reduction, denominator = m["reduction"], m["denominator"]
-    if reduction not in ("mean", "sum"):
-        return m.fail(f"reduction is {reduction!r}, expected 'mean' or 'sum'", "labels")
-    if not isinstance(m["ignore_index"], int) or not isinstance(m["label_smoothing"], int | float):
-        return m.fail("ignore_index or label_smoothing is computed, expected numbers", "labels")
-    if m.example("labels").dtype != torch.int64:
-        return m.fail(f"labels are {m.example('labels').dtype}, expected int64", "labels")
-    if denominator is not None and reduction != "sum":
-        return m.fail("a mean is divided once more, expected a sum", "denominator")
-    if denominator is not None and m.example("denominator").requires_grad:
-        return m.fail("the denominator requires grad, expected a constant", "denominator")
+    refusal = check_loss(m)
+    if refusal is not None:
+        return refusal
     (loss,) = (node for node in m.nodes if node.target is F.cross_entropy)
     read: Any = loss.args[0]
     shape, classes = read.meta["example_value"].shape, m.example("logits").shape[-1]
@@ -77,25 +46,9 @@ def replace(m: Match) -> Call:
     logits, example = m["logits"], m.example("logits")
     if example.dim() != 2:
         logits = call(reshape_tensor, logits, shape=(-1, example.shape[-1]))
-    loss = call(
-        fused_cross_entropy,
-        logits,
-        m["labels"],
-        denominator=m["denominator"],
-        ignore_index=m["ignore_index"],
-        reduction=m["reduction"],
-        scale=_scale_of(m),
-        softcap=float(m["softcap"] or 0.0),
-        label_smoothing=float(m["label_smoothing"]),
-    )
+    loss = call(fused_cross_entropy, logits, m["labels"], **loss_attributes(m))
     own = torch.float64 if example.dtype == torch.float64 else torch.float32
     return loss if m.output.dtype == own else call(cast_tensor, loss, dtype=m.output.dtype)
-
-
-def _scale_of(m: Match) -> float:
-    if m["scaling"] == "times":
-        return float(m["factor"])
-    return 1.0 / float(m["factor"]) if m["scaling"] == "over" else 1.0
 
 
 def _loss(
@@ -111,6 +64,39 @@ def _loss(
         return found if denominator is None else found / denominator
 
     return loss
+
+
+def _with_z_loss(coefficient: float, **options: Any) -> Callable[..., torch.Tensor]:
+    """Return a loss function of (logits, labels) that adds a z-loss over all rows."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = _loss(**options)(logits, labels)
+        return found + coefficient * logits.logsumexp(dim=-1).to(dtype=found.dtype).pow(2).mean()
+
+    return loss
+
+
+def _with_masked_z_loss(
+    reduction: str, denominator: Any = None, divide: Any = None
+) -> Callable[..., torch.Tensor]:
+    """Return a loss function of (logits, labels) that adds a z-loss over the labelled rows."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = _loss(reduction=reduction, denominator=denominator)(logits, labels)
+        mask = labels != -100
+        z_loss = (logits.float().logsumexp(-1).square() * mask).sum()
+        if divide is not None or denominator is not None:
+            z_loss = z_loss / (denominator if divide is None else divide)
+        elif reduction == "mean":
+            z_loss = z_loss / mask.sum()
+        return found + 1e-2 * z_loss
+
+    return loss
+
+
+def _by_halves(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    flat = logits.view(-1, logits.shape[-1])
+    return F.nll_loss(F.log_softmax(flat, dim=-1, dtype=torch.float32), labels.view(-1))
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +118,15 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         "sum over items": _loss(reduction="sum", denominator=torch.tensor(7, device=device)),
         "sum": _loss(reduction="sum"),
         "smoothed": _loss(label_smoothing=0.1),
+        "sum over a number": _loss(reduction="sum", denominator=7),
+        "log softmax": _by_halves,
+        "flattened first": _loss(lambda z: torch.tanh(z.view(-1, 63).float() / 5.0) * 5.0),
+        "z-loss": _with_z_loss(1e-2),
+        "z-loss of labelled rows": _with_masked_z_loss("mean"),
+        "z-loss in a sum over a number": _with_masked_z_loss("sum", 7),
+        "z-loss in a sum over items": _with_masked_z_loss("sum", torch.tensor(7, device=device)),
+        "z-loss in a sum": _with_masked_z_loss("sum"),
+        "z-loss beside a sum": _with_z_loss(1e-2, reduction="sum", denominator=7),
     }
     for name, function in forms.items():
         labels = _inputs(device, torch.bfloat16, 2, 9, 62)[1] if name == "sliced" else None
@@ -152,7 +147,12 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     def on_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, labels)
 
+    def read_twice(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_softmax = F.log_softmax(logits, dim=-1)
+        return F.nll_loss(log_softmax, labels) + log_softmax.mean()
+
     yield "every loss", (_loss(reduction="none"), (logits, labels)), "reduction is 'none'"
+    yield "log softmax read", (read_twice, (logits, labels)), "no pattern has an op of this form"
     yield "soft labels", (on_probabilities, (logits, soft)), "labels: expected shape [N]"
     yield "classes in the middle", (in_the_middle, (logits, labels)), "labels: expected shape [N]"
     yield "class weights", (_loss(weight=torch.ones(9, device=device)), (logits, labels)), "expected None"
@@ -162,6 +162,26 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     """Yield broken losses: they must be left alone, or be computed as they stand."""
     inputs = _inputs(device, torch.float32, 4, 9)
     yield "another cap", (_loss(lambda z: torch.tanh(z / 5.0) * 4.0), inputs)
+    yield (
+        "another z-loss",
+        (lambda z, t: F.cross_entropy(z, t) + 0.1 * (z * 2).logsumexp(-1).pow(2).mean(), inputs),
+    )
+    yield "z-loss by another divisor", (_with_masked_z_loss("mean", divide=7), inputs)
+    yield (
+        "z-loss masked by other labels",
+        (
+            lambda z, t: (
+                F.cross_entropy(z, t, ignore_index=3)
+                + 0.1 * (z.logsumexp(-1).pow(2) * (t != -100)).sum() / (t != -100).sum()
+            ),
+            (inputs[0], inputs[1].clamp(min=0)),
+        ),
+    )
+    yield "z-loss not squared", (lambda z, t: F.cross_entropy(z, t) + 0.1 * z.logsumexp(-1).mean(), inputs)
+    yield (
+        "z-loss of labelled rows over all",
+        (lambda z, t: F.cross_entropy(z, t) + 0.1 * (z.logsumexp(-1).pow(2) * (t != -100)).mean(), inputs),
+    )
     yield "mean divided", (_loss(denominator=torch.tensor(7.0, device=device)), inputs)
     yield "other ignored label", (_loss(ignore_index=3), (inputs[0], inputs[1].clamp(min=0)))
     yield "rounded logits", (_loss(lambda z: z.to(torch.bfloat16)), inputs)

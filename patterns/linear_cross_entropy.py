@@ -20,24 +20,9 @@ import torch.nn.functional as F
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
+from fxopt.patterns.logits import check_loss, flattened, loss_attributes, loss_of, shaped
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
-from fxopt.rewriting.terms import (
-    Term,
-    attribute,
-    cast,
-    choice,
-    contiguous,
-    cross_entropy,
-    either,
-    keep,
-    linear,
-    maybe,
-    named,
-    number,
-    reshape,
-    tanh,
-    tensor,
-)
+from fxopt.rewriting.terms import Term, attribute, cast, either, keep, linear, maybe, named, reshape, tensor
 
 EVERYTHING = slice(None)
 
@@ -45,60 +30,29 @@ EVERYTHING = slice(None)
 def search() -> Term:
     """Return the loss of logits = h @ weight.T + bias, through scale, softcap, casts, shift, flattening."""
     h, weight, bias = tensor("h", "* H"), tensor("weight", "V H"), tensor("bias", "V")
-
     logits = keep(named("linear", either(linear(h, weight, bias), linear(h, weight))))
-    logits = keep(maybe(cast, logits))
-    logits = keep(scaled(logits))
-    logits = keep(capped(logits))
-    logits = keep(maybe(cast, logits))
-
-    rows = maybe(lambda z: z[attribute("rows")], logits)
-    rows = prepared(maybe(reshape, prepared(rows)))
-    loss = cross_entropy(
-        rows,
-        tensor("labels", "N"),
-        ignore_index=attribute("ignore_index"),
-        reduction=attribute("reduction"),
-        label_smoothing=attribute("label_smoothing"),
-    )
-    return either(loss / tensor("denominator", ""), loss)
-
-
-def prepared(z: Term) -> Term:
-    """Return `z`, cast and copied to a dense layout in either order, or as it is."""
-    return maybe(cast, maybe(contiguous, maybe(cast, z)))
-
-
-def scaled(z: Term) -> Term:
-    """Return `z` times or over a number, or as it is."""
-    return choice("scaling", times=z * number("factor"), over=z / number("factor"), none=z)
-
-
-def capped(z: Term) -> Term:
-    """Return `z` squashed into (-softcap, softcap), or as it is."""
-    cap = number("softcap")
-    return either(tanh(z / cap) * cap, z)
+    whole = shaped(logits, cast, keep)
+    whole = maybe(lambda z: z[attribute("rows")], whole, name="sliced")
+    flat_first = shaped(keep(maybe(cast, keep(reshape(logits)))), cast, keep)
+    return loss_of(either(flattened(whole, cast), flattened(flat_first, cast)))
 
 
 def check(m: Match) -> Mismatch | None:
     """Refuse what the op does not compute: other reductions, soft labels, slices of the classes."""
-    reduction, denominator = m["reduction"], m["denominator"]
-    if reduction not in ("mean", "sum"):
-        return m.fail(f"reduction is {reduction!r}, expected 'mean' or 'sum'", "labels")
-    if not isinstance(m["ignore_index"], int) or not isinstance(m["label_smoothing"], int | float):
-        return m.fail("ignore_index or label_smoothing is computed, expected numbers", "labels")
-    if m.example("labels").dtype != torch.int64:
-        return m.fail(f"labels are {m.example('labels').dtype}, expected int64", "labels")
-    if denominator is not None and reduction != "sum":
-        return m.fail("a mean is divided once more, expected a sum", "denominator")
-    if denominator is not None and m.example("denominator").requires_grad:
-        return m.fail("the denominator requires grad, expected a constant", "denominator")
+    refusal = check_loss(m)
+    if refusal is not None:
+        return refusal
     if not all(isinstance(size, int) for size in m.example("weight").shape):
         return m.fail("the head's shape is symbolic, expected numbers", "weight")
     if m["rows"] is not None and not _keeps_classes(m["rows"], m.example("linear").dim()):
         return m.fail(
             f"logits are indexed by {m['rows']}, expected slices that leave the classes whole", "linear"
         )
+    (loss,) = (node for node in m.nodes if node.target is F.cross_entropy)
+    read: Any = loss.args[0]
+    shape, classes = read.meta["example_value"].shape, m.example("weight").shape[0]
+    if len(shape) != 2 or shape[-1] != classes:
+        return m.fail(f"the loss reads {list(shape)}, expected rows of {classes} classes", "linear")
     return None
 
 
@@ -125,12 +79,7 @@ def replace(m: Match) -> Call:
         _in_dtype(m, "weight", m["weight"], dtype),
         m["labels"],
         _in_dtype(m, "bias", m["bias"], dtype),
-        denominator=m["denominator"],
-        ignore_index=m["ignore_index"],
-        reduction=m["reduction"],
-        scale=_scale_of(m),
-        softcap=float(m["softcap"] or 0.0),
-        label_smoothing=float(m["label_smoothing"]),
+        **loss_attributes(m),
         out_dtype=m.output.dtype,
     )
 
@@ -142,10 +91,24 @@ def _in_dtype(m: Match, name: str, value: Any, dtype: torch.dtype) -> Any:
     return call(cast_tensor, value, dtype=dtype)
 
 
-def _scale_of(m: Match) -> float:
-    if m["scaling"] == "times":
-        return float(m["factor"])
-    return 1.0 / float(m["factor"]) if m["scaling"] == "over" else 1.0
+def _with_z_loss(
+    logits_of: Callable[..., torch.Tensor] = F.linear, **options: Any
+) -> Callable[..., torch.Tensor]:
+    """Return a loss function of (h, weight, labels) that adds a z-loss over all positions."""
+
+    def loss(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(h, weight)
+        found = _head(lambda h, w: logits, **options)(h, weight, labels)
+        return found + 1e-2 * logits.logsumexp(dim=-1).to(dtype=found.dtype).pow(2).mean()
+
+    return loss
+
+
+def _with_masked_z_loss(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(h, weight).float()
+    mask = (labels != -100).float()
+    z_loss = (logits.logsumexp(-1).pow(2) * mask).sum() / mask.sum()
+    return F.cross_entropy(logits.view(-1, 63), labels.view(-1)) + 1e-3 * z_loss
 
 
 def _head(
@@ -182,6 +145,15 @@ def _capped(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.tanh(F.linear(h, weight) / 30.0) * 30.0
 
 
+def _flat_capped(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(F.linear(h, weight).view(-1, 63).float() * 0.5 / 30.0) * 30.0
+
+
+def _by_halves(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    log_softmax = F.log_softmax(F.linear(h, weight).float().view(-1, 63), dim=-1)
+    return F.nll_loss(log_softmax, labels.view(-1), ignore_index=-100)
+
+
 def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     """Yield the heads of decoder models: shifted by padding or by slicing, scaled, capped, summed."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -194,6 +166,13 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         "sum over a number": _head(reduction="sum", denominator=7),
         "sum": _head(reduction="sum", shift="logits"),
         "smoothed": _head(label_smoothing=0.1),
+        "smoothed sum": _head(label_smoothing=0.1, reduction="sum", denominator=count, ignore_index=-100),
+        "log softmax": _by_halves,
+        "flattened first": _head(_flat_capped, shift="none"),
+        "cast before the shift": _head(lambda h, w: F.linear(h, w).float(), shift="logits"),
+        "z-loss": _with_z_loss(),
+        "z-loss of labelled rows": _with_masked_z_loss,
+        "z-loss of a capped head": _with_z_loss(_capped, reduction="sum", denominator=count),
         "scaled": _head(lambda h, w: F.linear(h, w) * 0.0625),
         "divided": _head(lambda h, w: F.linear(h, w) / 8.0, shift="logits"),
         "capped": _head(_capped),
@@ -225,13 +204,30 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         logits = F.linear(h, weight).view(-1, 63)
         return F.cross_entropy(logits, labels.view(-1)) + F.cross_entropy(logits, labels.view(-1).flip(0))
 
+    def of_uncapped(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(h, weight)
+        loss = F.cross_entropy((torch.tanh(logits / 30.0) * 30.0).view(-1, 63), labels.view(-1))
+        return loss + 0.1 * logits.logsumexp(-1).pow(2).mean()
+
+    def other_divisor(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, rows = F.linear(h, weight), labels.view(-1)
+        z_loss = (logits.view(-1, 63).logsumexp(-1) ** 2 * (rows != -100)).sum() / 7
+        return F.cross_entropy(logits.view(-1, 63), rows) + 0.1 * z_loss
+
+    yield (
+        "z-loss by another divisor",
+        (other_divisor, (h, weight, labels)),
+        "divided by items, expected count",
+    )
+    yield "z-loss of more rows", (_with_z_loss(shift="logits"), (h, weight, labels)), "got getitem"
+    yield "z-loss of uncapped logits", (of_uncapped, (h, weight, labels)), "got mul(30.0)"
     yield "every loss", (_head(reduction="none"), (h, weight, labels)), "reduction is 'none'"
     yield "logits read", (read, (h, weight, labels)), "is also read by"
     yield "two losses", (two_losses, (h, weight, labels)), "is also read by"
     yield (
         "squared logits",
         (_head(lambda h, w: F.linear(h, w) ** 2), (h, weight, labels)),
-        "or linear, got pow",
+        "or reshape, got pow",
     )
     yield (
         "class weights",
@@ -255,6 +251,11 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     def transposed(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(h, weight).transpose(1, 2), labels)
 
+    def flat_then_sliced(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(h, weight).view(-1, 63)[1:], labels.view(-1)[:-1])
+
+    yield "z-loss of more rows", (_with_z_loss(shift="logits"), inputs)
+    yield "flattened before the shift", (flat_then_sliced, inputs)
     yield "shifted by two", (by_two, inputs)
     yield "fewer classes", (fewer_classes, inputs)
     yield "classes in the middle", (transposed, inputs)

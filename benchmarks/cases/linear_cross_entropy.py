@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.cases.case import CLASSES, ROWS, Case, Function, find_cce, find_liger, tensor
-from fxopt.kernels import linear_cross_entropy
+from fxopt.kernels.linear_cross_entropy import chunks, linear_cross_entropy
 
 
 def make_cases() -> list[Case]:
@@ -19,9 +19,7 @@ def make_cases() -> list[Case]:
 
     def gemms(tensors: list[torch.Tensor]) -> Callable[[], None]:
         h, weight, _ = (value.detach() for value in tensors)
-        chunk = linear_cross_entropy.plan_chunk_rows(
-            h.shape[0], CLASSES * 2, linear_cross_entropy.CHUNK_BYTES
-        )
+        chunk = chunks.plan_chunk_rows(h.shape[0], CLASSES * 2, chunks.CHUNK_BYTES)
         logits, dh = h.new_empty(chunk, CLASSES), torch.empty_like(h)
         dweight = torch.empty_like(weight) if tensors[1].requires_grad else None
 
@@ -41,7 +39,7 @@ def make_cases() -> list[Case]:
     for width in (2048, 4096):
         for trainable in (False, True):
             contestants: dict[str, Function] = {
-                "fxopt": linear_cross_entropy.linear_cross_entropy,
+                "fxopt": linear_cross_entropy,
                 "eager": eager,
                 "compile": torch.compile(eager, dynamic=False),
             }

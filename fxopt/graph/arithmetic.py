@@ -71,6 +71,11 @@ def _div(node: fx.Node, editor: Editor) -> Form | None:
     return Form(torch.mul, (reciprocal, a), {})
 
 
+def _ne(node: fx.Node, editor: Editor) -> Form | None:
+    operands = _operands(node, "out", None)
+    return operands and Form(torch.ne, _tensor_first(*operands), {})
+
+
 def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
     return (a, b) if is_tensor(a) else (b, a)
 
@@ -114,6 +119,14 @@ def _var(node: fx.Node, editor: Editor) -> Form | None:
     correction = int(bound["unbiased"]) if bound["correction"] is None else bound["correction"]
     kwargs = {"dim": dims, "correction": correction, "keepdim": bool(bound["keepdim"])}
     return Form(torch.var, (bound["x"],), kwargs)
+
+
+def _logsumexp(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", keepdim=False)
+    dims = _reduced(bound["dim"], bound["x"]) if bound and is_tensor(bound["x"]) else None
+    if bound is None or dims is None:
+        return None
+    return Form(torch.logsumexp, (bound["x"],), {"dim": dims, "keepdim": bool(bound["keepdim"])})
 
 
 def _reduced(dim: Any, x: fx.Node) -> tuple[int, ...] | None:
@@ -169,11 +182,13 @@ RULES: dict[str, Rule] = {
     "sub": _sub,
     "mul": _mul,
     "div": _div,
+    "ne": _ne,
     "pow": _pow,
     "square": _square,
     "mean": _reduction(torch.mean),
     "sum": _reduction(torch.sum),
     "var": _var,
+    "logsumexp": _logsumexp,
     "softmax": _softmax,
     **{name: _unary(getattr(torch, name)) for name in UNARY},
     **dict.fromkeys(CASTS, _cast),

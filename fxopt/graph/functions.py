@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.graph.arguments import Form, bind, is_tensor, rank_of
+from fxopt.graph.arguments import Form, bind, from_last, is_tensor, rank_of
 from fxopt.graph.arithmetic import Rule
-from fxopt.graph.edit import Editor, can_bypass, num_edges
+from fxopt.graph.edit import Editor, can_bypass, fresh_like, num_edges
+from fxopt.graph.names import op_name
+from fxopt.graph.vocabulary import cast
 
 
 def _activation(target: Any) -> Rule:
@@ -77,6 +79,36 @@ def _cross_entropy(node: fx.Node, editor: Editor) -> Form | None:
     return Form(F.cross_entropy, (bound["x"], bound["target"], bound["weight"]), kwargs)
 
 
+def _nll_loss(node: fx.Node, editor: Editor) -> Form | None:
+    """Return the cross entropy where the input is a log-softmax over the last dim that nothing else reads."""
+    defaults = {"weight": None, "size_average": None, "ignore_index": -100, "reduce": None}
+    bound = bind(node, "x", "target", **defaults, reduction="mean")
+    if bound is None or bound["size_average"] is not None or bound["reduce"] is not None:
+        return None
+    log_softmax = bound["x"]
+    x = _logits_of(log_softmax) if is_tensor(log_softmax) and rank_of(log_softmax) == 2 else None
+    if x is None or num_edges(log_softmax) != 1:
+        return None
+    node.meta["origins"] = node.meta["origins"] | log_softmax.meta["origins"]
+    if _dtype(x) != _dtype(log_softmax):
+        like = fresh_like(log_softmax.meta["example_value"])
+        x = editor.insert_before(log_softmax, cast, (x,), {"dtype": _dtype(log_softmax)}, like)
+    kwargs = {"ignore_index": bound["ignore_index"], "reduction": bound["reduction"], "label_smoothing": 0.0}
+    return Form(F.cross_entropy, (x, bound["target"], bound["weight"]), kwargs)
+
+
+def _logits_of(node: fx.Node) -> fx.Node | None:
+    """Return what `node` is the log-softmax of, over its last dim."""
+    if op_name(node) != "log_softmax":
+        return None
+    if node.target is F.log_softmax:
+        bound = bind(node, "x", dim=None, _stacklevel=3, dtype=None)
+    else:
+        bound = bind(node, "x", "dim", dtype=None)
+    is_last = bound is not None and is_tensor(bound["x"]) and from_last(bound["dim"], rank_of(node)) == -1
+    return bound["x"] if bound is not None and is_last else None
+
+
 def _rms_norm(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "normalized_shape", weight=None, eps=None)
     if bound is None:
@@ -110,6 +142,7 @@ RULES: dict[str, Rule] = {
     "mm": _matmul,
     "addmm": _addmm,
     "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
 }

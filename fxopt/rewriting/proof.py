@@ -156,7 +156,7 @@ def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
     proposals = list(propose_sizes(match))
     for sizes in proposals:
         sampler = Sampler(match, sizes)
-        inputs = {node: sampler.sample(node) for node in match.inputs}
+        inputs = _with_equal_views({node: sampler.sample(node) for node in match.inputs})
         if sizes is proposals[-1]:
             return sizes, inputs
         with contextlib.suppress(Exception), torch.no_grad(), _autocast(autocast):
@@ -164,6 +164,15 @@ def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
             if all(map(_has_form, outputs, match.outputs)):
                 return sizes, inputs
     raise AssertionError("there is always a last proposal")
+
+
+def _with_equal_views(inputs: Values) -> Values:
+    """Return `inputs`, those equal that are one integer tensor in two shapes: labels, and labels in rows."""
+    for view, value in tuple(inputs.items()):
+        source: Any = view.args[0] if view.target in (vocabulary.reshape, vocabulary.contiguous) else None
+        if source in inputs and not value.is_floating_point() and value.numel() == inputs[source].numel():
+            inputs[source] = value.reshape(inputs[source].shape)
+    return inputs
 
 
 def _has_form(value: torch.Tensor, node: fx.Node) -> bool:

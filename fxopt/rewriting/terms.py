@@ -269,6 +269,26 @@ def variance(x: Term, dim: Any = (-1,), correction: Any = 0, keepdim: Any = True
     return operation(torch.var, x, dim=dim, correction=correction, keepdim=keepdim)
 
 
+def logsumexp(x: Term, dim: Any = (-1,), keepdim: Any = False) -> Operation:
+    """Return the logarithm of the sum of exponentials over `dim`."""
+    return operation(torch.logsumexp, x, dim=dim, keepdim=keepdim)
+
+
+def not_equal(a: Term, b: Term) -> Operation:
+    """Return where `a` is another value than `b`."""
+    return operation(torch.ne, a, b)
+
+
+def sum_of_all(x: Term) -> Operation:
+    """Return the sum over all items."""
+    return operation(torch.sum, x)
+
+
+def mean_of_all(x: Term) -> Operation:
+    """Return the mean over all items."""
+    return operation(torch.mean, x)
+
+
 def sqrt(x: Term) -> Operation:
     """Return the square root."""
     return operation(torch.sqrt, x)

@@ -18,9 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import cross_entropy, glu, linear_cross_entropy
+from fxopt.kernels import cross_entropy, glu
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
+from fxopt.kernels.linear_cross_entropy import kernels
 from fxopt.kernels.rms_norm import launches as rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -82,18 +83,21 @@ def glu_builds() -> Iterator[Build]:
 
 
 def cross_entropy_builds() -> Iterator[Build]:
-    types = dict.fromkeys(("p_losses", "p_lse", "p_dloss", "p_divisor"), "*fp32") | {"p_labels": "*i64"}
-    for softcap in (False, True):
-        form = dict(HAS_SOFTCAP=softcap, BLOCK_COLUMNS=cross_entropy.BLOCK_COLUMNS)
+    types = dict.fromkeys(("p_losses", "p_lse", "p_dloss", "p_divisor", "p_z_weight"), "*fp32")
+    types["p_labels"] = "*i64"
+    for everything in (False, True):
+        form: dict[str, Any] = dict.fromkeys(("HAS_SOFTCAP", "HAS_Z", "READ_IGNORED"), everything)
+        if not everything:
+            form["p_z_weight"] = None
+        block = dict(BLOCK_COLUMNS=cross_entropy.BLOCK_COLUMNS)
         warps = num_warps_for(cross_entropy.BLOCK_COLUMNS)
-        forward = form | dict(HAS_SMOOTHING=softcap)
+        forward = form | block | dict(HAS_SMOOTHING=everything)
         yield cross_entropy.cross_entropy_forward_kernel, forward, types, warps, False
-        yield cross_entropy.cross_entropy_backward_kernel, form, types, warps, False
-        forward = forward | dict(BLOCK_COLUMNS=linear_cross_entropy.BLOCK_COLUMNS, WITH_GRADIENT=True)
-        warps = num_warps_for(linear_cross_entropy.BLOCK_COLUMNS)
-        yield linear_cross_entropy.linear_cross_entropy_forward_kernel, forward, types, warps, False
-    form = dict(BLOCK=linear_cross_entropy.SCALE_BLOCK)
-    yield linear_cross_entropy.linear_cross_entropy_backward_kernel, form, types, 8, True
+        yield cross_entropy.cross_entropy_backward_kernel, form | block, types, warps, False
+        forward = forward | dict(BLOCK_COLUMNS=kernels.BLOCK_COLUMNS, WITH_GRADIENT=True)
+        warps = num_warps_for(kernels.BLOCK_COLUMNS, at_most=kernels.MOST_WARPS)
+        yield kernels.linear_cross_entropy_forward_kernel, forward, types, warps, False
+    yield kernels.linear_cross_entropy_backward_kernel, dict(BLOCK=kernels.SCALE_BLOCK), types, 8, True
 
 
 def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:

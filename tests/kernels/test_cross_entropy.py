@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from fxopt.kernels import cross_entropy as file
 from fxopt.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS: dict[str, dict[str, Any]] = {
@@ -20,7 +22,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "smoothing": {"label_smoothing": 0.1},
     "z_loss": {"z_loss": 1e-2},
+    "z_loss of every row": {"z_loss": 1e-2, "z_rows": "all"},
     "all": {"reduction": "sum", "scale": 0.5, "softcap": 5.0, "label_smoothing": 0.2, "z_loss": 1e-3},
+    "all, z_loss of every row": {
+        "scale": 0.5,
+        "softcap": 5.0,
+        "label_smoothing": 0.2,
+        "z_loss": 1e-3,
+        "z_rows": "all",
+    },
 }
 
 
@@ -44,8 +54,9 @@ def run_kernel(
     softcap: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    z_rows: str = "labelled",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shaping = (scale, softcap, label_smoothing, z_loss)
+    shaping = Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all")
     with torch.no_grad():
         loss, lse, divisor = file.launch_forward(
             logits, labels, denominator, ignore_index, reduction == "mean", *shaping
@@ -86,6 +97,25 @@ def test_the_reference_is_torch() -> None:
             ours = cross_entropy_reference(logits, labels, reduction=reduction, label_smoothing=smoothing)
             stock = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=smoothing)
             torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_reference_of_z_loss_is_what_models_write(reduction: str) -> None:
+    logits, labels = make(9, 40, torch.float64, "cpu", ignored=3)
+    loss = F.cross_entropy(logits, labels, reduction=reduction)
+    squares = logits.logsumexp(-1).square()
+    of_all = cross_entropy_reference(logits, labels, reduction=reduction, z_loss=0.1, z_rows="all")
+    torch.testing.assert_close(of_all, loss + 0.1 * squares.mean())
+    labelled = squares[labels != -100]
+    own = cross_entropy_reference(logits, labels, reduction=reduction, z_loss=0.1)
+    torch.testing.assert_close(own, loss + 0.1 * (labelled.mean() if reduction == "mean" else labelled.sum()))
+
+
+def test_a_denominator_may_be_a_number(op_device: str) -> None:
+    logits, labels = make(6, 100, torch.float32, op_device)
+    by_number = cross_entropy(logits, labels, reduction="sum", denominator=7)
+    by_tensor = cross_entropy(logits, labels, reduction="sum", denominator=torch.tensor(7, device=op_device))
+    assert torch.equal(by_number, by_tensor)
 
 
 def test_denominator(device: str, check: Any, gradients: Any) -> None:
@@ -169,10 +199,36 @@ def test_a_planted_nan_in_an_ignored_row_changes_nothing(device: str) -> None:
     assert torch.equal(found, clean_gradient)
 
 
-def test_a_label_out_of_range_is_nan(device: str) -> None:
+@pytest.mark.parametrize("label", [64, -1, -2, 2**40])
+def test_a_label_out_of_range_is_nan_in_the_loss_and_in_its_row(label: int, device: str) -> None:
     logits, labels = make(5, 64, torch.float32, device)
-    labels[2] = 64
-    assert run_kernel(logits, labels)[0].isnan()
+    _, clean = run_kernel(logits, labels)
+    labels[2] = label
+    loss, found = run_kernel(logits, labels)
+    assert loss.isnan()
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("label", [64, -1])
+def test_a_label_out_of_range_raises_on_a_cpu(label: int) -> None:
+    logits, labels = make(5, 64, torch.float32, "cpu")
+    labels[2] = label
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 63])
+def test_ignored_labels_when_compiled(ignore_index: int, op_device: str) -> None:
+    logits, labels = make(8, 64, torch.float32, op_device)
+    labels[2:5] = ignore_index
+    labels[0] = 5
+    compiled = torch.compile(cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(logits, labels, ignore_index=ignore_index)
+    stock = F.cross_entropy(logits, labels, ignore_index=ignore_index)
+    torch.testing.assert_close(loss, stock)
+    (found,) = torch.autograd.grad(loss, [logits])
+    torch.testing.assert_close(found, torch.autograd.grad(stock, [logits])[0])
 
 
 def test_backward_twice_leaves_logits_alone(op_device: str) -> None:
@@ -199,7 +255,7 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 
 def test_opcheck(op_device: str) -> None:
     logits, labels = make(5, 64, torch.float32, op_device)
-    shaping = (1.0, 0.0, 0.0, 0.0)
+    shaping = Shaping()
     torch.library.opcheck(file._forward_op, (logits, labels, None, -100, True, *shaping))
     with torch.no_grad():
         loss, lse, divisor = file._forward_op(logits, labels, None, -100, True, *shaping)
@@ -227,15 +283,17 @@ def test_errors() -> None:
         cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), reduction="none")
 
 
-@pytest.mark.gpu
-def test_offsets_beyond_31_bits() -> None:
-    """Rows 2^30 elements apart in a small view of a large tensor: the third starts at 2^31."""
-    base = torch.zeros(2**31 + 64, dtype=torch.bfloat16, device="cuda")
+def test_offsets_beyond_31_bits(device: str, tmp_path: Path) -> None:
+    """Rows 2^30 items apart in a file or memory never written: the third starts at 2^31."""
+    size = 2**31 + 64
+    if device == "cpu":
+        base = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+    else:
+        base = torch.zeros(size, dtype=torch.bfloat16, device=device)
     logits = base.as_strided((3, 64), (2**30, 1))
-    logits.copy_(torch.randn(3, 64, device="cuda"))
-    labels = torch.tensor([1, 2, 3], device="cuda")
+    logits.copy_(torch.randn(3, 64, device=device))
+    labels = torch.tensor([1, 2, 3], device=device)
     loss, found = run_kernel(logits, labels)
-    torch.testing.assert_close(
-        loss.double(), cross_entropy_reference(logits.double(), labels), rtol=1e-3, atol=1e-3
-    )
-    assert found.isfinite().all()
+    dense_loss, dense = run_kernel(logits.clone(memory_format=torch.contiguous_format), labels)
+    assert torch.equal(loss, dense_loss)
+    assert torch.equal(found, dense)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from fxopt.kernels import linear_cross_entropy as file
-from fxopt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from fxopt.kernels.linear_cross_entropy import (
+    chunks,
+    kernels,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    op,
+)
+from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS: dict[str, dict[str, Any]] = {
@@ -19,7 +27,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "smoothing": {"label_smoothing": 0.1},
     "z_loss": {"z_loss": 1e-2},
+    "z_loss of every row": {"z_loss": 1e-2, "z_rows": "all"},
     "all": {"reduction": "sum", "scale": 0.5, "softcap": 5.0, "label_smoothing": 0.2, "z_loss": 1e-3},
+    "all, z_loss of every row": {
+        "scale": 0.5,
+        "softcap": 5.0,
+        "label_smoothing": 0.2,
+        "z_loss": 1e-3,
+        "z_rows": "all",
+    },
 }
 
 
@@ -56,14 +72,15 @@ def run_kernel(
     softcap: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk_bytes: int = file.CHUNK_BYTES,
+    z_rows: str = "labelled",
+    chunk_bytes: int = chunks.CHUNK_BYTES,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     h, weight, bias = inputs
     assert h is not None
     assert weight is not None
     needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
     with torch.no_grad():
-        loss, divisor, *found = file.launch_forward(
+        loss, divisor, *found = kernels.launch_forward(
             h,
             weight,
             labels,
@@ -71,14 +88,11 @@ def run_kernel(
             denominator,
             ignore_index,
             reduction == "mean",
-            scale,
-            softcap,
-            label_smoothing,
-            z_loss,
+            *Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all"),
             chunk_bytes,
             *needs,
         )
-        return loss, file.launch_backward(dloss, divisor, *found, h.dtype)
+        return loss, kernels.launch_backward(dloss, divisor, *found, h.dtype)
 
 
 def compare(
@@ -87,7 +101,7 @@ def compare(
     form: dict[str, Any],
     check: Any,
     gradients: Any,
-    chunk_bytes: int = file.CHUNK_BYTES,
+    chunk_bytes: int = chunks.CHUNK_BYTES,
 ) -> None:
     def reference(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear_cross_entropy_reference(h, weight, labels, bias, **form)
@@ -127,7 +141,7 @@ def test_chunks(
     compare(inputs, labels, {}, check, gradients, chunk_bytes)
 
 
-@pytest.mark.parametrize("num_chunks", [2, file.MOST_ROUNDED_SUMS, file.MOST_ROUNDED_SUMS + 1])
+@pytest.mark.parametrize("num_chunks", [2, chunks.MOST_ROUNDED_SUMS, chunks.MOST_ROUNDED_SUMS + 1])
 def test_sums_over_chunks_are_as_exact_as_eager(
     num_chunks: int, op_device: str, check: Any, gradients: Any
 ) -> None:
@@ -142,8 +156,8 @@ def test_sums_over_chunks_are_as_exact_as_eager(
     _, exact = gradients(reference, inputs, one, torch.float64)
     _, eager = gradients(reference, inputs, one)
     with torch.no_grad():  # in plain torch, whose roundings are those of a GPU
-        out = file.plain_forward(
-            inputs[0], inputs[1], labels, inputs[2], None, -100, True, 1.0, 0.0, 0.0, 0.0, 32 * classes * 2,
+        out = op.plain_forward(
+            inputs[0], inputs[1], labels, inputs[2], None, -100, True, *Shaping(), 32 * classes * 2,
             True, True, True,
         )  # fmt: skip
     error = (out[3].double() - exact[1]).norm()  # type: ignore[union-attr]
@@ -151,13 +165,13 @@ def test_sums_over_chunks_are_as_exact_as_eager(
 
 
 def test_the_chunk_follows_the_budget() -> None:
-    assert file.plan_chunk_rows(8192, 128256 * 2, 512 * 2**20) == 2048
-    assert file.plan_chunk_rows(8192, 10, 512 * 2**20) == 8192
-    assert file.plan_chunk_rows(10, 1000, 1) == 1
-    assert file.plan_chunk_rows(0, 1000, 512 * 2**20) == 1
+    assert chunks.plan_chunk_rows(8192, 128256 * 2, 512 * 2**20) == 2048
+    assert chunks.plan_chunk_rows(8192, 10, 512 * 2**20) == 8192
+    assert chunks.plan_chunk_rows(10, 1000, 1) == 1
+    assert chunks.plan_chunk_rows(0, 1000, 512 * 2**20) == 1
     for rows in (1, 100, 129, 5000, 8191):
         for most in (1, 100, 128, 300, 2093):
-            chunk = file.plan_chunk_rows(rows, 4, 4 * most)
+            chunk = chunks.plan_chunk_rows(rows, 4, 4 * most)
             assert 1 <= chunk <= max(1, min(rows, most))
 
 
@@ -191,6 +205,93 @@ def test_every_row_ignored(reduction: str, device: str) -> None:
         assert torch.equal(value.nan_to_num(), torch.zeros_like(value))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_row_ignored_trains_nothing(reduction: str, dtype: torch.dtype, op_device: str) -> None:
+    """As in stock: a mean is NaN, a sum 0, and the gradients are 0 either way."""
+    (h, weight, bias), labels = make(4, 48, 100, dtype, op_device, ignored=4)
+    stock = F.cross_entropy(F.linear(h, weight, bias).float(), labels, reduction=reduction)  # type: ignore[arg-type]
+    loss = linear_cross_entropy(h, weight, labels, bias, reduction=reduction)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, stock, equal_nan=True)
+    leaves = [h, weight, bias]
+    for found, expected in zip(
+        torch.autograd.grad(loss, leaves),  # type: ignore[arg-type]
+        torch.autograd.grad(stock, leaves),  # type: ignore[arg-type]
+        strict=True,
+    ):
+        assert torch.equal(expected, torch.zeros_like(expected))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), float("nan")])
+def test_extreme_logits(value: float, device: str) -> None:
+    """One logit of that size in each row: loss and gradients as stock's, NaN where they are."""
+    inputs, labels = make(9, 48, 100, torch.float32, device, bias=False)
+    h, weight = inputs[:2]
+    assert h is not None
+    assert weight is not None
+    with torch.no_grad():
+        h[:, 0], weight[:, 0] = 1.0, 0.0
+        weight[7, 0] = value
+    labels[:2] = torch.tensor([7, 8], device=device)
+    stock = F.cross_entropy(F.linear(h, weight), labels)
+    stock_gradients = torch.autograd.grad(stock, [h, weight])
+    loss, found = run_kernel(inputs, labels, torch.ones((), device=device))
+    torch.testing.assert_close(loss, stock.detach(), equal_nan=True)
+    if stock.isfinite():
+        for mine, expected in zip(found, stock_gradients, strict=False):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [100, -1])
+def test_a_label_out_of_range(label: int, device: str) -> None:
+    """NaN in the loss and in the gradients from the kernel; the op raises on a CPU, as torch does."""
+    inputs, labels = make(9, 48, 100, torch.float32, device, ignored=0)
+    labels[4] = label
+    loss, found = run_kernel(inputs, labels, torch.ones((), device=device))
+    assert loss.isnan()
+    assert found[0] is not None
+    assert found[0][4].isnan().all()
+    assert found[0][:4].isfinite().all()
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(inputs[0], inputs[1], labels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 63])
+def test_ignored_labels_when_compiled(ignore_index: int, op_device: str) -> None:
+    (h, weight, _), labels = make(8, 48, 64, torch.float32, op_device, ignored=0)
+    labels[2:5] = ignore_index
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(h, weight, labels, ignore_index=ignore_index)
+    stock = F.cross_entropy(F.linear(h, weight), labels, ignore_index=ignore_index)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, stock)
+    for found, expected in zip(
+        torch.autograd.grad(loss, [h, weight]),  # type: ignore[arg-type]
+        torch.autograd.grad(stock, [h, weight]),  # type: ignore[arg-type]
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_offsets_beyond_31_bits(device: str, tmp_path: Path) -> None:
+    """Rows 2^30 items apart in a file or memory never written: the third starts at 2^31."""
+    size = 2**31 + 64
+    if device == "cpu":
+        base = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+    else:
+        base = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    dense = torch.randn(3, 64, device=device).to(torch.bfloat16)
+    far = base.as_strided((3, 64), (2**30, 1))
+    far.copy_(dense)
+    labels, one = torch.tensor([1, -100, 3], device=device), torch.ones((), device=device)
+    losses = torch.zeros(2, 3, device=device)
+    for row, logits in zip(losses, (far, dense), strict=True):
+        kernels._launch_rows(logits, labels, row, one, None, -100, Shaping(), True)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(far, dense)
+
+
 def test_no_rows(device: str) -> None:
     inputs, labels = make(0, 48, 100, torch.float32, device, ignored=0)
     loss, found = run_kernel(inputs, labels, torch.ones((), device=device), reduction="sum")
@@ -217,7 +318,7 @@ def test_rows_ignored_inside_the_kernel(device: str, monkeypatch: pytest.MonkeyP
     inputs, labels = make(9, 48, 100, torch.float32, device)
     one = torch.ones((), device=device)
     loss, found = run_kernel(inputs, labels, one)
-    monkeypatch.setattr(file, "_find_valid_rows", lambda *_: None)
+    monkeypatch.setattr(chunks, "find_labelled_rows", lambda *_: None)
     whole_loss, whole_found = run_kernel(inputs, labels, one)
     torch.testing.assert_close(whole_loss, loss)
     for whole, part in zip(whole_found, found, strict=True):
@@ -266,7 +367,7 @@ def test_tied_weight(op_device: str) -> None:
 def test_no_grad_computes_no_gradient(op_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
     products: list[Any] = []
-    monkeypatch.setattr(file, "_add_product", lambda *args, **kwargs: products.append(args))
+    monkeypatch.setattr(chunks, "_add_product", lambda *args, **kwargs: products.append(args))
     with torch.no_grad():
         loss = linear_cross_entropy(h, weight, labels)  # type: ignore[arg-type]
     assert not loss.requires_grad
@@ -292,14 +393,14 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck(dtype: torch.dtype, op_device: str) -> None:
     (h, weight, bias), labels = make(9, 48, 100, dtype, op_device)
-    rest = (None, -100, True, 1.0, 0.0, 0.0, 0.0, file.CHUNK_BYTES)
+    rest = (None, -100, True, *Shaping(), chunks.CHUNK_BYTES)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (h, weight, labels, bias, *rest, True, True, True)
-    torch.library.opcheck(file._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
+    torch.library.opcheck(op._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
     with torch.no_grad():
-        loss, divisor, dh, dweight, dbias = file._forward_op(*arguments)
-    torch.library.opcheck(file._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
-    torch.library.opcheck(file._backward_op, (loss, divisor, dh, None, None, dtype))
+        loss, divisor, dh, dweight, dbias = op._forward_op(*arguments)
+    torch.library.opcheck(op._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
+    torch.library.opcheck(op._backward_op, (loss, divisor, dh, None, None, dtype))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
@@ -308,9 +409,10 @@ def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -
     assert targets == ["fxopt.linear_cross_entropy.default", "fxopt.linear_cross_entropy_backward.default"]
 
 
-def test_second_derivatives_are_refused(op_device: str) -> None:
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_are_refused(power: int, op_device: str) -> None:
     (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device)
-    loss = linear_cross_entropy(h, weight, labels).square()  # type: ignore[arg-type]
+    loss = linear_cross_entropy(h, weight, labels) ** power  # type: ignore[arg-type]
     (dh,) = torch.autograd.grad(loss, [h], create_graph=True)
     with pytest.raises(RuntimeError, match="fxopt::linear_cross_entropy: second derivatives"):
         dh.sum().backward()
@@ -322,6 +424,17 @@ def test_errors() -> None:
         linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 5), labels)
     with pytest.raises(ValueError, match="expected one dtype"):
         linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3).double(), labels)
+
+
+@pytest.mark.gpu
+def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
+    rows, classes = 17000, 128256
+    inputs, labels = make(rows, 16, classes, torch.bfloat16, "cuda", bias=False)
+    one = torch.ones((), device="cuda")
+    loss, found = run_kernel(inputs, labels, one)
+    whole_loss, whole = run_kernel(inputs, labels, one, chunk_bytes=2 * rows * classes)
+    torch.testing.assert_close(whole_loss, loss)
+    torch.testing.assert_close(whole[0], found[0])
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ WEIGHT = torch.randn(5, 4, requires_grad=True)
 SQUARE = torch.randn(4, 4, requires_grad=True)
 LABELS = torch.tensor([1, -100, 3])
 LOGITS = torch.randn(3, 5, requires_grad=True)
+NLL_LOSS, LOG_SOFTMAX = torch.nn.NLLLoss(), torch.nn.LogSoftmax(dim=-1)
 
 # name: inputs, canonical text of the node, and its spellings
 TABLE = {
@@ -188,7 +189,24 @@ TABLE = {
     "cross_entropy": (
         (LOGITS, LABELS),
         "cross_entropy(%0, %1, None, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
-        [F.cross_entropy, torch.nn.CrossEntropyLoss(), lambda a, b: F.cross_entropy(input=a, target=b)],
+        [
+            F.cross_entropy,
+            torch.nn.CrossEntropyLoss(),
+            lambda a, b: F.cross_entropy(input=a, target=b),
+            lambda a, b: F.nll_loss(F.log_softmax(a, dim=-1), b),
+            lambda a, b: F.nll_loss(a.log_softmax(1), target=b, ignore_index=-100),
+            lambda a, b: NLL_LOSS(LOG_SOFTMAX(a), b),
+        ],
+    ),
+    "ne": (
+        (LABELS,),
+        "ne(%0, -100)",
+        [lambda a: a != -100, lambda a: torch.ne(a, -100), lambda a: a.ne(-100)],
+    ),
+    "logsumexp": (
+        (LEAF,),
+        "logsumexp(%0, dim=(-1,), keepdim=False)",
+        [lambda a: a.logsumexp(-1), lambda a: torch.logsumexp(a, dim=2), lambda a: a.logsumexp((-1,), False)],
     ),
 }
 CASES = [
@@ -222,6 +240,11 @@ LEFT_ALONE = {
     "view as dtype": ((X,), lambda a: a.view(torch.int32), ".view(%0, i32)"),
     "copying cast": ((LEAF,), lambda a: a.to(torch.float32, copy=True), ".to(%0, f32, copy=True)"),
     "squares that gradients flow into": ((LEAF,), lambda a: a * a, "mul(%0, %0)"),
+    "a log-softmax over the rows": (
+        (LOGITS, LABELS),
+        lambda a, b: F.nll_loss(F.log_softmax(a, dim=0), b),
+        "nll_loss(log_softmax, %1)",
+    ),
     "index by tensor": ((X, torch.tensor([1, 0])), lambda a, b: a[b], "getitem(%0, %1)"),
 }
 
