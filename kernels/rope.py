@@ -396,6 +396,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     q, _, cos, sin, *attributes, _ = inputs
     ctx.save_for_backward(cos, sin)
     ctx.set_materialize_grads(False)
+    # Where q is frozen, nothing behind it should compute a gradient for it because k has one.
+    pairs = zip(output, ctx.needs_input_grad[:2], strict=True)
+    ctx.mark_non_differentiable(*(y for y, needed in pairs if y is not None and not needed))
     ctx.attributes = (*attributes, q.dtype)
 
 

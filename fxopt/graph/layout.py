@@ -181,12 +181,15 @@ def _plain(entry: Any, size: Any) -> Any:
     return slice(start, stop, step)
 
 
-def _cat(node: fx.Node, editor: Editor) -> Form | None:
-    bound = bind(node, "tensors", dim=0)
-    if bound is None or not isinstance(bound["tensors"], list | tuple) or not is_tensor(node):
-        return None
-    dim = from_last(bound["dim"], rank_of(node))
-    return None if dim is None else Form(torch.cat, (tuple(bound["tensors"]),), {"dim": dim})
+def _listed(target: Any) -> Rule:
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        bound = bind(node, "tensors", dim=0)
+        if bound is None or not isinstance(bound["tensors"], list | tuple) or not is_tensor(node):
+            return None
+        dim = from_last(bound["dim"], rank_of(node))
+        return None if dim is None else Form(target, (tuple(bound["tensors"]),), {"dim": dim})
+
+    return rule
 
 
 def _chunk(node: fx.Node, editor: Editor) -> Form | None:
@@ -236,7 +239,8 @@ RULES: dict[str, Rule] = {
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "getitem": _getitem,
-    "cat": _cat,
+    "cat": _listed(torch.cat),
+    "stack": _listed(torch.stack),
     "chunk": _chunk,
     "split": _split,
     "pad": _pad,

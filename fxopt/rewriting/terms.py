@@ -344,6 +344,21 @@ def cat(*tensors: Term, dim: Any = -1) -> Operation:
     return operation(torch.cat, tensors, dim=dim)
 
 
+def stack(*tensors: Term, dim: Any = -1) -> Operation:
+    """Return `tensors` side by side along a new dim."""
+    return operation(torch.stack, tensors, dim=dim)
+
+
+def chunk(x: Term, chunks: Any, dim: Any = -1) -> Operation:
+    """Return `x` cut into a number of equal pieces: `chunk(x, 2)[0]` is the first half."""
+    return operation(torch.chunk, x, chunks=chunks, dim=dim)
+
+
+def split(x: Term, sizes: Any, dim: Any = -1) -> Operation:
+    """Return `x` cut into pieces of one size, or of several sizes."""
+    return operation(torch.split, x, split_size_or_sections=sizes, dim=dim)
+
+
 def rms_norm(x: Term, weight: Term | None = None, eps: Any = ...) -> Operation:
     """Return torch's own RMS norm over whatever dims it names."""
     return operation(F.rms_norm, x, normalized_shape=..., weight=weight, eps=eps)
