@@ -50,7 +50,9 @@ def _is_sum_of_products(first: fx.Node, second: fx.Node) -> bool:
         products = [_unrounded(term) for term in tensors_read(item)]
         if len(products) != 2 or any(stock_name(product) != "mul" for product in products):
             return False
-        found = [_piece(factor) for product in products for factor in tensors_read(product)]
+        # A table may have fewer dims than what it turns.
+        large = [f for product in products for f in tensors_read(product) if _rank(f) == _rank(item)]
+        found = [_piece(factor) for factor in large]
         factors.append({piece for piece in found if piece is not None})
     sources = [source for source, _ in factors[0] & factors[1]]
     # Tables may be cut in pieces as well; the pieces of the turned tensor are in both sums.
@@ -99,6 +101,10 @@ def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
         source = source.args[0]
     assert isinstance(source, fx.Node)
     return _through(source, SAME_ITEMS), which
+
+
+def _rank(node: fx.Node) -> int:
+    return node.meta["example_value"].dim()
 
 
 def _unrounded(node: fx.Node) -> fx.Node:
