@@ -4,8 +4,8 @@ from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.glu import GLU
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.patterns.rms_norm import RMS_NORM
-from fxopt.patterns.rope import ROPE, ROPE_ONE
+from fxopt.patterns.rope import ROPE
 
-ALL = (RMS_NORM, ROPE, ROPE_ONE, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
+ALL = (RMS_NORM, ROPE, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
 
-__all__ = ["ALL", "CROSS_ENTROPY", "GLU", "LINEAR_CROSS_ENTROPY", "RMS_NORM", "ROPE", "ROPE_ONE"]
+__all__ = ["ALL", "CROSS_ENTROPY", "GLU", "LINEAR_CROSS_ENTROPY", "RMS_NORM", "ROPE"]

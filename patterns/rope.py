@@ -19,6 +19,7 @@ from fxopt.kernels.rope import rope
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
+    also,
     attribute,
     cat,
     choice,
@@ -36,13 +37,11 @@ from fxopt.rewriting.terms import (
 
 
 def search() -> tuple[Term, Term]:
-    """Return two tensors that are turned alike by the same tables."""
-    return embedded("q"), embedded("k")
+    """Return a turned tensor, and another that is turned alike by the same tables where there is one.
 
-
-def search_one() -> Term:
-    """Return one turned tensor: where a model turns one alone, or reads it before the other is there."""
-    return embedded("q")
+    There may be none: where a model turns one alone, or reads it before the other is there.
+    """
+    return embedded("q"), also(embedded("k"))
 
 
 def embedded(name: str) -> Term:
@@ -338,6 +337,10 @@ def _tokens_first(
     return _neighbours(q, cos, sin), _neighbours(k, cos, sin)
 
 
+def _alone(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return _llama(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
+
+
 def _inputs(
     device: torch.device,
     dtype: torch.dtype,
@@ -371,17 +374,8 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "gptj bf16", (_tokens_first, _inputs(device, bf16, 8))
     q, k, cos, sin = _inputs(device, bf16)
     yield "q frozen", (_both(_llama), (q.detach(), k, cos, sin))
-
-
-def examples_of_one(device: torch.device) -> Iterator[tuple[str, Example]]:
-    """Yield one tensor alone, in 4 and 3 dims."""
-    q, _, cos, sin = _inputs(device, torch.bfloat16)
-
-    def alone(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return _llama(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
-
-    yield "one bf16", (alone, (q, cos, sin))
-    yield "one of 3 dims", (alone, (q[0].detach().requires_grad_(), cos[0], sin[0]))
+    yield "one bf16", (_alone, (q, cos, sin))
+    yield "one of 3 dims", (_alone, (q[0].detach().requires_grad_(), cos[0], sin[0]))
 
 
 def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
@@ -463,9 +457,13 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     )
 
 
-SOURCE = (
-    "transformers apply_rotary_pos_emb of Llama, Cohere, Glm4, GPT-NeoX, Phi3, GPT-J, GptOss, DeepSeek-V3"
+ROPE = Pattern(
+    name="rope",
+    search=search,
+    check=check,
+    replace=replace,
+    examples=examples,
+    near_misses=near_misses,
+    mutations=mutations,
+    source="transformers apply_rotary_pos_emb of Llama, Cohere, Glm4, GPT-NeoX, Phi3, GPT-J, GptOss, DeepSeek-V3",
 )
-ROPE = Pattern("rope", search, replace, check, examples, near_misses, mutations, SOURCE)
-ROPE_ONE = Pattern("rope", search_one, replace, check, examples_of_one, source=SOURCE)
-"""Tried second, on what is left: a tensor that is turned alone."""

@@ -11,10 +11,19 @@ import fxopt
 
 LAYERS = 3
 SITES = {
-    "llama": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "qwen2": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "gemma2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "olmo2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "llama": {"rms_norm": 2 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "mistral": {"rms_norm": 2 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "qwen2": {"rms_norm": 2 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "qwen3": {"rms_norm": 4 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "gemma2": {"rms_norm": 4 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "olmo2": {"rms_norm": 4 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "cohere": {"rms_norm": LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "glm4": {"rms_norm": 4 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "phi3": {"rms_norm": 2 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "gpt_neox": {"rope": 2 * LAYERS, "linear_cross_entropy": 1},
+    "stablelm": {"rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
+    "smollm3": {"rms_norm": 2 * LAYERS + 1, "rope": 4, "glu": LAYERS, "linear_cross_entropy": 1},
+    "gemma3_text": {"rms_norm": 6 * LAYERS + 1, "rope": 2 * LAYERS, "glu": LAYERS, "linear_cross_entropy": 1},
     "single_level": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""

@@ -34,7 +34,11 @@ BLOCKS = {
     "qwen3": {"rms_norm": 4, "rope": 2, "glu": 1},  # with the norms of q and k
     "gemma2": {"rms_norm": 4, "rope": 2, "glu": 1},  # before and after attention and MLP
     "olmo2": {"rms_norm": 4, "rope": 2, "glu": 1},  # of q, of k, after attention, after the MLP
-    "cohere": {"rms_norm": 1, "rope": 2, "glu": 1},  # attention and MLP stand side by side behind one centred norm
+    "cohere": {
+        "rms_norm": 1,
+        "rope": 2,
+        "glu": 1,
+    },  # attention and MLP stand side by side behind one centred norm
     "gpt_oss": {"rms_norm": 2, "rope": 2, "glu": 1},  # all experts at once; the clamped, shifted form
     "glm4": {"rms_norm": 4, "rope": 2, "glu": 1},  # gate and up from one packed projection
     "phi3": {"rms_norm": 2, "rope": 2, "glu": 1},
