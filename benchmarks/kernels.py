@@ -38,16 +38,23 @@ GATE_ROWS = 256
 COLUMNS = ("fxopt", "launch", "liger", "cce", "compile", "eager", "copy", "gemms")
 
 
+def outputs_of(function: Function, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return what `function` returns, as a tuple."""
+    y = function(*tensors)
+    return y if isinstance(y, tuple) else (y,)
+
+
 def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return the output and the gradients of `function`, computed in `dtype`."""
+    """Return the outputs and the gradients of `function`, computed in `dtype`."""
     leaves = [
         value.detach().to(dtype).requires_grad_(value.requires_grad) if value.is_floating_point() else value
         for value in tensors
     ]
-    y = function(*leaves)
+    outputs = outputs_of(function, leaves)
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
     return [
-        y.detach(),
-        *torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], torch.ones_like(y)),
+        *(y.detach() for y in outputs),
+        *torch.autograd.grad(outputs, needed, [torch.ones_like(y) for y in outputs]),
     ]
 
 
@@ -80,18 +87,19 @@ def time_contestant(function: Function, tensors: list[torch.Tensor]) -> tuple[fl
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    y = function(*tensors)
-    torch.autograd.grad(y, [value for value in tensors if value.requires_grad], torch.ones_like(y))
+    outputs = outputs_of(function, tensors)
+    needed = [value for value in tensors if value.requires_grad]
+    torch.autograd.grad(outputs, needed, [torch.ones_like(y) for y in outputs])
     return forward, backward, torch.cuda.max_memory_allocated() - before
 
 
 def time_passes(function: Function, tensors: list[torch.Tensor]) -> tuple[float, float]:
     needed = [value for value in tensors if value.requires_grad]
-    y = function(*tensors)
-    dy = torch.ones_like(y)
+    outputs = outputs_of(function, tensors)
+    seeds = [torch.ones_like(y) for y in outputs]
 
     def backward() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, needed, dy, retain_graph=True)
+        return torch.autograd.grad(outputs, needed, seeds, retain_graph=True)
 
     backward()  # compiles what is compiled on first use
     return median_ms(lambda: function(*tensors)), median_ms(backward)

@@ -109,6 +109,7 @@ Pair = tuple[Tensor | None, Tensor | None]
 
 
 def _plain(
+    transposed: bool,
     q: Tensor | None,
     k: Tensor | None,
     cos: Tensor,
@@ -120,7 +121,6 @@ def _plain(
     sign: int,
     head_major: list[bool],
     dtype: torch.dtype,
-    transposed: bool,
 ) -> Pair:
     def turn(x: Tensor | None, is_head_major: bool) -> Tensor | None:
         if x is None:
@@ -133,12 +133,12 @@ def _plain(
 
 def plain_forward(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *attributes: Any) -> Pair:
     """Return q and k rotated, in plain torch."""
-    return _plain(q, k, cos, sin, *attributes, False)
+    return _plain(False, q, k, cos, sin, *attributes)
 
 
 def plain_backward(dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, *attributes: Any) -> Pair:
     """Return the gradients of q and k, in plain torch."""
-    return _plain(dq, dk, cos, sin, *attributes, True)
+    return _plain(True, dq, dk, cos, sin, *attributes)
 
 
 TILE_ELEMENTS = 4096
@@ -197,7 +197,7 @@ def rope_kernel(
     TABLE_PAIRS: tl.constexpr,
     HALF: tl.constexpr,
     NUM_PASSED: tl.constexpr,
-    IS_LAST: tl.constexpr,
+    START: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -224,12 +224,12 @@ def rope_kernel(
         p_k_out
         + (b_batch * k_out_batch_stride + b_token * k_out_token_stride + b_k_head * k_out_head_stride),
     )
-    START: tl.constexpr = NUM_PASSED if IS_LAST else 0
     b_x1, b_x2 = _load_pairs(p_x + START, b_mask, IN_PAIRS, BLOCK_HALF, HALF)
     if NUM_PASSED > 0:
-        PASSED: tl.constexpr = 0 if IS_LAST else 2 * HALF
-        b_passed = PASSED + tl.arange(0, BLOCK_PASSED)[None, None, :]
-        b_mask_passed = b_mask & (b_passed < PASSED + NUM_PASSED)
+        b_passed = tl.arange(0, BLOCK_PASSED)[None, None, :]
+        b_mask_passed = b_mask & (b_passed < NUM_PASSED)
+        if START == 0:
+            b_passed += 2 * HALF
         b_items = tl.load(p_x + b_passed, mask=b_mask_passed, other=0.0)
         tl.store(p_y + b_passed, b_items.to(p_q_out.dtype.element_ty), mask=b_mask_passed)
 
@@ -279,6 +279,7 @@ def _tile(num_heads: int, size: int, length: int, table_pairs: str) -> dict[str,
 
 
 def _launch(
+    transposed: bool,
     q: Tensor | None,
     k: Tensor | None,
     cos: Tensor,
@@ -290,7 +291,6 @@ def _launch(
     sign: int,
     head_major: list[bool],
     dtype: torch.dtype,
-    transposed: bool,
 ) -> Pair:
     """Run the kernel on what there is of q and k: one launch for both."""
     given = [
@@ -331,7 +331,7 @@ def _launch(
                 TABLE_PAIRS=table_pairs,
                 HALF=length // 2,
                 NUM_PASSED=size - length,
-                IS_LAST=start > 0,
+                START=start,
                 TRANSPOSED=transposed,
                 **tile,
                 num_warps=NUM_WARPS,
@@ -347,12 +347,12 @@ def _dense_heads(x: Tensor) -> Tensor:
 
 def launch_forward(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *attributes: Any) -> Pair:
     """Return q and k rotated, by the kernel."""
-    return _launch(q, k, cos, sin, *attributes, False)
+    return _launch(False, q, k, cos, sin, *attributes)
 
 
 def launch_backward(dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, *attributes: Any) -> Pair:
     """Return the gradients of q and k, by the kernel."""
-    return _launch(dq, dk, cos, sin, *attributes, True)
+    return _launch(True, dq, dk, cos, sin, *attributes)
 
 
 def _fused_forward(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *attributes: Any) -> Pair:

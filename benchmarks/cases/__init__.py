@@ -1,9 +1,10 @@
 """The kernels that are timed, one file per op."""
 
-from benchmarks.cases import cross_entropy, glu, linear_cross_entropy, rms_norm
+from benchmarks.cases import cross_entropy, glu, linear_cross_entropy, rms_norm, rope
 
 ALL = {
     "rms_norm": rms_norm.make_cases,
+    "rope": rope.make_cases,
     "glu": glu.make_cases,
     "cross_entropy": cross_entropy.make_cases,
     "linear_cross_entropy": linear_cross_entropy.make_cases,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Function = Callable[..., torch.Tensor]
+Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 Passes = tuple[Callable[[], Any], Callable[[], Any]]
 ROWS = 8192
 CLASSES = 128256

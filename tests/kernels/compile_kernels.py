@@ -89,9 +89,7 @@ def rope_builds() -> Iterator[Build]:
     ]
     for heads, size, length, pairs, table in forms:
         shape = rope._tile(heads, size, length, table)
-        form = (
-            pairs | shape | dict(TABLE_PAIRS=table, HALF=length // 2, NUM_PASSED=size - length, IS_LAST=False)
-        )
+        form = pairs | shape | dict(TABLE_PAIRS=table, HALF=length // 2, NUM_PASSED=size - length, START=0)
         for transposed in (False, True):
             if transposed:
                 form = form | dict(IN_PAIRS=pairs["OUT_PAIRS"], OUT_PAIRS=pairs["IN_PAIRS"])

@@ -32,6 +32,9 @@ TINY = dict(
     max_position_embeddings=128,
 )
 
+OWN = {"smollm3": {"no_rope_layer_interval": LAYERS}}
+"""What one architecture needs to show its own form: here a layer that turns nothing."""
+
 
 class ScaleNorm(nn.Module):
     """A root-mean-square norm in a spelling of its own."""
@@ -111,7 +114,8 @@ def make_model(arch: str, **overrides: Any) -> Any:
     if arch == "single_level":
         return SingleLevel().train()
     fields = set(AutoConfig.for_model(arch).to_dict())
-    config = AutoConfig.for_model(arch, **{**{k: v for k, v in TINY.items() if k in fields}, **overrides})
+    sizes = {name: value for name, value in TINY.items() if name in fields}
+    config = AutoConfig.for_model(arch, **{**sizes, **OWN.get(arch, {}), **overrides})
     return AutoModelForCausalLM.from_config(config).train()
 
 
