@@ -6,7 +6,17 @@ from fxopt.patterns.glu import GLU
 from fxopt.patterns.layer_norm import LAYER_NORM
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.patterns.rms_norm import RMS_NORM
+from fxopt.patterns.rope import ROPE
 
-ALL = (LAYER_NORM, RMS_NORM, ADD_RMS_NORM, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
+ALL = (LAYER_NORM, RMS_NORM, ADD_RMS_NORM, ROPE, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
 
-__all__ = ["ADD_RMS_NORM", "ALL", "CROSS_ENTROPY", "GLU", "LAYER_NORM", "LINEAR_CROSS_ENTROPY", "RMS_NORM"]
+__all__ = [
+    "ADD_RMS_NORM",
+    "ALL",
+    "CROSS_ENTROPY",
+    "GLU",
+    "LAYER_NORM",
+    "LINEAR_CROSS_ENTROPY",
+    "RMS_NORM",
+    "ROPE",
+]

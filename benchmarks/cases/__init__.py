@@ -1,11 +1,20 @@
 """The kernels that are timed, one file per op."""
 
-from benchmarks.cases import add_rms_norm, cross_entropy, glu, layer_norm, linear_cross_entropy, rms_norm
+from benchmarks.cases import (
+    add_rms_norm,
+    cross_entropy,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+)
 
 ALL = {
     "rms_norm": rms_norm.make_cases,
     "add_rms_norm": add_rms_norm.make_cases,
     "layer_norm": layer_norm.make_cases,
+    "rope": rope.make_cases,
     "glu": glu.make_cases,
     "cross_entropy": cross_entropy.make_cases,
     "linear_cross_entropy": linear_cross_entropy.make_cases,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.arguments import Form, bind, from_last, is_integer, is_tensor, rank_of, sizes_of
+from fxopt.graph.arguments import Form, bind, from_last, is_integer, is_tensor, rank_of, same_size, sizes_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
 
@@ -60,14 +60,20 @@ def _unflatten(node: fx.Node, editor: Editor) -> Form | None:
 
 
 def _sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any, ...]:
-    """Return the sizes of `dims` of `x`: ints where they are static, new nodes before `node` where not."""
+    """Return the sizes of `dims` of `x`: ints where they are static, else nodes.
+
+    A symbol that is an input of the graph is read as such: a node that reads `x` would keep it alive.
+    """
     shape = _shape(x)
-    return tuple(
-        shape[dim]
-        if isinstance(shape[dim], int)
-        else editor.insert_before(node, "size", (x, dim), {}, shape[dim])
-        for dim in dims
-    )
+    sizes: list[Any] = []
+    for dim in dims:
+        size = shape[dim]
+        if not isinstance(size, int):
+            given = editor.graph.find_nodes(op="placeholder")
+            known = (item for item in given if same_size(item.meta.get("example_value"), size))
+            size = next(known, None) or editor.insert_before(node, "size", (x, dim), {}, size)
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def _contiguous(node: fx.Node, editor: Editor) -> Form | None:
@@ -181,12 +187,15 @@ def _plain(entry: Any, size: Any) -> Any:
     return slice(start, stop, step)
 
 
-def _cat(node: fx.Node, editor: Editor) -> Form | None:
-    bound = bind(node, "tensors", dim=0)
-    if bound is None or not isinstance(bound["tensors"], list | tuple) or not is_tensor(node):
-        return None
-    dim = from_last(bound["dim"], rank_of(node))
-    return None if dim is None else Form(torch.cat, (tuple(bound["tensors"]),), {"dim": dim})
+def _listed(target: Any) -> Rule:
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        bound = bind(node, "tensors", dim=0)
+        if bound is None or not isinstance(bound["tensors"], list | tuple) or not is_tensor(node):
+            return None
+        dim = from_last(bound["dim"], rank_of(node))
+        return None if dim is None else Form(target, (tuple(bound["tensors"]),), {"dim": dim})
+
+    return rule
 
 
 def _chunk(node: fx.Node, editor: Editor) -> Form | None:
@@ -236,7 +245,8 @@ RULES: dict[str, Rule] = {
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "getitem": _getitem,
-    "cat": _cat,
+    "cat": _listed(torch.cat),
+    "stack": _listed(torch.stack),
     "chunk": _chunk,
     "split": _split,
     "pad": _pad,

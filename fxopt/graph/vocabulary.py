@@ -47,7 +47,7 @@ def contiguous(x: Tensor) -> Tensor:
 class Op:
     """One op of the vocabulary: `operands` are its positional arguments, `attributes` its keywords.
 
-    `index`, the shape of a norm and the list of a `cat` are operands by their place, though not tensors.
+    `index`, the shape of a norm and the list of a `cat` or `stack` are operands by their place, though not tensors.
     """
 
     name: str
@@ -91,6 +91,7 @@ OPS: tuple[Op, ...] = (
     Op("contiguous", contiguous),
     Op("getitem", operator.getitem, ("x", "index")),
     Op("cat", torch.cat, ("tensors",), ("dim",)),
+    Op("stack", torch.stack, ("tensors",), ("dim",)),
     Op("chunk", torch.chunk, ("x",), ("chunks", "dim")),
     Op("split", torch.split, ("x",), ("split_size_or_sections", "dim")),
     Op("pad", F.pad, ("x",), ("pad", "mode", "value")),

@@ -20,6 +20,7 @@ from fxopt.rewriting.pattern import Pattern, depth_of, walk
 from fxopt.rewriting.prefilter import Pairs, could_match, is_equal, pair_arguments
 from fxopt.rewriting.roots import climb
 from fxopt.rewriting.terms import (
+    Also,
     Attribute,
     Either,
     Escaping,
@@ -57,7 +58,10 @@ def _match_other_outputs(
         for joined in match_term(term, root, bindings, trace):
             found = True
             yield from _match_other_outputs(others, joined, (*outputs, root), trace)
-    if not found:
+    if isinstance(term, Also):
+        # Without it too: with it the match may not be legal, or not hold.
+        yield from _match_other_outputs(others, bindings, outputs, trace)
+    elif not found:
         trace.fail(f"no node matches the further output {describe(term)}", outputs, bindings)
 
 
@@ -86,6 +90,8 @@ def match_term(term: Any, value: Any, bindings: Bindings, trace: Trace) -> Itera
         case Escaping():
             for joined in match_term(term.term, value, bindings, trace):
                 yield joined.allow(value, term) if value in joined.nodes else joined
+        case Also():
+            yield from match_term(term.term, value, bindings, trace)
         case Named():
             for joined in match_term(term.term, value, bindings, trace):
                 yield from _unify(term.name, value, joined, trace)

@@ -11,7 +11,18 @@ from torch import fx
 
 from fxopt.graph.view import is_tensor
 from fxopt.graph.vocabulary import COMMUTATIVE
-from fxopt.rewriting.terms import Either, Escaping, Many, Named, Number, Operation, Tensor, Term, items_of
+from fxopt.rewriting.terms import (
+    Also,
+    Either,
+    Escaping,
+    Many,
+    Named,
+    Number,
+    Operation,
+    Tensor,
+    Term,
+    items_of,
+)
 
 Known = dict[tuple[int, fx.Node], bool]
 
@@ -34,7 +45,7 @@ def could_match(term: Any, value: Any, known: Known) -> bool:
                 else:
                     known[key] = any(could_match(option, value, known) for _, option in term.options)
             return known[key]
-        case Escaping() | Named():
+        case Escaping() | Named() | Also():
             return could_match(term.term, value, known)
         case Tensor():
             return is_tensor(value)

@@ -73,7 +73,7 @@ class Term:
         match self:
             case Operation():
                 return frozenset({self.target})
-            case Escaping() | Named():
+            case Escaping() | Named() | Also():
                 return self.term.heads
             case Either():
                 heads = [option.heads for _, option in self.options]
@@ -139,6 +139,13 @@ class Named(Term):
     """A term whose node is bound to a name as well."""
 
     name: str
+    term: Term
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Also(Term):
+    """A further output of the pattern, taken where it is found."""
+
     term: Term
 
 
@@ -212,6 +219,11 @@ def export(name: str, term: Term) -> Escaping:
 def named(name: str, term: Term) -> Named:
     """Return `term`, and bind `name` to the node that it matches."""
     return Named(name, term)
+
+
+def also(term: Term) -> Also:
+    """Return a further output that a match may do without: `search` returns it after the first output."""
+    return Also(term)
 
 
 def many(name: str, term: Term, at_least: int = 1) -> Many:
@@ -364,6 +376,21 @@ def cat(*tensors: Term, dim: Any = -1) -> Operation:
     return operation(torch.cat, tensors, dim=dim)
 
 
+def stack(*tensors: Term, dim: Any = -1) -> Operation:
+    """Return `tensors` side by side along a new dim."""
+    return operation(torch.stack, tensors, dim=dim)
+
+
+def chunk(x: Term, chunks: Any, dim: Any = -1) -> Operation:
+    """Return `x` cut into a number of equal pieces: `chunk(x, 2)[0]` is the first half."""
+    return operation(torch.chunk, x, chunks=chunks, dim=dim)
+
+
+def split(x: Term, sizes: Any, dim: Any = -1) -> Operation:
+    """Return `x` cut into pieces of one size, or of several sizes."""
+    return operation(torch.split, x, split_size_or_sections=sizes, dim=dim)
+
+
 def rms_norm(x: Term, weight: Term | None = None, eps: Any = ...) -> Operation:
     """Return torch's own RMS norm over whatever dims it names."""
     return operation(F.rms_norm, x, normalized_shape=..., weight=weight, eps=eps)
@@ -394,6 +421,8 @@ def describe(term: Any) -> str:
             return f"({' | '.join(describe(option) for _, option in term.options)})"
         case Escaping() | Named():
             return describe(term.term)
+        case Also():
+            return f"maybe also {describe(term.term)}"
         case Many():
             return f"{describe(term.term)}, ..."
         case tuple():

@@ -53,6 +53,8 @@ def test_meta_models_are_explained_but_not_optimized():
         ("rms_norm", 1, "rewritten"),
         ("rms_norm", 2, "rewritten"),
         ("rms_norm", 2, "rewritten"),
+        ("rope", 2, "rewritten"),
+        ("rope", 2, "rewritten"),
     ]
     assert slots(model) == 0
 

@@ -18,14 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import cross_entropy, glu
+from fxopt.kernels import cross_entropy, glu, rope
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
 from fxopt.kernels.rms_norm import launches as rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$")
+INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^sign$")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
@@ -100,6 +100,30 @@ def cross_entropy_builds() -> Iterator[Build]:
     yield kernels.linear_cross_entropy_backward_kernel, dict(BLOCK=kernels.SCALE_BLOCK), types, 8, True
 
 
+def rope_builds() -> Iterator[Build]:
+    half, interleaved = (
+        dict(IN_PAIRS="half", OUT_PAIRS="half"),
+        dict.fromkeys(("IN_PAIRS", "OUT_PAIRS"), "interleaved"),
+    )
+    forms = [
+        (32, 128, 128, half, "half"),
+        (40, 128, 128, half, "half"),
+        (32, 128, 128, half, "single"),
+        (32, 64, 16, half, "half"),
+        (12, 256, 256, half, "half"),
+        (32, 128, 128, interleaved, "interleaved"),
+        (32, 128, 64, interleaved, "interleaved"),
+        (32, 64, 64, dict(IN_PAIRS="interleaved", OUT_PAIRS="half"), "single"),
+    ]
+    for heads, size, length, pairs, table in forms:
+        shape = rope._tile(heads, size, length, table)
+        form = pairs | shape | dict(TABLE_PAIRS=table, HALF=length // 2, NUM_PASSED=size - length, START=0)
+        for transposed in (False, True):
+            if transposed:
+                form = form | dict(IN_PAIRS=pairs["OUT_PAIRS"], OUT_PAIRS=pairs["IN_PAIRS"])
+            yield rope.rope_kernel, form | dict(TRANSPOSED=transposed), {}, rope.NUM_WARPS, True
+
+
 def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
     kernel, constants, types, warps, fusion = build
     signature: dict[str, str] = {}
@@ -141,7 +165,13 @@ def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
 def main() -> None:
     arch, *dtypes = sys.argv[1:]
     for dtype in dtypes:
-        for build in (*rms_norm_builds(), *layer_norm_builds(), *glu_builds(), *cross_entropy_builds()):
+        for build in (
+            *rms_norm_builds(),
+            *layer_norm_builds(),
+            *glu_builds(),
+            *cross_entropy_builds(),
+            *rope_builds(),
+        ):
             print(json.dumps(compile_one(int(arch), dtype, build)), flush=True)
 
 

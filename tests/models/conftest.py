@@ -34,6 +34,9 @@ TINY = dict(
 DROPOUTS = ("residual_dropout", "embedding_dropout", "attention_dropout", "hidden_dropout")
 """Off: two models would draw different masks."""
 
+OWN = {"smollm3": {"no_rope_layer_interval": LAYERS}}
+"""What one architecture needs to show its own form: here a layer that turns nothing."""
+
 
 class ScaleNorm(nn.Module):
     """A root-mean-square norm in a spelling of its own."""
@@ -114,7 +117,8 @@ def make_model(arch: str, **overrides: Any) -> Any:
         return SingleLevel().train()
     fields = set(AutoConfig.for_model(arch).to_dict())
     tiny = {**TINY, **dict.fromkeys(DROPOUTS, 0.0)}
-    config = AutoConfig.for_model(arch, **{**{k: v for k, v in tiny.items() if k in fields}, **overrides})
+    sizes = {name: value for name, value in tiny.items() if name in fields}
+    config = AutoConfig.for_model(arch, **{**sizes, **OWN.get(arch, {}), **overrides})
     return AutoModelForCausalLM.from_config(config).train()
 
 

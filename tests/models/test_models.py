@@ -10,25 +10,44 @@ import torch
 import fxopt
 
 LAYERS = 3
+
+
+def sites(**per_block: int) -> dict[str, int]:
+    """Return the sites of a model: `per_block` in each layer, then one more norm of the blocks' kind and the head."""
+    counts = {kind: count * LAYERS for kind, count in per_block.items()}
+    (norm,) = (kind for kind in counts if kind.endswith("_norm"))
+    return {**counts, norm: counts[norm] + 1, "linear_cross_entropy": 1}
+
+
 SITES = {
-    "llama": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "qwen2": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "gemma2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "granite": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "olmo2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "single_level": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "gpt_neox": {"layer_norm": 2 * LAYERS + 1, "linear_cross_entropy": 1},
-    "stablelm": {"layer_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
-    "starcoder2": {"layer_norm": 2 * LAYERS + 1, "linear_cross_entropy": 1},
+    "llama": sites(rms_norm=2, rope=2, glu=1),
+    "mistral": sites(rms_norm=2, rope=2, glu=1),
+    "qwen2": sites(rms_norm=2, rope=2, glu=1),
+    "qwen3": sites(rms_norm=4, rope=2, glu=1),
+    "gemma2": sites(rms_norm=4, rope=2, glu=1),
+    "gemma3_text": sites(rms_norm=6, rope=2, glu=1),
+    "phi3": sites(rms_norm=2, rope=2, glu=1),
+    "olmo2": sites(rms_norm=4, rope=2, glu=1),
+    "granite": sites(rms_norm=2, rope=2, glu=1),
+    "cohere": sites(rms_norm=1, rope=2, glu=1),
+    "glm4": sites(rms_norm=4, rope=2, glu=1),
+    "smollm3": {**sites(rms_norm=2, rope=2, glu=1), "rope": 2 * (LAYERS - 1)},
+    "gpt_neox": sites(layer_norm=2, rope=2),
+    "stablelm": sites(layer_norm=2, rope=2, glu=1),
+    "starcoder2": sites(layer_norm=2, rope=2),
+    "single_level": sites(rms_norm=2, glu=1),
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""
-ADDS = {"llama": LAYERS, "qwen2": LAYERS, "gemma2": LAYERS, "granite": LAYERS, "single_level": LAYERS}
+ADDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), LAYERS)
+ADDS |= dict.fromkeys(("granite", "glm4", "smollm3", "single_level"), LAYERS)
 """Norms that became `add_rms_norm`: in a block, those of a sum that the block itself makes; none elsewhere."""
-IN_HALF_PRECISION = [
-    pytest.param(arch, marks=pytest.mark.slow) if arch in ("granite", "stablelm", "starcoder2") else arch
+DEEP = [
+    arch
+    if arch in ("llama", "qwen2", "gemma2", "olmo2", "single_level")
+    else pytest.param(arch, marks=pytest.mark.slow)
     for arch in SITES
 ]
-"""Six draws of weights each; what is slow differs from another one in nothing that rounds otherwise."""
+"""Errors in half precision take draws of weights: of the others under `make test-all` only."""
 NOTHING_SAVED = ("gpt_neox", "starcoder2")
 """No gated unit, and torch's own layer norm in fp32 saves as little as the op: what is left is the head, which
 saves the gradient of its weight, and with 256 classes that is more than the logits."""
@@ -66,7 +85,7 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
 
-@pytest.mark.parametrize("arch", IN_HALF_PRECISION)
+@pytest.mark.parametrize("arch", DEEP)
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.gpu)], ids=["bf16", "fp16"]
 )
@@ -80,7 +99,7 @@ def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools)
     assert fxopt.explain(model).fallbacks == ()
 
 
-@pytest.mark.parametrize("arch", IN_HALF_PRECISION)
+@pytest.mark.parametrize("arch", DEEP)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, device, tools):
     model = fxopt.optimize(tools.make_model(arch).to(device, dtype))
@@ -91,6 +110,8 @@ def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, devic
 
 @pytest.mark.parametrize("arch", [arch for arch in SITES if arch not in NOTHING_SAVED])
 def test_fewer_bytes_are_saved_for_backward(arch, device, twins, tools):
+    """Not of gpt_neox: its norms and MLP are left alone so far, and stock's cache, which training under fxopt does
+    without, copies v out of the packed projection, whose storage then dies (575,492 bytes against 522,628)."""
     model, stock = twins(arch, device)
     batch = tools.make_batch((2, 24), padded="none", device=device)
     tools.run_step(model, batch)  # Dynamo captures nothing while hooks on saved tensors are set

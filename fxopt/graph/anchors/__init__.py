@@ -14,6 +14,7 @@ from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.layer_norms import layer_norm_kind
 from fxopt.graph.anchors.losses import loss_kind
 from fxopt.graph.anchors.norms import norm_kind
+from fxopt.graph.anchors.rotations import rope_kind
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 
 
@@ -31,15 +32,21 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
 
     Kinds are "rms_norm" (a reciprocal root of a mean of squares), "layer_norm" (that of a value less its mean,
-    with a bias after it, or torch's own), "glu" (an activation times another value,
-    both from linear projections), and "cross_entropy", "linear_cross_entropy" where its logits come straight
-    from one linear layer.
+    with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "glu" (an
+    activation times another value, both from linear projections), and "cross_entropy",
+    "linear_cross_entropy" where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
         gates = Gates()
         for node in part.graph.nodes:
-            kind = layer_norm_kind(node) or norm_kind(node) or loss_kind(node) or gates.kind(node)
+            kind = (
+                layer_norm_kind(node)
+                or norm_kind(node)
+                or loss_kind(node)
+                or gates.kind(node)
+                or rope_kind(node)
+            )
             if kind:
                 anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))
     return tuple(anchors)

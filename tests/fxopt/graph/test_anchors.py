@@ -15,6 +15,7 @@ W = torch.randn(8)
 GATE = torch.randn(16, 8, requires_grad=True)
 UP = torch.randn(16, 8, requires_grad=True)
 PACKED = torch.randn(32, 8, requires_grad=True)
+TABLE = torch.randn(3, 8)
 ONE = torch.randn(1, 8)
 IDS = torch.tensor([[1, 2, 3], [4, -100, 5]])
 HEAD = torch.randn(11, 8, requires_grad=True)
@@ -68,6 +69,47 @@ def attention(x, g, u):
 def rotated(x, cos):
     q = F.linear(x, x[0, :, :].detach().mT @ x[0].detach())
     return q * cos.cos() + torch.cat((-q[..., 4:], q[..., :4]), -1) * cos.sin()
+
+
+def neighbours_rotated(x, cos):
+    xf = x.float()
+    turned = torch.stack([-xf[..., 1::2], xf[..., ::2]], dim=-1).flatten(-2)
+    return ((xf * cos.cos()) + (turned * cos.sin())).to(x.dtype)
+
+
+def rotated_backwards(x, cos):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((b, -a), -1) * cos
+
+
+def rotated_in_part(x, cos):
+    inside, passed = x.split([4, 4], -1)
+    return torch.cat(
+        (inside * cos[:, :4] + torch.cat((-inside[..., 2:], inside[..., :2]), -1) * cos[:, 4:], passed), -1
+    )
+
+
+def halves_rotated_apart(x, cos):
+    a, b = x[..., :4], x[..., 4:]
+    c, s = cos.chunk(2, -1)
+    return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+
+def lanes_rotated(x, cos):
+    a, b = x.reshape(2, 3, 4, 2).unbind(-1)
+    c, s = cos.chunk(2, -1)
+    return torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2)
+
+
+def rotated_as_complex(x, cos):
+    turns = torch.polar(torch.ones_like(cos[:, :4]), cos[:, :4])
+    pairs = torch.view_as_complex(x.float().reshape(2, 3, 4, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+def complex_product(x, w):
+    a, b, c, d = x[..., :4], x[..., 4:], w[..., :4], w[..., 4:]
+    return torch.cat((a.tanh() * c - b.tanh() * d, a.tanh() * d + b.tanh() * c), -1)
 
 
 SITES = {
@@ -142,7 +184,22 @@ SITES = {
         [],
     ),
     "a gated attention": (attention, (X, GATE, UP), []),
-    "a rotary table": (rotated, (X, torch.randn(3, 8)), []),
+    "rotated": (rotated, (X, TABLE), ["rope"]),
+    "rotated twice": (lambda x, c: rotated(rotated_backwards(x, c), c), (X, TABLE), ["rope", "rope"]),
+    "neighbours rotated": (neighbours_rotated, (X.detach().bfloat16(), TABLE), ["rope"]),
+    "rotated backwards": (rotated_backwards, (X, TABLE), ["rope"]),
+    "rotated in part": (rotated_in_part, (X, TABLE), ["rope"]),
+    "halves rotated apart": (halves_rotated_apart, (X, TABLE), ["rope"]),
+    "lanes rotated": (lanes_rotated, (X, TABLE), ["rope"]),
+    "rotated as complex numbers": (rotated_as_complex, (X, TABLE), ["rope"]),
+    "a turn by a quarter": (lambda x: torch.cat((-x[..., 4:], x[..., :4]), -1), (X,), []),
+    "halves of two tensors": (
+        lambda x, t: torch.cat((-x[..., 4:], x[..., :4].tanh()), -1) * t,
+        (X, TABLE),
+        [],
+    ),
+    "one half twice": (lambda x, t: torch.cat((-x[..., 4:], x[..., 4:]), -1) * t, (X, TABLE), []),
+    "a product of complex numbers": (complex_product, (X, W), []),
     "a bilinear product": (lambda x, g, u: F.linear(x, g) * F.linear(x, u), (X, GATE, UP), []),
     "loss of a head": (
         lambda x, h, i: F.cross_entropy(F.linear(x, h).float().view(-1, 11), i.view(-1)),

@@ -27,20 +27,21 @@ SIZES: dict[str, Any] = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
-# model type: anchors in one block
+# model type: anchors in one block; q and k are turned in each
 BLOCKS = {
-    "llama": {"rms_norm": 2, "glu": 1},
-    "qwen2": {"rms_norm": 2, "glu": 1},
-    "qwen3": {"rms_norm": 4, "glu": 1},  # with the norms of q and k
-    "gemma2": {"rms_norm": 4, "glu": 1},  # before and after attention and MLP
-    "olmo2": {"rms_norm": 4, "glu": 1},  # of q, of k, after attention, after the MLP
-    "cohere": {"rms_norm": 1, "glu": 1},  # attention and MLP stand side by side behind one centred norm
-    "gpt_oss": {"rms_norm": 2, "glu": 1},  # all experts at once; the clamped, shifted form
-    "glm4": {"rms_norm": 4, "glu": 1},  # gate and up from one packed projection
-    "phi3": {"rms_norm": 2, "glu": 1},
-    "qwen3_moe": {"rms_norm": 4, "glu": 1},
-    "gpt_neox": {"layer_norm": 2},
-    "stablelm": {"layer_norm": 2, "glu": 1},
+    "llama": {"rms_norm": 2, "rope": 2, "glu": 1},
+    "qwen2": {"rms_norm": 2, "rope": 2, "glu": 1},
+    "qwen3": {"rms_norm": 4, "rope": 2, "glu": 1},  # with the norms of q and k
+    "gemma2": {"rms_norm": 4, "rope": 2, "glu": 1},  # before and after attention and MLP
+    "olmo2": {"rms_norm": 4, "rope": 2, "glu": 1},  # of q, of k, after attention, after the MLP
+    # attention and MLP stand side by side behind one centred norm
+    "cohere": {"rms_norm": 1, "rope": 2, "glu": 1},
+    "gpt_oss": {"rms_norm": 2, "rope": 2, "glu": 1},  # all experts at once; the clamped, shifted form
+    "glm4": {"rms_norm": 4, "rope": 2, "glu": 1},  # gate and up from one packed projection
+    "phi3": {"rms_norm": 2, "rope": 2, "glu": 1},
+    "qwen3_moe": {"rms_norm": 4, "rope": 2, "glu": 1},
+    "gpt_neox": {"layer_norm": 2, "rope": 2},
+    "stablelm": {"layer_norm": 2, "rope": 2, "glu": 1},
 }
 
 
@@ -121,19 +122,23 @@ def test_a_whole_model_with_its_loss(capture, canonical) -> None:
     anchors = find_anchors(captured.gm)
     assert [anchor.kind for anchor in anchors] == [
         "rms_norm",
+        "rope",
+        "rope",
         "rms_norm",
         "glu",
         "rms_norm",
         "linear_cross_entropy",
     ]
     modules = [anchor.module for anchor in anchors]
-    assert modules[:4] == [
+    assert modules[:6] == [
         "model.layers.0.input_layernorm",
+        "model.layers.0.self_attn",
+        "model.layers.0.self_attn",
         "model.layers.0.post_attention_layernorm",
         "model.layers.0.mlp",
         "model.norm",
     ]
-    assert [anchor.location.split(":")[0] for anchor in anchors] == ["modeling_llama.py"] * 4 + [
+    assert [anchor.location.split(":")[0] for anchor in anchors] == ["modeling_llama.py"] * 6 + [
         "loss_utils.py"
     ]
     canonical(captured)
@@ -154,7 +159,7 @@ def test_checkpointed_blocks_are_looked_into(capture, canonical) -> None:
     if not any(node.op == "get_attr" for node in captured.gm.graph.nodes):
         pytest.skip("this transformers checkpoints outside of the captured call")
     nodes = [anchor.node for anchor in find_anchors(captured.gm)]
-    assert sum("/" in node for node in nodes) == 3
+    assert sum("/" in node for node in nodes) == 5
     canonical(captured)
 
 
@@ -164,5 +169,5 @@ def test_autocast_with_symbolic_shapes(canonical) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         capture_block(model, model.model.layers[0], captured, dynamic=True, input_ids=ids, use_cache=False)
         gm, inputs = captured[0]
-        assert Counter(anchor.kind for anchor in find_anchors(gm)) == {"rms_norm": 2, "glu": 1}
+        assert Counter(anchor.kind for anchor in find_anchors(gm)) == {"rms_norm": 2, "rope": 2, "glu": 1}
         canonical((gm, inputs))

@@ -166,6 +166,11 @@ TABLE = {
         "cat((%0, %1), dim=-1)",
         [lambda a, b: torch.cat([a, b], dim=-1), lambda a, b: torch.cat((a, b), 2)],
     ),
+    "stack": (
+        (LEAF, LEAF),
+        "stack((%0, %0), dim=-1)",
+        [lambda a, b: torch.stack([a, b], dim=-1), lambda a, b: torch.stack((a, b), 3)],
+    ),
     "softmax": (
         (LEAF,),
         "softmax(%0, dim=-1, dtype=None)",
@@ -271,6 +276,18 @@ def test_symbolic_sizes_stay_symbolic(capture, canonical) -> None:
     x, y = torch.randn(5, 6, 4, requires_grad=True), torch.randn(5, 6, 4)
     gm = canonical(capture(function, x, y, dynamic=True))
     assert [node.op for node in gm.graph.nodes if node.op == "call_method" and node.target != "size"] == []
+
+
+def test_a_symbol_that_is_an_input_is_read_as_such(capture, canonical) -> None:
+    def function(x):
+        return torch.stack((-x, x), dim=-1).flatten(-2)
+
+    x = torch.randn(5, 6, 4)
+    torch._dynamo.mark_dynamic(x, (0, 1))
+    gm = canonical(capture(function, x, dynamic=None))
+    (stacked,) = gm.graph.find_nodes(op="call_function", target=torch.stack)
+    (flat,) = stacked.users
+    assert [size.op for size in flat.kwargs["shape"][:2]] == ["placeholder", "placeholder"]
 
 
 def test_numbers_that_dynamo_fixed_are_written_out(capture, canonical) -> None:

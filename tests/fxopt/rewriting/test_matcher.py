@@ -14,6 +14,7 @@ from fxopt.rewriting.matcher import find_matches, unify_shape
 from fxopt.rewriting.pattern import Pattern, call
 from fxopt.rewriting.roots import find_rare_ops
 from fxopt.rewriting.terms import (
+    also,
     attribute,
     cast,
     cat,
@@ -196,6 +197,20 @@ def test_several_outputs_share_their_names(builder: Any) -> None:
     builder.call(torch.sigmoid, builder.call(torch.exp, a))
     alone = builder.call(torch.tanh, builder.call(torch.exp, b))
     assert list(find_matches(pattern, alone, trace)) == []
+
+
+def test_a_further_output_may_be_missing(builder: Any) -> None:
+    a, b, c, d, e = (builder.input(name, 3) for name in "abcde")
+    left, right = builder.call(torch.mul, a, c), builder.call(torch.mul, b, c)
+    alone = builder.call(torch.mul, d, e)
+    x, y, shared = tensor("x"), tensor("y"), tensor("shared")
+    pattern = Pattern(
+        "two", lambda: (x * shared, also(y * shared)), replace=lambda m: call(torch.exp, m["x"])
+    )
+    trace = Trace("two")
+    found = [outputs for _, outputs in find_matches(pattern, left, trace)]
+    assert found.index((left, right)) < found.index((left,))
+    assert {outputs for _, outputs in find_matches(pattern, alone, trace)} == {(alone, alone), (alone,)}
 
 
 def test_the_reason_is_that_of_the_failure_that_came_furthest(builder: Any) -> None:
