@@ -1,6 +1,7 @@
 """Plain records of what fxopt found and did; every other part fills them, `report/` renders them.
 
-Nothing here imports fxopt or torch: a record is made of strings, numbers and other records.
+A record is made of strings, numbers and other records, and knows neither torch nor any other part of fxopt; only a
+report's `str` goes to the renderer beside it.
 """
 
 from __future__ import annotations
