@@ -84,7 +84,7 @@ class PassRecord:
 
 @dataclasses.dataclass(frozen=True)
 class GraphRecord:
-    """One capture of a region: its code before and after, and what each pass did."""
+    """One capture of a region: its graph before and after, as `graph.snapshot` writes it, and what each pass did."""
 
     region: str
     capture: int
