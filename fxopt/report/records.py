@@ -52,7 +52,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class RewriteRecord:
-    """One replacement: the nodes that went, the nodes that came, and the bytes it no longer saves."""
+    """One replacement: the nodes that went and the nodes that came, and the attributes of the op among these."""
 
     pattern: str
     op: str
@@ -120,7 +120,11 @@ class Fallback:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What fxopt found and did in one model; `print(report)` is the graph diff as text."""
+    """What fxopt found and did in one model; `print(report)` is the graph diff as text.
+
+    `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
+    asked for where none is compiled yet.
+    """
 
     model: str
     sites: tuple[Site, ...] = ()
@@ -132,7 +136,6 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
     lowering: str = ""
-    guards: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole report as JSON text."""

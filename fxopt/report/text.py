@@ -39,7 +39,6 @@ def render_text(report: Report) -> str:
         _render_proofs(report.sites),
         _render_regions(report),
         _render_fallbacks(report),
-        _render_list("Guards", report.guards),
         _render_list("Notes", report.notes),
         _render_passes(report),
         *_render_graphs(report.graphs),

@@ -144,6 +144,7 @@ def test_explain_before_the_first_step_runs_small_inputs_and_costs_no_later_capt
         (s.pattern, s.op, s.count, s.status) for s in after.sites
     }
     assert all(region.captures == 1 for region in after.regions)
+    assert (before.lowering, after.lowering) == ("auto", "plain"), "what was asked for, then what ran"
 
 
 def test_a_model_that_takes_no_input_ids_asks_for_inputs():

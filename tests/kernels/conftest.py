@@ -20,7 +20,6 @@ if not torch.cuda.is_available():
 from fxopt.kernels import launch
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR_EPS = {
     "cpu": 1.0,
     "cuda": 0.5,

@@ -50,7 +50,6 @@ def test_generate_makes_no_capture_and_gives_stock_tokens(twins, install):
     assert torch.equal(*tokens)
     assert not installation.ledger.captures
     assert not installation.ledger.fallbacks
-    assert installation.ledger.stock_calls["without gradients"] > 0
 
 
 def test_a_hook_added_inside_after_capture_fires_and_is_counted(twins, install, assert_same_step):

@@ -116,7 +116,6 @@ FULL = Report(
         RegionRecord("model", "", 1, "stock", 0, "graph break at modeling.py:300: data-dependent loop"),
     ),
     fallbacks=(Fallback("model.layers.0", "called with a cache", 56),),
-    guards=("hidden_states: [s0, s1, 64]",),
     notes=("use_cache is True in training: the cache is not built",),
 )  # fmt: skip
 CASES = {
