@@ -192,13 +192,6 @@ def test_changing_shapes_settle_on_dynamic_captures(twins, install, assert_same_
     assert not installation.ledger.fallbacks
 
 
-def test_inductor_runs_without_custom_passes_that_would_turn_its_cache_off():
-    from torch._inductor import config
-
-    for name in ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass"):
-        assert getattr(config, name) is None
-
-
 def test_a_cache_object_in_training_runs_stock_and_is_counted(build, install):
     model = build()
     installation = install(model)
