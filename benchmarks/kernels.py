@@ -13,7 +13,8 @@ between runs, for
                products alone
 
 An op is timed only after its own tests (`tests/kernels/test_<op>.py -m gpu`) have passed on this GPU, and a size
-only after the op has agreed with its reference there; what is refused is in the results. Rows that fxopt loses are kept.
+only after the op has agreed with its reference there; what is refused is in the results. Rows that fxopt loses
+are kept.
 """
 
 from __future__ import annotations
