@@ -44,7 +44,7 @@ test-all: test test-slow ## test, and the slow tests
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
 
-bench: setup ## Time the kernels whose tests pass, on a CUDA device
+bench: setup ## Run each kernel's tests on a CUDA device, and time those that pass
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean: ## Remove .venv and all that was built

@@ -12,7 +12,9 @@ between runs, for
     copy       a copy that moves the bytes the kernel has to move; for linear_cross_entropy `gemms`, its matrix
                products alone
 
-A row is printed only if the op agrees with its reference first. Rows that fxopt loses are kept.
+An op is timed only after its own tests (`tests/kernels/test_<op>.py -m gpu`) have passed on this GPU, and a size
+only after the op has agreed with its reference there; what is refused is in the results. Rows that fxopt loses
+are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ from benchmarks.cases import ALL
 from benchmarks.cases.case import Case, Function
 from fxopt.kernels.launch import find_obstacle
 
-GATE_ROWS = 256
+ROOT = Path(__file__).parent.parent
+HEAD_ROWS = 512
+"""Rows a loss head is checked with: its logits in float64 would not fit at the size that is timed."""
+FLOOR = 2**-8
+"""Half an eps of bf16, what the kernels' tests allow on a GPU beside twice eager's own error."""
 COLUMNS = ("fxopt", "launch", "liger", "cce", "compile", "eager", "copy", "gemms")
 
 
@@ -42,6 +48,18 @@ def outputs_of(function: Function, tensors: list[torch.Tensor]) -> tuple[torch.T
     """Return what `function` returns, as a tuple."""
     found = function(*tensors)
     return found if isinstance(found, tuple) else (found,)
+
+
+def find_red_tests(op: str) -> str | None:
+    """Run the tests of `op` on this GPU and return why it may not be timed, or None."""
+    path = ROOT / "tests" / "kernels" / f"test_{op}.py"
+    if not path.exists():
+        return f"there is no {path.relative_to(ROOT)}, expected the tests of its kernels"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    return f"its tests are red (exit code {done.returncode}):\n{(done.stdout + done.stderr)[-2000:]}"
 
 
 def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -57,14 +75,20 @@ def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtyp
 
 
 def find_disagreement(case: Case) -> str | None:
-    """Return where the op is further from fp32 than twice eager, or None."""
-    tensors = case.make(GATE_ROWS)
-    exact = gradients(case.contestants["eager"], tensors, torch.float32)
+    """Return where the op is further from its reference in float64 than twice eager is, or None.
+
+    No kernel takes float64: there the op itself is its reference, with the attributes the case gives it.
+    """
+    tensors = case.make(case.rows if case.gemms is None else min(case.rows, HEAD_ROWS))
+    exact = gradients(case.contestants["fxopt"], tensors, torch.float64)
     eager = gradients(case.contestants["eager"], tensors, torch.bfloat16)
     ours = gradients(case.contestants["fxopt"], tensors, torch.bfloat16)
     for index, (value, stock, truth) in enumerate(zip(ours, eager, exact, strict=True)):
-        error, allowed = ((other.float() - truth).norm() / truth.norm() for other in (value, stock))
-        if not error <= 2 * allowed + 2**-8:
+        error, allowed = (
+            torch.linalg.vector_norm(other.double() - truth) / torch.linalg.vector_norm(truth)
+            for other in (value, stock)
+        )
+        if not error <= 2 * allowed + FLOOR:
             return f"output {index}: error {error:.2e}, eager has {allowed:.2e}"
     return None
 
@@ -173,13 +197,16 @@ def describe_machine(commit: str | None) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run all cases, or those named; return 1 if an op disagreed with its reference."""
+    """Run all cases, or those named; return 1 if one was refused: its tests are red, or its result is off."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--commit", help="the commit measured, where there is no git")
     parser.add_argument("--only", default="", help="kernels to run, separated by commas")
+    parser.add_argument(
+        "--skip-tests", action="store_true", help="the kernels' tests just passed here; the results say it"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.kernels: no CUDA device, expected one; kernels are timed on a GPU only")
@@ -194,9 +221,26 @@ def main() -> int:
         f"{'kernel':21} {'size':38} {'pass':9}" + "".join(f"{name:>9}" for name in COLUMNS) + "  fxopt/copy"
     )
     rows: list[dict[str, Any]] = []
-    disagreements: list[str] = []
+    refusals: list[str] = []
+    tests: dict[str, str] = {}
+
+    def write() -> None:
+        if arguments.out is not None:
+            result = {"machine": machine, "tests": tests, "rows": rows, "refusals": refusals}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def refuse(text: str) -> None:
+        refusals.append(text)
+        print(text, flush=True)
+        write()
+
     for name, make_cases in ALL.items():
         if arguments.only and name not in arguments.only.split(","):
+            continue
+        red = None if arguments.skip_tests else find_red_tests(name)
+        tests[name] = "skipped by --skip-tests" if arguments.skip_tests else "red" if red else "passed"
+        if red is not None:
+            refuse(f"{name}: not timed: {red}")
             continue
         for case in make_cases():
             torch.manual_seed(0)
@@ -204,17 +248,14 @@ def main() -> int:
             disagreement = find_disagreement(case)
             torch.cuda.empty_cache()
             if disagreement is not None:
-                disagreements.append(f"{case.kernel} {case.size}: not timed: {disagreement}")
-                print(disagreements[-1], flush=True)
+                refuse(f"{case.kernel} {case.size}: not timed: {disagreement}")
                 continue
             for row in run_case(case):
                 rows.append(row)
                 print(render_row(row), flush=True)
             torch.cuda.empty_cache()
-            if arguments.out is not None:
-                result = {"machine": machine, "rows": rows, "disagreements": disagreements}
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if disagreements else 0
+            write()
+    return 1 if refusals else 0
 
 
 if __name__ == "__main__":

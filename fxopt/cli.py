@@ -87,7 +87,11 @@ def report(
 ) -> None:
     """Print what fxopt would do to a model, from its config alone: no weights are loaded."""
     if (source is None) == (arch is None):
-        raise FxoptError("report: expected a path or hub name, or --arch MODEL_TYPE, and not both")
+        got = "neither" if arch is None else f"both, {source!r} and --arch {arch}"
+        raise FxoptError(
+            f"report: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
+            "try fxopt report --arch llama"
+        )
     import fxopt
     from fxopt.demo.models import build_meta_model, default_config, load_config
 

@@ -81,10 +81,14 @@ def check_options(
         _check_name("disable", name, tuple(dict.fromkeys((*names, *by_name))))
     _check_name("lowering", lowering, LOWERINGS)
     _check_name("verify", verify, VERIFY)
-    for subject, value in (("strict", strict), ("partial", partial)):
-        if not isinstance(value, bool):
-            raise FxoptError(f"{subject}: expected True or False, got {value!r}")
+    _check_flag("strict", strict)
+    _check_flag("partial", partial)
     return Options(tuple(chosen), disabled, lowering, verify, strict, partial)
+
+
+def _check_flag(subject: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise FxoptError(f"{subject}: expected True or False, got {value!r}")
 
 
 def _check_name(subject: str, name: object, valid: tuple[str, ...]) -> None:

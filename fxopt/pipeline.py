@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture.installation import Installation, check_model, find_installation
-from fxopt.capture.lowering import choose_lowering, run_uncompiled
+from fxopt.capture.lowering import choose_lowering, name_of, run_uncompiled
 from fxopt.capture.segments import compile_model_graph
 from fxopt.capture.small_inputs import run_on_small_inputs
 from fxopt.capture.warming import start_warming
@@ -235,6 +235,7 @@ def _new_installation(
         lowering, reason = choose_lowering(options.lowering, gm)
         if reason:
             installation.ledger.note(reason)
+        installation.ledger.lowerings.setdefault(name_of(lowering))
         return lowering(gm, example_inputs)
 
     installation = Installation(

@@ -81,7 +81,7 @@ def build_report(installation: Installation) -> Report:
         regions=_regions(installation),
         fallbacks=ledger.fallback_records(),
         notes=tuple(ledger.notes),
-        lowering=installation.options.lowering,
+        lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
     )
 
 

@@ -18,6 +18,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+PATH = re.compile(
+    r"(?<![\w./-])((?:fxopt|patterns|kernels|tests|benchmarks|docs)/[\w./<>]*)(?:::(\w+))?"
+    r"|`((?!\.venv)[\w./<>-]*(?:/|\.py|\.md|\.toml))`"
+)
+"""A path from the root or, in backquotes, also from `fxopt/` or the page's folder; and a name in that file."""
 
 
 def module_names() -> list[str]:
@@ -47,6 +52,26 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_links_lead_somewhere(page: Path) -> None:
     missing = [target for target in LINK.findall(page.read_text()) if not (page.parent / target).exists()]
     assert missing == []
+
+
+def find_missing_paths(text: str, folder: Path) -> list[str]:
+    missing: list[str] = []
+    for named, symbol, short in PATH.findall(text):
+        path = (named or short).replace("<name>", "glu").rstrip(".")
+        file = next((root / path for root in (ROOT, ROOT / "fxopt", folder) if (root / path).exists()), None)
+        if file is None or (symbol and not re.search(rf"^{symbol}\b", file.read_text(), re.MULTILINE)):
+            missing.append(named or short)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_named_in_the_text_exist(page: Path) -> None:
+    assert find_missing_paths(page.read_text(), page.parent) == []
+
+
+def test_a_path_that_is_gone_is_found() -> None:
+    text = "see `fxopt/graph/anchors.py`, `gone/`, patterns/__init__.py::NONE and `report/`, `kernels/<name>.py`."
+    assert find_missing_paths(text, ROOT) == ["fxopt/graph/anchors.py", "gone/", "patterns/__init__.py"]
 
 
 @pytest.mark.parametrize("name", module_names())

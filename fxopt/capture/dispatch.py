@@ -41,7 +41,6 @@ class BlockCalls:
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one block: compiled where fxopt serves the call, else stock."""
         if not torch.is_grad_enabled():
-            self.ledger.stock_calls["without gradients"] += 1
             return torch_compat.stock_call(block, *args, **kwargs)
         hooks = find_hooks(block)
         reason = self.find_obstacle(block, hooks, args, kwargs)

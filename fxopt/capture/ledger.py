@@ -25,7 +25,7 @@ class Ledger:
     captures: list[Capture] = dataclasses.field(default_factory=list)
     served: dict[str, Capture] = dataclasses.field(default_factory=dict)
     fallbacks: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
-    stock_calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    lowerings: dict[str, None] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     current: str = ""

@@ -33,6 +33,11 @@ def choose_lowering(name: str, gm: fx.GraphModule) -> tuple[Lowering, str]:
     return torch_compat.inductor_backend, ""
 
 
+def name_of(lowering: Lowering) -> str:
+    """Return what the options call a lowering that `choose_lowering` returned."""
+    return "inductor" if lowering is torch_compat.inductor_backend else "plain"
+
+
 def _on_gpu(gm: fx.GraphModule) -> bool:
     return any(
         isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.device.type == "cuda"

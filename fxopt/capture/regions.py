@@ -18,12 +18,8 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
-    """What of a model is compiled: its stacks of blocks, and the model itself as `root`.
+    """What of a model is compiled: its stacks of blocks and what follows them; without stacks, the whole of it."""
 
-    Without stacks the root is one region.
-    """
-
-    root: nn.Module
     stacks: tuple[Stack, ...]
 
     @property
@@ -60,15 +56,15 @@ def find_regions(model: nn.Module) -> Regions:
         if not any(path.startswith(f"{other}.") for other, _ in candidates if other != path)
     ]
     if not outermost:
-        return Regions(model, ())
+        return Regions(())
     total = sum(_num_parameters(module) for _, module in outermost)
     stacks = [
         _stack(path, module) for path, module in outermost if _num_parameters(module) >= MIN_SHARE * total
     ]
     held = sum(_num_parameters(block) for stack in stacks for block in stack.blocks)
     if held * 2 < _num_parameters(model) and not any(len(stack.blocks) > 1 for stack in stacks):
-        return Regions(model, ())
-    return Regions(model, tuple(stacks))
+        return Regions(())
+    return Regions(tuple(stacks))
 
 
 def _stack(path: str, module: nn.Module) -> Stack:

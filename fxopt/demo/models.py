@@ -102,7 +102,8 @@ def _from_config(config: PreTrainedConfig) -> torch.nn.Module:
     except (ValueError, KeyError) as error:
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise FxoptError(
-                f"{config.model_type}: transformers has no causal language model of this type, expected one"
+                f"{config.model_type}: transformers has no causal language model of this type, expected a decoder "
+                "with a language-model head\nchoose such a type: llama, qwen2, gemma2, olmo2 and others"
             ) from error
         raise
 

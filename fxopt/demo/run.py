@@ -104,12 +104,18 @@ def check_options(options: DemoOptions) -> None:
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FxoptError(f"--device: {options.device!r} cannot be used here: {reason}") from error
+        raise FxoptError(
+            f"--device: {options.device!r} cannot be used here, expected a device that torch sees: {reason}\n"
+            "give cpu, or cuda where torch was built for it and a GPU is there"
+        ) from error
     if torch.device(options.device).type == "meta":
         raise FxoptError("--device: a model on meta has no weights to train, expected cpu or cuda")
     folder = options.out.absolute().parent
     if not folder.is_dir():
-        raise FxoptError(f"--out: no such folder: {folder}")
+        raise FxoptError(
+            f"--out: expected a file in a folder that exists, got {options.out}: no such folder: {folder}\n"
+            "make that folder, or leave --out away to write fxopt-demo.png here"
+        )
     if options.out.is_dir():
         raise FxoptError(f"--out: expected a file to write, got the folder {options.out}")
 

@@ -1,6 +1,7 @@
 """Plain records of what fxopt found and did; every other part fills them, `report/` renders them.
 
-Nothing here imports fxopt or torch: a record is made of strings, numbers and other records.
+A record is made of strings, numbers and other records, and knows neither torch nor any other part of fxopt; only a
+report's `str` goes to the renderer beside it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class RewriteRecord:
-    """One replacement: the nodes that went, the nodes that came, and the bytes it no longer saves."""
+    """One replacement: the nodes that went and the nodes that came, and the attributes of the op among these."""
 
     pattern: str
     op: str
@@ -83,7 +84,7 @@ class PassRecord:
 
 @dataclasses.dataclass(frozen=True)
 class GraphRecord:
-    """One capture of a region: its code before and after, and what each pass did."""
+    """One capture of a region: its graph before and after, as `graph.snapshot` writes it, and what each pass did."""
 
     region: str
     capture: int
@@ -119,7 +120,11 @@ class Fallback:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What fxopt found and did in one model; `print(report)` is the graph diff as text."""
+    """What fxopt found and did in one model; `print(report)` is the graph diff as text.
+
+    `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
+    asked for where none is compiled yet.
+    """
 
     model: str
     sites: tuple[Site, ...] = ()
@@ -131,7 +136,6 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
     lowering: str = ""
-    guards: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole report as JSON text."""

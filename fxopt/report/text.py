@@ -7,7 +7,6 @@ graph of each distinct block before and after, as a unified diff.
 from __future__ import annotations
 
 import difflib
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,8 +16,6 @@ from fxopt.report.records import GraphRecord, PassRecord, Proof, Report, Site, S
 WIDTH = 110
 DIFF_CONTEXT = 2
 STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
-
-_FREED_NAMES = re.compile(r";\s*(?:\w+ = )+None\b.*$")
 
 
 def render_text(report: Report) -> str:
@@ -42,7 +39,6 @@ def render_text(report: Report) -> str:
         _render_proofs(report.sites),
         _render_regions(report),
         _render_fallbacks(report),
-        _render_list("Guards", report.guards),
         _render_list("Notes", report.notes),
         _render_passes(report),
         *_render_graphs(report.graphs),
@@ -211,7 +207,7 @@ def _render_graphs(graphs: Sequence[GraphRecord]) -> list[list[str]]:
 
 
 def _diff(before: str, after: str) -> list[str]:
-    lines = difflib.unified_diff(_code_lines(before), _code_lines(after), lineterm="", n=DIFF_CONTEXT)
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=DIFF_CONTEXT)
     rendered: list[str] = []
     for line in lines:
         if line.startswith(("---", "+++")):
@@ -227,12 +223,6 @@ def _diff(before: str, after: str) -> list[str]:
             replace_whitespace=False,
         ) or [f"  {sign}".rstrip()]
     return rendered
-
-
-def _code_lines(code: str) -> list[str]:
-    """Return the lines of fx-generated `code` without the `; name = None` that free names."""
-    lines = (_FREED_NAMES.sub("", line).rstrip() for line in code.expandtabs(4).splitlines())
-    return [line for line in lines if line]
 
 
 def _times(count: int) -> str:

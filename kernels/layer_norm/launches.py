@@ -109,7 +109,7 @@ def launch_backward(
             BLOCK_COLUMNS=block_columns,
             STAGES=num_stages_for(tile_bytes * per_processor, x.device) if columns <= block_columns else 1,
             num_warps=num_warps_for(tile_elements),
-            enable_fp_fusion=False,  # a difference of equal products is 0: a fused multiply-add leaves a rounding of one
+            enable_fp_fusion=False,  # a fused multiply-add would make a difference of equal products not 0
         )
         if num_sums:
             block = 64

@@ -182,8 +182,10 @@ def test_the_trainer_trains_and_evaluates_with_metrics(twins, tmp_path, bf16):
         logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         metrics.append(trainer.evaluate()["eval_top"])
         assert seen == [(16, 16, 256)]
-    assert logs[0] == pytest.approx(logs[1], rel=2e-2 if bf16 else 1e-4)
-    assert metrics[0] == pytest.approx(metrics[1], abs=0.05 if bf16 else 1e-6)
+    # Measured over the four steps: 1.4e-5 in bf16 and 8.6e-8 in fp32; the metrics were equal.
+    assert logs[0] == pytest.approx(logs[1], rel=2e-4 if bf16 else 1e-6)
+    one_token = 1 / (16 * 16)
+    assert metrics[0] == pytest.approx(metrics[1], abs=one_token if bf16 else 1e-9)
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     assert any(site.op == "linear_cross_entropy" for site in report.sites)

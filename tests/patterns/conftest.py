@@ -15,6 +15,19 @@ from fxopt.graph.canonicalize import canonicalize
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+MOST_EPS, MOST_EPS_FLOAT32 = 4, 16
+"""By how many eps of a graph's coarsest dtype rewritten and stock values may differ, as a ratio of norms.
+
+Measured on a CPU over all examples, mutations and tiny models: 1.9 in bf16 (392 values) and 0.4 in fp16, where the
+rewritten graph rounds less often; 4.0 in fp32 (47 values), where both sum the same terms in another order.
+"""
+
+
+def relative_error(value: torch.Tensor, stock: torch.Tensor) -> float:
+    norm = torch.linalg.vector_norm(stock.double())
+    return (torch.linalg.vector_norm(value.double() - stock.double()) / (norm or 1)).item()
+
+
 class Captured:
     """One function as Dynamo captures it: the graph, and the values of its placeholders."""
 
@@ -46,6 +59,19 @@ class Captured:
         gm = fx.GraphModule(self.stock, copy_graph(self.stock.graph))
         canonicalize(gm)
         return gm
+
+    def check_equal(self, gm: fx.GraphModule) -> None:
+        """Check that `gm` equals the stock graph, up to a few roundings, in all outputs and all gradients."""
+        values = [node.meta.get("example_value") for node in self.stock.graph.nodes]
+        floats = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        eps = max(torch.finfo(value.dtype).eps for value in floats)
+        (outputs, gradients), (new_outputs, new_gradients) = self.run(self.stock), self.run(gm)
+        for stock, new in zip((*outputs, *gradients), (*new_outputs, *new_gradients), strict=True):
+            assert new.dtype == stock.dtype
+            assert new.shape == stock.shape
+            error = relative_error(new, stock)
+            most = MOST_EPS_FLOAT32 if eps <= torch.finfo(torch.float32).eps else MOST_EPS
+            assert error <= most * eps, f"{error / eps:.2f} eps, expected at most {most}"
 
     def run(self, gm: fx.GraphModule) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the float outputs of `gm` and the gradients of its inputs, under a fixed gradient."""

@@ -104,18 +104,6 @@ def count(result: RewriteResult) -> dict[str, int]:
     return dict(collections.Counter(done.match.pattern.name for done in result.rewrites))
 
 
-def check_equal(captured: Any, gm: Any) -> None:
-    """Outputs and all gradients differ by a few roundings in the narrowest dtype of the graph."""
-    values = [node.meta.get("example_value") for node in captured.stock.graph.nodes]
-    floats = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    eps = max(torch.finfo(value.dtype).eps for value in floats)
-    (stock, stock_gradients), (new, gradients) = captured.run(captured.stock), captured.run(gm)
-    for a, b in zip((*stock, *stock_gradients), (*new, *gradients), strict=True):
-        norm = torch.linalg.vector_norm(a.double())
-        error = torch.linalg.vector_norm(a.double() - b.double()) / (norm or 1)
-        assert error < 6 * eps + 1e-5
-
-
 # transformers caches a version check that Dynamo traces through.
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 
@@ -125,14 +113,14 @@ def test_a_model_is_rewritten_at_every_site(capture: Callable[..., Any], name: s
     captured = capture(make_model(name), (), **make_inputs())
     gm, result = rewrite(captured)
     assert count(result) == EXPECTED[name]
-    check_equal(captured, gm)
+    captured.check_equal(gm)
 
 
 def test_in_fp32_the_rewritten_model_is_the_stock_one(capture: Callable[..., Any]) -> None:
     captured = capture(make_model("llama", torch.float32), (), **make_inputs())
     gm, result = rewrite(captured)
     assert count(result) == EXPECTED["llama"]
-    check_equal(captured, gm)
+    captured.check_equal(gm)
 
 
 def test_under_autocast_operands_are_cast_as_autocast_does(capture: Callable[..., Any]) -> None:
@@ -144,7 +132,9 @@ def test_under_autocast_operands_are_cast_as_autocast_does(capture: Callable[...
         (head,) = (done for done in result.rewrites if done.record.op == "linear_cross_entropy")
         assert sum("cast" in name for name in head.after) == 2
         (stock, _), (new, _) = captured.run(captured.stock), captured.run(gm)
-    assert torch.allclose(stock[0], new[0], rtol=1e-2)
+    assert torch.allclose(
+        stock[0], new[0], rtol=2e-4
+    )  # measured 1.4e-5; over 32 draws each is up to 4.8e-5 from fp32
     assert stock[0].dtype == new[0].dtype
 
 
@@ -154,7 +144,7 @@ def test_a_number_of_items_becomes_the_denominator(capture: Callable[..., Any]) 
     assert count(result) == EXPECTED["llama"]
     (head,) = (done for done in result.rewrites if done.record.op == "linear_cross_entropy")
     assert head.match["denominator"] is not None
-    check_equal(captured, gm)
+    captured.check_equal(gm)
 
 
 def test_where_nothing_is_lazy_the_loss_alone_is_fused(capture: Callable[..., Any]) -> None:
@@ -164,7 +154,7 @@ def test_where_nothing_is_lazy_the_loss_alone_is_fused(capture: Callable[..., An
     (loss,) = (done for done in result.rewrites if done.record.op == "cross_entropy")
     miss = find_nearest_miss(gm, (LINEAR_CROSS_ENTROPY,), loss.match.nodes[-1].name, lazy_outputs=False)
     assert miss.pattern == "linear_cross_entropy"
-    check_equal(captured, gm)
+    captured.check_equal(gm)
 
 
 def test_kept_logits_are_marked(capture: Callable[..., Any]) -> None:
@@ -195,4 +185,4 @@ def test_symbolic_sizes_match_too(capture: Callable[..., Any], name: str) -> Non
     assert count(result) == EXPECTED[name]
     sizes = [size for done in result.rewrites for size in done.match.output.shape]
     assert any(isinstance(size, torch.SymInt) for size in sizes)
-    check_equal(captured, gm)
+    captured.check_equal(gm)

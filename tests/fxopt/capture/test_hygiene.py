@@ -50,7 +50,6 @@ def test_generate_makes_no_capture_and_gives_stock_tokens(twins, install):
     assert torch.equal(*tokens)
     assert not installation.ledger.captures
     assert not installation.ledger.fallbacks
-    assert installation.ledger.stock_calls["without gradients"] > 0
 
 
 def test_a_hook_added_inside_after_capture_fires_and_is_counted(twins, install, assert_same_step):
@@ -191,13 +190,6 @@ def test_changing_shapes_settle_on_dynamic_captures(twins, install, assert_same_
         assert_same_step(model, stock, lambda m, ids=ids: m(input_ids=ids, labels=ids).loss)
     assert [c.region for c in installation.ledger.captures].count("model.layers") <= 2
     assert not installation.ledger.fallbacks
-
-
-def test_inductor_runs_without_custom_passes_that_would_turn_its_cache_off():
-    from torch._inductor import config
-
-    for name in ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass"):
-        assert getattr(config, name) is None
 
 
 def test_a_cache_object_in_training_runs_stock_and_is_counted(build, install):

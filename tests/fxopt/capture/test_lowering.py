@@ -8,6 +8,7 @@ import torch
 from fxopt.capture import torch_compat
 from fxopt.capture.lowering import choose_lowering
 from fxopt.capture.mutation import find_mutated_inputs
+from fxopt.kernels.glu import glu
 
 
 def capture(function, *args):
@@ -59,5 +60,32 @@ def test_auto_is_plain_on_a_cpu():
     assert choose_lowering("auto", gm) == (torch_compat.plain_backend, "")
 
 
-def test_inductors_pass_has_a_stable_identity_or_its_caches_are_off():
-    assert torch_compat.JointPasses().uuid() == torch_compat.JointPasses().uuid()
+@pytest.mark.slow  # a C++ compiler runs, for a quarter of a minute
+def test_a_graph_compiled_before_comes_from_inductors_cache():
+    """A pass of ours without an identity that stays the same would turn the caches off without a word."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.utils import fresh_cache
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        pytest.skip(f"Inductor needs a C++ compiler on a CPU: {error}")
+
+    def function(x, w):
+        return torch.sigmoid(glu(x * w, w, act="silu"))
+
+    def step():
+        counters.clear()
+        compiled = torch_compat.compile_frame(function, torch_compat.inductor_backend, fullgraph=True)
+        x, w = (torch.ones(64, requires_grad=True) for _ in range(2))
+        compiled(x, w).sum().backward()
+        return dict(counters["inductor"]), dict(counters["aot_autograd"])
+
+    with fresh_cache():
+        first, _ = step()
+        again, joint = step()
+    assert first["fxgraph_cache_miss"] == again["fxgraph_cache_hit"] == 2, "a forward and a backward graph"
+    assert "fxgraph_cache_bypass" not in {**first, **again}
+    assert joint["autograd_cache_hit"] == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from fxopt.capture import torch_compat
+from fxopt.demo.training import count_saved_bytes
 from fxopt.graph.view import modules_of
 
 
@@ -93,11 +95,19 @@ def test_module_paths_of_nodes_read_as_in_the_model():
 
 
 def test_plain_lowering_saves_no_more_than_stock_and_differentiates():
-    gm = torch.fx.symbolic_trace(lambda x, w: (torch.sigmoid(x * w).sum(),))
-    x, w = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
-    (out,) = torch_compat.plain_backend(gm, [x, w])(x, w)
-    ours = torch.autograd.grad(out, (x, w))
-    stock = torch.autograd.grad(torch.sigmoid(x * w).sum(), (x, w))
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((torch.sigmoid(x * w) + x.tanh()).sum(),)
+
+    def run(call: Callable[..., tuple[torch.Tensor]]) -> tuple[int, tuple[torch.Tensor, ...]]:
+        with count_saved_bytes(torch.nn.ParameterList([x, w])) as saved:  # its parameters are not counted
+            (out,) = call(x, w)
+        return saved.total, torch.autograd.grad(out, (x, w))
+
+    x, w = (torch.nn.Parameter(torch.randn(64)) for _ in range(2))
+    compiled = torch_compat.plain_backend(torch.fx.symbolic_trace(function), [x, w])
+    (our_bytes, ours), (stock_bytes, stock) = run(compiled), run(function)
+    assert stock_bytes == 2 * 64 * 4, "stock saves the results of sigmoid and tanh"
+    assert our_bytes <= stock_bytes
     assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
 
 
