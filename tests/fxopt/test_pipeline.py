@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxopt
+from fxopt.rewriting.terms import exp, tensor
 
 TINY = dict(
     hidden_size=64,
@@ -73,6 +74,10 @@ def test_a_module_without_repeated_blocks_is_one_region():
     assert (site.pattern, site.op, site.status, site.count) == ("rms_norm", "rms_norm", "rewritten", 1)
 
 
+MINE = fxopt.Pattern("mine", lambda: exp(tensor("x")), replace=lambda m: m["x"])
+BROKEN = fxopt.Pattern("broken", lambda: 3, replace=lambda m: m["x"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -82,6 +87,17 @@ def test_a_module_without_repeated_blocks_is_one_region():
         ({"verify": "yes"}, r"verify: unknown name 'yes', expected one of "),
         ({"patterns": (3,)}, r"patterns: expected names or fxopt.Pattern objects, got int"),
         ({"patterns": ("glu", "glu")}, r"patterns: glu is given 2 times"),
+        (
+            {"patterns": MINE},
+            r"patterns: expected a list of names or .*, got Pattern \(mine: exp\(x\)\)\nwrite ",
+        ),
+        ({"patterns": None}, r"patterns: expected a list of names or fxopt.Pattern objects, got NoneType"),
+        (
+            {"patterns": (BROKEN,)},
+            r"broken: search\(\) returned 3, expected a term, got int\nuse the operators",
+        ),
+        ({"disable": 3}, r"disable: expected a list of names of patterns, got int \(3\)\nwrite disable="),
+        ({"disable": (["glu"],)}, r"disable: unknown name \['glu'\], expected one of "),
         ({"strict": "no"}, r"strict: expected True or False, got 'no'"),
     ],
 )
