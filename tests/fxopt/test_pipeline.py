@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxopt
+from fxopt import pipeline
+from fxopt.options import Options
 from fxopt.rewriting.terms import exp, tensor
 
 TINY = dict(
@@ -193,6 +195,31 @@ def test_strict_raises_where_a_known_form_is_left_unmatched():
         fxopt.optimize(model, strict=True, disable=("glu",))
     assert slots(model) == 0
     fxopt.optimize(llama(), strict=True)
+
+
+def test_the_first_pass_is_held_to_the_stock_placeholders_and_verifying_is_not_its_time(monkeypatch):
+    def adding(gm, job):
+        first = next(iter(gm.graph.nodes))
+        with gm.graph.inserting_before(first):
+            gm.graph.placeholder("z").meta["example_value"] = None
+
+    def slow(gm, name):
+        time.sleep(0.2)
+
+    def make():
+        graph = torch.fx.Graph()
+        graph.output(graph.placeholder("x"))
+        return torch.fx.GraphModule({}, graph)
+
+    given = dict(region="", lazy_outputs=False, options=Options(patterns=()), prove=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify", slow)
+        records = pipeline.run_passes(make(), **given).graph.passes
+    assert [record.name for record in records] == ["canonicalize", "rewrite"]
+    assert all(record.time_ms < 150 for record in records)
+    monkeypatch.setattr(pipeline, "PASSES", (("adding", adding),))
+    with pytest.raises(fxopt.VerifyError, match="adding: the placeholders changed, expected x, got z, x"):
+        pipeline.run_passes(make(), **given)
 
 
 def test_a_site_of_which_no_pattern_has_an_op_says_what_was_expected():
