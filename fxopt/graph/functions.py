@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.graph.arguments import Form, bind, is_tensor, rank_of
+from fxopt.graph.arguments import Form, bind, rank_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor, can_bypass, num_edges
+from fxopt.graph.view import dtype_of, is_tensor
 
 
 def _activation(target: Any) -> Rule:
@@ -49,7 +50,7 @@ def _addmm(node: fx.Node, editor: Editor) -> Form | None:
     if bound is None or bound["beta"] != 1 or bound["alpha"] != 1 or rank_of(bound["x"]) != 1:
         return None
     weight = _weight_of(node, bound["mat1"], bound["mat2"])
-    if weight is None or _dtype(bound["x"]) != _dtype(node):
+    if weight is None or dtype_of(bound["x"]) != dtype_of(node):
         return None
     return Form(F.linear, (bound["mat1"], weight, bound["x"]), {})
 
@@ -62,7 +63,7 @@ def _weight_of(node: fx.Node, x: fx.Node, b: fx.Node) -> fx.Node | None:
     if b.target is not torch.transpose or rank_of(b) != 2 or rank_of(x) < 2:
         return None
     w = b.args[0]
-    if not isinstance(w, fx.Node) or not _dtype(node) == _dtype(x) == _dtype(w):
+    if not isinstance(w, fx.Node) or not dtype_of(node) == dtype_of(x) == dtype_of(w):
         return None
     moves_alone = num_edges(b) == 1 and can_bypass(b, w)
     return w if moves_alone or not w.meta["example_value"].requires_grad else None
@@ -95,10 +96,6 @@ def _layer_norm(node: fx.Node, editor: Editor) -> Form | None:
 
 def _as_tuple(shape: Any) -> Any:
     return tuple(shape) if isinstance(shape, list | tuple) else shape
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["example_value"].dtype
 
 
 RULES: dict[str, Rule] = {
