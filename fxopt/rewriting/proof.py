@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.graph import vocabulary
 from fxopt.report.records import Proof
-from fxopt.rewriting.legality import Autocast
+from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.runs import Values, as_dtype, replacement_run, run_with_gradients, stock_run
 from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, layout_of, propose_sizes
@@ -128,7 +128,7 @@ def _compare(
     exact = as_dtype(inputs, oracle_dtype)
     oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
     del exact
-    with _autocast(autocast):
+    with uncached_autocast(autocast):
         by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
         by_new = run_with_gradients(replacement_run(replacement, None), inputs, gradients)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
@@ -160,7 +160,7 @@ def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
         inputs = {node: sampler.sample(node) for node in match.inputs}
         if sizes is proposals[-1]:
             return sizes, inputs
-        with contextlib.suppress(Exception), torch.no_grad(), _autocast(autocast):
+        with contextlib.suppress(Exception), torch.no_grad(), uncached_autocast(autocast):
             outputs = stock_run(match, sizes, None)(inputs)
             if all(map(_has_form, outputs, match.outputs)):
                 return sizes, inputs
@@ -178,7 +178,7 @@ def _draw_gradients(match: Match, sizes: Sizes, inputs: Values, autocast: Autoca
     Drawn apart from the inputs: along x itself the gradient of a norm is all cancellation.
     """
     sampler = Sampler(match, sizes, GRADIENT_SEED)
-    with torch.no_grad(), _autocast(autocast):
+    with torch.no_grad(), uncached_autocast(autocast):
         return [sampler.like(output) for output in stock_run(match, sizes, None)(inputs)]
 
 
@@ -217,20 +217,6 @@ def _first_line(error: Exception) -> str:
 
 def _device_of(match: Match) -> torch.device:
     return match.output.device
-
-
-def autocast_of(match: Match) -> Autocast:
-    """Return the autocast state of the matched nodes: the graph's own switch, else the ambient state."""
-    device = _device_of(match).type
-    if match.autocast is not None:
-        return match.autocast
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-
-
-def _autocast(state: Autocast) -> torch.autocast:
-    device, dtype, enabled = state
-    # A cached cast of a weight would belong to the run before.
-    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def structure_of(match: Match, replacement: Replacement) -> Any:
