@@ -53,32 +53,30 @@ def check_options(
 
     Raises:
         UnknownNameError: a name that does not exist; the text lists the valid ones, nearest first.
-        FxoptError: a value of the wrong type.
+        FxoptError: a value of the wrong type, or a pattern that cannot be matched.
     """
-    if isinstance(patterns, str):
-        patterns = (patterns,)
-    if isinstance(disable, str):
-        disable = (disable,)
+    patterns = _listed("patterns", patterns, "names or fxopt.Pattern objects", "(*fxopt.ALL, MINE)")
+    disable = _listed("disable", disable, "names of patterns", "('glu',)")
     by_name = {pattern.name: pattern for pattern in known}
     chosen: list[NamedPattern] = []
     for pattern in patterns:
+        kind: Any = type(pattern)
         if isinstance(pattern, str):
             _check_name("patterns", pattern, tuple(by_name))
             pattern = by_name[pattern]
-        elif not (
-            isinstance(getattr(pattern, "name", None), str) and callable(getattr(pattern, "search", None))
-        ):
+        elif not (isinstance(getattr(pattern, "name", None), str) and hasattr(kind, "terms")):
             raise FxoptError(
                 f"patterns: expected names or fxopt.Pattern objects, got {type(pattern).__name__} "
                 f"({pattern!r:.60})\nuse one of {', '.join(by_name)}, or write one with fxopt.Pattern"
             )
+        _check_search(pattern)
         chosen.append(pattern)
     names = tuple(pattern.name for pattern in chosen)
     for name in sorted({name for name in names if names.count(name) > 1}):
         raise FxoptError(f"patterns: {name} is given {names.count(name)} times, expected once")
-    disabled = frozenset(disable)
-    for name in sorted(disabled, key=str):
+    for name in sorted(disable, key=str):
         _check_name("disable", name, tuple(dict.fromkeys((*names, *by_name))))
+    disabled = frozenset(disable)
     _check_name("lowering", lowering, LOWERINGS)
     _check_name("verify", verify, VERIFY)
     _check_flag("strict", strict)
@@ -89,6 +87,23 @@ def check_options(
 def _check_flag(subject: str, value: object) -> None:
     if not isinstance(value, bool):
         raise FxoptError(f"{subject}: expected True or False, got {value!r}")
+
+
+def _check_search(pattern: Any) -> None:
+    """Raise what is wrong with the terms of `pattern` now, not at the first training step."""
+    _ = pattern.terms
+
+
+def _listed(subject: str, value: Any, items: str, example: str) -> tuple[Any, ...]:
+    """Return the items of an option that takes several; a name alone is one item."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise FxoptError(
+            f"{subject}: expected a list of {items}, got {type(value).__name__} ({value!s:.60})\n"
+            f"write {subject}={example}"
+        )
+    return tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 def _check_name(subject: str, name: object, valid: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.snapshot import snapshot
-from fxopt.graph.verify import verify
+from fxopt.graph.verify import note_placeholders, verify
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
 from fxopt.report.records import GraphRecord, PassRecord, Report
@@ -71,6 +71,7 @@ def run_passes(
     Raises:
         VerifyError: a pass left the graph invalid.
     """
+    note_placeholders(gm)
     anchors = find_anchors(gm)
     before = snapshot(gm)
     job = Job(options, lazy_outputs, prove)
@@ -78,8 +79,8 @@ def run_passes(
     for name, run in PASSES:
         start, nodes_before = time.perf_counter(), len(gm.graph.nodes)
         run(gm, job)
-        verify(gm, name)
         elapsed_ms = (time.perf_counter() - start) * 1e3
+        verify(gm, name)
         records.append(PassRecord(name, round(elapsed_ms, 2), nodes_before, len(gm.graph.nodes)))
     gm.recompile()
     sites, mismatches = find_sites(gm, anchors, job.result, options.active_patterns, lazy_outputs)

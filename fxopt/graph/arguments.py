@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fxopt.graph.view import value_of
+
 KEYWORDS = {"input": "x", "self": "x", "axis": "dim", "axis0": "dim0", "axis1": "dim1"}
 SIZE_NAMES = ("size", "shape", "dims")
 
@@ -45,33 +47,28 @@ def sizes_of(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     if len(rest) == 1 and isinstance(rest[0], list | tuple):
         rest = tuple(rest[0])
-    if len(rest) == 1 and isinstance(rest[0], fx.Node) and isinstance(_value(rest[0]), torch.Size):
-        rest = tuple(_value(rest[0]))
+    if len(rest) == 1 and isinstance(rest[0], fx.Node) and isinstance(value_of(rest[0]), torch.Size):
+        rest = tuple(value_of(rest[0]))
     return rest if rest and all(is_integer(item) for item in rest) else None
 
 
 def is_integer(item: Any) -> bool:
     """Return whether `item` is an int or a node whose value is one."""
     if isinstance(item, fx.Node):
-        return isinstance(_value(item), int | torch.SymInt)
+        return isinstance(value_of(item), int | torch.SymInt)
     return isinstance(item, int) and not isinstance(item, bool)
 
 
 def is_number(item: Any) -> bool:
     """Return whether `item` is a Python number or a node whose value is one."""
     if isinstance(item, fx.Node):
-        return isinstance(_value(item), int | float | torch.SymInt | torch.SymFloat)
+        return isinstance(value_of(item), int | float | torch.SymInt | torch.SymFloat)
     return isinstance(item, int | float)
-
-
-def is_tensor(item: Any) -> bool:
-    """Return whether `item` is a node whose value is one tensor."""
-    return isinstance(item, fx.Node) and isinstance(_value(item), Tensor)
 
 
 def rank_of(node: fx.Node) -> int:
     """Return the number of dims of a tensor node."""
-    return _value(node).dim()
+    return value_of(node).dim()
 
 
 def from_last(dim: Any, rank: int) -> int | None:
@@ -109,7 +106,3 @@ def is_contiguous(value: Tensor) -> bool:
             return False
         expected = size * expected
     return True
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("example_value")

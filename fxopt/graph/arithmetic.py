@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.arguments import Form, bind, from_last, is_number, is_tensor, rank_of
+from fxopt.graph.arguments import Form, bind, from_last, is_number, rank_of
 from fxopt.graph.edit import Editor, fresh_like
+from fxopt.graph.view import is_tensor, value_of
 
 Rule = Callable[[fx.Node, Editor], Form | None]
 FULL_PRECISION = (torch.float32, torch.float64)
@@ -50,7 +51,7 @@ def _mul(node: fx.Node, editor: Editor) -> Form | None:
     if operands is None:
         return None
     a, b = _tensor_first(*operands)
-    if a is b and _value(a).dtype in FULL_PRECISION and not _value(a).requires_grad:
+    if a is b and value_of(a).dtype in FULL_PRECISION and not value_of(a).requires_grad:
         # With a gradient the two differ: x * x sends two terms into x, a power one, and under autocast
         # a power is computed in float32.
         return Form(torch.pow, (a,), {"exponent": 2})
@@ -67,7 +68,7 @@ def _div(node: fx.Node, editor: Editor) -> Form | None:
     # Tensor.__rtruediv__ is reciprocal() * number.
     if a == 1:
         return Form(torch.reciprocal, (b,), {})
-    reciprocal = editor.insert_before(node, torch.reciprocal, (b,), {}, fresh_like(_value(node)))
+    reciprocal = editor.insert_before(node, torch.reciprocal, (b,), {}, fresh_like(value_of(node)))
     return Form(torch.mul, (reciprocal, a), {})
 
 
@@ -85,7 +86,7 @@ def _pow(node: fx.Node, editor: Editor) -> Form | None:
     if bound is None or not is_tensor(bound["x"]) or not is_number(bound["exponent"]):
         return None
     x, exponent = bound["x"], bound["exponent"]
-    if isinstance(exponent, float) and exponent.is_integer() and _value(x).is_floating_point():
+    if isinstance(exponent, float) and exponent.is_integer() and value_of(x).is_floating_point():
         exponent = int(exponent)
     return Form(torch.pow, (x,), {"exponent": exponent})
 
@@ -139,7 +140,7 @@ def _reduced(dim: Any, x: fx.Node) -> tuple[int, ...] | None:
 
 def _is_default_dtype(dtype: Any, x: fx.Node) -> bool:
     # Under autocast a reduction that names no dtype is computed in float32, so naming it must change nothing.
-    return dtype is None or (dtype == _value(x).dtype and dtype in FULL_PRECISION)
+    return dtype is None or (dtype == value_of(x).dtype and dtype in FULL_PRECISION)
 
 
 def _softmax(node: fx.Node, editor: Editor) -> Form | None:
@@ -165,13 +166,9 @@ def _cast(node: fx.Node, editor: Editor) -> Form | None:
     asks_copy = bool(node.kwargs.get("copy")) or any(item is True for item in node.args)
     keeps_layout = node.kwargs.get("memory_format") in (None, torch.preserve_format)
     has_format = any(isinstance(item, torch.memory_format) for item in node.args)
-    if asks_copy or has_format or not keeps_layout or _value(node).device != _value(x).device:
+    if asks_copy or has_format or not keeps_layout or value_of(node).device != value_of(x).device:
         return None
-    return Form(vocabulary.cast, (x,), {"dtype": _value(node).dtype})
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("example_value")
+    return Form(vocabulary.cast, (x,), {"dtype": value_of(node).dtype})
 
 
 UNARY = ("neg", "sqrt", "rsqrt", "reciprocal", "exp", "tanh", "erf", "sigmoid", "abs")

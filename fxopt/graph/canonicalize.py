@@ -11,7 +11,6 @@ from fxopt.graph.identities import remove_identities, remove_returned_inputs
 from fxopt.graph.inplace import make_pure
 from fxopt.graph.purity import is_pure
 from fxopt.graph.spelling import fold_constants, unify_spelling
-from fxopt.graph.verify import PLACEHOLDERS
 from fxopt.graph.view import find_subgraphs
 
 
@@ -33,9 +32,6 @@ def canonicalize(gm: fx.GraphModule) -> None:
     (True, (x, 1))
     """
     for prefix, part in find_subgraphs(gm):
-        part.meta.setdefault(
-            PLACEHOLDERS, tuple(node.name for node in part.graph.find_nodes(op="placeholder"))
-        )
         _canonicalize_graph(part.graph, prefix)
         part.recompile()
 

@@ -67,7 +67,7 @@ def can_bypass(node: fx.Node, source: fx.Node) -> bool:
     Autograd sums the gradients of a value in the order in which they arrive. Three terms summed in another
     order round differently, and a placeholder may get more terms from outside the graph.
     """
-    if not _requires_grad(source):
+    if not may_need_grad(source):
         return True
     edges, others = num_edges(node), num_edges(source) - 1
     if source.op == "placeholder":
@@ -82,7 +82,8 @@ def fresh_like(value: Tensor) -> Tensor:
     return fresh.requires_grad_() if value.requires_grad else fresh
 
 
-def _requires_grad(node: fx.Node) -> bool:
+def may_need_grad(node: fx.Node) -> bool:
+    """Return whether a gradient may flow into `node`; True for what is not one tensor."""
     value = node.meta.get("example_value")
     return not isinstance(value, Tensor) or value.requires_grad
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.graph.arguments import Form, bind, from_last, is_tensor, rank_of
+from fxopt.graph.arguments import Form, bind, from_last, rank_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor, can_bypass, fresh_like, num_edges
 from fxopt.graph.names import op_name
+from fxopt.graph.view import dtype_of, is_tensor
 from fxopt.graph.vocabulary import cast
 
 
@@ -51,7 +52,7 @@ def _addmm(node: fx.Node, editor: Editor) -> Form | None:
     if bound is None or bound["beta"] != 1 or bound["alpha"] != 1 or rank_of(bound["x"]) != 1:
         return None
     weight = _weight_of(node, bound["mat1"], bound["mat2"])
-    if weight is None or _dtype(bound["x"]) != _dtype(node):
+    if weight is None or dtype_of(bound["x"]) != dtype_of(node):
         return None
     return Form(F.linear, (bound["mat1"], weight, bound["x"]), {})
 
@@ -64,7 +65,7 @@ def _weight_of(node: fx.Node, x: fx.Node, b: fx.Node) -> fx.Node | None:
     if b.target is not torch.transpose or rank_of(b) != 2 or rank_of(x) < 2:
         return None
     w = b.args[0]
-    if not isinstance(w, fx.Node) or not _dtype(node) == _dtype(x) == _dtype(w):
+    if not isinstance(w, fx.Node) or not dtype_of(node) == dtype_of(x) == dtype_of(w):
         return None
     moves_alone = num_edges(b) == 1 and can_bypass(b, w)
     return w if moves_alone or not w.meta["example_value"].requires_grad else None
@@ -90,9 +91,9 @@ def _nll_loss(node: fx.Node, editor: Editor) -> Form | None:
     if x is None or num_edges(log_softmax) != 1:
         return None
     node.meta["origins"] = node.meta["origins"] | log_softmax.meta["origins"]
-    if _dtype(x) != _dtype(log_softmax):
+    if dtype_of(x) != dtype_of(log_softmax):
         like = fresh_like(log_softmax.meta["example_value"])
-        x = editor.insert_before(log_softmax, cast, (x,), {"dtype": _dtype(log_softmax)}, like)
+        x = editor.insert_before(log_softmax, cast, (x,), {"dtype": dtype_of(log_softmax)}, like)
     kwargs = {"ignore_index": bound["ignore_index"], "reduction": bound["reduction"], "label_smoothing": 0.0}
     return Form(F.cross_entropy, (x, bound["target"], bound["weight"]), kwargs)
 
@@ -127,10 +128,6 @@ def _layer_norm(node: fx.Node, editor: Editor) -> Form | None:
 
 def _as_tuple(shape: Any) -> Any:
     return tuple(shape) if isinstance(shape, list | tuple) else shape
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["example_value"].dtype
 
 
 RULES: dict[str, Rule] = {

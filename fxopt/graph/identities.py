@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.aliases import Aliases
-from fxopt.graph.arguments import is_contiguous, is_tensor, same_shape, same_size
+from fxopt.graph.arguments import is_contiguous, same_shape, same_size
 from fxopt.graph.edit import Editor, can_bypass, num_edges
 from fxopt.graph.names import op_name
 from fxopt.graph.purity import is_active_dropout, is_inplace
+from fxopt.graph.view import is_tensor, value_of
 
 WIDER = {
     torch.float16: (torch.float32, torch.float64),
@@ -34,9 +35,9 @@ def remove_returned_inputs(editor: Editor) -> None:
 
 
 def _returns_input(node: fx.Node, x: fx.Node) -> bool:
-    value = _value(x)
+    value = value_of(x)
     if node.target is vocabulary.cast:
-        return value.dtype == _value(node).dtype
+        return value.dtype == value_of(node).dtype
     if node.target is vocabulary.contiguous:
         return is_contiguous(value)
     return op_name(node) == "dropout" and not is_inplace(node) and not is_active_dropout(node)
@@ -69,7 +70,7 @@ def _find_copied(node: fx.Node, x: fx.Node, aliases: Aliases) -> fx.Node | None:
     elif node.target is vocabulary.cast and x.target is vocabulary.cast and num_edges(x) == 1:
         inner = x.args[0]
         assert isinstance(inner, fx.Node)
-        if _value(x).dtype in WIDER.get(_value(inner).dtype, ()) and _like(node, inner):
+        if value_of(x).dtype in WIDER.get(value_of(inner).dtype, ()) and _like(node, inner):
             source = inner
     return source if source is not None and aliases.is_private(node, x, source) else None
 
@@ -83,7 +84,7 @@ def _is_neutral(node: fx.Node, x: fx.Node) -> bool:
         return number == 1
     if node.target is torch.sub:
         return number == 0 and str(number)[0] != "-"
-    return node.target is torch.add and number == 0 and not _value(x).dtype.is_floating_point
+    return node.target is torch.add and number == 0 and not value_of(x).dtype.is_floating_point
 
 
 def _find_viewed(node: fx.Node, x: fx.Node) -> fx.Node | None:
@@ -122,13 +123,9 @@ def _drop_unread(node: fx.Node, kept: fx.Node, editor: Editor) -> None:
 
 
 def _like(node: fx.Node, x: fx.Node) -> bool:
-    a, b = _value(node), _value(x)
+    a, b = value_of(node), value_of(x)
     return a.dtype == b.dtype and a.device == b.device and same_shape(a, b)
 
 
 def _same_strides(node: fx.Node, x: fx.Node) -> bool:
-    return all(map(same_size, _value(node).stride(), _value(x).stride()))
-
-
-def _value(node: fx.Node) -> Tensor:
-    return node.meta["example_value"]
+    return all(map(same_size, value_of(node).stride(), value_of(x).stride()))

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from fxopt.graph.aliases import Aliases
-from fxopt.graph.arguments import bind, is_number, is_tensor
+from fxopt.graph.arguments import bind, is_number
 from fxopt.graph.names import op_name
+from fxopt.graph.view import is_tensor
 
 BINARY = {
     "iadd": torch.add,

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.arguments import Form, bind, from_last, is_integer, is_tensor, rank_of, same_size, sizes_of
+from fxopt.graph.arguments import Form, bind, from_last, is_integer, rank_of, same_size, sizes_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
+from fxopt.graph.view import is_tensor, shape_of
 
 EVERYTHING = slice(None)
 
@@ -35,7 +36,12 @@ def _reshape_as(node: fx.Node, editor: Editor) -> Form | None:
 
 def _flatten(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", start_dim=0, end_dim=-1)
-    if bound is None or not is_tensor(bound["x"]) or rank_of(bound["x"]) == 0 or 0 in _shape(bound["x"]):
+    if (
+        bound is None
+        or not is_tensor(bound["x"])
+        or rank_of(bound["x"]) == 0
+        or 0 in (shape_of(bound["x"]) or ())
+    ):
         return None
     x, rank = bound["x"], rank_of(bound["x"])
     start, end = from_last(bound["start_dim"], rank), from_last(bound["end_dim"], rank)
@@ -64,7 +70,7 @@ def _sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any,
 
     A symbol that is an input of the graph is read as such: a node that reads `x` would keep it alive.
     """
-    shape = _shape(x)
+    shape = shape_of(x) or ()
     sizes: list[Any] = []
     for dim in dims:
         size = shape[dim]
@@ -154,7 +160,7 @@ def _getitem(node: fx.Node, editor: Editor) -> Form | None:
     entries = _expanded(index, rank)
     if entries is None:
         return None
-    shape = iter(_shape(x))
+    shape = iter(shape_of(x) or ())
     entries = [entry if entry is None else _plain(entry, next(shape)) for entry in entries]
     if entries.count(None) == 1 and entries.count(EVERYTHING) == rank:
         return Form(torch.unsqueeze, (x,), {"dim": entries.index(None) - rank - 1})
@@ -224,10 +230,6 @@ def _pad(node: fx.Node, editor: Editor) -> Form | None:
         return None
     kwargs = {"pad": tuple(bound["pad"]), "mode": bound["mode"], "value": bound["value"]}
     return Form(F.pad, (bound["x"],), kwargs)
-
-
-def _shape(x: fx.Node) -> tuple[Any, ...]:
-    return tuple(x.meta["example_value"].shape)
 
 
 RULES: dict[str, Rule] = {

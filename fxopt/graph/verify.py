@@ -11,11 +11,17 @@ PLACEHOLDERS = "placeholders"
 """Key of `gm.meta` under which the names of the stock placeholders are noted."""
 
 
+def note_placeholders(gm: fx.GraphModule) -> None:
+    """Note the placeholders of the stock graph `gm` and of its bodies, to which `verify` then holds passes."""
+    for _, part in find_subgraphs(gm):
+        part.meta[PLACEHOLDERS] = _placeholders_of(part)
+
+
 def verify(gm: fx.GraphModule, pass_name: str) -> None:
     """Check `gm` and the bodies of its higher-order ops after the pass `pass_name`.
 
     The graph must be well formed, every value that is read must have an example value, and the placeholders
-    must be the stock ones, in order.
+    must be the stock ones, in order, where `note_placeholders` has noted these.
 
     Raises:
         VerifyError: naming the pass, and the node where there is one.
@@ -30,7 +36,7 @@ def _verify_graph(gm: fx.GraphModule, prefix: str, pass_name: str) -> None:
     except (RuntimeError, ValueError, AttributeError) as error:
         where = f" of {prefix.rstrip('/')}" if prefix else ""
         raise VerifyError(f"{pass_name}: the graph{where} is malformed, {error}") from error
-    names = tuple(node.name for node in gm.graph.find_nodes(op="placeholder"))
+    names = _placeholders_of(gm)
     stock = gm.meta.get(PLACEHOLDERS, names)
     if names != stock:
         expected, got = ", ".join(stock), ", ".join(names)
@@ -44,6 +50,10 @@ def _verify_graph(gm: fx.GraphModule, prefix: str, pass_name: str) -> None:
             f"{pass_name}: {prefix}{node.name} has no example value, expected one on all that is read\n"
             f"at {module_of(node) or 'the root'} ({location_of(node) or 'no source line'})"
         )
+
+
+def _placeholders_of(gm: fx.GraphModule) -> tuple[str, ...]:
+    return tuple(node.name for node in gm.graph.find_nodes(op="placeholder"))
 
 
 def _is_read_as_value(node: fx.Node) -> bool:

@@ -17,8 +17,9 @@ Status = Literal["rewritten", "refused", "unmatched"]
 class Proof:
     """The figures of one numeric proof: a rewrite against the stock arithmetic it replaces.
 
-    `error` and `stock_error` are relative norms against a float64 run of the stock arithmetic,
-    the worst over outputs and gradients; `worst` names the value that had it.
+    `error` and `stock_error` are relative norms against a run of the stock arithmetic in `oracle_dtype`
+    (float64, or float32 where an input is too large for it; "" where nothing was run), the worst over
+    outputs and gradients; `worst` names the value that had it.
     """
 
     passed: bool
@@ -30,6 +31,7 @@ class Proof:
     compared: tuple[str, ...]
     shapes: tuple[str, ...]
     reason: str = ""
+    oracle_dtype: str = "float64"
 
 
 @dataclasses.dataclass(frozen=True)

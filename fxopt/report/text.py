@@ -15,6 +15,7 @@ from fxopt.report.records import GraphRecord, PassRecord, Proof, Report, Site, S
 
 WIDTH = 110
 DIFF_CONTEXT = 2
+USUAL_ORACLE = "float64"
 STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
 
 
@@ -111,21 +112,23 @@ def _render_misses(report: Report) -> list[str]:
 
 def _render_proofs(sites: Sequence[Site]) -> list[str]:
     """Return one line per pattern, dtype and device: the largest error, and stock's own beside it."""
-    worst: dict[tuple[str, str, str], tuple[Proof, int]] = {}
+    worst: dict[tuple[str, str, str, str], tuple[Proof, int]] = {}
     for site in sites:
         if site.proof is None or site.status != "rewritten":
             continue
-        key = (site.op, site.proof.dtype, site.proof.device)
+        key = (site.op, site.proof.dtype, site.proof.device, site.proof.oracle_dtype)
         proof, number = worst.get(key, (site.proof, 0))
         worst[key] = (max(proof, site.proof, key=lambda p: p.error), number + 1)
     if not worst:
         return []
     rows: list[tuple[str, ...]] = [("op", "dtype", "device", "sites", "error", "stock's own", "worst in")]
-    for (op, dtype, device), (proof, number) in worst.items():
+    for (op, dtype, device, oracle), (proof, number) in worst.items():
         figures = (f"{proof.error:.1e}", f"{proof.stock_error:.1e}", proof.worst)
+        if oracle != USUAL_ORACLE:
+            dtype += f" against {oracle or 'nothing'}"
         rows.append((op, dtype, device, str(number), *figures))
     return [
-        "Proofs (relative error of outputs and gradients against float64)",
+        f"Proofs (relative error of outputs and gradients against {USUAL_ORACLE})",
         *_table(rows, right=(3, 4, 5)),
     ]
 
@@ -136,6 +139,8 @@ def _proof_figures(proof: Proof) -> str:
         f"{verdict} in {proof.dtype} on {proof.device}: error {proof.error:.1e}, "
         f"stock's own {proof.stock_error:.1e}, worst in {proof.worst}"
     )
+    if proof.oracle_dtype not in ("", USUAL_ORACLE):
+        text += f", against {proof.oracle_dtype}"
     if proof.shapes:
         text += f", inputs {', '.join(proof.shapes)}"
     return f"{text}; {proof.reason}" if proof.reason else text

@@ -6,36 +6,23 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
 from fxopt.graph.storage import UNKNOWN, keys_of
 from fxopt.rewriting.matcher import Bindings
+from fxopt.rewriting.modes import Mode, switched
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 from fxopt.rewriting.terms import name_of
 
 LAYOUT_OPS = ("cast", "reshape", "contiguous", "transpose", "permute", "unsqueeze", "squeeze", "getitem")
 LAYOUT = frozenset(vocabulary.BY_NAME[name].target for name in LAYOUT_OPS)
 """What may stand between a kept value and the graph's output: what computes nothing new."""
-
-_AUTOCAST: Any = torch.amp.autocast_mode
-ENTER_AUTOCAST, EXIT_AUTOCAST = _AUTOCAST._enter_autocast, _AUTOCAST._exit_autocast
-Autocast = tuple[str, torch.dtype | None, bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """What the switches before a node have set: gradient mode and autocast regions, outermost first."""
-
-    grad: bool | None = None
-    autocast: tuple[Autocast, ...] = ()
 
 
 @dataclasses.dataclass
@@ -65,7 +52,7 @@ def read_state(graph: fx.Graph) -> GraphState:
     mode = Mode()
     for place, node in enumerate(graph.nodes):
         if node.target in MODE_SWITCHES:
-            mode = _switch(mode, node)
+            mode = switched(mode, node)
         state.places[node], state.modes[node] = place, mode
         if node.op == "call_function":
             state.by_target.setdefault(node.target, []).append(node)
@@ -73,16 +60,6 @@ def read_state(graph: fx.Graph) -> GraphState:
         if written:
             state.writes.append((place, frozenset[int]().union(*map(keys_of, written))))
     return state
-
-
-def _switch(mode: Mode, node: fx.Node) -> Mode:
-    if node.target is ENTER_AUTOCAST:
-        device, dtype, enabled, *_ = (*node.args, None, True)
-        entered: Any = (device, dtype, enabled)
-        return dataclasses.replace(mode, autocast=(*mode.autocast, entered))
-    if node.target is EXIT_AUTOCAST:
-        return dataclasses.replace(mode, autocast=mode.autocast[:-1])
-    return dataclasses.replace(mode, grad=bool(node.args[0]))
 
 
 def judge(
@@ -179,14 +156,3 @@ def describe_node(node: fx.Node) -> str:
         return "the graph's output"
     name = name_of(node.target) if node.op == "call_function" else str(node.target)
     return node.name if node.op == "placeholder" else f"{node.name} ({name})"
-
-
-@contextlib.contextmanager
-def autocast_scope(autocast: Autocast | None) -> Generator[None]:
-    """Run the body under an autocast state that the graph itself switches to; the ambient one for None."""
-    if autocast is None:
-        yield
-        return
-    device, dtype, enabled = autocast
-    with torch.autocast(device, dtype=dtype, enabled=enabled):
-        yield

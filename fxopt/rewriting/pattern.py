@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import FxoptError
-from fxopt.rewriting.terms import Either, Operation, Target, Term, describe, items_of
+from fxopt.rewriting.terms import Either, Many, Operation, Target, Term, describe, items_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,16 +157,21 @@ class Pattern:
         """What `search` returns, as a tuple.
 
         Raises:
-            FxoptError: `search` returned something that is not an operation, or could be a bare tensor.
+            FxoptError: `search` raised, or returned something that is not an operation, could be a bare
+                tensor, or has a `many` where there is no list, or two in one.
         """
-        found = self.search()
-        terms = found if isinstance(found, tuple) else (found,)
-        for term in terms:
-            if not term.heads:
-                raise FxoptError(
-                    f"{self.name}: search() returned {describe(term)!r}, expected a term whose every "
-                    "alternative is an operation\nuse the operators and functions of fxopt.rewriting.terms"
-                )
+        try:
+            found: Any = self.search()
+        except Exception as error:
+            raise FxoptError(f"{self.name}: search() raised {type(error).__name__}: {error}") from error
+        terms = items_of(found)
+        mistakes = [mistake for term in terms if (mistake := _find_mistake(term))]
+        mistake = "no terms" if not terms else "".join(mistakes[:1])
+        if mistake:
+            raise FxoptError(
+                f"{self.name}: search() returned {mistake}\n"
+                "use the operators and functions of fxopt.rewriting.terms"
+            )
         return terms
 
     @functools.cached_property
@@ -183,6 +188,23 @@ class Pattern:
 
     def __str__(self) -> str:
         return f"{self.name}: {', '.join(map(describe, self.terms))}"
+
+
+def _find_mistake(root: Any) -> str:
+    """Return what is wrong with one of the terms that a search returned, "" if nothing is."""
+    if not isinstance(root, Term):
+        return f"{root!r}, expected a term, got {type(root).__name__}"
+    if not root.heads:
+        return f"{describe(root)!r}, expected a term whose every alternative is an operation"
+    for term in walk(root):
+        values = [*term.args, *(value for _, value in term.attributes)] if isinstance(term, Operation) else []
+        lists = [items_of(value) for value in values if isinstance(value, list | tuple)]
+        if any(sum(isinstance(item, Many) for item in items) > 1 for items in lists):
+            return f"{describe(term)!r}, expected at most one many(...) in a list of arguments, got several"
+        alone = (child for child in children_of(term) if isinstance(child, Many))
+        if any(not any(child in items for items in lists) for child in alone):
+            return f"{describe(term)!r}, expected many(...) in a list of arguments, as in cat(many(...))"
+    return ""
 
 
 def children_of(term: Term) -> Iterator[Term]:

@@ -116,7 +116,7 @@ def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs] | str:
 
 
 def is_equal(expected: Any, value: Any) -> bool:
-    """Return whether a value is the expected one: nodes by identity, floats up to their last digits."""
+    """Return whether a value is the expected one: nodes by identity, floats up to a millionth."""
     if isinstance(expected, fx.Node) or isinstance(value, fx.Node):
         return expected is value
     if isinstance(expected, bool) or isinstance(value, bool):

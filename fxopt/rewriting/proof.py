@@ -1,9 +1,10 @@
 """Prove a rewrite on the spot: the stock nodes and the op that replaces them, on the same random inputs.
 
-Three runs: the stock arithmetic in float64 (the oracle), the stock arithmetic in the model's dtype, and the
-replacement as it will run, on its device. Outputs and all gradients are compared by the relative norm
-||a - oracle|| / ||oracle||; the replacement's error may be twice the stock's own, plus a few epsilons of the
-dtype. A second comparison with everything in float32 catches what rounding in a narrow dtype would hide.
+Three runs: the stock arithmetic in float64 (the oracle; in float32 where an input is too large), the stock
+arithmetic in the model's dtype, and the replacement as it will run, on its device. Outputs and all gradients
+are compared by the relative norm ||a - oracle|| / ||oracle||; the replacement's error may be twice the
+stock's own, or one rounding of the dtype where stock has less. A second comparison with everything in
+float32 catches what rounding in a narrow dtype would hide.
 """
 
 from __future__ import annotations
@@ -20,15 +21,24 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.graph import vocabulary
 from fxopt.report.records import Proof
-from fxopt.rewriting.legality import Autocast
+from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.runs import Values, as_dtype, replacement_run, run_with_gradients, stock_run
 from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, layout_of, propose_sizes
 from fxopt.rewriting.terms import items_of
 
-EPSILONS = 2
+ROUNDING = 0.5
+"""What is allowed whatever stock's own error, in epsilons of the coarsest dtype: one rounding to nearest.
+
+Over the examples of all patterns and three draws each, on a CPU, 6 of 453 errors in bfloat16 and float16 were
+more than twice stock's own (losses, whose errors happened to cancel in stock), the largest 3.0e-4, which is
+0.04 epsilons. Of all errors the largest was 0.84 epsilons, with more than half of that in stock."""
 FLOAT32_ERROR = 1e-5
+"""What is allowed in float32 whatever stock's own error: sums in another order have some 1e-7 each.
+
+In the same runs the largest of 651 errors in float32 was 1.8e-7. The smallest planted error is 1e-3."""
 MOST_ORACLE_BYTES = 2**30
+"""The most bytes of one input in float64; the oracle of a larger one is computed in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +77,29 @@ def prove(match: Match, replacement: Replacement) -> Proof:
     dtype = str(match.output.dtype).removeprefix("torch.")
     device = _device_of(match)
     if device.type == "meta":
-        return Proof(True, dtype, "meta", 0.0, 0.0, "", (), (), "not proven on meta")
+        return Proof(True, dtype, "meta", 0.0, 0.0, "", (), (), "not proven on meta", "")
     autocast = autocast_of(match)
     with _undisturbed(device):
         try:
-            comparisons, shapes = _compare(match, replacement, autocast)
+            comparisons, shapes, oracle_dtype = _compare(match, replacement, autocast)
         except Exception as error:
             reason = f"the proof could not run: {type(error).__name__}: {_first_line(error)}"
-            return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason)
+            return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason, "")
     worst = max(comparisons, key=lambda comparison: comparison.excess)
     passed = worst.excess <= 1
     reason = "" if passed else f"{worst.name}: error {worst.error:.2e}, allowed {worst.allowed:.2e}"
     compared = tuple(comparison.name for comparison in comparisons)
     return Proof(
-        passed, dtype, str(device), worst.error, worst.stock_error, worst.name, compared, shapes, reason
+        passed,
+        dtype,
+        str(device),
+        worst.error,
+        worst.stock_error,
+        worst.name,
+        compared,
+        shapes,
+        reason,
+        str(oracle_dtype).removeprefix("torch."),
     )
 
 
@@ -118,7 +137,7 @@ def _check_unchanged(inputs: dict[fx.Node, Any], before: dict[str, int]) -> None
 
 def _compare(
     match: Match, replacement: Replacement, autocast: Autocast
-) -> tuple[list[Comparison], tuple[str, ...]]:
+) -> tuple[list[Comparison], tuple[str, ...], torch.dtype]:
     sizes, inputs = _draw(match, autocast)
     oracle_dtype = torch.float64 if _largest_float(inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
     gradients = _draw_gradients(match, sizes, inputs, autocast)
@@ -126,10 +145,10 @@ def _compare(
     oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
     del exact
     before = _fingerprints(inputs)
-    with _autocast(autocast):
+    with uncached_autocast(autocast):
         by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
         by_new = run_with_gradients(replacement_run(replacement, None), inputs, gradients)
-    floor = max(EPSILONS * _coarsest_eps(match), FLOAT32_ERROR)
+    floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
     comparisons = [_compare_value(name, by_new[name], by_stock[name], oracle[name], floor) for name in oracle]
     del by_stock, by_new
     wide = as_dtype(inputs, torch.float32)
@@ -148,7 +167,7 @@ def _compare(
         for node, value in inputs.items()
         if isinstance(value, torch.Tensor)
     )
-    return comparisons, shapes
+    return comparisons, shapes, oracle_dtype
 
 
 def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
@@ -159,7 +178,7 @@ def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
         inputs = _with_equal_views({node: sampler.sample(node) for node in match.inputs})
         if sizes is proposals[-1]:
             return sizes, inputs
-        with contextlib.suppress(Exception), torch.no_grad(), _autocast(autocast):
+        with contextlib.suppress(Exception), torch.no_grad(), uncached_autocast(autocast):
             outputs = stock_run(match, sizes, None)(inputs)
             if all(map(_has_form, outputs, match.outputs)):
                 return sizes, inputs
@@ -186,7 +205,7 @@ def _draw_gradients(match: Match, sizes: Sizes, inputs: Values, autocast: Autoca
     Drawn apart from the inputs: along x itself the gradient of a norm is all cancellation.
     """
     sampler = Sampler(match, sizes, GRADIENT_SEED)
-    with torch.no_grad(), _autocast(autocast):
+    with torch.no_grad(), uncached_autocast(autocast):
         return [sampler.like(output) for output in stock_run(match, sizes, None)(inputs)]
 
 
@@ -210,8 +229,7 @@ def _compare_value(
     if new.dtype != stock.dtype:
         return Comparison(f"{name} (dtype {new.dtype}, not {stock.dtype})", math.inf, 0.0, floor)
     stock_error = _relative_error(stock, oracle)
-    allowed = max(2 * stock_error, floor) if floor == FLOAT32_ERROR else 2 * stock_error + floor
-    return Comparison(name, _relative_error(new, oracle), stock_error, allowed)
+    return Comparison(name, _relative_error(new, oracle), stock_error, max(2 * stock_error, floor))
 
 
 def _relative_error(value: torch.Tensor, oracle: torch.Tensor) -> float:
@@ -226,20 +244,6 @@ def _first_line(error: Exception) -> str:
 
 def _device_of(match: Match) -> torch.device:
     return match.output.device
-
-
-def autocast_of(match: Match) -> Autocast:
-    """Return the autocast state of the matched nodes: the graph's own switch, else the ambient state."""
-    device = _device_of(match).type
-    if match.autocast is not None:
-        return match.autocast
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-
-
-def _autocast(state: Autocast) -> torch.autocast:
-    device, dtype, enabled = state
-    # A cached cast of a weight would belong to the run before.
-    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def structure_of(match: Match, replacement: Replacement) -> Any:

@@ -10,10 +10,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt.graph import vocabulary
-from fxopt.rewriting.legality import autocast_scope
+from fxopt.graph.edit import PROVENANCE
+from fxopt.rewriting.modes import autocast_scope
 from fxopt.rewriting.pattern import Call, Match
-
-COPIED = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[int, Any] | str:
@@ -83,7 +82,7 @@ def insert_call(
     )
     node = graph.call_function(item.target, args, kwargs)
     source = match.outputs[0]
-    node.meta = {key: source.meta[key] for key in COPIED if key in source.meta}
+    node.meta = {key: source.meta[key] for key in PROVENANCE if key in source.meta}
     node.meta["rewritten_by"] = match.pattern.name
     node.meta["origins"] = match.origins
     node.meta["example_value"] = examples[id(item)]

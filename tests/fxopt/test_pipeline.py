@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxopt
 from fxopt import pipeline
+from fxopt.options import Options
+from fxopt.rewriting.terms import exp, tensor
 
 TINY = dict(
     hidden_size=64,
@@ -80,6 +83,10 @@ def test_a_module_without_repeated_blocks_is_one_region():
     assert (site.pattern, site.op, site.status, site.count) == ("rms_norm", "rms_norm", "rewritten", 1)
 
 
+MINE = fxopt.Pattern("mine", lambda: exp(tensor("x")), replace=lambda m: m["x"])
+BROKEN = fxopt.Pattern("broken", lambda: 3, replace=lambda m: m["x"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,6 +96,17 @@ def test_a_module_without_repeated_blocks_is_one_region():
         ({"verify": "yes"}, r"verify: unknown name 'yes', expected one of "),
         ({"patterns": (3,)}, r"patterns: expected names or fxopt.Pattern objects, got int"),
         ({"patterns": ("glu", "glu")}, r"patterns: glu is given 2 times"),
+        (
+            {"patterns": MINE},
+            r"patterns: expected a list of names or .*, got Pattern \(mine: exp\(x\)\)\nwrite ",
+        ),
+        ({"patterns": None}, r"patterns: expected a list of names or fxopt.Pattern objects, got NoneType"),
+        (
+            {"patterns": (BROKEN,)},
+            r"broken: search\(\) returned 3, expected a term, got int\nuse the operators",
+        ),
+        ({"disable": 3}, r"disable: expected a list of names of patterns, got int \(3\)\nwrite disable="),
+        ({"disable": (["glu"],)}, r"disable: unknown name \['glu'\], expected one of "),
         ({"strict": "no"}, r"strict: expected True or False, got 'no'"),
     ],
 )
@@ -210,6 +228,31 @@ def test_strict_raises_where_a_region_stays_stock_and_takes_example_inputs():
     assert slots(model) == 0
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert fxopt.optimize(plain, strict=True, example_inputs=example) is plain
+
+
+def test_the_first_pass_is_held_to_the_stock_placeholders_and_verifying_is_not_its_time(monkeypatch):
+    def adding(gm, job):
+        first = next(iter(gm.graph.nodes))
+        with gm.graph.inserting_before(first):
+            gm.graph.placeholder("z").meta["example_value"] = None
+
+    def slow(gm, name):
+        time.sleep(0.2)
+
+    def make():
+        graph = torch.fx.Graph()
+        graph.output(graph.placeholder("x"))
+        return torch.fx.GraphModule({}, graph)
+
+    given = dict(region="", lazy_outputs=False, options=Options(patterns=()), prove=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify", slow)
+        records = pipeline.run_passes(make(), **given).graph.passes
+    assert [record.name for record in records] == ["canonicalize", "rewrite"]
+    assert all(record.time_ms < 150 for record in records)
+    monkeypatch.setattr(pipeline, "PASSES", (("adding", adding),))
+    with pytest.raises(fxopt.VerifyError, match="adding: the placeholders changed, expected x, got z, x"):
+        pipeline.run_passes(make(), **given)
 
 
 def test_a_site_of_which_no_pattern_has_an_op_says_what_was_expected():

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.verify import note_placeholders
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -57,6 +58,7 @@ class Captured:
     def canonical(self) -> fx.GraphModule:
         """Return a canonical copy of the graph."""
         gm = fx.GraphModule(self.stock, copy_graph(self.stock.graph))
+        note_placeholders(gm)
         canonicalize(gm)
         return gm
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.graph.canonicalize import canonicalize
-from fxopt.graph.verify import verify
+from fxopt.graph.verify import note_placeholders, verify
 
 
 class Captured(NamedTuple):
@@ -80,6 +80,7 @@ def check_canonicalized(captured: tuple[fx.GraphModule, list[Any]]) -> fx.GraphM
     gm, inputs = captured
     stock = copy.deepcopy(gm)
     verify(gm, "stock")
+    note_placeholders(gm)
     canonicalize(gm)
     verify(gm, "canonicalize")
     assert_same_bits(run_graph(stock, inputs), run_graph(gm, inputs))

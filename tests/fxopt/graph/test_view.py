@@ -16,7 +16,7 @@ from fxopt.graph import vocabulary
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.purity import is_pure
 from fxopt.graph.snapshot import count_ops, snapshot
-from fxopt.graph.verify import verify
+from fxopt.graph.verify import note_placeholders, verify
 from fxopt.graph.view import (
     device_of,
     dtype_of,
@@ -118,6 +118,7 @@ def test_verify_names_the_pass_the_node_and_the_module(capture) -> None:
 
 def test_verify_compares_the_placeholders_with_the_stock_ones(capture) -> None:
     gm = capture(lambda x, y: x + y, X, torch.randn(2, 3)).gm
+    note_placeholders(gm)
     canonicalize(gm)
     extra = gm.graph.find_nodes(op="placeholder")[0]
     with gm.graph.inserting_before(extra):

@@ -166,6 +166,20 @@ def test_equal_graphs_are_no_change() -> None:
     assert "no change" in render_text(Report("Tiny", graphs=(graph,)))
 
 
+def test_an_oracle_in_float32_is_named() -> None:
+    usual, large = proof(2e-7), dataclasses.replace(proof(3e-7), oracle_dtype="float32")
+    sites = tuple(
+        Site("glu", "glu", 1, "rewritten", "m", "f:1", proof=given) for given in (usual, large, usual)
+    )
+    rows = [line for line in render_text(Report("Tiny", sites=sites)).splitlines() if " cpu " in line]
+    assert [row.split()[:4] for row in rows] == [
+        ["glu", "float32", "cpu", "2"],
+        ["glu", "float32", "against", "float32"],
+    ]
+    refused = (Site("glu", "", 1, "refused", "m", "f:1", "wrong", large),)
+    assert "against float32" in render_text(Report("Tiny", sites=refused))
+
+
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [

@@ -250,6 +250,35 @@ def test_the_rare_ops_are_the_rarest_of_which_every_match_has_one() -> None:
     assert find_rare_ops(maybe(exp, x), {}) is None
 
 
+def raising() -> Any:
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        (lambda: 3, r"odd: search\(\) returned 3, expected a term, got int"),
+        (lambda: None, r"odd: search\(\) returned None, expected a term, got NoneType"),
+        (tuple, r"odd: search\(\) returned no terms"),
+        (lambda: (exp(tensor("x")), "y"), r"odd: search\(\) returned 'y', expected a term, got str"),
+        (raising, r"odd: search\(\) raised KeyError: 'x'"),
+        (lambda: exp(many("parts", tensor("x"))), r"'exp\(x, ...\)', expected many\(...\) in a list"),
+        (
+            lambda: exp(maybe(tanh, many("x", tensor("x")))),
+            r"expected many\(...\) in a list of arguments, as",
+        ),
+        (
+            lambda: exp(cat(many("a", tensor("x")), many("b", tensor("y")))),
+            r"returned 'cat\(\[x, ..., y, ...\]\)', expected at most one many\(...\) in a list of arguments",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_matched_is_refused_when_it_is_made(search: Any, message: str) -> None:
+    pattern = Pattern("odd", search, replace=lambda m: m["x"])
+    with pytest.raises(FxoptError, match=message):
+        _ = pattern.terms
+
+
 def test_a_pattern_that_may_be_a_bare_tensor_is_refused() -> None:
     pattern = Pattern("loose", lambda: maybe(exp, tensor("x")), replace=lambda m: m["x"])
     with pytest.raises(FxoptError, match=r"loose: search\(\) returned .* every alternative is an operation"):

@@ -14,7 +14,7 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.report.records import Proof
 from fxopt.rewriting.pattern import Match, Pattern, call
-from fxopt.rewriting.proof import Prover
+from fxopt.rewriting.proof import FLOAT32_ERROR, Prover, _compare_value
 from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
 from fxopt.rewriting.terms import cast, cross_entropy, mean, number, reshape, rsqrt, tanh, tensor
 
@@ -63,7 +63,29 @@ def test_outputs_and_all_gradients_are_compared_in_both_precisions(builder: Any)
     assert proof.passed
     assert proof.compared == (*values, *(f"{value} in float32" for value in values))
     assert (proof.dtype, proof.device, proof.reason) == ("bfloat16", "cpu", "")
-    assert proof.error <= 2 * proof.stock_error + 0.02
+    assert proof.oracle_dtype == "float64"
+    assert proof.error <= max(2 * proof.stock_error, torch.finfo(torch.bfloat16).eps / 2)
+
+
+def test_a_large_input_has_an_oracle_in_float32_and_the_proof_says_so(
+    builder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxopt.rewriting.proof.MOST_ORACLE_BYTES", 8 * 2 * 7 * 8 - 1)
+    proof = proof_of(apply(norm_graph(builder, 2, 7, 8), make(norm)))
+    assert (proof.passed, proof.oracle_dtype) == (True, "float32")
+
+
+def test_one_rule_allows_twice_stock_s_error_or_the_floor() -> None:
+    oracle = torch.ones(4, dtype=torch.float64)
+
+    def allowed(stock_error: float, floor: float) -> float:
+        stock = oracle * (1 + stock_error)
+        return _compare_value("y", oracle.clone(), stock, oracle, floor).allowed
+
+    for floor in (FLOAT32_ERROR, 0.004, 0.0005):
+        assert allowed(0.0, floor) == floor
+        assert allowed(floor, floor) == pytest.approx(2 * floor)
+        assert allowed(floor / 4, floor) == floor
 
 
 def test_gradients_are_those_of_what_requires_them(builder: Any) -> None:
@@ -97,6 +119,9 @@ PLANTED: dict[str, Callable[..., torch.Tensor]] = {
     "one row wrong": in_one_row,
     "not a number": lambda x, w, eps: norm(x, w, eps) * math.nan,
     "rounded to bf16 inside": lambda x, w, eps: norm(x.bfloat16(), w.bfloat16(), eps).to(x.dtype),
+    "1 % too large in bf16 alone": lambda x, w, eps: (
+        norm(x, w, eps) * (1.01 if x.dtype == torch.bfloat16 else 1.0)
+    ),
     "twice": lambda x, w, eps: 2 * norm(x, w, eps),
 }
 
