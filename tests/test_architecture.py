@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"__init__", "errors", "report"},
     "cli": {"demo", "__init__", "errors", "report"},
 }
-APART = {"patterns": set[str](), "kernels": {"launch"}}
+APART = {"patterns": set[str](), "kernels": {"launch", "activations"}}
 """Folders whose files never import each other, but for the shared ones named; `__init__` gathers them."""
 
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"}

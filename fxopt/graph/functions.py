@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.graph.arguments import Form, bind, is_tensor, rank_of
+from fxopt.graph.arguments import Form, bind, from_last, is_tensor, rank_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor, can_bypass, num_edges
 
@@ -24,6 +24,14 @@ def _activation(target: Any) -> Rule:
 def _gelu(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", approximate="none")
     return Form(F.gelu, (bound["x"],), {"approximate": bound["approximate"]}) if bound else None
+
+
+def _glu(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", dim=-1)
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return None if dim is None else Form(F.glu, (bound["x"],), {"dim": dim})
 
 
 def _linear(node: fx.Node, editor: Editor) -> Form | None:
@@ -105,6 +113,7 @@ RULES: dict[str, Rule] = {
     "silu": _activation(F.silu),
     "relu": _activation(F.relu),
     "gelu": _gelu,
+    "glu": _glu,
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,

@@ -319,6 +319,11 @@ def gelu(x: Term, approximate: Any = "none") -> Operation:
     return operation(F.gelu, x, approximate=approximate)
 
 
+def clamp(x: Term, min: Any = None, max: Any = None) -> Operation:
+    """Return `x` cut off below `min` and above `max`, None where there is no such limit."""
+    return operation(torch.clamp, x, min=min, max=max)
+
+
 def linear(x: Term, w: Term, bias: Term | None = None) -> Operation:
     """Return `x @ w.T + bias`."""
     return operation(F.linear, x, w, bias)
@@ -337,6 +342,11 @@ def reshape(x: Term, shape: Any = ...) -> Operation:
 def contiguous(x: Term) -> Operation:
     """Return `x` copied to a dense layout."""
     return operation(vocabulary.contiguous, x)
+
+
+def chunk(x: Term, chunks: Any, dim: Any = -1) -> Operation:
+    """Return `x` cut into `chunks` equal pieces; `chunk(x, 2)[0]` is the first."""
+    return operation(torch.chunk, x, chunks=chunks, dim=dim)
 
 
 def cat(*tensors: Term, dim: Any = -1) -> Operation:
