@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.graph.arguments import same_shape
-from fxopt.graph.neighbours import find_fusible_reader
+from fxopt.graph.neighbours import find_fusible_reader, is_function_of
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.kernels.glu import glu
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
@@ -112,8 +112,8 @@ def check(m: Match) -> Mismatch | None:
         if m["up_limit"] is not None and m["up_lowest"] != -m["up_limit"]:
             reason = f"up is cut off at {m['up_lowest']} and {m['up_limit']}, expected limits of one size"
             return m.fail(reason, "up")
-        if m["act"] == "sigmoid" and m["gate"] is m["up"]:
-            return m.fail("expected another factor beside sigmoid, got its own argument", "gate")
+        if m["act"] == "sigmoid" and is_function_of(m["gate"], m["up"]):
+            return m.fail("expected another factor beside sigmoid, got what it was computed from", "gate")
     if m["act"] in (None, "sigmoid"):
         reader = find_fusible_reader(m.outputs[0])
         if reader is not None:
@@ -311,7 +311,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         (lambda gate, up: torch.sigmoid(gate) * up + gate, (gate, up)),
         "is read by add, with which a compiler fuses it",
     )
-    yield "silu alone", (lambda gate, up: gate * torch.sigmoid(gate), (gate, up)), "got its own argument"
+    yield "silu alone", (lambda gate, up: gate * torch.sigmoid(gate), (gate, up)), "got what it was computed from"
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

@@ -22,7 +22,8 @@ LAYOUT = frozenset(
     }
 )
 SUMS = frozenset({torch.add, torch.sub})
-"""A bias or an adapter added to a product leaves it one."""
+SCALINGS = frozenset({torch.mul, torch.div, torch.neg})
+"""A bias or an adapter added to a product leaves it one, and so does a number it is multiplied by."""
 
 
 def is_product(node: fx.Node) -> bool:
@@ -36,7 +37,7 @@ def is_product(node: fx.Node) -> bool:
 
 
 def comes_from_product(node: fx.Node) -> bool:
-    """Return whether `node` is a matrix product, or one moved, cast, or added to.
+    """Return whether `node` is a matrix product, or one moved, cast, scaled, or added to.
 
     >>> graph = fx.Graph()
     >>> comes_from_product(graph.placeholder("x"))
@@ -54,9 +55,20 @@ def comes_from_product(node: fx.Node) -> bool:
         target: Any = current.target
         if current.op == "call_function" and target in LAYOUT:
             front.extend(current.all_input_nodes[:1])
-        elif current.op == "call_function" and target in SUMS:
-            front.extend(source for source in current.all_input_nodes if is_tensor(source))
+        elif current.op == "call_function" and target in SUMS | SCALINGS:
+            sources = [source for source in current.all_input_nodes if is_tensor(source)]
+            front.extend(sources if target in SUMS or len(sources) == 1 else ())
     return False
+
+
+def is_function_of(node: fx.Node, source: fx.Node) -> bool:
+    """Return whether `node` is `source`, or computed from it alone and not by a product."""
+    while node is not source:
+        read = [item for item in node.all_input_nodes if is_tensor(item)]
+        if len(read) != 1 or is_product(node):
+            return False
+        (node,) = read
+    return True
 
 
 def find_fusible_reader(node: fx.Node) -> fx.Node | None:
