@@ -15,8 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.activations import act_and_slope, activate, activate_backward, check_activation
-from fxopt.kernels.launch import as_rows, can_launch, ceil_div, jit, on_device, register_gradient, register_op, tl
+from fxopt.kernels.activations import act_backward, act_forward, activate, activate_backward, check_activation
+from fxopt.kernels.launch import (
+    as_rows,
+    can_launch,
+    ceil_div,
+    jit,
+    on_device,
+    register_gradient,
+    register_op,
+    tl,
+)
 
 
 def activation_reference(x: Tensor, *, act: str, alpha: float = 1.0) -> Tensor:
@@ -54,7 +63,7 @@ def activation_forward_kernel(
     b_at = tl.arange(0, BLOCK)
     b_mask = b_at < num_columns - start
     b_x = tl.load(p_x + (row * x_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32)
-    b_act, _ = act_and_slope(b_x, alpha, ACT)
+    b_act = act_forward(b_x, alpha, ACT)
     tl.store(p_y + (row * num_columns + start) + b_at, b_act.to(p_y.dtype.element_ty), mask=b_mask)
 
 
@@ -79,8 +88,8 @@ def activation_backward_kernel(
     b_mask = b_at < num_columns - start
     b_dy = tl.load(p_dy + (row * dy_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32)
     b_x = tl.load(p_x + (row * x_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32)
-    _, b_slope = act_and_slope(b_x, alpha, ACT)
-    tl.store(p_dx + (row * num_columns + start) + b_at, (b_dy * b_slope).to(p_dx.dtype.element_ty), mask=b_mask)
+    _, b_dx = act_backward(b_dy, b_x, alpha, ACT)
+    tl.store(p_dx + (row * num_columns + start) + b_at, b_dx.to(p_dx.dtype.element_ty), mask=b_mask)
 
 
 def _rows_of(*tensors: Tensor) -> list[Tensor]:

@@ -71,33 +71,55 @@ def check_activation(op: str, act: str) -> None:
 
 
 @jit
-def act_and_slope(b_x, alpha, ACT: tl.constexpr):
-    """Return the activation of a tile in fp32, and its derivative."""
+def act_forward(b_x, alpha, ACT: tl.constexpr):
+    """Return the activation of a tile in fp32."""
+    if ACT == "silu":
+        b_act = b_x * tl.sigmoid(b_x)
+    elif ACT == "sigmoid_alpha":
+        b_act = b_x * tl.sigmoid(alpha * b_x)
+    elif ACT == "gelu":
+        b_act = b_x * (0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        b_act = b_x * tl.sigmoid(1.5957691216057308 * b_x * (1 + 0.044715 * b_x * b_x))
+    elif ACT == "relu2":
+        b_positive = tl.where(b_x <= 0, 0.0, b_x)  # a NaN is not below 0
+        b_act = b_positive * b_positive
+    elif ACT == "relu":
+        b_act = tl.where(b_x <= 0, 0.0, b_x)
+    else:
+        b_act = tl.sigmoid(b_x)
+    return b_act
+
+
+@jit
+def act_backward(b_dact, b_x, alpha, ACT: tl.constexpr):
+    """Return the activation of a tile in fp32, and the gradient of `b_x` for `b_dact`, that of the activation."""
     if ACT == "silu":
         b_sigmoid = tl.sigmoid(b_x)
         b_act = b_x * b_sigmoid
-        b_slope = b_sigmoid + b_act * (1 - b_sigmoid)
+        b_dx = b_dact * (b_sigmoid + b_act * (1 - b_sigmoid))
     elif ACT == "sigmoid_alpha":
         b_sigmoid = tl.sigmoid(alpha * b_x)
         b_act = b_x * b_sigmoid
-        b_slope = b_sigmoid + alpha * b_act * (1 - b_sigmoid)
+        b_dx = b_dact * (b_sigmoid + alpha * b_act * (1 - b_sigmoid))
     elif ACT == "gelu":
         b_normal = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
         b_act = b_x * b_normal
-        b_slope = b_normal + b_x * (0.3989422804014327 * tl.exp(-0.5 * b_x * b_x))
+        b_dx = b_dact * (b_normal + b_x * (0.3989422804014327 * tl.exp(-0.5 * b_x * b_x)))
     elif ACT == "gelu_tanh":
         b_square = b_x * b_x
         b_sigmoid = tl.sigmoid(1.5957691216057308 * b_x * (1 + 0.044715 * b_square))
         b_act = b_x * b_sigmoid
-        b_slope = b_sigmoid + b_act * (1 - b_sigmoid) * (1.5957691216057308 * (1 + 0.134145 * b_square))
+        b_inner = 1.5957691216057308 * (1 + 0.134145 * b_square)
+        b_dx = b_dact * (b_sigmoid + b_act * (1 - b_sigmoid) * b_inner)
     elif ACT == "relu2":
-        b_positive = tl.where(b_x <= 0, 0.0, b_x)  # a NaN is not below 0
+        b_positive = tl.where(b_x <= 0, 0.0, b_x)
         b_act = b_positive * b_positive
-        b_slope = 2 * b_positive
+        b_dx = tl.where(b_x <= 0, 0.0, b_dact * (2 * b_positive))  # whatever b_dact is, as in torch
     elif ACT == "relu":
         b_act = tl.where(b_x <= 0, 0.0, b_x)
-        b_slope = tl.where(b_x <= 0, 0.0, 1.0)
+        b_dx = tl.where(b_x <= 0, 0.0, b_dact)
     else:
         b_act = tl.sigmoid(b_x)
-        b_slope = b_act * (1 - b_act)
-    return b_act, b_slope
+        b_dx = b_dact * (b_act * (1 - b_act))
+    return b_act, b_dx

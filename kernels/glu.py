@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.activations import act_and_slope, activate, activate_backward, check_activation
+from fxopt.kernels.activations import act_backward, act_forward, activate, activate_backward, check_activation
 from fxopt.kernels.launch import (
     as_rows,
     can_launch,
@@ -67,7 +67,14 @@ class Form:
 
     def numbers(self) -> tuple[float, ...]:
         """Return what the kernels are told at run time."""
-        return self.alpha, self.gate_scale, self.gate_limit or 0.0, self.up_limit or 0.0, self.up_offset, self.scale
+        return (
+            self.alpha,
+            self.gate_scale,
+            self.gate_limit or 0.0,
+            self.up_limit or 0.0,
+            self.up_offset,
+            self.scale,
+        )
 
 
 def split_pair(first: Tensor, second: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
@@ -162,7 +169,9 @@ def num_warps_for_block(block: int) -> int:
 
 
 @jit
-def _load_pair(p_gate, p_up, num_left, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, GATE_FIRST: tl.constexpr):
+def _load_pair(
+    p_gate, p_up, num_left, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, GATE_FIRST: tl.constexpr
+):
     if INTERLEAVED:
         b_both_at = tl.arange(0, 2 * BLOCK)
         b_both = tl.load(p_gate + b_both_at, mask=b_both_at < 2 * num_left, other=0.0).to(tl.float32)
@@ -182,7 +191,14 @@ def _load_pair(p_gate, p_up, num_left, BLOCK: tl.constexpr, INTERLEAVED: tl.cons
 
 @jit
 def _enter_tile(
-    b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT: tl.constexpr, HAS_UP_LIMIT: tl.constexpr
+    b_gate,
+    b_up,
+    gate_scale,
+    gate_limit,
+    up_limit,
+    up_offset,
+    HAS_GATE_LIMIT: tl.constexpr,
+    HAS_UP_LIMIT: tl.constexpr,
 ):
     b_gate = b_gate * gate_scale
     if HAS_GATE_LIMIT:
@@ -226,7 +242,7 @@ def glu_forward_kernel(
     b_gate, b_up = _enter_tile(
         b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
     )
-    b_act, _ = act_and_slope(b_gate, alpha, ACT)
+    b_act = act_forward(b_gate, alpha, ACT)
     b_at = tl.arange(0, BLOCK)
     b_y = (b_act * b_up * scale).to(p_y.dtype.element_ty)
     tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_at < num_left)
@@ -278,8 +294,8 @@ def glu_backward_kernel(
     b_entered, b_lifted = _enter_tile(
         b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
     )
-    b_act, b_slope = act_and_slope(b_entered, alpha, ACT)
-    b_dgate = b_dy * b_lifted * b_slope * gate_scale
+    b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
+    b_dgate *= gate_scale
     if HAS_GATE_LIMIT:
         b_dgate = tl.where(b_gate * gate_scale <= gate_limit, b_dgate, 0.0)
     b_dup = b_dy * b_act

@@ -108,7 +108,9 @@ def check(m: Match) -> Mismatch | None:
         if not (gate.is_floating_point() and up.is_floating_point()):
             return m.fail(f"expected floats, got {gate.dtype} and {up.dtype}", "gate", "up")
         if layout_of(m) is None:
-            return m.fail("gate and up are pieces of one tensor, expected its halves or every other column", "gate")
+            return m.fail(
+                "gate and up are pieces of one tensor, expected its halves or every other column", "gate"
+            )
         if m["up_limit"] is not None and m["up_lowest"] != -m["up_limit"]:
             reason = f"up is cut off at {m['up_lowest']} and {m['up_limit']}, expected limits of one size"
             return m.fail(reason, "up")
@@ -118,7 +120,9 @@ def check(m: Match) -> Mismatch | None:
         reader = find_fusible_reader(m.outputs[0])
         if reader is not None:
             name = getattr(reader.target, "__name__", str(reader.target))
-            return m.fail(f"the gated value is read by {name}, with which a compiler fuses it, expected a projection")
+            return m.fail(
+                f"the gated value is read by {name}, with which a compiler fuses it, expected a projection"
+            )
     return None
 
 
@@ -311,7 +315,11 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         (lambda gate, up: torch.sigmoid(gate) * up + gate, (gate, up)),
         "is read by add, with which a compiler fuses it",
     )
-    yield "silu alone", (lambda gate, up: gate * torch.sigmoid(gate), (gate, up)), "got what it was computed from"
+    yield (
+        "silu alone",
+        (lambda gate, up: gate * torch.sigmoid(gate), (gate, up)),
+        "got what it was computed from",
+    )
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

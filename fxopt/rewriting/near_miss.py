@@ -52,7 +52,7 @@ def _find_miss(pattern: Pattern, anchor: fx.Node, state: GraphState, lazy_output
         expected = " or ".join(sorted(map(name_of, pattern.terms[0].heads)))
         got = " and ".join(dict.fromkeys(map(_name, anchor.users))) or "nothing"
         reason = f"expected {expected} above {name_of(anchor.target)}, got {got}"
-        return Mismatch(pattern.name, reason, (anchor, *anchor.users), 1, anchor.target in trace.anchors)
+        return Mismatch(pattern.name, reason, (anchor, *anchor.users), 0, anchor.target in trace.anchors)
     for root in roots:
         match = find_match(pattern, root, anchor, state, lazy_outputs, trace)
         if match is not None:

@@ -159,7 +159,9 @@ def test_where_nothing_is_lazy_the_loss_alone_is_fused(capture: Callable[..., An
     captured = capture(make_model("llama"), (), **make_inputs())
     gm, result = rewrite(captured, lazy_outputs=False)
     assert count(result) == {"rms_norm": 3, "glu": 1, "cross_entropy": 1}
-    miss = find_nearest_miss(gm, (LINEAR_CROSS_ENTROPY,), result.rewrites[-1].match.nodes[-1].name, lazy_outputs=False)
+    miss = find_nearest_miss(
+        gm, (LINEAR_CROSS_ENTROPY,), result.rewrites[-1].match.nodes[-1].name, lazy_outputs=False
+    )
     assert miss.pattern == "linear_cross_entropy"
     check_equal(captured, gm)
 

@@ -39,7 +39,9 @@ BLOCKS = {
     "glm4": {"rms_norm": 4, "glu": 1},  # gate and up from one packed projection
     "phi3": {"rms_norm": 2, "glu": 1},
     "qwen3_moe": {"rms_norm": 4, "glu": 1},
-    "gpt_neox": {},
+    "gpt_neox": {"activation": 1},
+    "nanochat": {"rms_norm": 4, "activation": 1},  # with the norms of q and k
+    "starcoder2": {"activation": 1},
     "stablelm": {"glu": 1},
 }
 
