@@ -235,9 +235,10 @@ def glu_forward_kernel(
     row = (program // blocks_per_row).to(tl.int64)
     start = (program % blocks_per_row).to(tl.int64) * BLOCK
     num_left = num_columns - start
-    columns_per_value: tl.constexpr = 2 if INTERLEAVED else 1
-    p_gate += row * gate_row_stride + start * columns_per_value
+    p_gate += row * gate_row_stride + start
     p_up += row * up_row_stride + start
+    if INTERLEAVED:
+        p_gate += start  # two columns a value
     b_gate, b_up = _load_pair(p_gate, p_up, num_left, BLOCK, INTERLEAVED, GATE_FIRST)
     b_gate, b_up = _enter_tile(
         b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
@@ -284,11 +285,13 @@ def glu_backward_kernel(
     num_left = num_columns - start
     b_at = tl.arange(0, BLOCK)
     b_mask = b_at < num_left
-    columns_per_value: tl.constexpr = 2 if INTERLEAVED else 1
-    p_gate += row * gate_row_stride + start * columns_per_value
-    p_dgate += row * dgate_row_stride + start * columns_per_value
+    p_gate += row * gate_row_stride + start
     p_up += row * up_row_stride + start
+    p_dgate += row * dgate_row_stride + start
     p_dup += row * dup_row_stride + start
+    if INTERLEAVED:
+        p_gate += start  # two columns a value
+        p_dgate += start
     b_dy = tl.load(p_dy + (row * dy_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32) * scale
     b_gate, b_up = _load_pair(p_gate, p_up, num_left, BLOCK, INTERLEAVED, GATE_FIRST)
     b_entered, b_lifted = _enter_tile(

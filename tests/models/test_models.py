@@ -15,6 +15,11 @@ SITES = {
     "qwen2": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "gemma2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
     "olmo2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "phi3": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "glm4": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
+    "gpt_neox": {"activation": LAYERS, "linear_cross_entropy": 1},
+    "starcoder2": {"activation": LAYERS, "linear_cross_entropy": 1},
+    "nanochat": {"rms_norm": 4 * LAYERS + 2, "activation": LAYERS, "linear_cross_entropy": 1},
     "single_level": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "linear_cross_entropy": 1},
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""

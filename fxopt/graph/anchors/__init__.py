@@ -31,8 +31,8 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
 
     Kinds are "rms_norm" (a reciprocal root of a mean of squares), "glu" (an activation times another value,
-    both from linear projections), "activation" (one between two projections, without a gate), and "cross_entropy", "linear_cross_entropy" where its logits come straight
-    from one linear layer.
+    both from linear projections), "activation" (one between two projections, without a gate), and
+    "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
