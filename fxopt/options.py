@@ -60,11 +60,10 @@ def check_options(
     by_name = {pattern.name: pattern for pattern in known}
     chosen: list[NamedPattern] = []
     for pattern in patterns:
-        kind: Any = type(pattern)
         if isinstance(pattern, str):
             _check_name("patterns", pattern, tuple(by_name))
             pattern = by_name[pattern]
-        elif not (isinstance(getattr(pattern, "name", None), str) and hasattr(kind, "terms")):
+        elif not (isinstance(getattr(pattern, "name", None), str) and _has_terms(pattern)):
             raise FxoptError(
                 f"patterns: expected names or fxopt.Pattern objects, got {type(pattern).__name__} "
                 f"({pattern!r:.60})\nuse one of {', '.join(by_name)}, or write one with fxopt.Pattern"
@@ -87,6 +86,10 @@ def check_options(
 def _check_flag(subject: str, value: object) -> None:
     if not isinstance(value, bool):
         raise FxoptError(f"{subject}: expected True or False, got {value!r}")
+
+
+def _has_terms(pattern: Any) -> bool:
+    return hasattr(type(pattern), "terms")
 
 
 def _check_search(pattern: Any) -> None:

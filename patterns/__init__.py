@@ -1,5 +1,6 @@
 """The pattern library; `ALL` is the ordered tuple of patterns: where two could match, the first does."""
 
+from fxopt.patterns.activation import ACTIVATION
 from fxopt.patterns.add_rms_norm import ADD_RMS_NORM
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.glu import GLU
@@ -8,9 +9,10 @@ from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.patterns.rms_norm import RMS_NORM
 from fxopt.patterns.rope import ROPE
 
-ALL = (LAYER_NORM, RMS_NORM, ADD_RMS_NORM, ROPE, GLU, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
+ALL = (LAYER_NORM, RMS_NORM, ADD_RMS_NORM, ROPE, GLU, ACTIVATION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
 
 __all__ = [
+    "ACTIVATION",
     "ADD_RMS_NORM",
     "ALL",
     "CROSS_ENTROPY",

@@ -1,6 +1,7 @@
 """The kernels that are timed, one file per op."""
 
 from benchmarks.cases import (
+    activation,
     add_rms_norm,
     cross_entropy,
     glu,
@@ -16,6 +17,7 @@ ALL = {
     "layer_norm": layer_norm.make_cases,
     "rope": rope.make_cases,
     "glu": glu.make_cases,
+    "activation": activation.make_cases,
     "cross_entropy": cross_entropy.make_cases,
     "linear_cross_entropy": linear_cross_entropy.make_cases,
 }

@@ -8,37 +8,66 @@ from torch.nn import functional as F
 from benchmarks.cases.case import ROWS, Case, Function, Passes, find_liger, tensor
 from fxopt.kernels import glu
 
+SPLIT = glu.Form("silu")
+PACKED = glu.Form("silu", layout="packed")
+INTERLEAVED = glu.Form(
+    "sigmoid_alpha", alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0, layout="interleaved"
+)
+
+
+def eager_split(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def eager_packed(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def eager_interleaved(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both[..., ::2].clamp(max=7.0), both[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
 
 def make_cases() -> list[Case]:
-    """Return the sizes timed of `glu`."""
+    """Return the sizes timed of `glu`: two tensors, the halves of one, and the columns of one."""
+    return [
+        make_case("", SPLIT, eager_split, 8192),
+        make_case("", SPLIT, eager_split, 18944),
+        make_case(" packed", PACKED, eager_packed, 8192),
+        make_case(" packed", PACKED, eager_packed, 18944),
+        make_case(" interleaved", INTERLEAVED, eager_interleaved, 2880),
+    ]
 
-    def eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return F.silu(gate) * up
+
+def make_case(name: str, form: glu.Form, eager: Function, width: int) -> Case:
+    """Return the case of one layout; what it reads and writes are three tensors forward and five backward."""
+
+    def fxopt(*tensors: torch.Tensor) -> torch.Tensor:
+        return glu.glu(*tensors, **vars(form))
 
     def launches(tensors: list[torch.Tensor]) -> Passes:
-        gate, up = tensors
-        dy = torch.randn_like(gate)
+        gate, up = (*tensors, None)[:2]
+        assert gate is not None
+        dy = torch.randn_like(gate[..., :width])
         return (
-            lambda: glu.launch_forward(gate, up, "silu"),
-            lambda: glu.launch_backward(dy, gate, up, "silu", True, True),
+            lambda: glu.launch_forward(gate, up, *form.astuple()),
+            lambda: glu.launch_backward(dy, gate, up, *form.astuple(), True, True),
         )
 
+    def make(rows: int) -> list[torch.Tensor]:
+        if form.layout != "split":
+            return [tensor(rows, 2 * width)]
+        return [tensor(rows, width), tensor(rows, width)]
+
+    contestants: dict[str, Function] = {
+        "fxopt": fxopt,
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False),
+    }
     liger = find_liger()
-    cases = []
-    for width in (8192, 18944):
-        contestants: dict[str, Function] = {
-            "fxopt": lambda gate, up: glu.glu(gate, up, act="silu"),
-            "eager": eager,
-            "compile": torch.compile(eager, dynamic=False),
-        }
-        if liger is not None:
-            contestants["liger"] = liger.liger_swiglu
-        size = ROWS * width * 2
-
-        def make(rows: int, width: int = width) -> list[torch.Tensor]:
-            return [tensor(rows, width), tensor(rows, width)]
-
-        cases.append(
-            Case("glu", f"{ROWS} x {width}", make, contestants, 3 * size, 5 * size, launches=launches)
-        )
-    return cases
+    if liger is not None and form.act == "silu":
+        swiglu = liger.liger_swiglu
+        contestants["liger"] = swiglu if form.layout == "split" else lambda both: swiglu(*both.chunk(2, -1))
+    size = ROWS * width * 2
+    return Case("glu", f"{ROWS} x {width}{name}", make, contestants, 3 * size, 5 * size, launches=launches)

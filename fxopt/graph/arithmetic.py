@@ -96,6 +96,18 @@ def _square(node: fx.Node, editor: Editor) -> Form | None:
     return Form(torch.pow, (bound["x"],), {"exponent": 2}) if bound else None
 
 
+def _clamp(*names: str) -> Rule:
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        bound = bind(node, "x", **dict.fromkeys(names))
+        if bound is None or not is_tensor(bound["x"]):
+            return None
+        limits = {"min": bound.get("min"), "max": bound.get("max")}
+        given = [limit for limit in limits.values() if limit is not None]
+        return Form(torch.clamp, (bound["x"],), limits) if given and all(map(is_number, given)) else None
+
+    return rule
+
+
 def _reduction(target: Any) -> Rule:
     def rule(node: fx.Node, editor: Editor) -> Form | None:
         bound = bind(node, "x", dim=None, keepdim=False, dtype=None)
@@ -187,6 +199,10 @@ RULES: dict[str, Rule] = {
     "var": _var,
     "logsumexp": _logsumexp,
     "softmax": _softmax,
+    "clamp": _clamp("min", "max"),
+    "clip": _clamp("min", "max"),
+    "clamp_min": _clamp("min"),
+    "clamp_max": _clamp("max"),
     **{name: _unary(getattr(torch, name)) for name in UNARY},
     **dict.fromkeys(CASTS, _cast),
 }

@@ -29,6 +29,14 @@ def _gelu(node: fx.Node, editor: Editor) -> Form | None:
     return Form(F.gelu, (bound["x"],), {"approximate": bound["approximate"]}) if bound else None
 
 
+def _glu(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", dim=-1)
+    if bound is None or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return None if dim is None else Form(F.glu, (bound["x"],), {"dim": dim})
+
+
 def _linear(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "weight", bias=None)
     return Form(F.linear, (bound["x"], bound["weight"], bound["bias"]), {}) if bound else None
@@ -134,6 +142,7 @@ RULES: dict[str, Rule] = {
     "silu": _activation(F.silu),
     "relu": _activation(F.relu),
     "gelu": _gelu,
+    "glu": _glu,
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,

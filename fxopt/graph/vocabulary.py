@@ -81,6 +81,8 @@ OPS: tuple[Op, ...] = (
     Op("silu", F.silu),
     Op("relu", F.relu),
     Op("gelu", F.gelu, ("x",), ("approximate",)),
+    Op("clamp", torch.clamp, ("x",), ("min", "max")),
+    Op("glu", F.glu, ("x",), ("dim",)),
     Op("linear", F.linear, ("x", "w", "bias")),
     Op("matmul", torch.matmul, ("a", "b")),
     Op("reshape", reshape, ("x",), ("shape",)),

@@ -65,7 +65,7 @@ def _find_miss(pattern: Pattern, site: fx.Node, state: GraphState, lazy_outputs:
     trace = Trace(pattern.name, find_rare_ops(pattern.terms[0], counts) or frozenset(), site)
     roots = find_roots(pattern, site, lambda node: node.target in pattern.targets)
     if not roots:
-        return _end_above(site, pattern.terms[0].heads, 1, trace)
+        return _end_above(site, pattern.terms[0].heads, 0, trace)
     for root in roots:
         match = find_match(pattern, root, site, state, lazy_outputs, trace)
         if match is not None:

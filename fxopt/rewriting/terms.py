@@ -351,6 +351,11 @@ def gelu(x: Term, approximate: Any = "none") -> Operation:
     return operation(F.gelu, x, approximate=approximate)
 
 
+def clamp(x: Term, min: Any = None, max: Any = None) -> Operation:
+    """Return `x` cut off below `min` and above `max`, None where there is no such limit."""
+    return operation(torch.clamp, x, min=min, max=max)
+
+
 def linear(x: Term, w: Term, bias: Term | None = None) -> Operation:
     """Return `x @ w.T + bias`."""
     return operation(F.linear, x, w, bias)

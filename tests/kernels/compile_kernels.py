@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import cross_entropy, glu, rope
+from fxopt.kernels import activation, cross_entropy, glu, rope
+from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
@@ -76,10 +77,23 @@ def layer_norm_builds() -> Iterator[Build]:
 
 
 def glu_builds() -> Iterator[Build]:
-    for act in glu.ACTIVATIONS:
-        form = dict(ACT=act, BLOCK=glu.BLOCK)
-        yield glu.glu_forward_kernel, form, {}, glu.NUM_WARPS, True
-        yield glu.glu_backward_kernel, form | dict(NEED_GATE=True, NEED_UP=True), {}, glu.NUM_WARPS, True
+    forms = [glu.Form(act) for act in ACTIVATIONS]
+    limits = dict(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
+    forms += [glu.Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
+    forms += [glu.Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
+    for form in forms:
+        for block in (glu.BLOCKS[0], 512) if form.act == "sigmoid_alpha" else glu.BLOCKS[:1]:
+            constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
+            yield glu.glu_forward_kernel, constants, {}, warps, True
+            backward = constants | dict(NEED_GATE=True, NEED_UP=True)
+            yield glu.glu_backward_kernel, backward, {}, warps, True
+
+
+def activation_builds() -> Iterator[Build]:
+    for act in ACTIVATIONS:
+        form = dict(ACT=act, BLOCK=activation.BLOCK)
+        yield activation.activation_forward_kernel, form, {}, activation.NUM_WARPS, True
+        yield activation.activation_backward_kernel, form, {}, activation.NUM_WARPS, True
 
 
 def cross_entropy_builds() -> Iterator[Build]:
@@ -169,6 +183,7 @@ def main() -> None:
             *rms_norm_builds(),
             *layer_norm_builds(),
             *glu_builds(),
+            *activation_builds(),
             *cross_entropy_builds(),
             *rope_builds(),
         ):

@@ -42,6 +42,8 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "layer_norm_sum_kernel",
         "glu_forward_kernel",
         "glu_backward_kernel",
+        "activation_forward_kernel",
+        "activation_backward_kernel",
         "cross_entropy_forward_kernel",
         "cross_entropy_backward_kernel",
         "linear_cross_entropy_forward_kernel",

@@ -32,9 +32,9 @@ SITES = {
     "cohere": sites(rms_norm=1, rope=2, glu=1),
     "glm4": sites(rms_norm=4, rope=2, glu=1),
     "smollm3": {**sites(rms_norm=2, rope=2, glu=1), "rope": 2 * (LAYERS - 1)},
-    "gpt_neox": sites(layer_norm=2, rope=2),
+    "gpt_neox": sites(layer_norm=2, rope=2, activation=1),
     "stablelm": sites(layer_norm=2, rope=2, glu=1),
-    "starcoder2": sites(layer_norm=2, rope=2),
+    "starcoder2": sites(layer_norm=2, rope=2, activation=1),
     "single_level": sites(rms_norm=2, glu=1),
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""
@@ -48,11 +48,13 @@ DEEP = [
     for arch in SITES
 ]
 """Errors in half precision take draws of weights: of the others under `make test-all` only."""
-NOTHING_SAVED = ("gpt_neox", "starcoder2")
-"""No gated unit, and torch's own layer norm in fp32 saves as little as the op: what is left is the head, which
-saves the gradient of its weight, and with 256 classes that is more than the logits."""
 SHAPES = ((2, 24), (3, 17), (1, 40))
 """The first is the one captured; the others are unseen at capture."""
+
+SAVED_LESS_BY_INDUCTOR_ONLY = ("gpt_neox", "starcoder2")
+"""No gated unit, norms that torch's own op saves as little of, and activations whose results are computed again:
+not on the plain lowering, which saves more than stock with nothing rewritten (596,356 against 522,628 bytes for
+gpt_neox, whose cache copies v out of the packed projection in stock)."""
 
 
 def count_sites(report: fxopt.Report) -> dict[str, int]:
@@ -109,10 +111,10 @@ def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, devic
     assert fxopt.explain(model).fallbacks == ()
 
 
-@pytest.mark.parametrize("arch", [arch for arch in SITES if arch not in NOTHING_SAVED])
+@pytest.mark.parametrize("arch", SITES)
 def test_fewer_bytes_are_saved_for_backward(arch, device, twins, tools):
-    """Not of gpt_neox: its norms and MLP are left alone so far, and stock's cache, which training under fxopt does
-    without, copies v out of the packed projection, whose storage then dies (575,492 bytes against 522,628)."""
+    if device == "cpu" and arch in SAVED_LESS_BY_INDUCTOR_ONLY:
+        pytest.skip("the plain lowering of a CPU computes nothing again; the GPU variant runs under -m gpu")
     model, stock = twins(arch, device)
     batch = tools.make_batch((2, 24), padded="none", device=device)
     tools.run_step(model, batch)  # Dynamo captures nothing while hooks on saved tensors are set

@@ -61,6 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "t5": T5,
     "gpt_oss": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"]},
     "gemma2": {**BASE, "layer_types": ["full_attention"]},
+    "opt": {**BASE, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
 }
 EXPECTED: dict[str, dict[str, int]] = {
     "llama": {"rms_norm": 3, "add_rms_norm": 2, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
@@ -71,9 +72,11 @@ EXPECTED: dict[str, dict[str, int]] = {
     "cohere": {"rms_norm": 2, "add_rms_norm": 1, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
     "glm4": {"rms_norm": 5, "add_rms_norm": 2, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
     "granite": {"rms_norm": 3, "add_rms_norm": 2, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
-    "gpt_neox": {"layer_norm": 3, "rope": 1, "linear_cross_entropy": 1},
+    "phi3": {"rms_norm": 3, "add_rms_norm": 2, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
+    "gpt_neox": {"layer_norm": 3, "rope": 1, "activation": 1, "linear_cross_entropy": 1},
+    "nanochat": {"rms_norm": 6, "add_rms_norm": 2, "rope": 1, "activation": 1, "linear_cross_entropy": 1},
     "stablelm": {"layer_norm": 3, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
-    "gpt_oss": {"rms_norm": 3, "add_rms_norm": 2, "rope": 1, "linear_cross_entropy": 1},
+    "gpt_oss": {"rms_norm": 3, "add_rms_norm": 2, "rope": 1, "glu": 1, "linear_cross_entropy": 1},
     "mamba2": {"rms_norm": 3, "add_rms_norm": 1, "linear_cross_entropy": 1},
     "t5": {"rms_norm": 7, "add_rms_norm": 5, "glu": 2, "linear_cross_entropy": 1},
 }
@@ -165,13 +168,22 @@ def test_kept_logits_are_marked(capture: Callable[..., Any]) -> None:
     assert kept[-1] in output.all_input_nodes
 
 
-def test_unfused_gates_have_a_reason(capture: Callable[..., Any]) -> None:
-    captured = capture(make_model("gpt_oss"), (), **make_inputs())
-    gm, _ = rewrite(captured)
-    (gate,) = gm.graph.find_nodes(op="call_function", target=torch.sigmoid)
-    miss = find_nearest_miss(gm, ALL, min(gate.meta["origins"]))
-    assert miss.pattern == "glu"
-    assert "gate: expected" in miss.reason
+def test_a_relu_alone_is_left_with_a_reason(capture: Callable[..., Any]) -> None:
+    gm, result = rewrite(capture(make_model("opt"), (), **make_inputs()))
+    assert count(result) == {"linear_cross_entropy": 1}
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.relu)
+    miss = find_nearest_miss(gm, ALL, min(node.meta["origins"]))
+    assert miss.pattern == "activation"
+    assert "the gradient of relu is read off its result" in miss.reason
+
+
+def test_one_tensor_of_both_is_read_and_no_half_of_it(capture: Callable[..., Any]) -> None:
+    for name, layout in (("glm4", "packed"), ("gpt_oss", "interleaved")):
+        gm, result = rewrite(capture(make_model(name), (), **make_inputs()))
+        (done,) = (done for done in result.rewrites if done.record.op == "glu")
+        assert done.record.attributes["layout"] == layout
+        (node,) = (node for node in gm.graph.nodes if node.name in done.after)
+        assert len(node.all_input_nodes) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

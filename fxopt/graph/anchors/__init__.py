@@ -10,6 +10,7 @@ import dataclasses
 
 from torch import fx
 
+from fxopt.graph.anchors.activations import activation_kind
 from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.layer_norms import layer_norm_kind
 from fxopt.graph.anchors.losses import loss_kind
@@ -33,8 +34,9 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
 
     Kinds are "rms_norm" (a reciprocal root of a mean of squares), "layer_norm" (that of a value less its mean,
     with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "glu" (an
-    activation times another value, both from linear projections), and "cross_entropy",
-    "linear_cross_entropy" where its logits come straight from one linear layer.
+    activation times another value, both from linear projections), "activation" (one between two projections,
+    without a gate), and "cross_entropy", "linear_cross_entropy" where its logits come straight from one
+    linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
@@ -45,6 +47,7 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
                 or norm_kind(node)
                 or loss_kind(node)
                 or gates.kind(node)
+                or activation_kind(node, gates)
                 or rope_kind(node)
             )
             if kind:

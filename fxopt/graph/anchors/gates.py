@@ -11,9 +11,8 @@ from fxopt.graph.anchors.stock import (
     ACTIVATIONS,
     MOVING,
     POINTWISE,
-    PRODUCTS,
     RESHAPING,
-    ROUNDING,
+    is_projection,
     is_scalar,
     stock_name,
     tensors_read,
@@ -22,13 +21,12 @@ from fxopt.graph.anchors.stock import (
 
 class Gates:
     """Walks a graph in order; knows of each value which one it is a pointwise function of, whether an
-    activation lies between, and whether it comes from a projection or was given to the graph."""
+    activation lies between, and whether it comes from a projection."""
 
     def __init__(self) -> None:
         self._source: dict[fx.Node, fx.Node] = {}
         self._is_activated: dict[fx.Node, bool] = {}
         self._is_projected: dict[fx.Node, bool] = {}
-        self._is_given: dict[fx.Node, bool] = {}
 
     def kind(self, node: fx.Node) -> str:
         """Return "glu" if `node` is a product of an activation and another projected value, else ""."""
@@ -36,6 +34,18 @@ class Gates:
         is_glu = stock_name(node) == "mul" and len(operands) == 2 and self._is_gate_times_up(*operands)
         self._note(node, operands, is_glu)
         return "glu" if is_glu or self._is_packed(node, operands) else ""
+
+    def source_of(self, node: fx.Node) -> fx.Node:
+        """Return the value that `node` is a pointwise function of; `node` itself where there is none."""
+        return self._source.get(node, node)
+
+    def is_activated(self, node: fx.Node) -> bool:
+        """Return whether an activation lies between `node` and its source."""
+        return self._is_activated.get(node, False)
+
+    def is_projected(self, node: fx.Node) -> bool:
+        """Return whether `node` comes from a projection."""
+        return self._is_projected.get(node, False)
 
     def _is_gate_times_up(self, a: fx.Node, b: fx.Node) -> bool:
         if self._source.get(a, a) is self._source.get(b, b):
@@ -57,9 +67,7 @@ class Gates:
             self._source[node] = sources.pop()
             activated = any(self._is_activated.get(item, False) for item in large)
             self._is_activated[node] = activated or name in ACTIVATIONS
-        is_moved = name in MOVING | ROUNDING and bool(operands) and self._is_given.get(operands[0], False)
-        self._is_given[node] = is_moved or node.op in ("placeholder", "get_attr")
-        if self._is_projection(name, operands) or _is_foreign_product(node):
+        if is_projection(node):
             self._is_projected[node] = True
         elif name in MOVING or name in POINTWISE:
             if name in MOVING and not large:
@@ -69,24 +77,10 @@ class Gates:
             )  # an index or a mask does not count
             self._is_projected[node] = not is_glu and self._inherits(name, moved)
 
-    def _is_projection(self, name: str, operands: list[fx.Node]) -> bool:
-        """Return whether an op multiplies by a weight; a product of computed values (attention) does not."""
-        if name == "matmul":
-            return any(self._is_given.get(item, False) for item in operands)
-        return name in PRODUCTS
-
     def _inherits(self, name: str, large: list[fx.Node]) -> bool:
         flags = [self._is_projected.get(item, False) for item in large]
         # A sum with one projection is one (a bias, an adapter); a product of different values is not.
         return any(flags) if name in ("add", "sub") or len(large) == 1 else bool(flags) and all(flags)
-
-
-def _is_foreign_product(node: fx.Node) -> bool:
-    """Return whether `node` is an op from outside torch that reads two tensors of two dims or more."""
-    if node.op != "call_function" or stock_name(node):
-        return False
-    matrices = [item for item in tensors_read(node) if item.meta["example_value"].dim() >= 2]
-    return len(matrices) >= 2
 
 
 def _are_large_alike(a: Tensor, b: Tensor) -> bool:

@@ -82,6 +82,9 @@ def stock_name(node: Any) -> str:
 def _is_torch(target: Any, name: str) -> bool:
     if getattr(operator, name, None) is target or name == "getattr":
         return True
+    registered = str(getattr(target, "_qualified_op_name", getattr(target, "_name", "")))
+    if "::" in registered:
+        return registered.partition("::")[0] in ("aten", "prims")  # any other namespace is a library's own
     if any(getattr(namespace, name, None) is target for namespace in NAMESPACES):
         return True
     module = str(getattr(target, "__module__", ""))
@@ -112,3 +115,30 @@ def is_scalar(node: fx.Node) -> bool:
     """Return whether a tensor node holds one item and no dims that matter."""
     value = node.meta["example_value"]
     return value.dim() == 0 or (value.dim() == 1 and value.shape[0] == 1)
+
+
+def is_given(node: fx.Node) -> bool:
+    """Return whether a value was given to the graph, as weights are, through moves and casts."""
+    for _ in range(MAX_DEPTH):
+        if node.op in ("placeholder", "get_attr"):
+            return True
+        operands = tensors_read(node)
+        if stock_name(node) not in MOVING | ROUNDING or not operands:
+            return False
+        node = operands[0]
+    return False
+
+
+def is_projection(node: fx.Node) -> bool:
+    """Return whether `node` multiplies by a weight; a product of computed values (attention) does not."""
+    if stock_name(node) == "matmul":
+        return any(is_given(item) for item in tensors_read(node))
+    return stock_name(node) in PRODUCTS or _is_foreign_product(node)
+
+
+def _is_foreign_product(node: fx.Node) -> bool:
+    """Return whether `node` is an op from outside torch that reads two tensors of two dims or more."""
+    if node.op != "call_function" or stock_name(node):
+        return False
+    matrices = [item for item in tensors_read(node) if item.meta["example_value"].dim() >= 2]
+    return len(matrices) >= 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fxopt.capture import torch_compat
 from fxopt.capture.lowering import choose_lowering
 from fxopt.capture.mutation import find_mutated_inputs
+from fxopt.kernels.activation import activation
 from fxopt.kernels.glu import glu
 
 
@@ -89,3 +91,31 @@ def test_a_graph_compiled_before_comes_from_inductors_cache():
     assert first["fxgraph_cache_miss"] == again["fxgraph_cache_hit"] == 2, "a forward and a backward graph"
     assert "fxgraph_cache_bypass" not in {**first, **again}
     assert joint["autograd_cache_hit"] == 1
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu2"])
+def test_inductor_saves_an_activations_input_alone_where_stock_saves_its_result_too(act):
+    stock = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu2": lambda x: F.relu(x).square(),
+    }[act]
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((40, 8), (24, 8), (8, 24))]
+
+    def count_saved(function):
+        def mlp(x, first, second):
+            return F.linear(function(F.linear(x, first)), second)
+
+        compiled = torch.compile(torch_compat.isolate(mlp), backend=torch_compat.inductor_backend)
+        compiled(*tensors)
+        saved = {}
+
+        def keep(value):
+            return saved.setdefault(value.data_ptr(), value)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            compiled(*tensors)
+        return sum(value.numel() == 40 * 24 for value in saved.values())
+
+    assert count_saved(stock) == 2
+    assert count_saved(lambda x: activation(x, act=act)) == 1

@@ -66,6 +66,11 @@ def attention(x, g, u):
     return (scores @ F.linear(x, u)) * torch.sigmoid(F.linear(x, g))
 
 
+def between_adapted(x, g, u):
+    y = F.silu(F.linear(x, g) + 0.5 * F.linear(F.linear(x, u[:4]), g[:, :4]))
+    return F.linear(y, g.t()) + F.linear(F.linear(F.dropout(y, 0.1), u.t()[:4]), g.t()[:, :4])
+
+
 def rotated(x, cos):
     q = F.linear(x, x[0, :, :].detach().mT @ x[0].detach())
     return q * cos.cos() + torch.cat((-q[..., 4:], q[..., :4]), -1) * cos.sin()
@@ -178,6 +183,31 @@ SITES = {
     ),
     "an activation alone": (lambda x, g: F.silu(F.linear(x, g)), (X, GATE), []),
     "an activation by hand": (lambda x, g: gelu_by_hand(F.linear(x, g)), (X, GATE), []),
+    "between projections": (lambda x, g: F.linear(F.gelu(F.linear(x, g)), g.t()), (X, GATE), ["activation"]),
+    "by hand between projections": (
+        lambda x, g: gelu_by_hand(F.linear(x, g)) @ g,
+        (X, GATE),
+        ["activation"],
+    ),
+    "squared between projections": (
+        lambda x, g: F.linear(torch.square(torch.relu(F.linear(x, g))), g.t()),
+        (X, GATE),
+        ["activation"],
+    ),
+    "between adapted projections": (between_adapted, (X, GATE, UP), ["activation"]),
+    "with a bias of its own": (
+        lambda x, g: torch.addmm(g[0], F.gelu(torch.addmm(g[:, 0], x[0], g.t())), g),
+        (X, GATE),
+        ["activation"],
+    ),
+    "before a norm": (
+        lambda x, g: F.linear(F.layer_norm(F.gelu(F.linear(x, g)), (16,)), g.t()),
+        (X, GATE),
+        [],
+    ),
+    "of an input": (lambda x, g: F.linear(F.gelu(x), g), (X, GATE), []),
+    "times a weight": (lambda x, g: F.linear(F.gelu(F.linear(x, g)) * g[:, 0], g.t()), (X, GATE), []),
+    "a soft cap": (lambda x, g: 30 * torch.tanh(F.linear(x, g) / 30), (X, GATE), []),
     "a gate of one column": (
         lambda x, g, o: torch.sigmoid(F.linear(x, o)) * F.linear(x, g),
         (X, GATE, ONE),

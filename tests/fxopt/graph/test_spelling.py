@@ -102,6 +102,22 @@ TABLE = {
     "gelu": ((LEAF,), "gelu(%0, approximate='none')", [F.gelu, torch.nn.GELU()]),
     "silu": ((LEAF,), "silu(%0)", [F.silu, torch.nn.SiLU(), lambda a: F.silu(a, inplace=False)]),
     "relu": ((LEAF,), "relu(%0)", [F.relu, torch.relu, lambda a: a.relu()]),
+    "clamp": (
+        (LEAF,),
+        "clamp(%0, min=-0.5, max=0.7)",
+        [lambda a: a.clamp(-0.5, 0.7), lambda a: torch.clip(a, min=-0.5, max=0.7)],
+    ),
+    "clamp above": (
+        (LEAF,),
+        "clamp(%0, min=None, max=0.7)",
+        [
+            lambda a: a.clamp(min=None, max=0.7),
+            lambda a: a.clip(max=0.7),
+            lambda a: torch.clamp_max(a, 0.7),
+            lambda a: a.clamp_max(max=0.7),
+        ],
+    ),
+    "glu": ((LEAF,), "glu(%0, dim=-1)", [F.glu, lambda a: F.glu(a, 2), lambda a: F.glu(a, dim=-1)]),
     "linear": (
         (LEAF, WEIGHT),
         "linear(%0, %1, None)",
