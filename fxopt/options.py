@@ -88,7 +88,7 @@ def _check_flag(subject: str, value: object) -> None:
         raise FxoptError(f"{subject}: expected True or False, got {value!r}")
 
 
-def _has_terms(pattern: Any) -> bool:
+def _has_terms(pattern: object) -> bool:
     return hasattr(type(pattern), "terms")
 
 
