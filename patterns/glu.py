@@ -305,7 +305,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield (
         "the product is activated",
         (lambda gate, up: F.silu(gate * up), (gate, up)),
-        "expected cast or mul above silu, got the graph's output",
+        "expected cast or glu or mul above silu, got the graph's output",
     )
     yield "broadcast", (lambda gate, up: F.silu(gate) * up, (thin, up)), "up: expected size I = 1, got 8"
     yield (
@@ -316,17 +316,17 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield (
         "summed",
         (lambda gate, up: F.silu(gate) + up, (gate, up)),
-        "expected cast or mul above silu, got add",
+        "expected cast or glu or mul above silu, got add",
     )
     yield (
         "a gate on the way to a sum",
         (lambda gate, up: torch.sigmoid(gate) * up + gate, (gate, up)),
-        "is read by add, with which a compiler fuses it",
+        "the gated value is read by add, with which a compiler fuses it, expected a projection",
     )
     yield (
         "silu alone",
         (lambda gate, up: gate * torch.sigmoid(gate), (gate, up)),
-        "got what it was computed from",
+        "expected another factor beside sigmoid, got what it was computed from",
     )
 
 

@@ -88,12 +88,14 @@ def test_a_near_miss_is_left_alone_with_its_reason(capture: Capture, pattern: Pa
     done = rewrite(gm, *foundations(pattern), pattern).rewrites
     assert pattern not in [rewritten.match.pattern for rewritten in done]
     assert len(reason.split()) > 1, "one word says nothing"
-    anchors = [anchor.node for anchor in find_anchors(captured.stock)]
+    found = find_anchors(captured.stock)
+    own = [anchor for anchor in found if anchor.kind == pattern.name]
+    anchors = [anchor.node for anchor in own or found]
     nodes = anchors or [node.name for node in captured.stock.graph.nodes if node.op.startswith("call_")]
     misses = [find_nearest_miss(gm, (pattern,), node, lazy_outputs=False) for node in nodes]
     # What is no site in the stock arithmetic has its reason where the pattern came furthest.
     told = misses if anchors else [max(misses, key=lambda miss: miss.nearness)]
-    assert all(miss.pattern == pattern.name for miss in told)
+    assert all(miss.pattern in (pattern.name, "") for miss in told), "another pattern answers"
     if pattern.name in TOLD_IN_FULL:
         assert {miss.reason for miss in told} == {reason}
     else:

@@ -203,7 +203,7 @@ SITES = {
     "before a norm": (
         lambda x, g: F.linear(F.layer_norm(F.gelu(F.linear(x, g)), (16,)), g.t()),
         (X, GATE),
-        [],
+        ["layer_norm"],
     ),
     "of an input": (lambda x, g: F.linear(F.gelu(x), g), (X, GATE), []),
     "times a weight": (lambda x, g: F.linear(F.gelu(F.linear(x, g)) * g[:, 0], g.t()), (X, GATE), []),
