@@ -104,6 +104,14 @@ def _reduction(target: Any) -> Rule:
     return rule
 
 
+def _max(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", keepdim=False)
+    if bound is None or not is_tensor(bound["x"]) or is_tensor(node):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return None if dim is None else Form(torch.max, (bound["x"],), {"dim": dim, "keepdim": bool(bound["keepdim"])})
+
+
 def _var(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "dim", unbiased=True, keepdim=False, correction=None)
     if bound is None or isinstance(bound["dim"], bool):
@@ -174,6 +182,7 @@ RULES: dict[str, Rule] = {
     "mean": _reduction(torch.mean),
     "sum": _reduction(torch.sum),
     "var": _var,
+    "max": _max,
     "softmax": _softmax,
     **{name: _unary(getattr(torch, name)) for name in UNARY},
     **dict.fromkeys(CASTS, _cast),

@@ -43,6 +43,8 @@ PURE = frozenset(
 TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "shape", "dtype", "device", "ndim", "is_cuda"})
 WRITING = frozenset({"batch_norm", "instance_norm", "embedding", "embedding_bag", "rrelu"})
 """Ops that may write to an argument though their name does not say so."""
+RANDOM = frozenset({"scaled_dot_product_attention"})
+"""Canonical ops that draw random numbers if an argument says so."""
 CANONICAL = frozenset(op.target for op in vocabulary.OPS)
 INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "idiv", "ipow", "imatmul", "ifloordiv", "iand", "ior"})
 MODE_SWITCHES = frozenset(
@@ -71,9 +73,9 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if node.op not in ("call_function", "call_method") or "out" in node.kwargs or is_inplace(node):
         return False
-    if node.op == "call_function" and node.target in CANONICAL:
-        return True
     name = op_name(node)
+    if node.op == "call_function" and node.target in CANONICAL and name not in RANDOM:
+        return True
     match name:
         case "dropout":
             return not is_active_dropout(node)

@@ -416,7 +416,6 @@ def _key_span(
     HAS_MASK: tl.constexpr,
     READS: tl.constexpr,
     IS_BOOL: tl.constexpr,
-    MASKED: tl.constexpr,
     QUERIES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -424,6 +423,7 @@ def _key_span(
     BLOCK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # One loop for tiles that all see whole and those that not: two would not fit in registers.
     for start in range(begin, end, QUERIES):
         b_query = start + tl.arange(0, QUERIES)
         b_inside = b_query < num_queries
@@ -431,7 +431,7 @@ def _key_span(
         b_lse = tl.load(p_lse + b_query, mask=b_inside, other=0.0) * LOG2_E
         b_product = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_score, b_slope = _scores(b_product, scale, softcap, HAS_SOFTCAP)
-        if MASKED:
+        if CAUSAL or HAS_MASK:
             b_start = b_query
             b_end = b_query
             b_kind = b_query
@@ -555,56 +555,49 @@ def attention_backward_keys_kernel(
         p_masks = p_mask + (batch * mask_batch_stride + head * mask_head_stride)
         begin = first_key * 0
         end = begin + num_queries
-        whole_begin = begin
         if CAUSAL:
             begin = tl.minimum(first_key // QUERIES * QUERIES, end)
-            whole_begin = tl.minimum((first_key + KEYS + QUERIES - 1) // QUERIES * QUERIES, end)
         if HAS_MASK:
             p_range = p_ranges + (batch * range_batch_stride + head * range_head_stride) + tile
             begin = tl.load(p_range) // QUERIES * QUERIES
             end = tl.load(p_range + range_end_stride)
-            whole_begin = end
-        for span in tl.static_range(2):
-            # Queries that see a part of the keys, then those that see all: the first kind alone with a mask.
-            if (CAUSAL or HAS_MASK) if span == 0 else not HAS_MASK:
-                b_dk, b_dv = _key_span(
-                    b_dk,
-                    b_dv,
-                    b_k,
-                    b_v,
-                    p_q + (batch * q_batch_stride + head * q_head_stride),
-                    p_dout + (batch * dout_batch_stride + head * dout_head_stride),
-                    p_lse + row,
-                    p_delta + row,
-                    q_row_stride,
-                    dout_row_stride,
-                    begin if span == 0 else whole_begin,
-                    whole_begin if span == 0 else end,
-                    b_key,
-                    num_queries,
-                    num_keys,
-                    p_rows,
-                    interval_row_stride,
-                    interval_kind_stride,
-                    p_masks,
-                    mask_row_stride,
-                    mask_key_stride,
-                    lowest,
-                    scale,
-                    softcap,
-                    HAS_SOFTCAP,
-                    CAUSAL,
-                    HAS_MASK,
-                    READS,
-                    IS_BOOL,
-                    span == 0,
-                    QUERIES,
-                    WIDTH,
-                    BLOCK_WIDTH,
-                    VALUE_WIDTH,
-                    BLOCK_VALUE,
-                    PRECISION,
-                )
+        b_dk, b_dv = _key_span(
+            b_dk,
+            b_dv,
+            b_k,
+            b_v,
+            p_q + (batch * q_batch_stride + head * q_head_stride),
+            p_dout + (batch * dout_batch_stride + head * dout_head_stride),
+            p_lse + row,
+            p_delta + row,
+            q_row_stride,
+            dout_row_stride,
+            begin,
+            end,
+            b_key,
+            num_queries,
+            num_keys,
+            p_rows,
+            interval_row_stride,
+            interval_kind_stride,
+            p_masks,
+            mask_row_stride,
+            mask_key_stride,
+            lowest,
+            scale,
+            softcap,
+            HAS_SOFTCAP,
+            CAUSAL,
+            HAS_MASK,
+            READS,
+            IS_BOOL,
+            QUERIES,
+            WIDTH,
+            BLOCK_WIDTH,
+            VALUE_WIDTH,
+            BLOCK_VALUE,
+            PRECISION,
+        )
     p_dk += batch * dk_batch_stride + key_head * dk_head_stride
     p_dv += batch * dv_batch_stride + key_head * dv_head_stride
     _store_tile(p_dk, b_dk * scale, b_key, dk_row_stride, num_keys, WIDTH, BLOCK_WIDTH)

@@ -10,6 +10,7 @@ import dataclasses
 
 from torch import fx
 
+from fxopt.graph.anchors.attention import attention_kind
 from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.losses import loss_kind
 from fxopt.graph.anchors.norms import norm_kind
@@ -30,14 +31,15 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
 
     Kinds are "rms_norm" (a reciprocal root of a mean of squares), "glu" (an activation times another value,
-    both from linear projections), and "cross_entropy", "linear_cross_entropy" where its logits come straight
+    both from linear projections), "attention" (torch's own, or the softmax of a product of two values that
+    weighs a third), and "cross_entropy", "linear_cross_entropy" where its logits come straight
     from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
         gates = Gates()
         for node in part.graph.nodes:
-            kind = norm_kind(node) or loss_kind(node) or gates.kind(node)
+            kind = norm_kind(node) or loss_kind(node) or attention_kind(node) or gates.kind(node)
             if kind:
                 anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))
     return tuple(anchors)
