@@ -29,6 +29,7 @@ from fxopt.kernels.launch import can_launch, next_power_of_two, warn_once
 
 ROUNDS = 5
 AGREEMENT = 0.03  # relative; rounding in 16-bit dtypes stays below 0.01, a wrong mask is above 0.1
+OLDEST_CAPABILITY = (8, 0)
 HALVES = (torch.float16, torch.bfloat16)
 Key = tuple[Any, ...]
 
@@ -248,11 +249,12 @@ def find_candidates(call: Call) -> list[Backend]:
 
 
 def is_served_by_triton(call: Call) -> bool:
-    """Return whether the kernels compute `call`."""
+    """Return whether the kernels compute `call`; compiled for devices before 8.0 they take all memory for stack."""
     is_narrow = max(call.q.shape[-1], call.v.shape[-1]) <= MOST_WIDTH
     float_mask = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
     has_intervals = call.mask is None or call.intervals is not None
-    return is_narrow and has_intervals and can_launch(call.q, call.k, call.v, call.sinks, float_mask)
+    is_new = torch.cuda.get_device_capability(call.q.device) >= OLDEST_CAPABILITY
+    return is_new and is_narrow and has_intervals and can_launch(call.q, call.k, call.v, call.sinks, float_mask)
 
 
 def is_served_by_torch(call: Call) -> bool:
@@ -264,7 +266,7 @@ def is_served_by_torch(call: Call) -> bool:
         return False
     is_regular = width == call.v.shape[-1] and width % 8 == 0 and width <= MOST_WIDTH
     is_dense = all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
-    is_new = torch.cuda.get_device_capability(call.q.device) >= (8, 0)
+    is_new = torch.cuda.get_device_capability(call.q.device) >= OLDEST_CAPABILITY
     return is_regular and is_dense and is_new and 0 not in (batch, heads, num_queries, num_keys)
 
 

@@ -20,6 +20,7 @@ from fxopt.kernels.launch import ceil_div, next_power_of_two, on_device
 
 MOST_WIDTH = 256
 LEAST_BLOCK = 16  # of a matrix product
+LARGE_SHARED = (9, 10)  # compute capabilities with 227 KiB of shared memory a block
 DELTA_QUERIES = 64
 
 
@@ -43,26 +44,27 @@ class Plan(NamedTuple):
 INTERPRETED = Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))
 HOPPER = {
     64: (
-        Plan(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
-        Plan(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+        Plan(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3)),
+        Plan(Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 3), Tiles(64, 64, 4, 3)),
     ),
     128: (
-        Plan(Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3)),
-        Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+        Plan(Tiles(128, 128, 8, 2), Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 3)),
     ),
     256: (
-        Plan(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        Plan(Tiles(64, 64, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+        Plan(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(128, 32, 8, 2)),
+        Plan(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2)),
     ),
 }
-"""By the padded width, the likeliest first: two products of 128 x 128 keep the tensor cores fed; in backward two
-accumulators of [keys, width] fp32 have to stay in registers."""
+"""By the padded width, the likeliest first; all stay in 255 registers a thread and 227 KiB of shared memory. Forward
+holds its sums of 128 x width in registers; the gradients of keys hold two of [keys, width], so that the wider the
+heads the fewer the keys."""
 AMPERE = {
     64: (Plan(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),),
-    128: (Plan(Tiles(128, 32, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2)),),
-    256: (Plan(Tiles(64, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 4, 1)),),
+    128: (Plan(Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)),),
+    256: (Plan(Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),),
 }
-"""Fit into the 99 KiB of shared memory of compute capability 8.6 and 8.9, and the 64 KiB of 7.5 with one stage."""
+"""Fit into the 99 KiB of shared memory of compute capability 8.6 and 8.9."""
 FLOAT32 = {
     64: (Plan(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),),
     128: (Plan(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),),
@@ -81,11 +83,8 @@ def plans_for(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> tu
     >>> plans_for(128, torch.bfloat16, (9, 0))[0].forward
     Tiles(queries=128, keys=128, warps=8, stages=2)
     """
-    table = FLOAT32 if dtype == torch.float32 else HOPPER if capability[0] >= 9 else AMPERE
-    plans = table[next(known for known in table if known >= next_power_of_two(width))]
-    if capability < (8, 0):
-        return tuple(Plan(*(tiles._replace(stages=1) for tiles in plan)) for plan in plans)
-    return plans
+    table = FLOAT32 if dtype == torch.float32 else HOPPER if capability[0] in LARGE_SHARED else AMPERE
+    return table[next(known for known in table if known >= next_power_of_two(width))]
 
 
 def plans_of(q: Tensor, v: Tensor) -> tuple[Plan, ...]:
