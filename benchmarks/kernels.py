@@ -7,6 +7,7 @@ between runs, for
     launch     the same kernels without autograd and dispatcher, for memory-bound kernels
     liger      liger_kernel's functional form
     cce        cut_cross_entropy without its gradient filter ("cce_exact")
+    sdpa       torch's attention by its own choice; `cudnn`, `flash` by one backend of it
     compile    torch.compile of the eager form
     eager      what a stock model runs
     copy       a copy that moves the bytes the kernel has to move; for linear_cross_entropy `gemms`, its matrix
@@ -32,10 +33,11 @@ from triton.testing import do_bench
 
 from benchmarks.cases import ALL
 from benchmarks.cases.case import Case, Function
+from fxopt.kernels.attention import chosen_backends
 from fxopt.kernels.launch import find_obstacle
 
 GATE_ROWS = 256
-COLUMNS = ("fxopt", "launch", "liger", "cce", "compile", "eager", "copy", "gemms")
+COLUMNS = ("fxopt", "launch", "liger", "cce", "sdpa", "cudnn", "flash", "compile", "eager", "copy", "gemms")
 
 
 def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -207,7 +209,10 @@ def main() -> int:
             torch.cuda.empty_cache()
             if arguments.out is not None:
                 result = {"machine": machine, "rows": rows, "disagreements": disagreements}
+                result["backends of attention"] = chosen_backends()
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for call, choice in chosen_backends().items():
+        print(f"{call}: {choice}")
     return 1 if disagreements else 0
 
 

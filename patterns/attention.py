@@ -51,15 +51,18 @@ BUT_THE_LAST = (..., slice(None, -1, None))
 
 def search() -> Term:
     """Return torch's attention, or its parts: scores, softcap, mask, softmax with or without sinks, values."""
-    q, k, v, mask = tensor("q", "B HQ SQ D"), tensor("k", "B HK SK D"), tensor("v", "B HK SK DV"), tensor("mask")
+    q, k, v, mask = (
+        tensor("q", "B HQ SQ D"),
+        tensor("k", "B HK SK D"),
+        tensor("v", "B HK SK DV"),
+        tensor("mask"),
+    )
     keys, values = maybe_repeated("all_k", k), maybe_repeated("all_v", v)
     asked = dict(dropout_p=attribute("dropout_p"), is_causal=attribute("causal"), scale=attribute("scale"))
     ready = either(attention(q, keys, values, mask, **asked), attention(q, keys, values, **asked))
 
     product = matmul(q, transpose(keys))
-    scores = choice(
-        "scaling", times=product * number("scale"), over=product / number("scale"), none=product
-    )
+    scores = choice("scaling", times=product * number("scale"), over=product / number("scale"), none=product)
     capped = tanh(either(scores / number("softcap"), scores)) * number("softcap")
     scores = either(capped, scores)
     logits = maybe(upcast, either(scores + mask, scores))
@@ -90,7 +93,9 @@ def check(m: Match) -> Mismatch | None:
     for name, source in (("all_k", "k"), ("all_v", "v")):
         if m[name] is not None and not _repeats_heads(m.example(name), m.example(source), heads):
             shape = list(m.example(name).shape)
-            return m.fail(f"{source} is repeated to {shape}, expected {heads} heads, each beside itself", name)
+            return m.fail(
+                f"{source} is repeated to {shape}, expected {heads} heads, each beside itself", name
+            )
     if m["form"] == "ready" and not (m["causal"] is True or m["causal"] is False):
         return m.fail("is_causal is no constant", "q")
     if not q.is_floating_point():
@@ -130,7 +135,9 @@ def _check_mask(m: Match) -> Mismatch | None:
         for size, full in zip(reversed(mask.shape), reversed(scores), strict=False)
     )
     if not fits:
-        return m.fail(f"the mask has shape {list(mask.shape)}, expected one for scores {list(scores)}", "mask")
+        return m.fail(
+            f"the mask has shape {list(mask.shape)}, expected one for scores {list(scores)}", "mask"
+        )
     return None
 
 
@@ -225,7 +232,12 @@ def _inputs(
         for heads in (4, key_heads, key_heads)
     ]
     if mask:
-        seen = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(batch, 1, -1, -1).clone()
+        seen = (
+            torch.ones(length, length, dtype=torch.bool, device=device)
+            .tril()
+            .expand(batch, 1, -1, -1)
+            .clone()
+        )
         seen[0, :, :, :3] = False
         lowest = -torch.inf if mask == "infinite" else torch.finfo(dtype).min
         added = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, lowest)
@@ -305,7 +317,10 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "keys not transposed", (lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1) @ k, triple)
     yield "no softmax", (lambda q, k, v: (q @ k.transpose(2, 3)).sigmoid() @ v, triple)
     yield "the sink comes first", (sink_first, (q, k, v, mask, sinks))
-    yield "masked after the softmax", (lambda q, k, v: ((q @ k.transpose(2, 3)).softmax(-1)).tril() @ v, triple)
+    yield (
+        "masked after the softmax",
+        (lambda q, k, v: ((q @ k.transpose(2, 3)).softmax(-1)).tril() @ v, triple),
+    )
 
 
 ATTENTION = Pattern(

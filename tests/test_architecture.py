@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT / "fxopt"}
@@ -157,10 +156,20 @@ def test_the_floors_have_no_cycle() -> None:
         visit(part, ())
 
 
-@pytest.mark.parametrize("folder", ["patterns", "kernels"])
-def test_pattern_and_kernel_folders_are_flat(folder: str) -> None:
-    nested = [path.name for path in FOLDERS[folder].iterdir() if path.is_dir() and path.name != "__pycache__"]
-    assert nested == []
+def folders_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_folder_of_patterns_is_flat() -> None:
+    assert folders_in(FOLDERS["patterns"]) == []
+
+
+def test_a_folder_of_kernels_is_one_op_and_is_packaged() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    for folder in folders_in(FOLDERS["kernels"]):
+        assert f"fxopt.kernels.{folder.name}" in packages
+        assert (folder / "__init__.py").exists()
+        assert folders_in(folder) == []
 
 
 def test_the_kernels_package_holds_only_a_docstring() -> None:

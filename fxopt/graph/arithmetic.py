@@ -109,7 +109,11 @@ def _max(node: fx.Node, editor: Editor) -> Form | None:
     if bound is None or not is_tensor(bound["x"]) or is_tensor(node):
         return None
     dim = from_last(bound["dim"], rank_of(bound["x"]))
-    return None if dim is None else Form(torch.max, (bound["x"],), {"dim": dim, "keepdim": bool(bound["keepdim"])})
+    return (
+        None
+        if dim is None
+        else Form(torch.max, (bound["x"],), {"dim": dim, "keepdim": bool(bound["keepdim"])})
+    )
 
 
 def _var(node: fx.Node, editor: Editor) -> Form | None:

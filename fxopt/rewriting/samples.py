@@ -46,7 +46,9 @@ class Sizes:
     def of_shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
         """Return what stands for a shape: leading sizes shrunk, a plain last one only where that is wanted."""
         return tuple(
-            self.of(size) if place < len(shape) - 1 or self.shrinks_last or not isinstance(size, int) else size
+            self.of(size)
+            if place < len(shape) - 1 or self.shrinks_last or not isinstance(size, int)
+            else size
             for place, size in enumerate(shape)
         )
 

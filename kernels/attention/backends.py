@@ -101,13 +101,30 @@ def key_of(call: Call) -> Key:
         call.softcap != 0,
         call.sinks is not None,
         call.q.device.index,
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def _describe(key: Key) -> str:
-    batch, heads, key_heads, queries, keys, _, width, _, dtype, mask, softcap, sinks, device = key
+    (
+        batch,
+        heads,
+        key_heads,
+        queries,
+        keys,
+        _,
+        width,
+        _,
+        dtype,
+        mask,
+        softcap,
+        sinks,
+        device,
+        deterministic,
+    ) = key
     kind = mask if mask == "causal" else "no mask" if mask is None else f"mask of {mask[0]}"
-    extras = "".join((", softcap" if softcap else "", ", sinks" if sinks else ""))
+    named = {"softcap": softcap, "sinks": sinks, "deterministic": deterministic}
+    extras = "".join(f", {name}" for name, is_so in named.items() if is_so)
     shape = f"{batch} x {queries} x {keys}, {heads}/{key_heads} heads of {width}"
     return f"{shape}, {dtype.removeprefix('torch.')}, {kind}{extras}, cuda:{device}"
 
@@ -242,7 +259,7 @@ def find_candidates(call: Call) -> list[Backend]:
     """Return the backends that compute `call`, the likeliest first; plain torch only where there is no other."""
     found: list[Backend] = []
     if is_served_by_torch(call):
-        found += [CUDNN, FLASH]
+        found += [FLASH] if torch.are_deterministic_algorithms_enabled() else [CUDNN, FLASH]
     if is_served_by_triton(call):
         found = [*(_triton_backend(i, plan) for i, plan in enumerate(plans_of(call.q, call.v))), *found]
     return found or [PLAIN]
@@ -254,7 +271,9 @@ def is_served_by_triton(call: Call) -> bool:
     float_mask = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
     has_intervals = call.mask is None or call.intervals is not None
     is_new = torch.cuda.get_device_capability(call.q.device) >= OLDEST_CAPABILITY
-    return is_new and is_narrow and has_intervals and can_launch(call.q, call.k, call.v, call.sinks, float_mask)
+    return (
+        is_new and is_narrow and has_intervals and can_launch(call.q, call.k, call.v, call.sinks, float_mask)
+    )
 
 
 def is_served_by_torch(call: Call) -> bool:

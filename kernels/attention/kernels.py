@@ -43,8 +43,7 @@ def _scores(b_product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         b_tanh = 2.0 * tl.sigmoid(b_product * (2.0 * scale / softcap)) - 1.0
         return b_tanh * (softcap * LOG2_E), 1.0 - b_tanh * b_tanh
-    else:
-        return b_product * (scale * LOG2_E), 1.0
+    return b_product * (scale * LOG2_E), 1.0
 
 
 @jit
@@ -548,7 +547,7 @@ def attention_backward_keys_kernel(
     b_v = _load_tile(p_v, b_key, v_row_stride, num_keys, VALUE_WIDTH, BLOCK_VALUE)
     b_dk = tl.zeros((KEYS, BLOCK_WIDTH), tl.float32)
     b_dv = tl.zeros((KEYS, BLOCK_VALUE), tl.float32)
-    for member in range(0, num_groups):
+    for member in range(num_groups):
         head = key_head * num_groups + member
         row = (batch * num_key_heads * num_groups + head) * num_queries
         p_rows = p_intervals + (batch * interval_batch_stride + head * interval_head_stride)

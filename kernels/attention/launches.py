@@ -270,7 +270,9 @@ def launch_backward(
         return *found, None if sinks is None or not need_sinks else torch.zeros_like(sinks)
     plan = plan or plans_of(q, v)[0]
     masked = _prepare_mask(q, mask, intervals, reads)
-    options: dict[str, Any] = dict(CAUSAL=causal, HAS_SOFTCAP=softcap != 0, **masked.constants, **_widths(q, v))
+    options: dict[str, Any] = dict(
+        CAUSAL=causal, HAS_SOFTCAP=softcap != 0, **masked.constants, **_widths(q, v)
+    )
     scalars = scale, softcap, masked.lowest
     with on_device(q):
         delta, dsinks = _launch_delta(dout, out, lse, sinks if need_sinks else None)

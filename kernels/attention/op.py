@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxopt.kernels.attention.backends import fused_backward, fused_forward
@@ -128,9 +127,7 @@ def attention(
     return _forward_op(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)[0]
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"attention: q, k, v, expected 4 dims each, got {q.dim()}, {k.dim()}, {v.dim()}")
     if not q.dtype == k.dtype == v.dtype:
@@ -139,7 +136,9 @@ def _check(
         expected = f"a divisor of the {q.shape[1]} heads of q, the same in both"
         raise ValueError(f"attention: heads of k, v, expected {expected}, got {k.shape[1]}, {v.shape[1]}")
     if mask is not None and (causal or mask.dim() > 4 or mask.requires_grad):
-        reason = "a causal mask" if causal else f"{mask.dim()} dims" if mask.dim() > 4 else "one with a gradient"
+        reason = (
+            "a causal mask" if causal else f"{mask.dim()} dims" if mask.dim() > 4 else "one with a gradient"
+        )
         raise ValueError(f"attention: mask, expected one of up to 4 dims and nothing beside, got {reason}")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"attention: sinks, expected shape ({q.shape[1]},), got {tuple(sinks.shape)}")

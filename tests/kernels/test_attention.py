@@ -81,7 +81,11 @@ def make(
     batch: int = 2,
 ) -> list[torch.Tensor]:
     """Return q, k, v as models have them: views of [B, S, H, D]."""
-    sizes = ((lengths[0], heads[0], widths[0]), (lengths[1], heads[1], widths[0]), (lengths[1], heads[1], widths[1]))
+    sizes = (
+        (lengths[0], heads[0], widths[0]),
+        (lengths[1], heads[1], widths[0]),
+        (lengths[1], heads[1], widths[1]),
+    )
     return [
         torch.randn(batch, *size, device=device).to(dtype).transpose(1, 2).requires_grad_() for size in sizes
     ]
@@ -107,7 +111,9 @@ def stock(
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
     if mask is not None:
         shut = ~mask if mask.dtype == torch.bool else mask == -torch.inf
-        added = torch.zeros_like(mask, dtype=q.dtype) if mask.dtype == torch.bool else mask.masked_fill(shut, 0.0)
+        added = (
+            torch.zeros_like(mask, dtype=q.dtype) if mask.dtype == torch.bool else mask.masked_fill(shut, 0.0)
+        )
         scores = (scores + added).masked_fill(shut, -torch.inf)
     if sinks is not None:
         column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -128,7 +134,11 @@ def compare(
     sinks: torch.Tensor | None = None,
 ) -> None:
     q, k, v = inputs
-    dout = torch.randn(q.shape[0], q.shape[2], q.shape[1], v.shape[3], device=q.device).transpose(1, 2).to(q.dtype)
+    dout = (
+        torch.randn(q.shape[0], q.shape[2], q.shape[1], v.shape[3], device=q.device)
+        .transpose(1, 2)
+        .to(q.dtype)
+    )
     every = [*inputs, sinks]
 
     def exact_function(q: Any, k: Any, v: Any, sinks: Any) -> torch.Tensor:
@@ -161,7 +171,9 @@ def test_masks(kind: str, device: str, check: Any, gradients: Any) -> None:
 @pytest.mark.parametrize("kind", ["causal", "left", "added left"])
 def test_half_precision(kind: str, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
     if dtype == torch.bfloat16 and device == "cpu":
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 tiles as integers; the GPU variant runs")
+        pytest.skip(
+            "Triton's interpreter multiplies the bits of bfloat16 tiles as integers; the GPU variant runs"
+        )
     inputs = make(dtype, device, lengths=(17, 17))
     mask = make_mask(kind, (2, 2, 17, 17), dtype, device)
     if mask is not None and mask.dtype != torch.bool:
@@ -177,7 +189,13 @@ def test_widths(widths: tuple[int, int], device: str, check: Any, gradients: Any
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (6, 2)], ids=str)
 def test_grouped_heads(heads: tuple[int, int], device: str, check: Any, gradients: Any) -> None:
-    compare(make(torch.float32, device, heads=heads, lengths=(17, 17), batch=1), None, check, gradients, causal=True)
+    compare(
+        make(torch.float32, device, heads=heads, lengths=(17, 17), batch=1),
+        None,
+        check,
+        gradients,
+        causal=True,
+    )
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 33), (16, 16), (33, 32), (19, 5)], ids=str)
@@ -285,9 +303,7 @@ OP_KINDS = ("none", "causal", "left", "random", "added left", "infinite left", "
 @pytest.mark.parametrize("kind", OP_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("extras", ["", "softcap", "sinks"])
-def test_op(
-    kind: str, dtype: torch.dtype, extras: str, op_device: str, check: Any, gradients: Any
-) -> None:
+def test_op(kind: str, dtype: torch.dtype, extras: str, op_device: str, check: Any, gradients: Any) -> None:
     inputs = make(dtype, op_device, lengths=(17, 17))
     sinks = torch.randn(2, device=op_device).to(dtype).requires_grad_() if extras == "sinks" else None
     mask = make_mask(kind, (2, 2, 17, 17), dtype, op_device)
@@ -299,7 +315,9 @@ def test_op(
     def function(which: Any, q: Any, k: Any, v: Any, sinks: Any) -> torch.Tensor:
         return which(q, k, v, mask, sinks, causal=causal, scale=SCALE, softcap=softcap)
 
-    exact_y, exact = gradients(functools.partial(function, attention_reference), [*inputs, sinks], dout, torch.float64)
+    exact_y, exact = gradients(
+        functools.partial(function, attention_reference), [*inputs, sinks], dout, torch.float64
+    )
     eager_y, eager = gradients(
         functools.partial(stock, mask=mask, causal=causal, softcap=softcap), [*inputs, sinks], dout
     )

@@ -15,7 +15,12 @@ SITES = {
     "qwen2": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "attention": LAYERS, "linear_cross_entropy": 1},
     "gemma2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "attention": LAYERS, "linear_cross_entropy": 1},
     "olmo2": {"rms_norm": 4 * LAYERS + 1, "glu": LAYERS, "attention": LAYERS, "linear_cross_entropy": 1},
-    "single_level": {"rms_norm": 2 * LAYERS + 1, "glu": LAYERS, "attention": LAYERS, "linear_cross_entropy": 1},
+    "single_level": {
+        "rms_norm": 2 * LAYERS + 1,
+        "glu": LAYERS,
+        "attention": LAYERS,
+        "linear_cross_entropy": 1,
+    },
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""
 SHAPES = ((2, 24), (3, 17), (1, 40))
