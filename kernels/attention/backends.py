@@ -43,6 +43,7 @@ class Call:
     v: Tensor
     mask: Tensor | None
     intervals: Tensor | None
+    reads: Tensor | None
     sinks: Tensor | None
     causal: bool
     scale: float
@@ -388,7 +389,8 @@ def fused_forward(
     safe: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention and its lse, by the backend chosen for calls like this."""
-    call = Call(*map(with_dense_rows, (q, k, v)), mask, intervals, reads, sinks, causal, scale, softcap, safe)
+    q, k, v = map(with_dense_rows, (q, k, v))
+    call = Call(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)
     out, lse = choose(call).forward(call)
     return as_heads_last(out), lse.contiguous()
 
@@ -411,11 +413,14 @@ def fused_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients that are needed, by the backend that ran forward."""
-    call = Call(*map(with_dense_rows, (q, k, v)), mask, intervals, reads, sinks, causal, scale, softcap, safe)
+    q, k, v = map(with_dense_rows, (q, k, v))
+    call = Call(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)
     found = choose(call).backward(call, out, lse, with_dense_rows(dout), needs)
     dq, dk, dv, dsinks = (*found, *[None] * (4 - len(found)))
-    heads_last = (
-        None if value is None or not need else as_heads_last(value)
-        for value, need in zip((dq, dk, dv), needs, strict=False)
+    need_q, need_k, need_v, _ = needs
+    return (
+        as_heads_last(dq) if need_q and dq is not None else None,
+        as_heads_last(dk) if need_k and dk is not None else None,
+        as_heads_last(dv) if need_v and dv is not None else None,
+        dsinks,
     )
-    return *heads_last, dsinks

@@ -252,7 +252,7 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the output and lse of QUERIES queries of one head; the last queries, which see most, come first."""
-    if HAS_MASK:
+    if HAS_MASK:  # noqa: SIM102 (a constant; what follows is none)
         if (tl.load(p_reads) != 0) != READS:
             return
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -532,7 +532,7 @@ def attention_backward_keys_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the gradients of KEYS keys and values of one key head, summed over the heads that read it."""
-    if HAS_MASK:
+    if HAS_MASK:  # noqa: SIM102 (a constant; what follows is none)
         if (tl.load(p_reads) != 0) != READS:
             return
     tile = tl.program_id(0)
@@ -731,7 +731,7 @@ def attention_backward_queries_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the gradient of QUERIES queries of one head."""
-    if HAS_MASK:
+    if HAS_MASK:  # noqa: SIM102 (a constant; what follows is none)
         if (tl.load(p_reads) != 0) != READS:
             return
     tile = tl.num_programs(0) - 1 - tl.program_id(0)

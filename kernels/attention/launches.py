@@ -266,8 +266,11 @@ def launch_backward(
     dk = new_heads_last(k, k.shape[-1]) if need_k or need_v else None
     dv = new_heads_last(v, v.shape[-1]) if need_k or need_v else None
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        found = (None if value is None else value.zero_() for value in (dq, dk, dv))
-        return *found, None if sinks is None or not need_sinks else torch.zeros_like(sinks)
+        dsinks = None if sinks is None or not need_sinks else torch.zeros_like(sinks)
+        for value in (dq, dk, dv):
+            if value is not None:
+                value.zero_()
+        return dq, dk if need_k else None, dv if need_v else None, dsinks
     plan = plan or plans_of(q, v)[0]
     masked = _prepare_mask(q, mask, intervals, reads)
     options: dict[str, Any] = dict(

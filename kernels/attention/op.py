@@ -60,16 +60,16 @@ def _fake_backward(
 
 
 _forward_op = register_op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks, bool causal,"
-    " float scale, float softcap, bool safe) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks,"
+    " bool causal, float scale, float softcap, bool safe) -> (Tensor, Tensor)",
     plain=plain_forward,
     fused=fused_forward,
     fake=_fake_forward,
 )
 _backward_op = register_op(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask,"
-    " Tensor? intervals, Tensor? reads, Tensor? sinks, bool causal, float scale, float softcap, bool safe, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? intervals, Tensor? reads, Tensor? sinks, bool causal, float scale, float softcap, bool safe,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     plain=plain_backward,
     fused=fused_backward,
     fake=_fake_backward,

@@ -207,6 +207,11 @@ def plain_backward(
         found = (*found, None)
     else:
         found = reference_backward(dout, q, k, v, lse, mask, sinks, (causal, scale, softcap, safe))
-    dq, dk, dv, dsinks = (value if need else None for value, need in zip(found, needs, strict=True))
-    heads_last = (None if value is None else as_heads_last(value) for value in (dq, dk, dv))
-    return *heads_last, dsinks
+    dq, dk, dv, dsinks = found
+    need_q, need_k, need_v, need_sinks = needs
+    return (
+        as_heads_last(dq) if need_q and dq is not None else None,
+        as_heads_last(dk) if need_k and dk is not None else None,
+        as_heads_last(dv) if need_v and dv is not None else None,
+        dsinks if need_sinks else None,
+    )
