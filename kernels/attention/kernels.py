@@ -43,7 +43,8 @@ def _scores(b_product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         b_tanh = 2.0 * tl.sigmoid(b_product * (2.0 * scale / softcap)) - 1.0
         return b_tanh * (softcap * LOG2_E), 1.0 - b_tanh * b_tanh
-    return b_product * (scale * LOG2_E), 1.0
+    else:  # noqa: RET505 (compiled apart: after a branch that returns nothing may follow)
+        return b_product * (scale * LOG2_E), 1.0
 
 
 @jit

@@ -66,9 +66,9 @@ AMPERE = {
 }
 """Fit into the 99 KiB of shared memory of compute capability 8.6 and 8.9."""
 FLOAT32 = {
-    64: (Plan(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),),
-    128: (Plan(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),),
-    256: (Plan(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),),
+    64: (Plan(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1)),),
+    128: (Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1)),),
+    256: (Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),),
 }
 """Products of float32 in full precision run outside the tensor cores: small tiles, to stay in registers."""
 
@@ -100,6 +100,8 @@ def reading_tiles(q: Tensor, v: Tensor) -> Tiles:
     if q.device.type != "cuda":
         return INTERPRETED.forward
     width = next_power_of_two(max(q.shape[-1], v.shape[-1]))
+    if q.dtype == torch.float32:
+        return Tiles(16, 16, 8, 1)
     return READING[next(known for known in READING if known >= width)]
 
 
