@@ -319,22 +319,22 @@ def measure(call: Call, candidates: list[Backend]) -> Choice:
         sinks=None if call.sinks is None else _random_like(call.sinks),
     )
     left_out: dict[str, str] = {}
-    results: dict[str, list[Tensor]] = {}
+    first: tuple[str, list[Tensor]] | None = None
     served: list[Backend] = []
     for backend in candidates:
         try:
-            _, results[backend.name] = _run(backend, call)
+            _, results = _run(backend, call)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             left_out[backend.name] = text.splitlines()[0]
             continue
-        first = next(iter(results.values()))
-        worst = max(map(_difference, results[backend.name], first))
+        first = first or (backend.name, results)
+        worst = max(map(_difference, results, first[1]))
         if worst <= AGREEMENT:
             served.append(backend)
         else:
-            left_out[backend.name] = f"differs from {next(iter(results))} by {worst:.1e}"
-    results.clear()
+            left_out[backend.name] = f"differs from {first[0]} by {worst:.1e}"
+    first = None
     times: dict[str, list[float]] = {backend.name: [] for backend in served}
     for _ in range(ROUNDS):
         for backend in served:

@@ -113,6 +113,7 @@ def attention(
     A row without any key is 0 if safe, else NaN. One that a float mask shuts throughout by the lowest finite
     number is the mean of all values, as the sum of score and mask rounds to the mask; with sinks it is 0.
 
+    >>> import torch
     >>> q = torch.zeros(1, 2, 1, 4)
     >>> attention(q, q, q + 3, scale=0.5)[0, 0]
     tensor([[3., 3., 3., 3.]])

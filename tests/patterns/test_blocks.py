@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fxopt.graph.verify import verify
-from fxopt.patterns import ALL
+from fxopt.patterns import ALL, LINEAR_CROSS_ENTROPY
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
@@ -63,17 +63,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {**BASE, "layer_types": ["full_attention"]},
 }
 EXPECTED: dict[str, dict[str, int]] = {
-    "llama": {"rms_norm": 3, "glu": 1, "linear_cross_entropy": 1},
-    "qwen2": {"rms_norm": 3, "glu": 1, "linear_cross_entropy": 1},
-    "qwen3": {"rms_norm": 5, "glu": 1, "linear_cross_entropy": 1},
-    "gemma2": {"rms_norm": 5, "glu": 1, "linear_cross_entropy": 1},
-    "olmo2": {"rms_norm": 5, "glu": 1, "linear_cross_entropy": 1},
-    "cohere": {"rms_norm": 2, "glu": 1, "linear_cross_entropy": 1},
-    "glm4": {"rms_norm": 5, "glu": 1, "linear_cross_entropy": 1},
-    "granite": {"rms_norm": 3, "glu": 1, "linear_cross_entropy": 1},
-    "gpt_oss": {"rms_norm": 3, "linear_cross_entropy": 1},
+    "llama": {"rms_norm": 3, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "qwen2": {"rms_norm": 3, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "qwen3": {"rms_norm": 5, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "gemma2": {"rms_norm": 5, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "olmo2": {"rms_norm": 5, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "cohere": {"rms_norm": 2, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "glm4": {"rms_norm": 5, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "granite": {"rms_norm": 3, "glu": 1, "attention": 1, "linear_cross_entropy": 1},
+    "gpt_oss": {"rms_norm": 3, "attention": 1, "linear_cross_entropy": 1},
     "mamba2": {"rms_norm": 3, "linear_cross_entropy": 1},
-    "t5": {"rms_norm": 7, "glu": 2, "linear_cross_entropy": 1},
+    "t5": {"rms_norm": 7, "glu": 2, "attention": 1, "linear_cross_entropy": 1},
 }
 
 
@@ -158,8 +158,10 @@ def test_a_number_of_items_becomes_the_denominator(capture: Callable[..., Any]) 
 def test_where_nothing_is_lazy_the_loss_alone_is_fused(capture: Callable[..., Any]) -> None:
     captured = capture(make_model("llama"), (), **make_inputs())
     gm, result = rewrite(captured, lazy_outputs=False)
-    assert count(result) == {"rms_norm": 3, "glu": 1, "cross_entropy": 1}
-    miss = find_nearest_miss(gm, ALL[2:3], result.rewrites[-1].match.nodes[-1].name, lazy_outputs=False)
+    assert count(result) == {"rms_norm": 3, "glu": 1, "attention": 1, "cross_entropy": 1}
+    miss = find_nearest_miss(
+        gm, (LINEAR_CROSS_ENTROPY,), result.rewrites[-1].match.nodes[-1].name, lazy_outputs=False
+    )
     assert miss.pattern == "linear_cross_entropy"
     check_equal(captured, gm)
 

@@ -127,7 +127,7 @@ SITES = {
         (X, GATE, ONE),
         [],
     ),
-    "a gated attention": (attention, (X, GATE, UP), []),
+    "a gated attention": (attention, (X, GATE, UP), ["attention"]),
     "a rotary table": (rotated, (X, torch.randn(3, 8)), []),
     "a bilinear product": (lambda x, g, u: F.linear(x, g) * F.linear(x, u), (X, GATE, UP), []),
     "loss of a head": (
