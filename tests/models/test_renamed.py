@@ -90,6 +90,6 @@ def test_a_renamed_llama_has_the_same_sites(tmp_path):
             assert report.fallbacks == ()
             summaries.append(sorted((s.pattern, s.op, s.count, s.status) for s in report.sites))
         assert summaries[0] == summaries[1]
-        assert {s[0] for s in summaries[0]} == {"rms_norm", "glu", "linear_cross_entropy"}
+        assert {s[0] for s in summaries[0]} == {"rms_norm", "glu", "attention", "linear_cross_entropy"}
     finally:
         del sys.modules["renamed_model"]
