@@ -7,6 +7,7 @@ between runs, for
     launch     the same kernels without autograd and dispatcher, for memory-bound kernels
     liger      liger_kernel's functional form
     cce        cut_cross_entropy without its gradient filter ("cce_exact")
+    sdpa       torch's attention by its own choice; `cudnn`, `flash` by one backend of it
     compile    torch.compile of the eager form
     eager      what a stock model runs
     copy       a copy that moves the bytes the kernel has to move; for linear_cross_entropy `gemms`, its matrix
@@ -34,6 +35,7 @@ from triton.testing import do_bench
 
 from benchmarks.cases import ALL
 from benchmarks.cases.case import Case, Function
+from fxopt.kernels.attention import chosen_backends
 from fxopt.kernels.launch import find_obstacle
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +43,7 @@ HEAD_ROWS = 512
 """Rows a loss head is checked with: its logits in float64 would not fit at the size that is timed."""
 FLOOR = 2**-8
 """Half an eps of bf16, what the kernels' tests allow on a GPU beside twice eager's own error."""
-COLUMNS = ("fxopt", "launch", "liger", "cce", "compile", "eager", "copy", "gemms")
+COLUMNS = ("fxopt", "liger", "cce", "sdpa", "cudnn", "flash", "compile", "eager", "copy", "gemms")
 
 
 def outputs_of(function: Function, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -227,6 +229,7 @@ def main() -> int:
     def write() -> None:
         if arguments.out is not None:
             result = {"machine": machine, "tests": tests, "rows": rows, "refusals": refusals}
+            result["backends of attention"] = chosen_backends()
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
     def refuse(text: str) -> None:
@@ -255,6 +258,8 @@ def main() -> int:
                 print(render_row(row), flush=True)
             torch.cuda.empty_cache()
             write()
+    for call, choice in chosen_backends().items():
+        print(f"{call}: {choice}")
     return 1 if refusals else 0
 
 

@@ -2,6 +2,7 @@
 
 from fxopt.patterns.activation import ACTIVATION
 from fxopt.patterns.add_rms_norm import ADD_RMS_NORM
+from fxopt.patterns.attention import ATTENTION
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.glu import GLU
 from fxopt.patterns.layer_norm import LAYER_NORM
@@ -9,12 +10,23 @@ from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.patterns.rms_norm import RMS_NORM
 from fxopt.patterns.rope import ROPE
 
-ALL = (LAYER_NORM, RMS_NORM, ADD_RMS_NORM, ROPE, GLU, ACTIVATION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY)
+ALL = (
+    LAYER_NORM,
+    RMS_NORM,
+    ADD_RMS_NORM,
+    ROPE,
+    ATTENTION,
+    GLU,
+    ACTIVATION,
+    LINEAR_CROSS_ENTROPY,
+    CROSS_ENTROPY,
+)
 
 __all__ = [
     "ACTIVATION",
     "ADD_RMS_NORM",
     "ALL",
+    "ATTENTION",
     "CROSS_ENTROPY",
     "GLU",
     "LAYER_NORM",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,16 +159,20 @@ def test_the_floors_have_no_cycle() -> None:
         visit(part, ())
 
 
-def test_the_pattern_folder_is_flat_and_a_kernel_folder_is_one_op() -> None:
-    """A kernel that fills more than one file is a package whose `__init__` defines its op."""
-    folders = {
-        name: [path for path in FOLDERS[name].iterdir() if path.is_dir() and path.name != "__pycache__"]
-        for name in ("patterns", "kernels")
-    }
-    assert folders["patterns"] == []
-    for path in folders["kernels"]:
-        assert (path / "__init__.py").exists(), path.name
-        assert not any(inner.is_dir() and inner.name != "__pycache__" for inner in path.iterdir()), path.name
+def folders_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_folder_of_patterns_is_flat() -> None:
+    assert folders_in(FOLDERS["patterns"]) == []
+
+
+def test_a_folder_of_kernels_is_one_op_and_is_packaged() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    for folder in folders_in(FOLDERS["kernels"]):
+        assert f"fxopt.kernels.{folder.name}" in packages
+        assert (folder / "__init__.py").exists()
+        assert folders_in(folder) == []
 
 
 def test_the_kernels_package_holds_only_a_docstring() -> None:

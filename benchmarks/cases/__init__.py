@@ -3,6 +3,7 @@
 from benchmarks.cases import (
     activation,
     add_rms_norm,
+    attention,
     cross_entropy,
     glu,
     layer_norm,
@@ -18,6 +19,7 @@ ALL = {
     "rope": rope.make_cases,
     "glu": glu.make_cases,
     "activation": activation.make_cases,
+    "attention": attention.make_cases,
     "cross_entropy": cross_entropy.make_cases,
     "linear_cross_entropy": linear_cross_entropy.make_cases,
 }

@@ -122,6 +122,18 @@ def _reduction(target: Any) -> Rule:
     return rule
 
 
+def _max(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", keepdim=False)
+    if bound is None or not is_tensor(bound["x"]) or is_tensor(node):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return (
+        None
+        if dim is None
+        else Form(torch.max, (bound["x"],), {"dim": dim, "keepdim": bool(bound["keepdim"])})
+    )
+
+
 def _var(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "dim", unbiased=True, keepdim=False, correction=None)
     if bound is None or isinstance(bound["dim"], bool):
@@ -198,6 +210,7 @@ RULES: dict[str, Rule] = {
     "sum": _reduction(torch.sum),
     "var": _var,
     "logsumexp": _logsumexp,
+    "max": _max,
     "softmax": _softmax,
     "clamp": _clamp("min", "max"),
     "clip": _clamp("min", "max"),

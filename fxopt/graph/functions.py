@@ -134,6 +134,16 @@ def _layer_norm(node: fx.Node, editor: Editor) -> Form | None:
     return Form(F.layer_norm, args, {"eps": bound["eps"]})
 
 
+def _attention(node: fx.Node, editor: Editor) -> Form | None:
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    bound = bind(node, "query", "key", "value", **defaults)
+    if bound is None:
+        return None
+    args = (bound["query"], bound["key"], bound["value"], bound["attn_mask"])
+    kwargs = {name: bound[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa")}
+    return Form(F.scaled_dot_product_attention, args, kwargs)
+
+
 def _as_tuple(shape: Any) -> Any:
     return tuple(shape) if isinstance(shape, list | tuple) else shape
 
@@ -151,4 +161,5 @@ RULES: dict[str, Rule] = {
     "nll_loss": _nll_loss,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
+    "scaled_dot_product_attention": _attention,
 }

@@ -82,6 +82,13 @@ def _sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any,
     return tuple(sizes)
 
 
+def _expand(node: fx.Node, editor: Editor) -> Form | None:
+    sizes = sizes_of(node)
+    if not sizes or not is_tensor(node) or not is_tensor(node.args[0]):
+        return None
+    return Form(vocabulary.expand, (node.args[0],), {"shape": sizes})
+
+
 def _contiguous(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", memory_format=torch.contiguous_format)
     if bound is None or bound["memory_format"] is not torch.contiguous_format:
@@ -239,6 +246,8 @@ RULES: dict[str, Rule] = {
     "reshape_as": _reshape_as,
     "flatten": _flatten,
     "unflatten": _unflatten,
+    "expand": _expand,
+    "broadcast_to": _expand,
     "contiguous": _contiguous,
     "transpose": _transpose,
     "t": _t,

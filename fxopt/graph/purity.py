@@ -48,6 +48,8 @@ WRITING = frozenset({"batch_norm", "instance_norm", "embedding", "embedding_bag"
 """Ops that may write to an argument though their name does not say so."""
 WRITING_WIDELY = ("_fused_", "_amp_")
 """How the names of in-place ops begin that write into more than their first argument."""
+RANDOM = frozenset({"scaled_dot_product_attention"})
+"""Canonical ops that draw random numbers if an argument says so."""
 CANONICAL = frozenset(op.target for op in vocabulary.OPS)
 INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "idiv", "ipow", "imatmul", "ifloordiv", "iand", "ior"})
 MODE_SWITCHES = frozenset(
@@ -73,9 +75,9 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if node.op not in ("call_function", "call_method") or "out" in node.kwargs or is_inplace(node):
         return False
-    if node.op == "call_function" and node.target in CANONICAL:
-        return True
     name = op_name(node)
+    if node.op == "call_function" and node.target in CANONICAL and name not in RANDOM:
+        return True
     match name:
         case "dropout":
             return not is_active_dropout(node)

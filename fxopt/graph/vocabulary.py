@@ -34,6 +34,15 @@ def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.reshape(shape)
 
 
+def expand(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a view of `x` in which dims of size 1 repeat up to `shape`; -1 leaves a dim as it is.
+
+    >>> expand(torch.ones(2, 1), (-1, 3)).stride()
+    (1, 0)
+    """
+    return x.expand(shape)
+
+
 def contiguous(x: Tensor) -> Tensor:
     """Return `x` in dense row-major layout; `x` itself where it already is.
 
@@ -77,6 +86,7 @@ OPS: tuple[Op, ...] = (
     Op("sum", torch.sum, ("x",), ("dim", "keepdim")),
     Op("var", torch.var, ("x",), ("dim", "correction", "keepdim")),
     Op("logsumexp", torch.logsumexp, ("x",), ("dim", "keepdim")),
+    Op("max", torch.max, ("x",), ("dim", "keepdim")),
     Op("cast", cast, ("x",), ("dtype",)),
     Op("silu", F.silu),
     Op("relu", F.relu),
@@ -86,6 +96,7 @@ OPS: tuple[Op, ...] = (
     Op("linear", F.linear, ("x", "w", "bias")),
     Op("matmul", torch.matmul, ("a", "b")),
     Op("reshape", reshape, ("x",), ("shape",)),
+    Op("expand", expand, ("x",), ("shape",)),
     Op("transpose", torch.transpose, ("x",), ("dim0", "dim1")),
     Op("permute", torch.permute, ("x",), ("dims",)),
     Op("unsqueeze", torch.unsqueeze, ("x",), ("dim",)),
@@ -106,6 +117,12 @@ OPS: tuple[Op, ...] = (
     Op("rms_norm", F.rms_norm, ("x", "normalized_shape", "weight"), ("eps",)),
     Op("layer_norm", F.layer_norm, ("x", "normalized_shape", "weight", "bias"), ("eps",)),
     Op("softmax", F.softmax, ("x",), ("dim", "dtype")),
+    Op(
+        "scaled_dot_product_attention",
+        F.scaled_dot_product_attention,
+        ("q", "k", "v", "mask"),
+        ("dropout_p", "is_causal", "scale", "enable_gqa"),
+    ),
 )
 """Dims are negative (counted from the last), a reduction's a tuple; tuples where torch takes lists."""
 

@@ -22,6 +22,8 @@ from fxopt.rewriting.pattern import Match
 
 FEW_TOKENS = 6
 """What leading dims shrink to, each to one more: enough for shifts and for rows to be ignored."""
+MANY = 64
+"""Sizes beyond are numbers of tokens, where shrinking all leading dims does not work: those up to it, of heads."""
 INPUT_SEED, GRADIENT_SEED = 20240229, 20240301
 WEIGHT_RANK = 2
 
@@ -32,6 +34,7 @@ class Sizes:
 
     numbers: Mapping[int, int]
     symbols: Mapping[Any, int]
+    shrinks_last: bool = False
 
     def of(self, size: Any) -> int:
         """Return the size that stands for `size`."""
@@ -41,9 +44,11 @@ class Sizes:
         return int(expression.subs({symbol: self.symbols[symbol] for symbol in expression.free_symbols}))
 
     def of_shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
-        """Return what stands for a shape: leading sizes shrunk, the last one as it is."""
+        """Return what stands for a shape: leading sizes shrunk, a plain last one only where that is wanted."""
         return tuple(
-            self.of(size) if place < len(shape) - 1 or not isinstance(size, int) else size
+            self.of(size)
+            if place < len(shape) - 1 or self.shrinks_last or not isinstance(size, int)
+            else size
             for place, size in enumerate(shape)
         )
 
@@ -66,6 +71,9 @@ def propose_sizes(match: Match) -> Iterator[Sizes]:
     for size in _leading_sizes(match, floats=False):
         folded.setdefault(size, min(size, FEW_TOKENS))
     yield Sizes({**folded, 1: 1}, small_symbols)
+    many = {size: shrunk for size, shrunk in numbers.items() if size > MANY}
+    if many:
+        yield Sizes({**many, 1: 1}, small_symbols, shrinks_last=True)
     if symbols:
         yield Sizes({}, small_symbols)
     yield Sizes({}, symbols)

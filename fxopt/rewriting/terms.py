@@ -371,6 +371,21 @@ def reshape(x: Term, shape: Any = ...) -> Operation:
     return operation(vocabulary.reshape, x, shape=shape)
 
 
+def expand(x: Term, shape: Any = ...) -> Operation:
+    """Return `x` repeated along dims of size 1."""
+    return operation(vocabulary.expand, x, shape=shape)
+
+
+def transpose(x: Term, dim0: int = -2, dim1: int = -1) -> Operation:
+    """Return `x` with two dims swapped, both counted from the last, the outer one first."""
+    return operation(torch.transpose, x, dim0=dim0, dim1=dim1)
+
+
+def unsqueeze(x: Term, dim: Any) -> Operation:
+    """Return `x` with a new dim of size 1."""
+    return operation(torch.unsqueeze, x, dim=dim)
+
+
 def contiguous(x: Term) -> Operation:
     """Return `x` copied to a dense layout."""
     return operation(vocabulary.contiguous, x)
@@ -404,6 +419,27 @@ def rms_norm(x: Term, weight: Term | None = None, eps: Any = ...) -> Operation:
 def layer_norm(x: Term, weight: Any = ..., bias: Any = ..., eps: Any = ...) -> Operation:
     """Return torch's own layer norm over whatever dims it names."""
     return operation(F.layer_norm, x, normalized_shape=..., weight=weight, bias=bias, eps=eps)
+
+
+def softmax(x: Term, dtype: Any = ...) -> Operation:
+    """Return the softmax over the last dim."""
+    return operation(F.softmax, x, dim=-1, dtype=dtype)
+
+
+def largest(x: Term, dim: Any = -1, keepdim: Any = True) -> Operation:
+    """Return the largest items along `dim`, without their places."""
+    return operation(operator.getitem, operation(torch.max, x, dim=dim, keepdim=keepdim), 0)
+
+
+def dropout(x: Term, p: Any = ...) -> Operation:
+    """Return `x` with items dropped at random; dropout that drops nothing is no node of a canonical graph."""
+    return operation(F.dropout, x, p=p, training=..., inplace=...)
+
+
+def attention(q: Term, k: Term, v: Term, mask: Term | None = None, **attributes: Any) -> Operation:
+    """Return torch's attention; `attributes` not given match any value."""
+    named = {"dropout_p": ..., "is_causal": ..., "scale": ..., "enable_gqa": ..., **attributes}
+    return operation(F.scaled_dot_product_attention, q, k, v, mask, **named)
 
 
 def cross_entropy(logits: Term, labels: Term, **attributes: Any) -> Operation:

@@ -56,6 +56,7 @@ def test_meta_models_are_explained_but_not_optimized():
         fxopt.optimize(model)
     report = fxopt.explain(model)
     assert sorted((s.pattern, s.count, s.status) for s in report.sites) == [
+        ("attention", 2, "rewritten"),
         ("glu", 2, "rewritten"),
         ("linear_cross_entropy", 1, "rewritten"),
         ("rms_norm", 1, "rewritten"),

@@ -14,25 +14,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fxopt.kernels import activation, cross_entropy, glu, rope
 from fxopt.kernels.activations import ACTIVATIONS
+from fxopt.kernels.attention import launches, masks
+from fxopt.kernels.attention import kernels as attention_kernels
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
 from fxopt.kernels.rms_norm import launches as rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^sign$")
+INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^sign$|^queries_per_row$")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
+DEFAULT_STAGES = 3
 
-Build = tuple[Any, dict[str, Any], dict[str, str], int, bool]
-"""Kernel, constants, types of pointers that are not of the model's dtype, warps, floating-point fusion."""
+Build = tuple[Any, dict[str, Any], dict[str, str], int | tuple[int, int], bool]
+"""Kernel, constants, types of pointers not of the model's dtype, warps (and stages), floating-point fusion."""
 
 
 def rms_norm_builds() -> Iterator[Build]:
@@ -138,8 +142,49 @@ def rope_builds() -> Iterator[Build]:
             yield rope.rope_kernel, form | dict(TRANSPOSED=transposed), {}, rope.NUM_WARPS, True
 
 
+def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
+    types = dict.fromkeys(("p_intervals", "p_reads", "p_ranges"), "*i32")
+    types |= dict.fromkeys(("p_lse", "p_delta", "p_dsinks"), "*fp32")
+    for is_bool in (True, False):
+        form = dict(IS_BOOL=is_bool, HAS_SINKS=False, SAFE=True, BLOCK_KEYS=masks.BLOCK_KEYS)
+        kinds = types | ({"p_mask": "*u8"} if is_bool else {})
+        yield masks.mask_intervals_kernel, form, kinds, masks.NUM_WARPS, False
+    form = dict(KEYS=128, BLOCK_ROWS=masks.BLOCK_ROWS)
+    yield masks.key_ranges_kernel, form, types, masks.NUM_WARPS, False
+    if arch < 80:
+        return
+    causal = dict(CAUSAL=True, HAS_MASK=False, READS=False, IS_BOOL=False, HAS_SOFTCAP=False)
+    capped = causal | dict(CAUSAL=False, HAS_MASK=True, HAS_SOFTCAP=True)
+    for width in (64, 128, 256) if dtype != "float32" else (64,):
+        block = dict(WIDTH=width, BLOCK_WIDTH=width, VALUE_WIDTH=width, BLOCK_VALUE=width)
+        block |= dict(PRECISION="ieee" if dtype == "float32" else "tf32")
+        delta = dict(HAS_SINKS=True, VALUE_WIDTH=width, BLOCK_VALUE=width, QUERIES=launches.DELTA_QUERIES)
+        yield attention_kernels.attention_delta_kernel, delta, types, 4, True
+        plan = launches.plans_for(width, getattr(torch, dtype), divmod(arch, 10))[0]
+        reading = launches.Plan(*[launches.READING[width]] * 3)
+        forms = [(causal, plan)]
+        if width == 128:
+            forms += [(capped, plan), (capped | dict(READS=True), reading)]
+        for form, tiles in forms:
+            kinds = zip(
+                (
+                    attention_kernels.attention_forward_kernel,
+                    attention_kernels.attention_backward_keys_kernel,
+                    attention_kernels.attention_backward_queries_kernel,
+                ),
+                tiles,
+                strict=True,
+            )
+            for kernel, tile in kinds:
+                sizes = form | block | dict(QUERIES=tile.queries, KEYS=tile.keys)
+                if kernel is attention_kernels.attention_forward_kernel:
+                    sizes["HAS_SINKS"] = form["HAS_SOFTCAP"]
+                yield kernel, sizes, types, (tile.warps, tile.stages), True
+
+
 def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
-    kernel, constants, types, warps, fusion = build
+    kernel, constants, types, launch, fusion = build
+    warps, stages = launch if isinstance(launch, tuple) else (launch, DEFAULT_STAGES)
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(kernel.arg_names):
@@ -154,7 +199,7 @@ def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "enable_fp_fusion": fusion},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -179,14 +224,16 @@ def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
 def main() -> None:
     arch, *dtypes = sys.argv[1:]
     for dtype in dtypes:
-        for build in (
+        builds = (
             *rms_norm_builds(),
             *layer_norm_builds(),
             *glu_builds(),
             *activation_builds(),
             *cross_entropy_builds(),
             *rope_builds(),
-        ):
+            *attention_builds(int(arch), dtype),
+        )
+        for build in builds:
             print(json.dumps(compile_one(int(arch), dtype, build)), flush=True)
 
 

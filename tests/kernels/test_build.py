@@ -33,7 +33,14 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
     assert done.returncode == 0, done.stderr
     built = [json.loads(line) for line in done.stdout.splitlines()]
     names = {line["kernel"] for line in built}
-    assert names == {
+    # Before 8.0 attention runs in plain torch: there its kernels' tiles would take all memory for their stack.
+    products = {
+        "attention_forward_kernel",
+        "attention_delta_kernel",
+        "attention_backward_keys_kernel",
+        "attention_backward_queries_kernel",
+    }
+    assert names == (products if arch >= 80 else set()) | {
         "rms_norm_forward_kernel",
         "rms_norm_backward_kernel",
         "rms_norm_sum_kernel",
@@ -49,5 +56,7 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "linear_cross_entropy_forward_kernel",
         "linear_cross_entropy_backward_kernel",
         "rope_kernel",
+        "mask_intervals_kernel",
+        "key_ranges_kernel",
     }
     assert [line for line in built if line["stack_bytes"] > MOST_STACK_BYTES] == []

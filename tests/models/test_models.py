@@ -20,22 +20,22 @@ def sites(**per_block: int) -> dict[str, int]:
 
 
 SITES = {
-    "llama": sites(rms_norm=2, rope=2, glu=1),
-    "mistral": sites(rms_norm=2, rope=2, glu=1),
-    "qwen2": sites(rms_norm=2, rope=2, glu=1),
-    "qwen3": sites(rms_norm=4, rope=2, glu=1),
-    "gemma2": sites(rms_norm=4, rope=2, glu=1),
-    "gemma3_text": sites(rms_norm=6, rope=2, glu=1),
-    "phi3": sites(rms_norm=2, rope=2, glu=1),
-    "olmo2": sites(rms_norm=4, rope=2, glu=1),
-    "granite": sites(rms_norm=2, rope=2, glu=1),
-    "cohere": sites(rms_norm=1, rope=2, glu=1),
-    "glm4": sites(rms_norm=4, rope=2, glu=1),
-    "smollm3": {**sites(rms_norm=2, rope=2, glu=1), "rope": 2 * (LAYERS - 1)},
-    "gpt_neox": sites(layer_norm=2, rope=2, activation=1),
-    "stablelm": sites(layer_norm=2, rope=2, glu=1),
-    "starcoder2": sites(layer_norm=2, rope=2, activation=1),
-    "single_level": sites(rms_norm=2, glu=1),
+    "llama": sites(rms_norm=2, rope=2, attention=1, glu=1),
+    "mistral": sites(rms_norm=2, rope=2, attention=1, glu=1),
+    "qwen2": sites(rms_norm=2, rope=2, attention=1, glu=1),
+    "qwen3": sites(rms_norm=4, rope=2, attention=1, glu=1),
+    "gemma2": sites(rms_norm=4, rope=2, attention=1, glu=1),
+    "gemma3_text": sites(rms_norm=6, rope=2, attention=1, glu=1),
+    "phi3": sites(rms_norm=2, rope=2, attention=1, glu=1),
+    "olmo2": sites(rms_norm=4, rope=2, attention=1, glu=1),
+    "granite": sites(rms_norm=2, rope=2, attention=1, glu=1),
+    "cohere": sites(rms_norm=1, rope=2, attention=1, glu=1),
+    "glm4": sites(rms_norm=4, rope=2, attention=1, glu=1),
+    "smollm3": {**sites(rms_norm=2, rope=2, attention=1, glu=1), "rope": 2 * (LAYERS - 1)},
+    "gpt_neox": sites(layer_norm=2, rope=2, attention=1, activation=1),
+    "stablelm": sites(layer_norm=2, rope=2, attention=1, glu=1),
+    "starcoder2": sites(layer_norm=2, rope=2, attention=1, activation=1),
+    "single_level": sites(rms_norm=2, attention=1, glu=1),
 }
 """Counted by hand in the models' sources: per block, and one norm and one loss after them."""
 ADDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), LAYERS)

@@ -42,6 +42,10 @@ def rewrite(gm: fx.GraphModule, *patterns: Pattern) -> RewriteResult:
     return result
 
 
+LOSSES = {"cross_entropy", "linear_cross_entropy"}
+"""Kinds of anchors that are one site: which of the two it is lies in what computes the logits."""
+
+
 def foundations(pattern: Pattern) -> tuple[Pattern, ...]:
     """Return the patterns of the library whose ops `pattern` looks for."""
     built_on = {target.__name__ for target in pattern.targets if "fxopt.kernels" in target.__module__}
@@ -89,8 +93,9 @@ def test_a_near_miss_is_left_alone_with_its_reason(capture: Capture, pattern: Pa
     assert pattern not in [rewritten.match.pattern for rewritten in done]
     assert len(reason.split()) > 1, "one word says nothing"
     found = find_anchors(captured.stock)
-    own = [anchor for anchor in found if anchor.kind == pattern.name]
-    anchors = [anchor.node for anchor in own or found]
+    kinds = {pattern.name, *(other.name for other in foundations(pattern))}
+    kinds |= LOSSES if pattern.name in LOSSES else set()
+    anchors = [anchor.node for anchor in found if anchor.kind in kinds]
     nodes = anchors or [node.name for node in captured.stock.graph.nodes if node.op.startswith("call_")]
     misses = [find_nearest_miss(gm, (pattern,), node, lazy_outputs=False) for node in nodes]
     # What is no site in the stock arithmetic has its reason where the pattern came furthest.

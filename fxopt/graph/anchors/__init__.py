@@ -11,6 +11,7 @@ import dataclasses
 from torch import fx
 
 from fxopt.graph.anchors.activations import activation_kind
+from fxopt.graph.anchors.attention import attention_kind
 from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.layer_norms import layer_norm_kind
 from fxopt.graph.anchors.losses import loss_kind
@@ -33,10 +34,10 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
 
     Kinds are "rms_norm" (a reciprocal root of a mean of squares), "layer_norm" (that of a value less its mean,
-    with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "glu" (an
-    activation times another value, both from linear projections), "activation" (one between two projections,
-    without a gate), and "cross_entropy", "linear_cross_entropy" where its logits come straight from one
-    linear layer.
+    with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "attention"
+    (torch's own, or the softmax of a product of two values that weighs a third), "glu" (an activation times
+    another value, both from linear projections), "activation" (one between two projections, without a gate),
+    and "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
@@ -46,6 +47,7 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
                 layer_norm_kind(node)
                 or norm_kind(node)
                 or loss_kind(node)
+                or attention_kind(node)
                 or gates.kind(node)
                 or activation_kind(node, gates)
                 or rope_kind(node)

@@ -213,7 +213,7 @@ SITES = {
         (X, GATE, ONE),
         [],
     ),
-    "a gated attention": (attention, (X, GATE, UP), []),
+    "a gated attention": (attention, (X, GATE, UP), ["attention"]),
     "rotated": (rotated, (X, TABLE), ["rope"]),
     "rotated twice": (lambda x, c: rotated(rotated_backwards(x, c), c), (X, TABLE), ["rope", "rope"]),
     "neighbours rotated": (neighbours_rotated, (X.detach().bfloat16(), TABLE), ["rope"]),

@@ -29,21 +29,31 @@ EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "
 
 # model type: anchors in one block; q and k are turned in each
 BLOCKS = {
-    "llama": {"rms_norm": 2, "rope": 2, "glu": 1},
-    "qwen2": {"rms_norm": 2, "rope": 2, "glu": 1},
-    "qwen3": {"rms_norm": 4, "rope": 2, "glu": 1},  # with the norms of q and k
-    "gemma2": {"rms_norm": 4, "rope": 2, "glu": 1},  # before and after attention and MLP
-    "olmo2": {"rms_norm": 4, "rope": 2, "glu": 1},  # of q, of k, after attention, after the MLP
+    "llama": {"rms_norm": 2, "rope": 2, "attention": 1, "glu": 1},
+    "qwen2": {"rms_norm": 2, "rope": 2, "attention": 1, "glu": 1},
+    "qwen3": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1},  # with the norms of q and k
+    "gemma2": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1},  # before and after attention and MLP
+    "olmo2": {
+        "rms_norm": 4,
+        "rope": 2,
+        "attention": 1,
+        "glu": 1,
+    },  # of q, of k, after attention, after the MLP
     # attention and MLP stand side by side behind one centred norm
-    "cohere": {"rms_norm": 1, "rope": 2, "glu": 1},
-    "gpt_oss": {"rms_norm": 2, "rope": 2, "glu": 1},  # all experts at once; the clamped, shifted form
-    "glm4": {"rms_norm": 4, "rope": 2, "glu": 1},  # gate and up from one packed projection
-    "phi3": {"rms_norm": 2, "rope": 2, "glu": 1},
-    "qwen3_moe": {"rms_norm": 4, "rope": 2, "glu": 1},
-    "gpt_neox": {"layer_norm": 2, "rope": 2, "activation": 1},
-    "nanochat": {"rms_norm": 4, "rope": 2, "activation": 1},  # with the norms of q and k
-    "starcoder2": {"layer_norm": 2, "rope": 2, "activation": 1},
-    "stablelm": {"layer_norm": 2, "rope": 2, "glu": 1},
+    "cohere": {"rms_norm": 1, "rope": 2, "attention": 1, "glu": 1},
+    "gpt_oss": {
+        "rms_norm": 2,
+        "rope": 2,
+        "attention": 1,
+        "glu": 1,
+    },  # all experts at once; the clamped, shifted form
+    "glm4": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1},  # gate and up from one packed projection
+    "phi3": {"rms_norm": 2, "rope": 2, "attention": 1, "glu": 1},
+    "qwen3_moe": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1},
+    "gpt_neox": {"layer_norm": 2, "rope": 2, "attention": 1, "activation": 1},
+    "nanochat": {"rms_norm": 4, "rope": 2, "attention": 1, "activation": 1},  # with the norms of q and k
+    "starcoder2": {"layer_norm": 2, "rope": 2, "attention": 1, "activation": 1},
+    "stablelm": {"layer_norm": 2, "rope": 2, "attention": 1, "glu": 1},
 }
 
 
@@ -110,7 +120,7 @@ def test_an_encoder_block_of_t5(canonical) -> None:
     capture_block(model, model.encoder.block[0], captured, input_ids=ids, labels=ids)
     gm, inputs = captured[0]
     anchors = find_anchors(gm)
-    assert Counter(anchor.kind for anchor in anchors) == {"rms_norm": 2, "glu": 1}
+    assert Counter(anchor.kind for anchor in anchors) == {"rms_norm": 2, "glu": 1, "attention": 1}
     gm = canonical((gm, inputs))
     assert (
         count_ops(gm)["dropout"] == 3
@@ -126,13 +136,14 @@ def test_a_whole_model_with_its_loss(capture, canonical) -> None:
         "rms_norm",
         "rope",
         "rope",
+        "attention",
         "rms_norm",
         "glu",
         "rms_norm",
         "linear_cross_entropy",
     ]
     modules = [anchor.module for anchor in anchors]
-    assert modules[:6] == [
+    assert modules[:7] == [
         "model.layers.0.input_layernorm",
         "model.layers.0.self_attn",
         "model.layers.0.self_attn",
@@ -140,8 +151,12 @@ def test_a_whole_model_with_its_loss(capture, canonical) -> None:
         "model.layers.0.mlp",
         "model.norm",
     ]
-    assert [anchor.location.split(":")[0] for anchor in anchors] == ["modeling_llama.py"] * 6 + [
-        "loss_utils.py"
+    files = [anchor.location.split(":")[0] for anchor in anchors]
+    assert files == [
+        *["modeling_llama.py"] * 3,
+        "sdpa_attention.py",
+        *["modeling_llama.py"] * 3,
+        "loss_utils.py",
     ]
     canonical(captured)
 
@@ -161,7 +176,7 @@ def test_checkpointed_blocks_are_looked_into(capture, canonical) -> None:
     if not any(node.op == "get_attr" for node in captured.gm.graph.nodes):
         pytest.skip("this transformers checkpoints outside of the captured call")
     nodes = [anchor.node for anchor in find_anchors(captured.gm)]
-    assert sum("/" in node for node in nodes) == 5
+    assert sum("/" in node for node in nodes) == 6
     canonical(captured)
 
 
@@ -171,5 +186,5 @@ def test_autocast_with_symbolic_shapes(canonical) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         capture_block(model, model.model.layers[0], captured, dynamic=True, input_ids=ids, use_cache=False)
         gm, inputs = captured[0]
-        assert Counter(anchor.kind for anchor in find_anchors(gm)) == {"rms_norm": 2, "rope": 2, "glu": 1}
+        assert Counter(anchor.kind for anchor in find_anchors(gm)) == BLOCKS["llama"]
         canonical((gm, inputs))

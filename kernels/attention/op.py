@@ -1,0 +1,145 @@
+"""The ops `fxopt::attention` and `fxopt::attention_backward`, and the function that models' graphs call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fxopt.kernels.attention.backends import fused_backward, fused_forward
+from fxopt.kernels.attention.masks import find_intervals
+from fxopt.kernels.attention.reference import plain_backward, plain_forward, wide_dtype
+from fxopt.kernels.launch import register_gradient, register_op
+
+
+def _new_heads_last(x: Tensor, width: Any = None) -> Tensor:
+    batch, heads, length, own = x.shape
+    return x.new_empty(batch, length, heads, own if width is None else width).transpose(1, 2)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    intervals: Tensor | None,
+    reads: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    safe: bool,
+) -> tuple[Tensor, Tensor]:
+    return _new_heads_last(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide_dtype(q))
+
+
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    intervals: Tensor | None,
+    reads: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    safe: bool,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_q, need_k, need_v, need_sinks = needs
+    return (
+        _new_heads_last(q) if need_q else None,
+        _new_heads_last(k) if need_k else None,
+        _new_heads_last(v) if need_v else None,
+        sinks.new_empty(sinks.shape) if sinks is not None and need_sinks else None,
+    )
+
+
+_forward_op = register_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks,"
+    " bool causal, float scale, float softcap, bool safe) -> (Tensor, Tensor)",
+    plain=plain_forward,
+    fused=fused_forward,
+    fake=_fake_forward,
+)
+_backward_op = register_op(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask,"
+    " Tensor? intervals, Tensor? reads, Tensor? sinks, bool causal, float scale, float softcap, bool safe,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    plain=plain_backward,
+    fused=fused_backward,
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, intervals, reads, sinks, *ctx.scalars = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, mask, intervals, reads, sinks)
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[place] for place in (0, 1, 2, 6)]
+    dq, dk, dv, dsinks = _backward_op(dout, *ctx.saved_tensors, *ctx.scalars, needs)
+    return dq, dk, dv, None, None, None, dsinks, None, None, None, None
+
+
+register_gradient("attention", _setup_context, _backward)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float,
+    softcap: float = 0.0,
+    safe: bool = True,
+) -> Tensor:
+    """Return softmax(logits) v, [B, Hq, Sq, Dv], in the memory layout [B, Sq, Hq, Dv].
+
+    q: [B, Hq, Sq, D]; k: [B, Hk, Sk, D]; v: [B, Hk, Sk, Dv], any strides, one float dtype; query head h reads
+    key head h // (Hq / Hk). mask: up to four dims that broadcast to [B, Hq, Sq, Sk]; bool (True: seen) or
+    float (added to the logits). sinks: [Hq], one more logit per head, of a key without a value. causal:
+    query i sees keys up to i. Logits are q k^T scale, then softcap tanh(logits / softcap) if softcap is not 0.
+
+    A row without any key is 0 if safe, else NaN. One that a float mask shuts throughout by the lowest finite
+    number is the mean of all values, as the sum of score and mask rounds to the mask; with sinks it is 0.
+
+    >>> import torch
+    >>> q = torch.zeros(1, 2, 1, 4)
+    >>> attention(q, q, q + 3, scale=0.5)[0, 0]
+    tensor([[3., 3., 3., 3.]])
+    """
+    _check(q, k, v, mask, sinks, causal)
+    intervals = reads = None
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask.expand(*mask.shape[:-1], k.shape[-2])
+        if q.device.type == "cuda":
+            intervals, reads = find_intervals(mask, has_sinks=sinks is not None, safe=safe)
+    return _forward_op(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"attention: q, k, v, expected 4 dims each, got {q.dim()}, {k.dim()}, {v.dim()}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: k, v, expected the dtype of q {q.dtype}, got {k.dtype}, {v.dtype}")
+    if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
+        expected = f"a divisor of the {q.shape[1]} heads of q, the same in both"
+        raise ValueError(f"attention: heads of k, v, expected {expected}, got {k.shape[1]}, {v.shape[1]}")
+    if mask is not None and (causal or mask.dim() > 4 or mask.requires_grad):
+        reason = (
+            "a causal mask" if causal else f"{mask.dim()} dims" if mask.dim() > 4 else "one with a gradient"
+        )
+        raise ValueError(f"attention: mask, expected one of up to 4 dims and nothing beside, got {reason}")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"attention: sinks, expected shape ({q.shape[1]},), got {tuple(sinks.shape)}")
