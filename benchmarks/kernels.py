@@ -1,10 +1,9 @@
 """Times every kernel against its peers on this GPU: `python -m benchmarks.kernels --out results.json`.
 
-Per kernel and size, forward and backward: the median ms of `triton.testing.do_bench`, which empties the L2 cache
-between runs, for
+Per kernel and size, forward and backward: the median ms that the GPU takes, the L2 cache emptied before each run and
+the GPU kept busy until the host has queued it, so that nobody's Python is timed (a compiled graph runs none), for
 
     fxopt      the op, through autograd
-    launch     the same kernels without autograd and dispatcher, for memory-bound kernels
     liger      liger_kernel's functional form
     cce        cut_cross_entropy without its gradient filter ("cce_exact")
     sdpa       torch's attention by its own choice; `cudnn`, `flash` by one backend of it
@@ -23,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
 from benchmarks.cases import ALL
 from benchmarks.cases.case import Case, Function
@@ -43,6 +42,10 @@ HEAD_ROWS = 512
 """Rows a loss head is checked with: its logits in float64 would not fit at the size that is timed."""
 FLOOR = 2**-8
 """Half an eps of bf16, what the kernels' tests allow on a GPU beside twice eager's own error."""
+CACHE_BYTES = 256 * 2**20
+HEAD_START_CYCLES = 4_000_000
+"""About 2 ms at 1.8 GHz: longer than any contestant takes to queue its launches."""
+FEWEST_RUNS, MOST_RUNS, BUDGET_MS = 8, 40, 60.0
 COLUMNS = ("fxopt", "liger", "cce", "sdpa", "cudnn", "flash", "compile", "eager", "copy", "gemms")
 
 
@@ -96,7 +99,23 @@ def find_disagreement(case: Case) -> str | None:
 
 
 def median_ms(function: Callable[[], Any]) -> float:
-    return float(do_bench(function, warmup=20, rep=80, return_mode="median"))  # pyright: ignore[reportArgumentType]
+    """Return the median ms of GPU time of `function`, its launches queued before the GPU comes to them."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    function()
+    torch.cuda.synchronize()
+    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    spent_ms = 0.0
+    while len(spans) < MOST_RUNS and (spent_ms < BUDGET_MS or len(spans) < FEWEST_RUNS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cache.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        spans.append((start, end))
+        spent_ms += start.elapsed_time(end)
+    return statistics.median(start.elapsed_time(end) for start, end in spans)
 
 
 def time_copy(num_bytes: int) -> float:
@@ -147,9 +166,6 @@ def run_case(case: Case) -> list[dict[str, Any]]:
     tensors = case.make(case.rows)
     if case.forward_bytes:
         forward["copy"], backward["copy"] = time_copy(case.forward_bytes), time_copy(case.backward_bytes)
-    if case.launches is not None:
-        first, second = case.launches([value.detach() for value in tensors])
-        forward["launch"], backward["launch"] = median_ms(first), median_ms(second)
     rows = [("forward", forward), ("backward", backward)]
     if case.gemms is not None:
         both = {name: forward[name] + backward[name] for name in forward}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases.case import ROWS, Case, Function, Passes, tensor
+from benchmarks.cases.case import ROWS, Case, Function, tensor
 from fxopt.kernels import activation
 
 WIDTH = 16384
@@ -34,14 +34,6 @@ def make_cases() -> list[Case]:
 def make_case(name: str, act: str, eager: Function) -> Case:
     """Return the case of one activation; it reads one tensor and writes one, and backward reads one more."""
 
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        (x,) = tensors
-        dy = torch.randn_like(x)
-        return (
-            lambda: activation.launch_forward(x, act, 1.0),
-            lambda: activation.launch_backward(dy, x, act, 1.0),
-        )
-
     contestants: dict[str, Function] = {
         "fxopt": lambda x: activation.activation(x, act=act),
         "eager": eager,
@@ -55,5 +47,4 @@ def make_case(name: str, act: str, eager: Function) -> Case:
         contestants,
         2 * size,
         3 * size,
-        launches=launches,
     )

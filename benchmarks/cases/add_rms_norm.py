@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cases.case import ROWS, Case, Function, Passes, find_liger, tensor
+from benchmarks.cases.case import ROWS, Case, Function, find_liger, tensor
 from fxopt.kernels import add_rms_norm
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -18,17 +18,6 @@ def make_cases() -> list[Case]:
         wide = h.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
         return h, weight * wide.to(h.dtype)
-
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        x, skip, weight = tensors
-        dh, dy = torch.randn_like(x), torch.randn_like(x)
-        attributes = (1.0, 1e-6, 0.0, True, False, None)
-        h, _, statistics = add_rms_norm.launch_forward(x, skip, weight, *attributes)
-        rest = (1.0, 0.0, False, x.dtype, x.dtype, True, False, True)
-        return (
-            lambda: add_rms_norm.launch_forward(x, skip, weight, *attributes),
-            lambda: add_rms_norm.launch_backward(dh, dy, h, weight, statistics, *rest),
-        )
 
     fused_by_liger = getattr(find_liger(), "liger_fused_add_rms_norm", None)
 
@@ -51,9 +40,5 @@ def make_cases() -> list[Case]:
         def make(rows: int, width: int = width) -> list[torch.Tensor]:
             return [tensor(rows, width), tensor(rows, width), tensor(width)]
 
-        cases.append(
-            Case(
-                "add_rms_norm", f"{ROWS} x {width}", make, contestants, 4 * size, 4 * size, launches=launches
-            )
-        )
+        cases.append(Case("add_rms_norm", f"{ROWS} x {width}", make, contestants, 4 * size, 4 * size))
     return cases

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
-Passes = tuple[Callable[[], Any], Callable[[], Any]]
 ROWS = 8192
 CLASSES = 128256
 
@@ -25,7 +24,6 @@ class Case:
     forward_bytes: int = 0
     backward_bytes: int = 0
     rows: int = ROWS
-    launches: Callable[[list[torch.Tensor]], Passes] | None = None
     gemms: Callable[[list[torch.Tensor]], Callable[[], None]] | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases.case import ROWS, Case, Function, Passes, find_liger, tensor
+from benchmarks.cases.case import ROWS, Case, Function, find_liger, tensor
 from fxopt.kernels import glu
 
 SPLIT = glu.Form("silu")
@@ -46,15 +46,6 @@ def make_case(name: str, form: glu.Form, eager: Function, width: int) -> Case:
     def fxopt(*tensors: torch.Tensor) -> torch.Tensor:
         return glu.glu(*tensors, **vars(form))
 
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        gate, up = (*tensors, None)[:2]
-        assert gate is not None
-        dy = torch.randn_like(gate[..., :width])
-        return (
-            lambda: glu.launch_forward(gate, up, *form.astuple()),
-            lambda: glu.launch_backward(dy, gate, up, *form.astuple(), True, True),
-        )
-
     def make(rows: int) -> list[torch.Tensor]:
         if form.layout != "split":
             return [tensor(rows, 2 * width)]
@@ -70,4 +61,4 @@ def make_case(name: str, form: glu.Form, eager: Function, width: int) -> Case:
         swiglu = liger.liger_swiglu
         contestants["liger"] = swiglu if form.layout == "split" else lambda both: swiglu(*both.chunk(2, -1))
     size = ROWS * width * 2
-    return Case("glu", f"{ROWS} x {width}{name}", make, contestants, 3 * size, 5 * size, launches=launches)
+    return Case("glu", f"{ROWS} x {width}{name}", make, contestants, 3 * size, 5 * size)

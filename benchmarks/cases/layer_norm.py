@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases.case import ROWS, Case, Function, Passes, find_liger, tensor
+from benchmarks.cases.case import ROWS, Case, Function, find_liger, tensor
 from fxopt.kernels import layer_norm
 
 
@@ -14,15 +14,6 @@ def make_cases() -> list[Case]:
 
     def eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
-
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        x, weight, bias = tensors
-        dy = torch.randn_like(x)
-        _, statistics = layer_norm.launch_forward(x, weight, bias, 1e-5, None)
-        return (
-            lambda: layer_norm.launch_forward(x, weight, bias, 1e-5, None),
-            lambda: layer_norm.launch_backward(dy, x, weight, bias, statistics, True, True, True),
-        )
 
     liger = find_liger()
     cases = []
@@ -39,7 +30,5 @@ def make_cases() -> list[Case]:
         def make(rows: int, width: int = width) -> list[torch.Tensor]:
             return [tensor(rows, width), tensor(width), tensor(width)]
 
-        cases.append(
-            Case("layer_norm", f"{ROWS} x {width}", make, contestants, 2 * size, 3 * size, launches=launches)
-        )
+        cases.append(Case("layer_norm", f"{ROWS} x {width}", make, contestants, 2 * size, 3 * size))
     return cases

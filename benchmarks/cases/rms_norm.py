@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cases.case import ROWS, Case, Function, Passes, find_liger, tensor
+from benchmarks.cases.case import ROWS, Case, Function, find_liger, tensor
 from fxopt.kernels import rms_norm
 
 
@@ -15,16 +15,6 @@ def make_cases() -> list[Case]:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
         return weight * wide.to(x.dtype)
-
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        x, weight = tensors
-        dy, attributes = torch.randn_like(x), (1e-6, 0.0, True, False, "silu", False, 1, None)
-        _, statistics = rms_norm.launch_forward(x, weight, None, *attributes)
-        rest = (0.0, False, "silu", False, 1, True, True, False)
-        return (
-            lambda: rms_norm.launch_forward(x, weight, None, *attributes),
-            lambda: rms_norm.launch_backward(dy, x, weight, None, statistics, *rest),
-        )
 
     liger = find_liger()
     cases = []
@@ -41,7 +31,5 @@ def make_cases() -> list[Case]:
         def make(rows: int, width: int = width) -> list[torch.Tensor]:
             return [tensor(rows, width), tensor(width)]
 
-        cases.append(
-            Case("rms_norm", f"{ROWS} x {width}", make, contestants, 2 * size, 3 * size, launches=launches)
-        )
+        cases.append(Case("rms_norm", f"{ROWS} x {width}", make, contestants, 2 * size, 3 * size))
     return cases

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.case import ROWS, Case, Function, Passes, find_liger, tensor
+from benchmarks.cases.case import ROWS, Case, Function, find_liger, tensor
 from fxopt.kernels import rope
 
 BATCH = 2
@@ -28,15 +28,6 @@ def make_cases() -> list[Case]:
 
     def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         return rope.rope(q.transpose(1, 2), k.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1))
-
-    def launches(tensors: list[torch.Tensor]) -> Passes:
-        q, k, cos, sin = tensors
-        form = ("half", "half", 0, q.shape[-1], 1, [False, False], q.dtype)
-        dq, dk = torch.randn_like(q), torch.randn_like(k)
-        return (
-            lambda: rope.launch_forward(q, k, cos, sin, *form),
-            lambda: rope.launch_backward(dq, dk, cos, sin, *form),
-        )
 
     liger = find_liger()
     cases = []
@@ -62,5 +53,5 @@ def make_cases() -> list[Case]:
 
         num_bytes = 2 * ROWS * (q_heads + k_heads) * size * 2
         name = f"{ROWS} x ({q_heads} + {k_heads}) x {size}"
-        cases.append(Case("rope", name, make, contestants, num_bytes, num_bytes, launches=launches))
+        cases.append(Case("rope", name, make, contestants, num_bytes, num_bytes))
     return cases

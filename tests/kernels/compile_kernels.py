@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 
 from fxopt.kernels import activation, cross_entropy, glu, rope
 from fxopt.kernels.activations import ACTIVATIONS
-from fxopt.kernels.attention import launches, masks
 from fxopt.kernels.attention import kernels as attention_kernels
+from fxopt.kernels.attention import launches, masks
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
