@@ -189,7 +189,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return _backward_op(dy, *ctx.saved_tensors, ctx.act, ctx.alpha), None, None
 
 
-register_gradient("activation", _setup_context, _backward)
+_apply = register_gradient("activation", _forward_op, _setup_context, _backward)
 
 
 def activation(x: Tensor, *, act: str, alpha: float = 1.0) -> Tensor:
@@ -201,4 +201,4 @@ def activation(x: Tensor, *, act: str, alpha: float = 1.0) -> Tensor:
     tensor([0., 9.])
     """
     check_activation("activation", act)
-    return _forward_op(x, act, alpha)
+    return _apply(x, act, alpha)

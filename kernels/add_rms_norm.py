@@ -222,7 +222,7 @@ def _backward(ctx: Any, dh: Tensor | None, dy: Tensor | None, _: Tensor | None) 
     return dx, dskip, dweight, *(None,) * 6
 
 
-register_gradient("add_rms_norm", _setup_context, _backward)
+_apply = register_gradient("add_rms_norm", forward_op, _setup_context, _backward)
 
 
 def add_rms_norm(
@@ -250,5 +250,5 @@ def add_rms_norm(
         raise ValueError(
             f"add_rms_norm: weight, expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}"
         )
-    h, y, _ = forward_op(x, skip, weight, scale, eps, offset, cast_first, centre, out_dtype)
+    h, y, _ = _apply(x, skip, weight, scale, eps, offset, cast_first, centre, out_dtype)
     return h, y

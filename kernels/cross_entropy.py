@@ -362,7 +362,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Any, .
     return dlogits, *(None,) * (ctx.num_inputs - 1)
 
 
-register_gradient("cross_entropy", _setup_context, _backward)
+_apply = register_gradient("cross_entropy", _forward_op, _setup_context, _backward)
 
 
 def cross_entropy(
@@ -393,7 +393,7 @@ def cross_entropy(
         )
     check_loss("cross_entropy", reduction, z_rows, denominator)
     shaping = Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all")
-    loss, _, _ = _forward_op(
+    loss, _, _ = _apply(
         logits, labels, as_tensor(denominator, logits), ignore_index, reduction == "mean", *shaping
     )
     return loss

@@ -473,7 +473,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return *found, *(None for _ in ctx.attributes)
 
 
-register_gradient("glu", _setup_context, _backward)
+_apply = register_gradient("glu", _forward_op, _setup_context, _backward)
 
 
 def glu(
@@ -510,4 +510,4 @@ def glu(
         got = f"{tuple(gate.shape)} and {'none' if up is None else tuple(up.shape)}"
         raise ValueError(f"glu: {layout}, expected one tensor of an even width, got {got}")
     form = Form(act, alpha, gate_scale, gate_limit, up_limit, up_offset, scale, layout, gate_first)
-    return _forward_op(gate, up, *form.astuple())
+    return _apply(gate, up, *form.astuple())

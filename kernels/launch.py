@@ -200,14 +200,34 @@ def register_op(
     return getattr(torch.ops.fxopt, name).default
 
 
-def register_gradient(op: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Make `backward` the derivative of `fxopt::<op>`, and differentiating `fxopt::<op>_backward` an error."""
-    torch.library.register_autograd(f"fxopt::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+def register_gradient(
+    name: str,
+    forward_op: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Return `fxopt::<name>` made differentiable by `backward`; differentiating the gradients is an error.
 
-    def refuse(*_: Any) -> None:
-        raise RuntimeError(
-            f"fxopt::{op}: second derivatives are not implemented, expected one backward pass, got a backward "
-            f"through fxopt::{op}_backward\nLeave this op out of the rewrite, or run the stock model here"
-        )
+    A `torch.autograd.Function` around the op, and no gradient registered with the op itself: a compiled graph
+    calls forward and backward op, both without gradients, and a registered one costs it Python at each call.
+    """
+    message = (
+        f"fxopt::{name}: second derivatives are not implemented, expected one backward pass, got a backward "
+        f"through fxopt::{name}_backward\nLeave this op out of the rewrite, or run the stock model here"
+    )
 
-    torch.library.register_autograd(f"fxopt::{op}_backward", refuse, lib=LIBRARY)
+    def differentiate(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        torch_c: Any = torch._C
+        refuse = torch_c._functions.DelayedError(message.encode(), len(found))
+        return refuse(*(None if value is None else value.detach().requires_grad_() for value in found))
+
+    functions = {
+        "forward": staticmethod(forward_op),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(differentiate),
+    }
+    return type(f"fxopt_{name}", (torch.autograd.Function,), functions).apply

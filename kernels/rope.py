@@ -411,7 +411,7 @@ def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Any, ...]
     return *gradients, *(None,) * 9
 
 
-register_gradient("rope", _setup_context, _backward)
+_apply = register_gradient("rope", _forward_op, _setup_context, _backward)
 
 
 def _tokens_first(x: Tensor, heads: int) -> Tensor:
@@ -502,7 +502,7 @@ def rope(
                 f"got {tuple(table.shape)} in {table.dtype}"
             )
     q_rows, k_rows = _tokens_first(q, heads), None if k is None else _tokens_first(k, heads)
-    y, k_y = _forward_op(
+    y, k_y = _apply(
         q_rows,
         k_rows,
         _table_of(cos, q_rows, heads),

@@ -9,6 +9,7 @@ capture cannot be timed: there the first candidate that serves runs, until a cal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +98,7 @@ def key_of(call: Call) -> Key:
         num_queries == call.k.shape[2],
         width,
         call.v.shape[3],
-        str(call.q.dtype),
+        call.q.dtype,
         "causal" if call.causal else mask,
         call.softcap != 0,
         call.sinks is not None,
@@ -127,7 +128,7 @@ def _describe(key: Key) -> str:
     named = {"softcap": softcap, "sinks": sinks, "deterministic": deterministic}
     extras = "".join(f", {name}" for name, is_so in named.items() if is_so)
     shape = f"{batch} x {queries} x {keys}, {heads}/{key_heads} heads of {width}"
-    return f"{shape}, {dtype.removeprefix('torch.')}, {kind}{extras}, cuda:{device}"
+    return f"{shape}, {str(dtype).removeprefix('torch.')}, {kind}{extras}, cuda:{device}"
 
 
 def _triton_backend(place: int, plan: Plan) -> Backend:
@@ -180,7 +181,7 @@ def _flash_forward(call: Call) -> tuple[Tensor, Tensor]:
 def _flash_backward(
     call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    seed, offset = _no_dropout(call.q)
+    seed, offset = _no_dropout(call.q.device)
     lengths = call.q.shape[2], call.k.shape[2]
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         dout,
@@ -210,7 +211,7 @@ def _cudnn_forward(call: Call) -> tuple[Tensor, Tensor]:
 def _cudnn_backward(
     call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    seed, offset = _no_dropout(call.q)
+    seed, offset = _no_dropout(call.q.device)
     lengths = call.q.shape[2], call.k.shape[2]
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout,
@@ -231,10 +232,17 @@ def _cudnn_backward(
     )
 
 
-def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the state of the random numbers that no dropout draws."""
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    return seed, seed.clone()
+@functools.cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the state of the random numbers that no dropout draws; nobody writes to it."""
+    return torch.zeros((), dtype=torch.int64, device=device), torch.zeros(
+        (), dtype=torch.int64, device=device
+    )
+
+
+@functools.cache
+def _is_new(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 FLASH = Backend("flash", _flash_forward, _flash_backward)
@@ -271,7 +279,7 @@ def is_served_by_triton(call: Call) -> bool:
     is_narrow = max(call.q.shape[-1], call.v.shape[-1]) <= MOST_WIDTH
     float_mask = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
     has_intervals = call.mask is None or call.intervals is not None
-    is_new = torch.cuda.get_device_capability(call.q.device) >= OLDEST_CAPABILITY
+    is_new = _is_new(call.q.device)
     return (
         is_new and is_narrow and has_intervals and can_launch(call.q, call.k, call.v, call.sinks, float_mask)
     )
@@ -286,7 +294,7 @@ def is_served_by_torch(call: Call) -> bool:
         return False
     is_regular = width == call.v.shape[-1] and width % 8 == 0 and width <= MOST_WIDTH
     is_dense = all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
-    is_new = torch.cuda.get_device_capability(call.q.device) >= OLDEST_CAPABILITY
+    is_new = _is_new(call.q.device)
     return is_regular and is_dense and is_new and 0 not in (batch, heads, num_queries, num_keys)
 
 

@@ -88,7 +88,7 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     return dq, dk, dv, None, None, None, dsinks, None, None, None, None
 
 
-register_gradient("attention", _setup_context, _backward)
+_apply = register_gradient("attention", _forward_op, _setup_context, _backward)
 
 
 def attention(
@@ -125,7 +125,7 @@ def attention(
         mask = mask.expand(*mask.shape[:-1], k.shape[-2])
         if q.device.type == "cuda":
             intervals, reads = find_intervals(mask, has_sinks=sinks is not None, safe=safe)
-    return _forward_op(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)[0]
+    return _apply(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool) -> None:

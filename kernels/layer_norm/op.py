@@ -74,7 +74,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     return *gradients, None, None
 
 
-register_gradient("layer_norm", _setup_context, _backward)
+_apply = register_gradient("layer_norm", forward_op, _setup_context, _backward)
 
 
 def layer_norm(
@@ -97,5 +97,5 @@ def layer_norm(
             raise ValueError(
                 f"layer_norm: {name}, expected shape {tuple(x.shape[-1:])}, got {tuple(value.shape)}"
             )
-    y, _ = forward_op(x, weight, bias, eps, out_dtype)
+    y, _ = _apply(x, weight, bias, eps, out_dtype)
     return y

@@ -171,14 +171,11 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Any, .
             raise RuntimeError(
                 f"linear_cross_entropy: the gradient of {name} was not computed in forward, expected need_{name}=True"
             )
-    if torch.is_grad_enabled() and not dloss.requires_grad:
-        # What is saved are gradients, constants to autograd: without this their derivative would silently be zero.
-        dloss = dloss.detach().clone().requires_grad_()
     dh, dweight, dbias = _backward_op(dloss, *ctx.saved_tensors, ctx.dtype)
     return dh, dweight, None, dbias, *(None,) * (ctx.num_inputs - 4)
 
 
-register_gradient("linear_cross_entropy", _setup_context, _backward)
+_apply = register_gradient("linear_cross_entropy", _forward_op, _setup_context, _backward)
 
 
 def linear_cross_entropy(
@@ -219,7 +216,7 @@ def linear_cross_entropy(
         )
     check_loss("linear_cross_entropy", reduction, z_rows, denominator)
     grad = torch.is_grad_enabled()
-    loss = _forward_op(
+    loss = _apply(
         h,
         weight,
         labels,

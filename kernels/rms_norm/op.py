@@ -90,7 +90,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     return *gradients, *(None,) * 8
 
 
-register_gradient("rms_norm", _setup_context, _backward)
+_apply = register_gradient("rms_norm", forward_op, _setup_context, _backward)
 
 
 def rms_norm(
@@ -123,7 +123,5 @@ def rms_norm(
         )
     if x.shape[-1] % groups:
         raise ValueError(f"rms_norm: groups, expected a divisor of {x.shape[-1]}, got {groups}")
-    y, _ = forward_op(
-        x, weight, gate, eps, offset, cast_first, centre, gate_act, gate_before, groups, out_dtype
-    )
+    y, _ = _apply(x, weight, gate, eps, offset, cast_first, centre, gate_act, gate_before, groups, out_dtype)
     return y

@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, below at the latest
@@ -73,6 +74,17 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     difference = (value.double() - exact.double()).norm().item()
     size = exact.double().norm().item()
     return difference / size if size else difference
+
+
+@pytest.fixture
+def opcheck() -> Callable[..., Any]:
+    """Return `torch.library.opcheck` on inputs without gradients: these come from a function around an op."""
+
+    def check_op(op: Any, arguments: tuple[Any, ...], **options: Any) -> Any:
+        detached = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+        return torch.library.opcheck(op, detached, **options)
+
+    return check_op
 
 
 Check = Callable[..., None]

@@ -108,10 +108,10 @@ def test_op(act: str, dtype: torch.dtype, op_device: str, check: Any, gradients:
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_opcheck(act: str, op_device: str) -> None:
+def test_opcheck(act: str, op_device: str, opcheck: Any) -> None:
     x = make((4, 24), torch.float32, op_device)
-    torch.library.opcheck(file._forward_op, (x, act, ALPHA))
-    torch.library.opcheck(file._backward_op, (torch.randn(4, 24, device=op_device), x.detach(), act, ALPHA))
+    opcheck(file._forward_op, (x, act, ALPHA))
+    opcheck(file._backward_op, (torch.randn(4, 24, device=op_device), x.detach(), act, ALPHA))
 
 
 def test_its_input_alone_is_saved(op_device: str) -> None:

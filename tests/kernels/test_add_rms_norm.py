@@ -228,18 +228,18 @@ def test_op(name: str, read: str, skip_dtype: torch.dtype, op_device: str) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "centred"])
-def test_opcheck(name: str, op_device: str) -> None:
+def test_opcheck(name: str, op_device: str, opcheck: Any) -> None:
     inputs = make((4, 24), torch.float32, op_device)
     form = FORMS[name]
     scale, offset, centre = form.get("scale", 1.0), form.get("offset", 0.0), form.get("centre", False)
     arguments = (*inputs, scale, 1e-6, offset, True, centre, None)
-    torch.library.opcheck(file.forward_op, arguments)
+    opcheck(file.forward_op, arguments)
     with torch.no_grad():
         h, y, statistics = file.forward_op(*arguments)
     weight = inputs[2].detach()  # type: ignore[union-attr]
     rest = (scale, offset, centre, torch.float32, torch.float32, True, scale != 1.0, True)
     for dh in (torch.randn_like(h), None):
-        torch.library.opcheck(file.backward_op, (dh, torch.randn_like(y), h, weight, statistics, *rest))
+        opcheck(file.backward_op, (dh, torch.randn_like(y), h, weight, statistics, *rest))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:

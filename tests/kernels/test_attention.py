@@ -365,22 +365,22 @@ def test_backward_twice(op_device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "left", "added left"])
 @pytest.mark.parametrize("extras", ["", "sinks and softcap"])
-def test_opcheck(kind: str, extras: str, op_device: str) -> None:
+def test_opcheck(kind: str, extras: str, op_device: str, opcheck: Any) -> None:
     q, k, v = make(torch.float32, op_device, lengths=(17, 17))
     mask = make_mask(kind, (2, 2, 17, 17), torch.float32, op_device)
     sinks = torch.randn(2, device=op_device).requires_grad_() if extras else None
     found = (None, None) if mask is None else mask_intervals(mask, bool(extras), True)
     rest = mask, *found, sinks
     scalars = kind == "causal", SCALE, 5.0 if extras else 0.0, True
-    torch.library.opcheck(op._forward_op, (q, k, v, *rest, *scalars))
+    opcheck(op._forward_op, (q, k, v, *rest, *scalars))
     with torch.no_grad():
         out, lse = op._forward_op(q, k, v, *rest, *scalars)
         dout = torch.randn_like(out)
         given = [x.detach() if isinstance(x, torch.Tensor) else x for x in (dout, q, k, v, out, lse, *rest)]
         for needs in ([True, True, True, bool(extras)], [True, False, False, False]):
-            torch.library.opcheck(op._backward_op, (*given, *scalars, needs))
+            opcheck(op._backward_op, (*given, *scalars, needs))
     if mask is not None:
-        torch.library.opcheck(mask_intervals, (mask, bool(extras), True))
+        opcheck(mask_intervals, (mask, bool(extras), True))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
@@ -455,7 +455,7 @@ def test_our_backends_agree_with_the_reference(device: str, check: Any, gradient
 
 @pytest.mark.gpu
 def test_a_backend_is_chosen_by_measurement_and_named() -> None:
-    q, k, v = make(torch.bfloat16, "cuda", lengths=(512, 512), widths=(128, 128))
+    q, k, v = make(torch.bfloat16, "cuda", heads=(4, 2), lengths=(512, 512), widths=(128, 128))
     attention(q, k, v, causal=True, scale=SCALE).sum().backward()
     name = "2 x 512 x 512, 4/2 heads of 128, bfloat16, causal, cuda:0"
     found = backends.chosen_backends()[name]
@@ -467,7 +467,7 @@ def test_a_backend_is_chosen_by_measurement_and_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_backend_agrees_with_the_reference(causal: bool, check: Any, gradients: Any) -> None:
-    inputs = make(torch.bfloat16, "cuda", lengths=(257, 257), widths=(64, 64))
+    inputs = make(torch.bfloat16, "cuda", heads=(4, 2), lengths=(257, 257), widths=(64, 64))
     dout = torch.randn(2, 257, 4, 64, device="cuda").transpose(1, 2).to(torch.bfloat16)
     reference = functools.partial(attention_reference, causal=causal, scale=SCALE)
     exact_y, exact = gradients(reference, inputs, dout, torch.float64)

@@ -236,16 +236,16 @@ def test_op(act: str, layout: str, gate_first: bool, op_device: str, check: Any,
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(act: str, layout: str, op_device: str) -> None:
+def test_opcheck(act: str, layout: str, op_device: str, opcheck: Any) -> None:
     tensors = make((4, 24), torch.float32, op_device, layout)
     form = Form(act=act, **LIMITS, layout=layout).astuple()
     gate, up = (*tensors, None)[:2]
-    torch.library.opcheck(file._forward_op, (gate, up, *form))
+    opcheck(file._forward_op, (gate, up, *form))
     dy = torch.randn(4, 24, device=op_device)
     gate, up = (None if tensor is None else tensor.detach() for tensor in (gate, up))
-    torch.library.opcheck(file._backward_op, (dy, gate, up, *form, True, up is not None))
+    opcheck(file._backward_op, (dy, gate, up, *form, True, up is not None))
     if up is not None:
-        torch.library.opcheck(file._backward_op, (dy, gate, up, *form, False, True))
+        opcheck(file._backward_op, (dy, gate, up, *form, False, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -183,13 +183,13 @@ def test_op(weight: bool, bias: bool, op_device: str, gradients: Any) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(bias: bool, op_device: str) -> None:
+def test_opcheck(bias: bool, op_device: str, opcheck: Any) -> None:
     inputs = make((4, 24), torch.float32, op_device, bias=bias)
-    torch.library.opcheck(forward_op, (*inputs, EPS, None))
+    opcheck(forward_op, (*inputs, EPS, None))
     with torch.no_grad():
         y, statistics = forward_op(*inputs, EPS, None)
     fixed = [None if tensor is None else tensor.detach() for tensor in inputs]
-    torch.library.opcheck(backward_op, (y, *fixed, statistics, True, True, bias))
+    opcheck(backward_op, (y, *fixed, statistics, True, True, bias))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:

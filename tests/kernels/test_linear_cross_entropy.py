@@ -391,16 +391,16 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck(dtype: torch.dtype, op_device: str) -> None:
+def test_opcheck(dtype: torch.dtype, op_device: str, opcheck: Any) -> None:
     (h, weight, bias), labels = make(9, 48, 100, dtype, op_device)
     rest = (None, -100, True, *Shaping(), chunks.CHUNK_BYTES)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (h, weight, labels, bias, *rest, True, True, True)
-    torch.library.opcheck(op._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
+    opcheck(op._forward_op, arguments, test_utils=utilities, rtol=1e-2, atol=1e-2)
     with torch.no_grad():
         loss, divisor, dh, dweight, dbias = op._forward_op(*arguments)
-    torch.library.opcheck(op._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
-    torch.library.opcheck(op._backward_op, (loss, divisor, dh, None, None, dtype))
+    opcheck(op._backward_op, (loss, divisor, dh, dweight, dbias, dtype))
+    opcheck(op._backward_op, (loss, divisor, dh, None, None, dtype))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:

@@ -225,12 +225,12 @@ def test_one_output_alone_is_differentiated(op_device: str) -> None:
     assert torch.equal(dq, torch.autograd.grad(stock(q, cos, sin).sum(), q)[0])
 
 
-def test_opcheck(op_device: str) -> None:
+def test_opcheck(op_device: str, opcheck: Any) -> None:
     q, k, cos, sin = make((3, 2), 16, 16, torch.float32, op_device)
     for form in (attributes(16, torch.float32), attributes(16, torch.float32, head_major=[True, False])):
-        torch.library.opcheck(file._forward_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, *form))
-        torch.library.opcheck(file._backward_op, (q.detach(), k.detach(), cos, sin, *form))
-    torch.library.opcheck(file._backward_op, (None, k.detach(), cos, sin, *form))
+        opcheck(file._forward_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, *form))
+        opcheck(file._backward_op, (q.detach(), k.detach(), cos, sin, *form))
+    opcheck(file._backward_op, (None, k.detach(), cos, sin, *form))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
