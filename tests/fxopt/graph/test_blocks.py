@@ -145,8 +145,7 @@ def test_a_whole_model_with_its_loss(capture, canonical) -> None:
     modules = [anchor.module for anchor in anchors]
     assert modules[:7] == [
         "model.layers.0.input_layernorm",
-        "model.layers.0.self_attn",
-        "model.layers.0.self_attn",
+        *["model.layers.0.self_attn"] * 3,
         "model.layers.0.post_attention_layernorm",
         "model.layers.0.mlp",
         "model.norm",
