@@ -61,10 +61,11 @@ class BlockCalls:
             if cause is not None:
                 raise cause from None
             reason = torch_compat.reason_of(error)
+        output = block.forward(*args, **kwargs)  # a call that fails in stock too says nothing of the block
         self.stock_classes[type(block)] = reason
         self.ledger.refused[self.region] = reason
         self.ledger.count_fallback(self.region, f"capture failed: {reason}")
-        return block.forward(*args, **kwargs)
+        return output
 
     def find_obstacle(
         self, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,6 +73,8 @@ class BlockCalls:
         """Return why this call cannot be served, or None."""
         if type(block) in self.stock_classes:
             return f"capture failed: {self.stock_classes[type(block)]}"
+        if torch_compat.is_switched_off():
+            return "Dynamo is switched off"
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
         if hooks.live is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -86,6 +88,9 @@ class Installation:
             return calls.run(path, block, args, kwargs)
 
         def call_block(*args: Any, **kwargs: Any) -> Any:
+            caller = find_caller(sys._getframe(1))
+            if caller is not None and caller is not block:
+                return torch_compat.stock_call(caller, *args, **kwargs)
             if any(torch_compat.is_fake(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
                 return model_call.stand_ins.call(block, args, kwargs)
             return model_call.call_block(block, run, args, kwargs)
@@ -97,6 +102,8 @@ class Installation:
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             outcome = self._transform(gm, region=region, lazy_outputs=False)
             capture = self.ledger.add_capture(region, outcome)
+            if torch_compat.changes_python_state():
+                self.ledger.changes_state = True
             compiled = self._lower(gm, example_inputs)
             ledger = self.ledger
 
@@ -137,7 +144,19 @@ class _Slot:
         self._call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        caller = find_caller(sys._getframe(1))
+        if caller is not None and caller is not self.installation.model:
+            return torch_compat.stock_call(caller, *args, **kwargs)
         return self._call(*args, **kwargs)
+
+
+def find_caller(frame: types.FrameType) -> nn.Module | None:
+    """Return the module whose call runs in `frame`: the slot of a shallow copy is the original's own.
+
+    `nn.DataParallel` copies a module's attributes into its replicas, this slot among them; they run stock.
+    """
+    caller = frame.f_locals.get("self") if frame.f_code.co_name == "_wrapped_call_impl" else None
+    return caller if isinstance(caller, nn.Module) else None
 
 
 def find_installation(model: nn.Module) -> Installation | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import StaleLogitsError
+from fxopt.errors import FxoptError, StaleLogitsError
 
 
 class LogitsSource:
@@ -130,6 +130,12 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
         if lazy is not None:
+            if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
+                raise FxoptError(
+                    f"logits.{func.__name__}: the loss was computed without these logits, expected a tensor that "
+                    "its gradient flows through\nfxopt.optimize(model, disable=...) with the pattern of the head "
+                    "(print(fxopt.explain(model)) names it) keeps them"
+                )
             if func in _READS_OF_FORM:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)

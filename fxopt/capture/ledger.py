@@ -29,6 +29,8 @@ class Ledger:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     current: str = ""
+    changes_state: bool = False
+    """Whether a block keeps values in Python objects, where the model may read them."""
 
     @property
     def has_run(self) -> bool:

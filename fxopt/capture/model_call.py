@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,8 @@ class ModelCall:
         self.model = model
         self.blocks = frozenset(blocks.values())
         self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
-        self.obstacle = ""
+        self.obstacles: dict[Any, str] = {}
+        self._lock = threading.Lock()
         self._settings = torch_compat.make_capture_settings()
         self._takes_cache = accepts(model.forward, "use_cache") or (
             takes_any(model.forward)
@@ -67,12 +69,17 @@ class ModelCall:
                 return torch_compat.stock_call(model, *args, **kwargs)
             kwargs = self._without_cache(kwargs)
             reason = self.find_obstacle(args, kwargs)
+            if reason is None and not self._lock.acquire(blocking=False):
+                reason = "another thread runs the model"
             if reason is not None:
                 self.ledger.count_fallback(REGION, reason)
                 return torch_compat.stock_call(model, *args, **kwargs)
-            if has_hooks(model):
-                return call_with_forward(model, self._serve, args, kwargs)
-            return self._serve(*args, **kwargs)
+            try:
+                if has_hooks(model):
+                    return call_with_forward(model, self._serve, args, kwargs)
+                return self._serve(*args, **kwargs)
+            finally:
+                self._lock.release()
 
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
@@ -84,9 +91,14 @@ class ModelCall:
                 raise cause from None
             root = torch_compat.root_cause(error)
             reason = str(root) if isinstance(root, TailRefusal) else torch_compat.reason_of(error)
-            self.obstacle = f"what stands after the blocks was not captured: {reason}"
-            self.ledger.refused[REGION] = self.obstacle
-            self.ledger.count_fallback(REGION, self.obstacle)
+            reason = f"what stands after the blocks was not captured: {reason}"
+            output = self.model.forward(
+                *args, **kwargs
+            )  # a call that fails in stock too is no obstacle to others
+            self.obstacles[form_of(args, kwargs)] = reason
+            self.ledger.refused[REGION] = reason
+            self.ledger.count_fallback(REGION, reason)
+            return output
         except TailMismatch as error:
             self.ledger.count_fallback(REGION, str(error))
             if error.output is not None:
@@ -97,8 +109,11 @@ class ModelCall:
 
     def find_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return why the tail cannot serve this call, or None."""
-        if self.obstacle:
-            return self.obstacle
+        obstacle = self.obstacles.get(form_of(args, kwargs)) if self.obstacles else None
+        if obstacle is not None:
+            return obstacle
+        if torch_compat.is_switched_off():
+            return "Dynamo is switched off"
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
         for block in self.blocks:
@@ -174,6 +189,8 @@ class ModelCall:
             return [calls[index] if item is None else calls[index][item] for index, item in tail.leaves]
 
         def judge(calls: list[Any]) -> str | None:
+            if self.ledger.changes_state:
+                return "a block keeps values in Python objects, which the model may read after the blocks"
             pairs = zip(values_of(calls), examples, strict=True)
             return next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
 
@@ -189,6 +206,15 @@ class ModelCall:
             return call(*values_of(calls), *[captured_args[index] for index in tail.placeholders])
 
         return run
+
+
+def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what tells kinds of calls apart: which arguments are given, and the type and rank of each."""
+
+    def form(value: Any) -> Any:
+        return (value.dtype, value.ndim) if isinstance(value, torch.Tensor) else type(value).__name__
+
+    return tuple(map(form, args)), tuple((name, form(value)) for name, value in sorted(kwargs.items()))
 
 
 def checkpoints_calls(block: nn.Module) -> bool:

@@ -9,10 +9,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
+from fxopt.capture.tail import TailRefusal
 
 
 class StandIns:
-    """Makes the stand-in values of one model's blocks; equal blocks on equal arguments are run once."""
+    """Makes the stand-in values of one model's blocks; equal blocks on equal arguments are run once.
+
+    A block that keeps something in its attributes on the way cannot be stood in for: what it keeps would be a
+    stand-in, and the model may read it.
+    """
 
     def __init__(self) -> None:
         self._forms: dict[Any, Any] = {}
@@ -32,22 +37,43 @@ class StandIns:
             (str(leaf.shape), leaf.dtype, leaf.requires_grad) if torch_compat.is_fake(leaf) else str(leaf)
             for leaf in leaves
         )
-        key = (type(block), str(spec), forms, id(mode))
+        weights = tuple(
+            (name, tuple(value.shape), value.dtype, value.requires_grad)
+            for name, value in (*block.named_parameters(), *block.named_buffers())
+        )
+        key = (type(block), str(spec), forms, weights, block.training, id(mode))
         if key not in self._forms:
             self._forms[key] = self._run(mode, block, args, kwargs)
         return pytree.tree_map_only(torch.Tensor, _like, self._forms[key])
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running = True
+        before = {module: dict(module.__dict__) for module in block.modules()}
         try:
             state = {
                 name: torch_compat.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
             with torch_compat.real_tensors_allowed(mode):
-                return torch.func.functional_call(block, state, args, kwargs)
+                out = torch.func.functional_call(block, state, args, kwargs)
+            changed = _find_change(before)
         finally:
             self._running = False
+            for module, attributes in before.items():
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+        if changed:
+            raise TailRefusal(f"a block sets {changed} while it runs, which may be read after the blocks")
+        return out
+
+
+def _find_change(before: dict[nn.Module, dict[str, Any]]) -> str:
+    """Return the name of an attribute that a module has got or changed since, or ""."""
+    for module, attributes in before.items():
+        for name, value in module.__dict__.items():
+            if name not in attributes or attributes[name] is not value:
+                return f"{type(module).__name__}.{name}"
+    return ""
 
 
 def _like(form: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch._dynamo as dynamo
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_exc
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.modules import module as nn_module
 
@@ -140,6 +142,24 @@ def real_tensors_allowed(mode: Any) -> Iterator[None]:
         yield
     finally:
         mode.allow_non_fake_inputs = previous
+
+
+def changes_python_state() -> bool:
+    """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
+
+    To be asked by a backend, while Dynamo calls it.
+    """
+    effects = InstructionTranslator.current_tx().output.side_effects
+    new = (AttributeMutationNew, ValueMutationNew)
+    return any(
+        not isinstance(item.mutation_type, new) and effects.is_modified(item)
+        for item in effects.id_to_variable.values()
+    )
+
+
+def is_switched_off() -> bool:
+    """Return whether Dynamo captures nothing in this process, by its settings or `TORCH_COMPILE_DISABLE`."""
+    return bool(dynamo_config.disable)
 
 
 def has_global_hooks() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ class TailMismatch(Exception):
         self.output = output
 
 
-class Trunk:
-    """Runs one model's stock forward up to its last block."""
+class Trunk(threading.local):
+    """Runs one model's stock forward up to its last block; each thread sees only its own run."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,8 +1,9 @@
 """Which implementation computes an attention on a GPU: measured once per kind of call, then remembered.
 
-Candidates are torch's cuDNN and flash attention, where they compute this call (no mask tensor, softcap, sinks), and
-the Triton kernels with each of their plans. All are timed, forward and backward, on random inputs of the shapes,
-strides and mask of the call; one whose results differ from the Triton kernels' is left out. A call in a CUDA graph
+Candidates are torch's cuDNN and flash attention where they compute this call (no mask tensor, softcap, sinks), and
+elsewhere the Triton kernels with each of their plans: to compile these beside for a call that torch serves took 20 s
+of a first step on an H100, for nothing. All are timed, forward and backward, on random inputs of the shapes,
+strides and mask of the call; one whose results differ from the first one's is left out. A call in a CUDA graph
 capture cannot be timed: there the first candidate that serves runs, until a call outside has measured.
 """
 
@@ -266,12 +267,14 @@ PLAIN = Backend("plain torch", _plain_forward, _plain_backward)
 
 def find_candidates(call: Call) -> list[Backend]:
     """Return the backends that compute `call`, the likeliest first; plain torch only where there is no other."""
-    found: list[Backend] = []
     if is_served_by_torch(call):
-        found += [FLASH] if torch.are_deterministic_algorithms_enabled() else [CUDNN, FLASH]
+        return [FLASH] if torch.are_deterministic_algorithms_enabled() else [CUDNN, FLASH]
     if is_served_by_triton(call):
-        found = [*(_triton_backend(i, plan) for i, plan in enumerate(plans_of(call.q, call.v))), *found]
-    return found or [PLAIN]
+        plans = plans_of(call.q, call.v)
+        # In fp32 there is little to win, and each plan takes seconds to compile.
+        plans = plans[:1] if call.q.dtype == torch.float32 else plans
+        return [_triton_backend(place, plan) for place, plan in enumerate(plans)]
+    return [PLAIN]
 
 
 def is_served_by_triton(call: Call) -> bool:

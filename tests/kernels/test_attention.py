@@ -211,7 +211,7 @@ def test_softcap_and_sinks(
     kind: str, softcap: float, with_sinks: bool, device: str, check: Any, gradients: Any
 ) -> None:
     inputs = make(torch.float32, device, lengths=(17, 17))
-    sinks = torch.randn(2, device=device).requires_grad_() if with_sinks else None
+    sinks = torch.tensor([0.5, 1.0], device=device).requires_grad_() if with_sinks else None
     mask = make_mask(kind, (2, 2, 17, 17), torch.float32, device)
     compare(inputs, mask, check, gradients, causal=kind == "causal", softcap=softcap, sinks=sinks)
 
@@ -460,7 +460,7 @@ def test_a_backend_is_chosen_by_measurement_and_named() -> None:
     name = "2 x 512 x 512, 4/2 heads of 128, bfloat16, causal, cuda:0"
     found = backends.chosen_backends()[name]
     assert found["chosen"] == min(found["ms"], key=found["ms"].get)
-    assert {"triton 0", "flash"} <= found["ms"].keys(), found
+    assert "flash" in found["ms"], found
     assert "differs" not in " ".join(found["left_out"].values()), found
 
 
@@ -475,7 +475,8 @@ def test_every_backend_agrees_with_the_reference(causal: bool, check: Any, gradi
     eager_y, eager_gradients = gradients(eager, inputs, dout)
     q, k, v = (x.detach() for x in inputs)
     call = backends.Call(q, k, v, None, None, None, None, causal, SCALE, 0.0, True)
-    for backend in backends.find_candidates(call):
+    ours = backends._triton_backend(0, plans_of(q, v)[0])
+    for backend in (*backends.find_candidates(call), ours):
         out, lse = backend.forward(call)
         found = backend.backward(call, out, lse, dout, [True, True, True, False])
         check(f"{backend.name} out", out, eager_y, exact_y)

@@ -1,0 +1,166 @@
+"""Blocks with effects beside their values, copies that share a slot, threads: the same results as stock."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+
+KEPT: list[torch.Tensor] = []
+
+
+class Block(nn.Module):
+    """A residual layer with a side loss that it hands over by `way`."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.linear, self.router = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side = self.router(x).softmax(-1).pow(2).mean()
+        if self.way == "a list":
+            KEPT.append(side)
+        elif self.way == "an attribute":
+            self.side = side
+        elif self.way == "a counter":
+            self.calls += 1
+        return x + F.relu(self.linear(x))
+
+
+class Net(nn.Module):
+    """Three blocks, a head, and the sum of the side losses."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(way) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        KEPT.clear()
+        for layer in self.layers:
+            x = layer(x)
+        loss = self.head(x).pow(2).mean()
+        if self.way == "a list":
+            loss = loss + sum(KEPT)
+        elif self.way == "an attribute":
+            loss = loss + self.layers[-1].side
+        elif self.way == "a counter":
+            loss = loss * self.layers[-1].calls
+        return loss
+
+
+@pytest.mark.parametrize("way", ["a list", "an attribute", "a counter"])
+def test_what_a_block_keeps_on_the_way_is_read_as_in_stock(way: str) -> None:
+    torch.manual_seed(0)
+    model = Net(way).train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    x = torch.randn(2, 5, 8)
+    for _ in range(3):
+        model.zero_grad()
+        stock.zero_grad()
+        ours, theirs = model(x), stock(x)
+        ours.backward()
+        theirs.backward()
+        torch.testing.assert_close(ours, theirs)
+        for mine, other in zip(model.parameters(), stock.parameters(), strict=True):
+            # A side loss that nobody reads is still an output of its compiled block: zeros instead of no gradient.
+            expected = torch.zeros_like(other) if other.grad is None else other.grad
+            torch.testing.assert_close(mine.grad, expected)
+    assert [layer.calls for layer in model.layers] == [layer.calls for layer in stock.layers]
+    assert fxopt.explain(model).fallbacks, "the tail was served although a block keeps values"
+
+
+def test_layers_of_one_class_with_frozen_or_other_weights_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model = Net("nothing").train()
+    for parameter in model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    x = torch.randn(2, 5, 8)
+    ours, theirs = model(x), stock(x)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(model.head.weight.grad, stock.head.weight.grad)
+    assert fxopt.explain(model).fallbacks == ()
+
+
+def test_a_shallow_copy_runs_its_own_parameters() -> None:
+    """What nn.DataParallel makes: a copy of the attributes, with parameters of its own."""
+    model = fxopt.optimize(Net("nothing").train())
+    x = torch.randn(2, 5, 8)
+    model(x).backward()
+
+    def replicate(module: nn.Module) -> Any:
+        replica = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            replica._modules[name] = replicate(child)
+        replica._parameters = {name: value * 2 for name, value in module._parameters.items()}
+        return replica
+
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(replicate(model)(x), doubled(x))
+
+
+def test_threads_share_a_model() -> None:
+    model = Net("nothing").train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    inputs = [torch.randn(2, 5, 8) for _ in range(4)]
+    model(inputs[0])
+    results: dict[int, list[torch.Tensor]] = {}
+    failures: list[BaseException] = []
+
+    def work(place: int) -> None:
+        try:
+            with torch.set_grad_enabled(place % 2 == 0):
+                results[place] = [model(inputs[place]).detach() for _ in range(10)]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    for place, losses in results.items():
+        for loss in losses:
+            torch.testing.assert_close(loss, stock(inputs[place]).detach())
+
+
+def test_a_failing_call_leaves_the_next_ones_served() -> None:
+    model = Net("nothing").train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 7))
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(model(x), stock(x))
+    report = fxopt.explain(model)
+    assert all(region.status == "captured" for region in report.regions), report.regions
+
+
+def test_with_dynamo_switched_off_the_model_runs_stock_and_says_so() -> None:
+    model = Net("nothing").train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    x = torch.randn(2, 5, 8)
+    with torch._dynamo.config.patch(disable=True):
+        torch.testing.assert_close(model(x), stock(x))
+    assert any("switched off" in fallback.reason for fallback in fxopt.explain(model).fallbacks)
