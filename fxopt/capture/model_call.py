@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,31 +180,41 @@ class ModelCall:
         return self._trunk.after_block(run(*args, **kwargs))
 
     def compile_tail(self, tail: Tail, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the callable Dynamo runs for a captured model: the trunk, then `call` on its values."""
+        """Return the callable Dynamo runs for a captured model: the trunk, then `call` on its values.
+
+        Dynamo holds it until this model's frame dies, so it holds neither the model nor its modules.
+        """
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
-        modules = find_tail_modules(self.model, tail.graph)
+        modules = [weakref.ref(module) for module in find_tail_modules(self.model, tail.graph)]
         on_meta = any(parameter.is_meta for parameter in self.model.parameters())
+        rehearsed = tail.calls if on_meta else ()
+        leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
+        find_self = weakref.ref(self)
 
         def values_of(calls: list[Any]) -> list[Any]:
-            return [calls[index] if item is None else calls[index][item] for index, item in tail.leaves]
+            return [calls[index] if item is None else calls[index][item] for index, item in leaves]
 
         def judge(calls: list[Any]) -> str | None:
-            if self.ledger.changes_state:
+            this = find_self()
+            if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
             pairs = zip(values_of(calls), examples, strict=True)
             return next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
 
         def run(*captured_args: Any) -> Any:
-            hooked = next((module for module in modules if has_hooks(module)), None)
-            if hooked is not None:
-                raise TailMismatch(f"a hook sits on the {type(hooked).__name__} after the blocks")
+            this = find_self()
+            assert this is not None, "the model is gone, expected it to make this call"
+            for find_module in modules:
+                module = find_module()
+                if module is not None and has_hooks(module):
+                    raise TailMismatch(f"a hook sits on the {type(module).__name__} after the blocks")
             if on_meta:
-                calls = rehearse(tail.calls)
+                calls = rehearse(rehearsed)
             else:
-                calls = self._trunk.run(*self._arguments, len(tail.calls), judge)
-                self.ledger.current = REGION
-            return call(*values_of(calls), *[captured_args[index] for index in tail.placeholders])
+                calls = this._trunk.run(*this._arguments, num_calls, judge)
+                this.ledger.current = REGION
+            return call(*values_of(calls), *[captured_args[index] for index in placeholders])
 
         return run
 

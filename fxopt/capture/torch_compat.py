@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -48,12 +49,13 @@ def isolate(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Dynamo keeps its captures, and counts them against `recompile_limit`, per code object, and remembers
     which sizes were seen to change per file, line and name of the code: a copy per model keeps two models in
-    one process apart in both (`isolate_recompiles`, from torch 2.13 on, does the first).
+    one process apart in both (`isolate_recompiles`, from torch 2.13 on, does the first). The globals are a copy
+    too: Dynamo puts what it compiled there, and a module's would keep it, and the model with it, for good.
     """
     assert isinstance(function, types.FunctionType)
     copy = types.FunctionType(
         function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}"),
-        function.__globals__,
+        dict(function.__globals__),
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -65,8 +67,19 @@ def isolate(function: Callable[..., Any]) -> Callable[..., Any]:
 def compile_frame(
     function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool
 ) -> Callable[..., Any]:
-    """Return `function` under Dynamo with `backend`; a graph break is an error unless `fullgraph` is False."""
-    return torch.compile(isolate(function), backend=backend, fullgraph=fullgraph)
+    """Return `function` under Dynamo with `backend`; a graph break is an error unless `fullgraph` is False.
+
+    Dynamo never forgets a backend it was given, and through ours would never free a model: what it gets knows
+    `backend` only as long as the function lives.
+    """
+    frame: Any = isolate(function)
+    frame.fxopt_backend = backend
+    alive = weakref.ref(frame)
+
+    def call_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return alive().fxopt_backend(gm, example_inputs)
+
+    return torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
 
 
 LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info_once", "warning_advice")

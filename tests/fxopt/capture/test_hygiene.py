@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -257,3 +259,17 @@ def test_torch_compat_isolates_code_objects():
     copies = [torch_compat.isolate(function) for _ in range(2)]
     assert copies[0].__code__ is not copies[1].__code__
     assert copies[0](1) == 2
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_model_is_freed_with_its_last_reference(build, install, steps):
+    """Dynamo keeps every backend and what it compiled for as long as the process lives; neither may hold a model."""
+    model = build()
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 8))
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+    alive = [weakref.ref(model), weakref.ref(model.model.layers[0]), weakref.ref(model.lm_head)]
+    del installation, model
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None, None]
