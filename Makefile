@@ -50,4 +50,4 @@ bench: setup ## Run each kernel's tests on a CUDA device, and time those that pa
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean: ## Remove .venv and all that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis fxopt-demo.png

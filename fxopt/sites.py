@@ -12,10 +12,11 @@ from torch import fx
 from fxopt.capture.installation import Installation
 from fxopt.capture.ledger import Capture
 from fxopt.capture.model_call import REGION
-from fxopt.graph.anchors import Anchor
+from fxopt.graph.anchors import KINDS, Anchor
+from fxopt.graph.view import find_subgraphs, location_of, module_of
 from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site
 from fxopt.rewriting.near_miss import find_nearest_miss
-from fxopt.rewriting.rewrite import RewriteResult
+from fxopt.rewriting.rewrite import Refusal, RewriteResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,44 @@ def find_sites(
         reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
         sites.append(_site(anchor, "unmatched", "", reason, None))
         mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
+    known = {anchor.node for anchor in anchors}
+    for refusal in result.refused:
+        if known.isdisjoint(refusal.origins):
+            mismatches.append(_refused_elsewhere(gm, refusal))
+    done = {rewrite.match.pattern.name for rewrite in result.rewrites} | {r.pattern for r in result.refused}
+    for pattern in patterns:
+        if pattern.name not in KINDS | done and not _is_built_on_ops(pattern):
+            mismatches += _nearest_of(gm, pattern, lazy_outputs)
     return tuple(sites), tuple(mismatches)
+
+
+def _is_built_on_ops(pattern: Any) -> bool:
+    """Return whether a pattern looks for what others made of a site: that site is told with these."""
+    return any(getattr(target, "__module__", "").startswith("fxopt.kernels") for target in pattern.targets)
+
+
+def _nearest_of(gm: fx.GraphModule, pattern: Any, lazy_outputs: bool) -> list[MismatchRecord]:
+    """Return where a pattern of a form that the search for sites does not know came nearest, if it came near."""
+    heads = {head for term in pattern.terms for head in term.heads}
+    misses = [
+        (find_nearest_miss(gm, (pattern,), min(node.meta.get("origins", {node.name})), lazy_outputs), node)
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target in heads
+    ]
+    near = [(miss, node) for miss, node in misses if miss.has_rare_op and miss.progress > 1]
+    if not near:
+        return []
+    miss, node = max(near, key=lambda item: item[0].nearness)
+    return [MismatchRecord(miss.pattern, miss.reason, module_of(node), location_of(node))]
+
+
+def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal) -> MismatchRecord:
+    """Return the record of a refused match of a form that the search for sites does not know: a user's own."""
+    for _, part in find_subgraphs(gm):
+        for node in part.graph.nodes:
+            if not refusal.origins.isdisjoint(node.meta.get("origins", ())) and location_of(node):
+                return MismatchRecord(refusal.pattern, refusal.reason, module_of(node), location_of(node))
+    return MismatchRecord(refusal.pattern, refusal.reason, "", "")
 
 
 def _site(anchor: Anchor, status: Any, op: str, reason: str, proof: Any) -> Site:

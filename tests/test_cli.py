@@ -48,6 +48,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (("demo", "--steps", "1"), "expected at least 2, got 1"),
         (("demo", "--out", "/no/such/folder/plot.png"), "no such folder: /no/such/folder\nmake that folder"),
+        (("demo", "--out", "curves.foo"), "ends in one of .png, .pdf, .svg, got curves.foo\nthe loss curves"),
         (("report",), "expected a path or hub name, or --arch MODEL_TYPE, got neither\ntry"),
         (("report", "x", "--arch", "llama"), "got both, 'x' and --arch llama\ntry"),
         (("report", "--arch", "t5"), "t5: transformers has no causal language model .*, expected .*\nchoose"),

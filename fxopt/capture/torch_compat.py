@@ -77,7 +77,8 @@ def compile_frame(
     alive = weakref.ref(frame)
 
     def call_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return alive().fxopt_backend(gm, example_inputs)
+        living: Any = alive()
+        return living.fxopt_backend(gm, example_inputs)
 
     return torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
 

@@ -90,6 +90,9 @@ def run_demo(options: DemoOptions, console: Console, show_report: Callable[[str]
     return find_failures(comparison, report)
 
 
+PLOTS = (".png", ".pdf", ".svg")
+
+
 def check_options(options: DemoOptions) -> None:
     """Check what can be checked before training.
 
@@ -115,6 +118,11 @@ def check_options(options: DemoOptions) -> None:
         raise FxoptError(
             f"--out: expected a file in a folder that exists, got {options.out}: no such folder: {folder}\n"
             "make that folder, or leave --out away to write fxopt-demo.png here"
+        )
+    if options.out.suffix not in PLOTS and not options.out.is_dir():
+        raise FxoptError(
+            f"--out: expected a file name that ends in one of {', '.join(PLOTS)}, got {options.out}\n"
+            "the loss curves are a plot: fxopt-demo.png, say"
         )
     if options.out.is_dir():
         raise FxoptError(f"--out: expected a file to write, got the folder {options.out}")

@@ -114,8 +114,8 @@ def _render_proofs(sites: Sequence[Site]) -> list[str]:
     """Return one line per pattern, dtype and device: the largest error, and stock's own beside it."""
     worst: dict[tuple[str, str, str, str], tuple[Proof, int]] = {}
     for site in sites:
-        if site.proof is None or site.status != "rewritten":
-            continue
+        if site.proof is None or site.status != "rewritten" or site.proof.device == "meta":
+            continue  # nothing is proven on meta
         key = (site.op, site.proof.dtype, site.proof.device, site.proof.oracle_dtype)
         proof, number = worst.get(key, (site.proof, 0))
         worst[key] = (max(proof, site.proof, key=lambda p: p.error), number + 1)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fxopt
 from fxopt import pipeline
 from fxopt.options import Options
+from fxopt.rewriting.pattern import call
 from fxopt.rewriting.terms import exp, tensor
 
 TINY = dict(
@@ -335,3 +336,26 @@ def test_cost_grows_with_distinct_blocks_not_layers(monkeypatch):
         assert [region.captures for region in fxopt.explain(model).regions] == [1, 1]
     assert work[1] <= 1.25 * work[0], work
     assert work[2] <= 1.75 * work[0], work
+
+
+def test_a_refused_match_of_a_users_own_pattern_is_in_the_report():
+    class Growth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.exp(self.rate(x)) - 1
+
+    wrong = fxopt.Pattern("expm1", lambda: exp(tensor("x")) - 1, lambda m: call(torch.exp, m["x"]))
+    unwanted = fxopt.Pattern(
+        "expm1", wrong.search, lambda m: call(torch.expm1, m["x"]), lambda m: m.fail("not today", "x")
+    )
+    for pattern, reason in ((wrong, "error"), (unwanted, "not today")):
+        model = fxopt.optimize(Growth(), patterns=(pattern,))
+        model(torch.randn(4, 8)).sum().backward()
+        report = fxopt.explain(model)
+        assert report.rewrites == ()
+        told = [miss for miss in report.mismatches if miss.pattern == "expm1" and reason in miss.reason]
+        assert told, report.mismatches
+        assert told[0].location.startswith("test_pipeline.py:")

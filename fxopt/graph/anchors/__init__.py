@@ -30,6 +30,21 @@ class Anchor:
     location: str
 
 
+KINDS = frozenset(
+    {
+        "rms_norm",
+        "layer_norm",
+        "rope",
+        "attention",
+        "glu",
+        "activation",
+        "cross_entropy",
+        "linear_cross_entropy",
+    }
+)
+"""Every kind of site that the search knows."""
+
+
 def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     """Return every site of the stock graph `gm` and of the bodies of its higher-order ops, in graph order.
 
