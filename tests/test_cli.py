@@ -137,11 +137,13 @@ def test_a_loss_that_is_nan_in_one_run_fails() -> None:
     assert find_failures(comparison, REWRITTEN) != []
 
 
-def test_in_bf16_the_tolerance_is_stocks_own_difference() -> None:
-    reference, stock = make_run(2.0, 1.0), make_run(2.0, 1.01)
-    assert Comparison(stock, make_run(2.0, 1.02), reference).tolerance == largest_difference(stock, reference)
-    assert find_failures(Comparison(stock, make_run(2.0, 1.015), reference), REWRITTEN) == []
-    assert find_failures(Comparison(stock, make_run(2.0, 1.03), reference), REWRITTEN) != []
+def test_in_bf16_the_median_step_is_judged_by_stocks_own_difference_to_fp32() -> None:
+    reference, stock = make_run(2.0, 1.0, 1.0), make_run(2.0, 1.01, 1.01)
+    tolerance = Comparison(stock, make_run(2.0, 1.02, 1.0), reference).tolerance
+    assert tolerance == pytest.approx(2 * largest_difference(stock, reference))
+    assert find_failures(Comparison(stock, make_run(2.0, 1.015, 1.5), reference), REWRITTEN) == []
+    assert find_failures(Comparison(stock, make_run(2.0, 1.03, 1.03), reference), REWRITTEN) != []
+    assert find_failures(Comparison(stock, make_run(2.0, 1.0, float("nan")), reference), REWRITTEN) != []
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
