@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 from fxopt.kernels import activation, cross_entropy, glu, rope
 from fxopt.kernels.activations import ACTIVATIONS
-from fxopt.kernels.attention import kernels as attention_kernels
+from fxopt.kernels.attention import backward as attention_backward
+from fxopt.kernels.attention import forward as attention_forward
 from fxopt.kernels.attention import launches, masks
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
@@ -159,7 +160,7 @@ def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
         block = dict(WIDTH=width, BLOCK_WIDTH=width, VALUE_WIDTH=width, BLOCK_VALUE=width)
         block |= dict(PRECISION="ieee" if dtype == "float32" else "tf32")
         delta = dict(HAS_SINKS=True, VALUE_WIDTH=width, BLOCK_VALUE=width, QUERIES=launches.DELTA_QUERIES)
-        yield attention_kernels.attention_delta_kernel, delta, types, 4, True
+        yield attention_backward.attention_delta_kernel, delta, types, 4, True
         plan = launches.plans_for(width, getattr(torch, dtype), divmod(arch, 10))[0]
         reading = launches.Plan(*[launches.READING[width]] * 3)
         forms = [(causal, plan)]
@@ -168,16 +169,16 @@ def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
         for form, tiles in forms:
             kinds = zip(
                 (
-                    attention_kernels.attention_forward_kernel,
-                    attention_kernels.attention_backward_keys_kernel,
-                    attention_kernels.attention_backward_queries_kernel,
+                    attention_forward.attention_forward_kernel,
+                    attention_backward.attention_backward_keys_kernel,
+                    attention_backward.attention_backward_queries_kernel,
                 ),
                 tiles,
                 strict=True,
             )
             for kernel, tile in kinds:
                 sizes = form | block | dict(QUERIES=tile.queries, KEYS=tile.keys)
-                if kernel is attention_kernels.attention_forward_kernel:
+                if kernel is attention_forward.attention_forward_kernel:
                     sizes["HAS_SINKS"] = form["HAS_SOFTCAP"]
                 yield kernel, sizes, types, (tile.warps, tile.stages), True
 
