@@ -19,14 +19,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import activation, cross_entropy, glu, rope
+from fxopt.kernels import activation, cross_entropy
 from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.attention import kernels as attention_kernels
 from fxopt.kernels.attention import launches, masks
+from fxopt.kernels.glu import launches as glu
+from fxopt.kernels.glu.form import Form
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
 from fxopt.kernels.rms_norm import launches as rms_norm
+from fxopt.kernels.rope import launches as rope
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^sign$|^queries_per_row$")
@@ -81,10 +84,10 @@ def layer_norm_builds() -> Iterator[Build]:
 
 
 def glu_builds() -> Iterator[Build]:
-    forms = [glu.Form(act) for act in ACTIVATIONS]
+    forms = [Form(act) for act in ACTIVATIONS]
     limits = dict(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
-    forms += [glu.Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
-    forms += [glu.Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
+    forms += [Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
+    forms += [Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
     for form in forms:
         for block in (glu.BLOCKS[0], 512) if form.act == "sigmoid_alpha" else glu.BLOCKS[:1]:
             constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
@@ -134,7 +137,7 @@ def rope_builds() -> Iterator[Build]:
         (32, 64, 64, dict(IN_PAIRS="interleaved", OUT_PAIRS="half"), "single"),
     ]
     for heads, size, length, pairs, table in forms:
-        shape = rope._tile(heads, size, length, table)
+        shape = rope.tile_of(heads, size, length, table)
         form = pairs | shape | dict(TABLE_PAIRS=table, HALF=length // 2, NUM_PASSED=size - length, START=0)
         for transposed in (False, True):
             if transposed:
