@@ -22,15 +22,17 @@ def tile_of(num_heads: int, size: int, length: int, table_pairs: str) -> dict[st
     has threads; a larger one is given the size of x instead (SPREAD), else x itself would change its layout.
     """
     columns = next_power_of_two(size)
+    per_token = next_power_of_two(length if table_pairs == "interleaved" else length // 2)
     heads = min(next_power_of_two(num_heads), max(1, TILE_ELEMENTS // columns))
     tokens = max(1, TILE_ELEMENTS // (heads * columns))
-    table_items = tokens * next_power_of_two(length if table_pairs == "interleaved" else length // 2)
+    if tokens == 1 and heads > 1 and num_heads % heads and num_heads % heads <= heads // 2:
+        heads //= 2  # else half or more of the threads of a token's last program would have no head
     return {
         "BLOCK_TOKENS": tokens,
         "BLOCK_HEADS": heads,
         "BLOCK_HALF": next_power_of_two(length // 2),
         "BLOCK_PASSED": next_power_of_two(size - length),
-        "SPREAD": table_items >= 32 * NUM_WARPS,
+        "SPREAD": tokens * per_token >= 32 * NUM_WARPS,
     }
 
 
@@ -62,7 +64,8 @@ def _launch(
         tile = tile_of(num_heads, size, length, table_pairs)
         if cos.stride() != sin.stride() or cos.stride(-1) != 1:
             cos, sin = cos.contiguous(), sin.contiguous()
-        grid = (ceil_div(batch * tokens, tile["BLOCK_TOKENS"]), ceil_div(num_heads, tile["BLOCK_HEADS"]))
+        token_blocks = ceil_div(tokens, tile["BLOCK_TOKENS"])
+        grid = (batch * token_blocks, ceil_div(num_heads, tile["BLOCK_HEADS"]))
         with on_device(x):
             rope_kernel[grid](
                 x,
@@ -78,16 +81,16 @@ def _launch(
                 cos.stride(0) if cos.shape[0] > 1 else 0,
                 cos.stride(1),
                 tokens,
-                batch * tokens,
+                token_blocks,
                 heads,
                 num_heads,
-                sign,
                 IN_PAIRS=out_pairing if transposed else pairing,
                 OUT_PAIRS=pairing if transposed else out_pairing,
                 TABLE_PAIRS=table_pairs,
                 HALF=length // 2,
                 NUM_PASSED=size - length,
                 START=start,
+                SIGN=-sign if transposed else sign,
                 TRANSPOSED=transposed,
                 **tile,
                 num_warps=NUM_WARPS,
