@@ -42,7 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"__init__", "errors", "report"},
     "cli": {"demo", "__init__", "errors", "report"},
 }
-APART = {"patterns": {"logits"}, "kernels": {"activations", "launch", "rms_norm", "row_loss"}}
+APART = {
+    "patterns": {"logits", "rotations", "rope_cases"},
+    "kernels": {"activations", "launch", "rms_norm", "row_loss"},
+}
 """Folders whose files never import each other, but for the shared ones named; `__init__` gathers them.
 
 The kernels of rms_norm also serve add_rms_norm, and its tiles layer_norm.

@@ -19,18 +19,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import activation, cross_entropy, glu, rope
+from fxopt.kernels import activation, cross_entropy
 from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.attention import backward as attention_backward
 from fxopt.kernels.attention import forward as attention_forward
 from fxopt.kernels.attention import launches, masks
+from fxopt.kernels.glu import launches as glu
+from fxopt.kernels.glu.form import Form
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
 from fxopt.kernels.rms_norm import launches as rms_norm
+from fxopt.kernels.rope import launches as rope
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^sign$|^queries_per_row$")
+INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^token_blocks$|^ignore_index$|^queries_per_row$")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
@@ -82,10 +85,10 @@ def layer_norm_builds() -> Iterator[Build]:
 
 
 def glu_builds() -> Iterator[Build]:
-    forms = [glu.Form(act) for act in ACTIVATIONS]
+    forms = [Form(act) for act in ACTIVATIONS]
     limits = dict(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
-    forms += [glu.Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
-    forms += [glu.Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
+    forms += [Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
+    forms += [Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
     for form in forms:
         for block in (glu.BLOCKS[0], 512) if form.act == "sigmoid_alpha" else glu.BLOCKS[:1]:
             constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
@@ -135,12 +138,18 @@ def rope_builds() -> Iterator[Build]:
         (32, 64, 64, dict(IN_PAIRS="interleaved", OUT_PAIRS="half"), "single"),
     ]
     for heads, size, length, pairs, table in forms:
-        shape = rope._tile(heads, size, length, table)
+        shape = rope.tile_of(heads, size, length, table)
         form = pairs | shape | dict(TABLE_PAIRS=table, HALF=length // 2, NUM_PASSED=size - length, START=0)
         for transposed in (False, True):
             if transposed:
                 form = form | dict(IN_PAIRS=pairs["OUT_PAIRS"], OUT_PAIRS=pairs["IN_PAIRS"])
-            yield rope.rope_kernel, form | dict(TRANSPOSED=transposed), {}, rope.NUM_WARPS, True
+            yield (
+                rope.rope_kernel,
+                form | dict(TRANSPOSED=transposed, SIGN=-1 if transposed else 1),
+                {},
+                rope.NUM_WARPS,
+                True,
+            )
 
 
 def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
