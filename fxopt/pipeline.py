@@ -25,6 +25,7 @@ from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.verify import note_placeholders, verify
+from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
 from fxopt.report.records import GraphRecord, PassRecord, Report
@@ -225,7 +226,7 @@ def _default_options() -> Options:
 
 
 def _make_transform(options: Options) -> Callable[..., Outcome]:
-    prove = Prover().prove if options.verify == "on" else None
+    prove = Prover(compiled_ahead).prove if options.verify == "on" else None
     return functools.partial(run_passes, options=options, prove=prove)
 
 

@@ -1,9 +1,10 @@
-"""What can compute an attention on a GPU: torch's cuDNN and flash attention, the Triton kernels, plain torch."""
+"""What can compute an attention on a GPU: three of torch's, the Triton kernels, plain torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,8 @@ from fxopt.kernels.attention.reference import plain_backward, plain_forward
 from fxopt.kernels.launch import can_launch
 
 OLDEST_CAPABILITY = (8, 0)
-HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EFFICIENT_ROWS = 32  # the lse of torch's memory-efficient attention is padded to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,39 @@ def _cudnn_backward(
     )
 
 
+def _efficient_forward(call: Call) -> tuple[Tensor, Tensor]:
+    k, v = (_for_each_head(x, call.q) for x in (call.k, call.v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        call.q, k, v, None, True, 0.0, call.causal, scale=call.scale
+    )
+    return out, lse[..., : call.q.shape[2]]
+
+
+def _efficient_backward(
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    k, v = (_for_each_head(x, call.q) for x in (call.k, call.v))
+    seed, offset = _no_dropout(call.q.device)
+    missing = -lse.shape[-1] % EFFICIENT_ROWS
+    lse = torch.nn.functional.pad(lse, (0, missing), value=math.inf)
+    mask = [*needs[:3], False]
+    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, call.q, k, v, None, out, lse, seed, offset, 0.0, mask, call.causal, scale=call.scale
+    )
+    return dq, *(
+        _summed_heads(x, call.k) if needed else None for x, needed in zip((dk, dv), mask[1:3], strict=True)
+    )
+
+
+def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values repeated for each head of q that reads them."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _summed_heads(gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
 @functools.cache
 def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the state of the random numbers that no dropout draws; nobody writes to it."""
@@ -112,12 +147,15 @@ def _is_new(device: torch.device) -> bool:
 
 FLASH = Backend("flash", _flash_forward, _flash_backward)
 CUDNN = Backend("cudnn", _cudnn_forward, _cudnn_backward)
+EFFICIENT = Backend("efficient", _efficient_forward, _efficient_backward)
 PLAIN = Backend("plain torch", plain_forward, plain_backward)
 
 
 def find_candidates(call: Call) -> list[Backend]:
     """Return the backends that compute `call`, the likeliest first; plain torch only where there is no other."""
     if is_served_by_torch(call):
+        if call.q.dtype == torch.float32:
+            return [EFFICIENT]
         return [FLASH] if torch.are_deterministic_algorithms_enabled() else [CUDNN, FLASH]
     if is_served_by_triton(call):
         plans = plans_of(call)
@@ -140,7 +178,7 @@ def is_served_by_triton(call: Call) -> bool:
 
 def is_served_by_torch(call: Call) -> bool:
     """Return whether torch's flash and cuDNN attention compute `call`, for the causal masks that all agree on."""
-    if call.mask is not None or call.sinks is not None or call.softcap or call.q.dtype not in HALVES:
+    if call.mask is not None or call.sinks is not None or call.softcap or call.q.dtype not in DTYPES:
         return False
     (batch, heads, num_queries, width), num_keys = call.q.shape, call.k.shape[2]
     if call.causal and num_queries != num_keys:
@@ -153,6 +191,6 @@ def is_served_by_torch(call: Call) -> bool:
 
 def still_serves(backend: Backend, call: Call) -> bool:
     """Return whether a backend that was chosen for one call computes another of its kind."""
-    if backend in (FLASH, CUDNN):
+    if backend in (FLASH, CUDNN, EFFICIENT):
         return is_served_by_torch(call)
     return backend is PLAIN or is_served_by_triton(call)

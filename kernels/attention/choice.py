@@ -1,10 +1,10 @@
 """Which backend computes an attention on a GPU: measured once per kind of call, then remembered.
 
-Candidates are torch's cuDNN and flash attention where they compute this call (no mask tensor, softcap, sinks), and
-elsewhere the Triton kernels with each of their plans: to compile these beside for a call that torch serves took 20 s
-of a first step on an H100, for nothing. All are timed, forward and backward, on random inputs of the shapes,
-strides and mask of the call; one whose results differ from the first one's is left out. A call in a CUDA graph
-capture cannot be timed: there the first candidate that serves runs, until a call outside has measured.
+Candidates are torch's cuDNN and flash attention, in float32 its memory-efficient one, where they compute this call (no
+mask tensor, softcap, sinks), and elsewhere the Triton kernels with each of their plans: to compile these beside for a
+call that torch serves took 20 s of a first step on an H100, for nothing. All are timed, forward and backward, on random
+inputs of the shapes, strides and mask of the call; one whose results differ from the first one's is left out. A call
+in a CUDA graph capture cannot be timed: there the first candidate that serves runs, until a call outside has measured.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxopt.kernels.attention.backends import PLAIN, Backend, find_candidates, still_serves
+from fxopt.kernels.attention.backends import (
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    PLAIN,
+    Backend,
+    find_candidates,
+    still_serves,
+)
 from fxopt.kernels.attention.call import Call
 from fxopt.kernels.attention.launches import with_dense_inputs, with_dense_rows
 from fxopt.kernels.attention.reference import as_heads_last, is_for_torch_on_cpu, pick_gradients
 from fxopt.kernels.launch import next_power_of_two, warn_once
+from fxopt.kernels.launcher import is_rehearsal
 
 ROUNDS = 5
 AGREEMENT = 0.03  # relative; rounding in 16-bit dtypes stays below 0.01, a wrong mask is above 0.1
@@ -175,6 +184,10 @@ def choose(call: Call) -> Backend:
         return known.backend
     candidates = find_candidates(call)
     if torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    if is_rehearsal() and candidates[0] not in (CUDNN, FLASH, EFFICIENT, PLAIN):
+        for backend in candidates:
+            _run(backend, call)  # compiles its kernels; there are no results to compare
         return candidates[0]
     _choices[kind] = Choice(PLAIN, {}, {}) if candidates == [PLAIN] else measure(call, candidates)
     return _choices[kind].backend

@@ -19,6 +19,7 @@ from fxopt.kernels.attention.forward import attention_forward_kernel
 from fxopt.kernels.attention.masks import launch_key_ranges
 from fxopt.kernels.attention.reference import LOWEST, LOWEST_OTHERWISE
 from fxopt.kernels.launch import ceil_div, next_power_of_two, on_device
+from fxopt.kernels.launcher import launch
 
 MOST_WIDTH = 256
 LEAST_BLOCK = 16  # of a matrix product
@@ -217,7 +218,9 @@ def launch_forward(call: Call, plan: Plan | None = None) -> tuple[Tensor, Tensor
     with on_device(q):
         for reading in masked.turns:
             tiles = reading_tiles(call) if reading else plan.forward
-            attention_forward_kernel[(ceil_div(num_queries, tiles.queries), batch * num_heads)](
+            launch(
+                attention_forward_kernel,
+                (ceil_div(num_queries, tiles.queries), batch * num_heads),
                 q,
                 k,
                 v,
@@ -296,7 +299,9 @@ def _launch_delta(
     batch, num_heads, num_queries, width = out.shape
     tiles = ceil_div(num_queries, DELTA_QUERIES)
     partial = None if sinks is None else lse.new_empty((batch, num_heads, tiles))
-    attention_delta_kernel[(tiles, batch * num_heads)](
+    launch(
+        attention_delta_kernel,
+        (tiles, batch * num_heads),
         dout,
         out,
         lse,
@@ -328,7 +333,9 @@ def _launch_dkeys(
     if form["HAS_MASK"]:
         ranges = launch_key_ranges(masked.intervals, num_queries, num_keys, tiles.keys)
         range_strides = [ranges.stride(0), *_broadcast_strides(ranges, 1)[:2]]
-    attention_backward_keys_kernel[(ceil_div(num_keys, tiles.keys), batch * num_key_heads)](
+    launch(
+        attention_backward_keys_kernel,
+        (ceil_div(num_keys, tiles.keys), batch * num_key_heads),
         q,
         k,
         v,
@@ -365,7 +372,9 @@ def _launch_dkeys(
 def _launch_dqueries(call: Call, given: _Backward, dq: Tensor, form: dict[str, Any], tiles: Tiles) -> None:
     q, k, v, masked = call.q, call.k, call.v, given.masked
     batch, num_heads, num_queries, _ = q.shape
-    attention_backward_queries_kernel[(ceil_div(num_queries, tiles.queries), batch * num_heads)](
+    launch(
+        attention_backward_queries_kernel,
+        (ceil_div(num_queries, tiles.queries), batch * num_heads),
         q,
         k,
         v,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.attention.reference import LOWEST, LOWEST_OTHERWISE, find_level_rows, is_shut
 from fxopt.kernels.launch import can_launch, ceil_div, jit, on_device, register_op, tl
+from fxopt.kernels.launcher import launch
 
 READ, LEVEL, NAN = 1, 2, 4
 """The row is no pure interval; all its logits are equal; all of it is NaN. Sums of these in the third plane."""
@@ -122,7 +123,9 @@ def launch_intervals(mask: Tensor, has_sinks: bool, safe: bool) -> tuple[Tensor,
         return intervals, reads
     is_bool = mask.dtype == torch.bool
     with on_device(mask):
-        mask_intervals_kernel[(num_rows,)](
+        launch(
+            mask_intervals_kernel,
+            (num_rows,),
             mask.view(torch.uint8) if is_bool else mask,
             intervals,
             reads,
@@ -211,7 +214,9 @@ def launch_key_ranges(intervals: Tensor, num_queries: int, num_keys: int, tile: 
     tiles = ceil_div(num_keys, tile)
     ranges = intervals.new_empty((2, batch, heads, tiles))
     with on_device(intervals):
-        key_ranges_kernel[(tiles, batch * heads)](
+        launch(
+            key_ranges_kernel,
+            (tiles, batch * heads),
             intervals,
             ranges,
             num_rows,

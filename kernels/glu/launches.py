@@ -7,6 +7,7 @@ from torch import Tensor
 from fxopt.kernels.glu.form import Form, new_gradients, new_output, split_pair
 from fxopt.kernels.glu.kernels import glu_backward_kernel, glu_forward_kernel
 from fxopt.kernels.launch import as_rows, ceil_div, on_device
+from fxopt.kernels.launcher import launch
 
 BLOCKS = (4096, 2048, 1024, 512, 256, 128)
 ELEMENTS_PER_WARP = 512  # 16 a thread: two loads of 16 bytes per input
@@ -55,7 +56,9 @@ def launch_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
     block = block_for(num_columns)
     blocks_per_row = ceil_div(num_columns, block)
     with on_device(gate):
-        glu_forward_kernel[(gate_rows.shape[0] * blocks_per_row,)](
+        launch(
+            glu_forward_kernel,
+            (gate_rows.shape[0] * blocks_per_row,),
             gate_rows,
             up_rows,
             y,
@@ -95,7 +98,9 @@ def launch_backward(
         dgate_rows = gate_rows if dgate is None else dgate.view(num_rows, -1)
         dup_rows = up_rows if dup is None else dup.view(num_rows, -1)
     with on_device(gate):
-        glu_backward_kernel[(num_rows * blocks_per_row,)](
+        launch(
+            glu_backward_kernel,
+            (num_rows * blocks_per_row,),
             dy_rows,
             gate_rows,
             up_rows,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import ceil_div, next_power_of_two, on_device
+from fxopt.kernels.launcher import launch
 from fxopt.kernels.rope.kernels import rope_kernel
 from fxopt.kernels.rope.reference import Pair, new_like
 
@@ -67,7 +68,9 @@ def _launch(
         token_blocks = ceil_div(tokens, tile["BLOCK_TOKENS"])
         grid = (batch * token_blocks, ceil_div(num_heads, tile["BLOCK_HEADS"]))
         with on_device(x):
-            rope_kernel[grid](
+            launch(
+                rope_kernel,
+                grid,
                 x,
                 other,
                 cos,
