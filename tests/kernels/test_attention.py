@@ -433,6 +433,31 @@ def test_there_is_a_plan_for_every_width_and_device(
         assert all(min(tiles) >= 1 and min(tiles.queries, tiles.keys) >= 16 for tiles in plan)
 
 
+def test_a_site_tells_what_was_chosen_for_calls_like_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_choices", {})
+
+    def server(length: Any, **options: Any) -> choice.Server:
+        shape = torch.empty(2, 4, length, 64, dtype=torch.bfloat16, device="meta")
+        return choice.find_server(shape, shape[:, :2], shape[:, :2], **options)
+
+    def choose(length: int, backend: backends.Backend, ms: dict[str, float], **options: Any) -> None:
+        choice._choices[server(length, **options).kind] = choice.Choice(backend, ms, {})
+
+    assert server(500, causal=True)() == "chosen at the first call"
+    choose(500, backends.FLASH, {"cudnn": 0.25, "flash": 0.125}, causal=True)
+    choose(500, backends.PLAIN, {})
+    assert server(512, causal=True)() == "flash (2 x 512 x 512: cudnn 0.25 ms, flash 0.12 ms)"
+    assert server(500)() == "plain torch (2 x 512 x 512)"
+    assert server(513, causal=True)() == server(500, causal=True, softcap=2.0)() == "chosen at the first call"
+    choose(1024, backends.CUDNN, {"cudnn": 0.5}, causal=True)
+    kind = server(512, causal=True).kind._replace(queries=None, keys=None, is_square=None)
+    both = "flash (2 x 512 x 512: cudnn 0.25 ms, flash 0.12 ms); cudnn (2 x 1024 x 1024: cudnn 0.50 ms)"
+    assert choice.Server(kind, "")() == both
+    with torch.device("cpu"):
+        x = torch.empty(1, 1, 4, 8)
+        assert choice.find_server(x, x, x, softcap=1.0)() == "plain torch"
+
+
 def test_our_backends_agree_with_the_reference(device: str, check: Any, gradients: Any) -> None:
     inputs = make(torch.float32, device, lengths=(17, 17))
     mask = make_mask("left", (2, 2, 17, 17), torch.float32, device)
