@@ -207,13 +207,18 @@ def test_lengths(lengths: tuple[int, int], causal: bool, device: str, check: Any
 
 
 @pytest.mark.parametrize("kind", ["causal", "added left", "random"])
-@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (0.0, True), (2.0, True)])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (50.0, False), (0.0, True), (2.0, True)])
 def test_softcap_and_sinks(
     kind: str, softcap: float, with_sinks: bool, device: str, check: Any, gradients: Any
 ) -> None:
-    inputs = make(torch.float32, device, lengths=(17, 17))
-    sinks = torch.tensor([0.5, 1.0], device=device).requires_grad_() if with_sinks else None
-    mask = make_mask(kind, (2, 2, 17, 17), torch.float32, device)
+    """Eight sinks: the gradient of one is a sum of terms that cancel, whose relative error says little by itself.
+
+    Over 300 draws stock itself was off by 2e-7 on average and at most 1.6e-6 with two sinks, 3.7e-7 with eight.
+    """
+    heads = (8, 4) if with_sinks else (2, 1)
+    inputs = make(torch.float32, device, heads=heads, lengths=(17, 17))
+    sinks = torch.linspace(-1.0, 1.5, 8, device=device).requires_grad_() if with_sinks else None
+    mask = make_mask(kind, (2, heads[0], 17, 17), torch.float32, device)
     compare(inputs, mask, check, gradients, causal=kind == "causal", softcap=softcap, sinks=sinks)
 
 
