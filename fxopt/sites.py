@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -18,14 +18,20 @@ from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Repo
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
 
+Backend = Callable[[], str] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the passes found and did in one graph; modules are named from the region's root."""
+    """What the passes found and did in one graph; modules are named from the region's root.
+
+    `backends` holds for each site what tells its backend, None where the op has but one.
+    """
 
     sites: tuple[Site, ...]
     mismatches: tuple[MismatchRecord, ...]
     graph: GraphRecord
+    backends: tuple[Backend, ...]
 
 
 def find_sites(
@@ -34,13 +40,15 @@ def find_sites(
     result: RewriteResult,
     patterns: Sequence[Any],
     lazy_outputs: bool,
-) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...]]:
-    """Return one site per anchor of the stock graph, and for each that no pattern took its nearest miss."""
+) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...], tuple[Backend, ...]]:
+    """Return one site per anchor of the stock graph, for each that no pattern took its nearest miss, and backends."""
     sites: list[Site] = []
+    backends: list[Backend] = []
     mismatches: list[MismatchRecord] = []
     for anchor in anchors:
         # The last: a later pattern may take what an earlier one made.
         rewrite = next((r for r in reversed(result.rewrites) if anchor.node in r.origins), None)
+        backends.append(rewrite.backend if rewrite is not None else None)
         if rewrite is not None:
             sites.append(_site(anchor, "rewritten", rewrite.record.op, "", rewrite.proof))
             continue
@@ -60,7 +68,7 @@ def find_sites(
     for pattern in patterns:
         if pattern.name not in KINDS | done and not _is_built_on_ops(pattern):
             mismatches += _nearest_of(gm, pattern, lazy_outputs)
-    return tuple(sites), tuple(mismatches)
+    return tuple(sites), tuple(mismatches), tuple(backends)
 
 
 def _is_built_on_ops(pattern: Any) -> bool:
@@ -126,11 +134,12 @@ def build_report(installation: Installation) -> Report:
 def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
     """Return the sites of all layers, equal ones of different layers merged into one with their count."""
     first: dict[tuple[Any, ...], Site] = {}
+    backends: dict[tuple[Any, ...], dict[str, None]] = collections.defaultdict(dict)
     counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
     for path, capture in served:
         prefix = "" if path == REGION else path
         seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
-        for site in capture.outcome.sites:
+        for site, backend in zip(capture.outcome.sites, capture.outcome.backends, strict=True):
             key = (
                 capture.region,
                 site.pattern,
@@ -143,9 +152,14 @@ def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
             seen[key] += 1
             key = (*key, seen[key])
             counts[key] += 1
+            if backend is not None:
+                backends[key].setdefault(backend())
             module = ".".join(part for part in (prefix, site.module) if part)
             first.setdefault(key, dataclasses.replace(site, module=module))
-    return tuple(dataclasses.replace(site, count=counts[key]) for key, site in first.items())
+    return tuple(
+        dataclasses.replace(site, count=counts[key], backend="; ".join(backends[key]))
+        for key, site in first.items()
+    )
 
 
 def _regions(installation: Installation) -> tuple[RegionRecord, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fxopt.graph.arguments import same_size
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.kernels.attention import attention as fused_attention
+from fxopt.kernels.attention import find_server
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
@@ -158,6 +159,13 @@ def replace(m: Match) -> Call:
         softcap=float(m["softcap"] or 0.0),
         safe=not spelled,
     )
+
+
+def backend(m: Match) -> Callable[[], str]:
+    """Return what tells which backend serves the op: it measures at its first call."""
+    heads = (m.example(name).to(m.output.dtype) for name in ("q", "k", "v"))
+    others = (m[name] and m.example(name) for name in ("mask", "sinks"))
+    return find_server(*heads, *others, causal=bool(m["causal"]), softcap=float(m["softcap"] or 0.0))
 
 
 def _in_dtype(m: Match, name: str, dtype: torch.dtype) -> Any:
@@ -331,5 +339,6 @@ ATTENTION = Pattern(
     examples=examples,
     near_misses=near_misses,
     mutations=mutations,
+    backend=backend,
     source="transformers sdpa_attention_forward, eager_attention_forward of llama, gemma2 and gpt_oss",
 )

@@ -39,7 +39,8 @@ class Site:
     """One occurrence of a known form in the stock arithmetic, and what became of it.
 
     `pattern` is the stock form, `op` what it became ("" when it was not rewritten), `count` the
-    layers it stands for, `location` "file:line" of the model's source, `reason` why not.
+    layers it stands for, `location` "file:line" of the model's source, `reason` why not. `backend` says what
+    serves an op that chooses while it runs, as far as is known when the report is made; "" for others.
     """
 
     pattern: str
@@ -50,6 +51,7 @@ class Site:
     location: str
     reason: str = ""
     proof: Proof | None = None
+    backend: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ def render_text(report: Report) -> str:
         _render_sites(report.sites),
         _render_misses(report),
         _render_proofs(report.sites),
+        _render_backends(report.sites),
         _render_regions(report),
         _render_fallbacks(report),
         _render_list("Notes", report.notes),
@@ -144,6 +145,18 @@ def _proof_figures(proof: Proof) -> str:
     if proof.shapes:
         text += f", inputs {', '.join(proof.shapes)}"
     return f"{text}; {proof.reason}" if proof.reason else text
+
+
+def _render_backends(sites: Sequence[Site]) -> list[str]:
+    """Return one line per op and backend, for ops that choose while they run."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for site in sites:
+        if site.backend:
+            counts[site.op, site.backend] += site.count
+    if not counts:
+        return []
+    rows = [(op, str(count), backend) for (op, backend), count in counts.items()]
+    return ["Backends", *_table([("op", "sites", "served by"), *rows], right=(1,))]
 
 
 def _render_regions(report: Report) -> list[str]:

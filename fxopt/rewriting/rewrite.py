@@ -48,7 +48,10 @@ class MatchContext:
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """One replacement done: names of the nodes that went and came, and the bytes that no longer exist."""
+    """One replacement done: names of the nodes that went and came, and the bytes that no longer exist.
+
+    `backend` tells which implementation serves the op, where it chooses while it runs.
+    """
 
     match: Match
     before: tuple[str, ...]
@@ -57,6 +60,7 @@ class Rewrite:
     record: RewriteRecord
     proof: Proof | None
     origins: frozenset[str]
+    backend: Callable[[], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +170,7 @@ class _Rewriter:
         at = find_insertion(match, state)
         assert at is not None
         location, origins = location_of(match.outputs[0]), match.origins
+        backend = match.pattern.backend and match.pattern.backend(match)
         calls: dict[int, fx.Node] = {}
         values = (*match.outputs, *match.exports.values())
         with self._graph.inserting_before(at):
@@ -195,7 +200,7 @@ class _Rewriter:
             attributes=_attributes_of(main) if main else {},
             location=location,
         )
-        return Rewrite(match, record.before, record.after, saved, record, proof, origins)
+        return Rewrite(match, record.before, record.after, saved, record, proof, origins, backend)
 
 
 def find_match(

@@ -257,7 +257,7 @@ def attention_backward_keys_kernel(
                 READS,
                 IS_BOOL,
             ),
-            Scores(scale, softcap, HAS_SOFTCAP),
+            Scores(scale, softcap, HAS_SOFTCAP, PRECISION == "ieee"),
             QUERIES,
             PRECISION,
         )
@@ -449,7 +449,7 @@ def attention_backward_queries_kernel(
             READS,
             IS_BOOL,
         ),
-        Scores(scale, softcap, HAS_SOFTCAP),
+        Scores(scale, softcap, HAS_SOFTCAP, PRECISION == "ieee"),
         QUERIES,
         KEYS,
         PRECISION,

@@ -144,15 +144,13 @@ class Server:
             return self.fixed
         met = {kind: choice for kind, choice in _choices.items() if self.kind.covers(kind)}
         several = len({choice.backend.name for choice in met.values()}) > 1
-        texts = [
-            _text_of(choice) + (f" for {kind.length_text}" if several else "") for kind, choice in met.items()
-        ]
+        texts = [_text_of(kind, choice) for kind, choice in met.items()]
         return "; ".join(texts if several else texts[-1:]) or NOT_YET
 
 
-def _text_of(choice: Choice) -> str:
+def _text_of(kind: Kind, choice: Choice) -> str:
     times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in choice.ms.items())
-    return f"{choice.backend.name} ({times})" if times else choice.backend.name
+    return f"{choice.backend.name} ({kind.length_text}{times and f': {times}'})"
 
 
 def find_server(

@@ -209,7 +209,7 @@ def attention_forward_kernel(
             READS,
             IS_BOOL,
         ),
-        Scores(scale, softcap, HAS_SOFTCAP),
+        Scores(scale, softcap, HAS_SOFTCAP, PRECISION == "ieee"),
         HAS_SINKS,
         QUERIES,
         KEYS,

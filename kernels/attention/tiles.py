@@ -28,11 +28,12 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How products of queries and keys become scores."""
+    """How products of queries and keys become scores; IS_EXACT asks for all digits of float32."""
 
     scale: Any
     softcap: Any
     HAS_SOFTCAP: Any
+    IS_EXACT: Any
 
 
 class Mask(NamedTuple):
@@ -79,10 +80,28 @@ def store_tile(rows, b_value, b_row):
 
 
 @jit
+def _tanh(b_x):
+    """Return tanh to two roundings relative to itself, however small it is (coefficients of Cephes' tanhf)."""
+    b_square = b_x * b_x
+    b_series = b_square * -5.70498872745e-3 + 2.06390887954e-2
+    b_series = b_series * b_square - 5.37397155531e-2
+    b_series = b_series * b_square + 1.33314422036e-1
+    b_series = b_series * b_square - 3.33332819422e-1
+    b_size = tl.abs(b_x)
+    b_decay = tl.exp(-2.0 * b_size)
+    b_far = 1.0 - 2.0 * b_decay / (1.0 + b_decay)
+    return tl.where(b_size < 0.625, b_x + b_x * (b_square * b_series), tl.where(b_x < 0, -b_far, b_far))
+
+
+@jit
 def make_scores(b_product, scores):
     """Return the scores times log2(e) of products of queries and keys, and their derivative by scale * product."""
     if scores.HAS_SOFTCAP:
-        b_tanh = 2.0 * tl.sigmoid(b_product * (2.0 * scores.scale / scores.softcap)) - 1.0
+        if scores.IS_EXACT:
+            b_tanh = _tanh(b_product * (scores.scale / scores.softcap))
+        else:
+            # Right to 2e-7 whatever its size: times a softcap of 50 that is far below the roundings of 16 bits.
+            b_tanh = 2.0 * tl.sigmoid(b_product * (2.0 * scores.scale / scores.softcap)) - 1.0
         return b_tanh * (scores.softcap * LOG2_E), 1.0 - b_tanh * b_tanh
     else:  # noqa: RET505 (compiled apart: after a branch that returns nothing may follow)
         return b_product * (scores.scale * LOG2_E), 1.0

@@ -69,6 +69,23 @@ def test_meta_models_are_explained_but_not_optimized():
     assert slots(model) == 0
 
 
+def test_the_report_names_the_backend_of_each_attention():
+    with torch.device("meta"):
+        unused = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY))
+    model = fxopt.optimize(llama())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for given, served_by in (
+        (unused, "chosen at the first call"),
+        (model, "torch's flash attention for CPUs"),
+    ):
+        report = fxopt.explain(given)
+        backends = {site.backend for site in report.sites if site.pattern == "attention"}
+        assert backends == {served_by}
+        assert {site.backend for site in report.sites if site.pattern != "attention"} == {""}
+        assert f"attention      2  {served_by}\n" in str(report)
+        assert f'"backend": "{served_by}"' in report.to_json()
+
+
 def test_a_module_without_repeated_blocks_is_one_region():
     class Norm(nn.Module):
         def __init__(self):

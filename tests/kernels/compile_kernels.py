@@ -175,6 +175,8 @@ def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
         forms = [(causal, plan)]
         if width == 128:
             forms += [(capped, plan), (capped | dict(READS=True), reading)]
+        elif dtype == "float32":
+            forms += [(capped, plan)]
         for form, tiles in forms:
             kinds = zip(
                 (
