@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.installation import Installation, check_model, find_installation
 from fxopt.capture.lowering import choose_lowering, name_of, run_uncompiled
 from fxopt.capture.segments import compile_model_graph
@@ -217,7 +218,7 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
     lowering, reason = choose_lowering(options.lowering, gm)
     if reason:
         log.warning("%s", reason)
-    return compile_model_graph(gm, example_inputs, lowering)
+    return compile_model_graph(gm, example_inputs, keep_stock_gradients(lowering, "model"))
 
 
 def _default_options() -> Options:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import BlockCalls
+from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.patched import find_patched
@@ -104,7 +105,7 @@ class Installation:
             capture = self.ledger.add_capture(region, outcome)
             if torch_compat.changes_python_state():
                 self.ledger.changes_state = True
-            compiled = self._lower(gm, example_inputs)
+            compiled = keep_stock_gradients(self._lower, region)(gm, example_inputs)
             ledger = self.ledger
 
             def run(*args: Any) -> Any:
@@ -126,7 +127,7 @@ class Installation:
         write = find_write(tail.graph) if find_lazy_nodes(tail.graph) else None
         if write is not None:
             self.ledger.note(f"logits are computed at every step: after the blocks {write}")
-        call = compile_model_graph(tail.graph, examples, self._lower)
+        call = compile_model_graph(tail.graph, examples, keep_stock_gradients(self._lower, REGION))
         ledger = self.ledger
 
         def run(*args: Any) -> Any:

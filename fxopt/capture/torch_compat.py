@@ -171,6 +171,11 @@ def changes_python_state() -> bool:
     )
 
 
+def is_compiled_node(node: object) -> bool:
+    """Return whether `node` is the autograd node of one call of a graph that AOTAutograd compiled."""
+    return type(node).__name__ == "CompiledFunctionBackward"
+
+
 def is_switched_off() -> bool:
     """Return whether Dynamo captures nothing in this process, by its settings or `TORCH_COMPILE_DISABLE`."""
     return bool(dynamo_config.disable)
