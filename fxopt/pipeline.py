@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.installation import Installation, check_model, find_installation
 from fxopt.capture.lowering import choose_lowering, name_of, run_uncompiled
-from fxopt.capture.segments import compile_model_graph
+from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
 from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
@@ -218,7 +218,8 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
     lowering, reason = choose_lowering(options.lowering, gm)
     if reason:
         log.warning("%s", reason)
-    return compile_model_graph(gm, example_inputs, keep_stock_gradients(lowering, "model"))
+    lower = keep_stock_gradients(lowering, "model")
+    return compile_model_graph(gm, example_inputs, lower, find_segments(gm))
 
 
 def _default_options() -> Options:

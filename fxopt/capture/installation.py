@@ -18,7 +18,7 @@ from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.patched import find_patched
 from fxopt.capture.regions import Regions, find_regions
-from fxopt.capture.segments import Lower, compile_model_graph, find_lazy_nodes, find_write
+from fxopt.capture.segments import Lower, compile_model_graph, find_segments
 from fxopt.capture.tail import cut_tail
 from fxopt.errors import FxoptError
 
@@ -124,10 +124,11 @@ class Installation:
         placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
         examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
         examples += [example_inputs[index] for index in tail.placeholders]
-        write = find_write(tail.graph) if find_lazy_nodes(tail.graph) else None
-        if write is not None:
-            self.ledger.note(f"logits are computed at every step: after the blocks {write}")
-        call = compile_model_graph(tail.graph, examples, keep_stock_gradients(self._lower, REGION))
+        segments = find_segments(tail.graph)
+        if segments.unkept:
+            self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
+        lower = keep_stock_gradients(self._lower, REGION)
+        call = compile_model_graph(tail.graph, examples, lower, segments)
         ledger = self.ledger
 
         def run(*args: Any) -> Any:
