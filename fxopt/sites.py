@@ -118,8 +118,16 @@ def build_report(installation: Installation) -> Report:
         graphs=graphs,
         regions=_regions(installation),
         fallbacks=ledger.fallback_records(),
-        notes=tuple(ledger.notes),
+        notes=(*ledger.notes, *_notes_on_slots(installation)),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
+    )
+
+
+def _notes_on_slots(installation: Installation) -> tuple[str, ...]:
+    """Return a line for each region that somebody else compiled after fxopt was installed."""
+    return tuple(
+        f"{path or 'the model'} was compiled by module.compile() after fxopt.optimize: fxopt does not see its calls"
+        for path in installation.find_replaced()
     )
 
 

@@ -153,7 +153,9 @@ class Entry(torch.autograd.Function):
     """Inputs as they are; in the backward pass, None for those that no output with a gradient reaches."""
 
     @staticmethod
-    def forward(ctx: Any, watch: Watch, indices: list[int], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, watch: Watch, indices: list[int], *values: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """Return views of `values`."""
         ctx.watch, ctx.indices = watch, indices
         ctx.set_materialize_grads(False)

@@ -181,6 +181,11 @@ def is_switched_off() -> bool:
     return bool(dynamo_config.disable)
 
 
+def is_recorded() -> bool:
+    """Return whether `torch.export` or `torch.jit.trace` is recording what runs right now."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def has_global_hooks() -> bool:
     """Return whether hooks for all modules of the process are registered."""
     return bool(

@@ -174,7 +174,9 @@ def test_a_gradient_with_respect_to_logits_the_loss_was_computed_without_says_wh
         out = model(input_ids=IDS, labels=IDS)
         if read:
             out.logits.sum()
-        with pytest.raises(FxoptError, match=r"this loss was computed without them.*\n.*fxopt\.restore\(model\)"):
+        with pytest.raises(
+            FxoptError, match=r"this loss was computed without them.*\n.*fxopt\.restore\(model\)"
+        ):
             torch.autograd.grad(out.loss, out.logits, allow_unused=allow_unused)
         with pytest.raises((FxoptError, RuntimeError), match=r"without them|does not require grad"):
             out.loss.backward(inputs=[out.logits])  # before torch 2.13 torch's own error
