@@ -90,7 +90,9 @@ def run_passes(
         verify(gm, name)
         records.append(PassRecord(name, round(elapsed_ms, 2), nodes_before, len(gm.graph.nodes)))
     gm.recompile()
-    sites, mismatches = find_sites(gm, anchors, job.result, options.active_patterns, lazy_outputs)
+    sites, mismatches = find_sites(
+        gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
+    )
     rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
     graph = GraphRecord(region, 0, before, snapshot(gm), rewrites, tuple(records))
     return Outcome(sites, mismatches, graph)

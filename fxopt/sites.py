@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -16,6 +16,7 @@ from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site
 from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
 
 
@@ -34,6 +35,7 @@ def find_sites(
     result: RewriteResult,
     patterns: Sequence[Any],
     lazy_outputs: bool,
+    disabled: Collection[str] = (),
 ) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...]]:
     """Return one site per anchor of the stock graph, and for each that no pattern took its nearest miss."""
     sites: list[Site] = []
@@ -48,7 +50,10 @@ def find_sites(
         if refused is not None:
             sites.append(_site(anchor, "refused", "", refused.reason, refused.proof))
             continue
-        miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
+        if anchor.kind in disabled:
+            miss = Mismatch(anchor.kind, "disabled by the options")
+        else:
+            miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
         reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
         sites.append(_site(anchor, "unmatched", "", reason, None))
         mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
@@ -100,9 +105,9 @@ def build_report(installation: Installation) -> Report:
     """Return the report of one optimized model: sites counted over the layers they stand for."""
     ledger = installation.ledger
     served = [
-        (path, ledger.served[path])
+        (path, capture)
         for path in (*(path for path, _ in installation.regions.blocks), REGION)
-        if path in ledger.served
+        for capture in ledger.served.get(path, ())
     ]
     used = tuple({id(capture): capture for _, capture in served}.values())
     graphs = tuple(
@@ -135,9 +140,10 @@ def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
     """Return the sites of all layers, equal ones of different layers merged into one with their count."""
     first: dict[tuple[Any, ...], Site] = {}
     counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    seen_in: dict[str, collections.Counter[tuple[Any, ...]]] = {}
     for path, capture in served:
         prefix = "" if path == REGION else path
-        seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        seen = seen_in.setdefault(path, collections.Counter())
         for site in capture.outcome.sites:
             key = (
                 capture.region,
@@ -166,5 +172,6 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
     for kind, region, module, count in (*named, ("model", REGION, "", 1)):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
-        records.append(RegionRecord(kind, module, count, status, captures[region], refused))
+        breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))
+        records.append(RegionRecord(kind, module, count, status, captures[region], refused, breaks))
     return tuple(records)

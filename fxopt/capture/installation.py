@@ -19,6 +19,7 @@ from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.patched import find_patched
+from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import Lower, compile_model_graph, find_segments
 from fxopt.capture.tail import cut_tail
@@ -117,14 +118,14 @@ class Installation:
     def _block_backend(self, region: str) -> Callable[..., Any]:
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             outcome = self._transform(gm, region=region, lazy_outputs=False)
-            capture = self.ledger.add_capture(region, outcome)
+            capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
             if torch_compat.changes_python_state():
                 self.ledger.changes_state = True
             compiled = keep_stock_gradients(self._lower, region)(gm, example_inputs)
             ledger = self.ledger
 
             def run(*args: Any) -> Any:
-                ledger.served[ledger.current] = capture
+                ledger.serve(capture)
                 return compiled(*args)
 
             return run
@@ -147,7 +148,7 @@ class Installation:
         ledger = self.ledger
 
         def run(*args: Any) -> Any:
-            ledger.served[REGION] = capture
+            ledger.serve(capture)
             return call(*args)
 
         return self.model_call.compile_tail(tail, run)

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import FxoptError, StaleLogitsError
 
-
 Step = Callable[[torch.Tensor], torch.Tensor]
 CURE = (
     "call the model in evaluation mode, or fxopt.optimize(model, disable=...) with the pattern of the head "

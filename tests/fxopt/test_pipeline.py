@@ -130,7 +130,7 @@ def test_optimizing_twice_is_a_no_op_and_other_options_start_anew(caplog):
     assert "was optimized with other options: restored, optimized anew" in caplog.text
     model(input_ids=IDS, labels=IDS).loss.backward()
     sites = {site.pattern: site for site in fxopt.explain(model).sites}
-    assert sites["glu"].status == "unmatched"
+    assert (sites["glu"].status, sites["glu"].reason) == ("unmatched", "glu: disabled by the options")
     assert sites["rms_norm"].status == "rewritten"
 
 
@@ -450,3 +450,77 @@ def test_a_model_taken_out_of_its_adapters_is_restored_and_optimized(caplog):
     assert not fxopt.explain(merged).fallbacks
     fxopt.restore(merged)
     assert slots(merged) == 0
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "rope", "attention", "linear_cross_entropy"])
+def test_a_disabled_pattern_is_the_reason_of_its_sites(kind):
+    disable = (kind, "cross_entropy") if kind == "linear_cross_entropy" else (kind,)
+    model = fxopt.optimize(llama(), disable=disable)
+    step(model)
+    report = fxopt.explain(model)
+    left = [site for site in report.sites if site.status != "rewritten"]
+    assert {(site.pattern, site.reason) for site in left} == {(kind, f"{kind}: disabled by the options")}
+    assert str(report).count("did not match") == 0, "told once, with its site"
+
+
+class Breaking(nn.Module):
+    """Two norms, and between them two lines that Dynamo cannot capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.ones(8)) for _ in range(2))
+        self.linear = nn.Linear(8, 8)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x, self.first)
+        if x.sum().item() > 1e9:
+            return x
+        x = self.linear(x)
+        torch._dynamo.graph_break()
+        return self.norm(x, self.second)
+
+
+def test_partial_tells_all_pieces_of_a_block_and_where_and_why_it_breaks():
+    first_line = Breaking.forward.__code__.co_firstlineno
+    model = fxopt.optimize(nn.Sequential(*(Breaking() for _ in range(3))), partial=True)
+    for _ in range(2):
+        model(torch.randn(4, 8)).sum().backward()
+    report = fxopt.explain(model)
+    assert [(site.pattern, site.count) for site in report.sites] == [("rms_norm", 3), ("rms_norm", 3)]
+    assert len({graph.capture for graph in report.graphs}) >= 3
+    block, tail = report.regions
+    assert (block.kind, block.status) == ("block", "captured")
+    item, inserted = block.breaks
+    assert item.startswith("what is computed depends on the values of a tensor; ")
+    assert item.endswith(f"at test_pipeline.py:{first_line + 2}")
+    assert "graph_break" in inserted
+    assert inserted.endswith(f"at test_pipeline.py:{first_line + 5}")
+    text = " ".join(str(report).split())
+    assert f"breaks into pieces: {item}" in text
+    assert tail.reason.endswith(f"at test_pipeline.py:{first_line + 2}"), (
+        "the block fails, not fxopt's call of it"
+    )
+
+
+def test_what_keeps_the_head_stock_is_told_by_the_models_own_line():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.units = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            early = nn.functional.dropout(x, 0.5, self.training)
+            for unit in self.units:
+                x = unit(early)
+            return x.square().mean() + early.sum()
+
+    model = fxopt.optimize(Dropping())
+    model(torch.randn(4, 8)).backward()
+    (fallback,) = fxopt.explain(model).fallbacks
+    line = Dropping.forward.__code__.co_firstlineno + 1
+    assert (
+        f"it reads dropout at test_pipeline.py:{line} (before the last block), which may" in fallback.reason
+    )
