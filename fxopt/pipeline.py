@@ -31,6 +31,7 @@ from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.snapshot import snapshot
+from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_placeholders, verify
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
@@ -64,9 +65,15 @@ def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     job.result = apply_patterns(gm, job.options.active_patterns, context)
 
 
+def strides_pass(gm: fx.GraphModule, job: Job) -> None:
+    """Lay the results out in memory as stock does, where a rewrite made another order of it."""
+    restore_orders(gm)
+
+
 PASSES: tuple[tuple[str, Callable[[fx.GraphModule, Job], None]], ...] = (
     ("canonicalize", canonicalize_pass),
     ("rewrite", rewrite_pass),
+    ("strides", strides_pass),
 )
 
 
@@ -79,6 +86,7 @@ def run_passes(
         VerifyError: a pass left the graph invalid.
     """
     note_placeholders(gm)
+    note_orders(gm)
     anchors = find_anchors(gm)
     before = snapshot(gm)
     job = Job(options, lazy_outputs, prove)
