@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -16,6 +16,7 @@ from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site
 from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
 
 Backend = Callable[[], str] | None
@@ -40,6 +41,7 @@ def find_sites(
     result: RewriteResult,
     patterns: Sequence[Any],
     lazy_outputs: bool,
+    disabled: Collection[str] = (),
 ) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...], tuple[Backend, ...]]:
     """Return one site per anchor of the stock graph, for each that no pattern took its nearest miss, and backends."""
     sites: list[Site] = []
@@ -56,7 +58,10 @@ def find_sites(
         if refused is not None:
             sites.append(_site(anchor, "refused", "", refused.reason, refused.proof))
             continue
-        miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
+        if anchor.kind in disabled:
+            miss = Mismatch(anchor.kind, "disabled by the options")
+        else:
+            miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
         reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
         sites.append(_site(anchor, "unmatched", "", reason, None))
         mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
@@ -108,9 +113,9 @@ def build_report(installation: Installation) -> Report:
     """Return the report of one optimized model: sites counted over the layers they stand for."""
     ledger = installation.ledger
     served = [
-        (path, ledger.served[path])
+        (path, capture)
         for path in (*(path for path, _ in installation.regions.blocks), REGION)
-        if path in ledger.served
+        for capture in ledger.served.get(path, ())
     ]
     used = tuple({id(capture): capture for _, capture in served}.values())
     graphs = tuple(
@@ -126,8 +131,16 @@ def build_report(installation: Installation) -> Report:
         graphs=graphs,
         regions=_regions(installation),
         fallbacks=ledger.fallback_records(),
-        notes=tuple(ledger.notes),
+        notes=(*ledger.notes, *_notes_on_slots(installation)),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
+    )
+
+
+def _notes_on_slots(installation: Installation) -> tuple[str, ...]:
+    """Return a line for each region that somebody else compiled after fxopt was installed."""
+    return tuple(
+        f"{path or 'the model'} was compiled by module.compile() after fxopt.optimize: fxopt does not see its calls"
+        for path in installation.find_replaced()
     )
 
 
@@ -136,9 +149,10 @@ def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
     first: dict[tuple[Any, ...], Site] = {}
     backends: dict[tuple[Any, ...], dict[str, None]] = collections.defaultdict(dict)
     counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    seen_in: dict[str, collections.Counter[tuple[Any, ...]]] = {}
     for path, capture in served:
         prefix = "" if path == REGION else path
-        seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        seen = seen_in.setdefault(path, collections.Counter())
         for site, backend in zip(capture.outcome.sites, capture.outcome.backends, strict=True):
             key = (
                 capture.region,
@@ -172,5 +186,6 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
     for kind, region, module, count in (*named, ("model", REGION, "", 1)):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
-        records.append(RegionRecord(kind, module, count, status, captures[region], refused))
+        breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))
+        records.append(RegionRecord(kind, module, count, status, captures[region], refused, breaks))
     return tuple(records)

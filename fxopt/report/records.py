@@ -102,7 +102,8 @@ class GraphRecord:
 class RegionRecord:
     """One thing fxopt compiles: `kind` "block" or "model", `module` the first path, `count` its copies.
 
-    `status` is "captured", "stock" (with `reason`), or "pending" before the first step.
+    `status` is "captured", "stock" (with `reason`), or "pending" before the first step. `breaks` says for each
+    place where its graph breaks into pieces why and where.
     """
 
     kind: str
@@ -111,6 +112,7 @@ class RegionRecord:
     status: str
     captures: int
     reason: str = ""
+    breaks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

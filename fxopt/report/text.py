@@ -169,6 +169,8 @@ def _render_regions(report: Report) -> list[str]:
         rows.append((region.kind, module, str(region.count), region.status, str(region.captures)))
         if region.reason:
             reasons += _wrap(f"{region.module or region.kind}: {region.reason}", 6)
+        for broken in region.breaks:
+            reasons += _wrap(f"{region.module or region.kind} breaks into pieces: {broken}", 6)
     return ["Regions", *_table(rows, right=(2, 4)), *reasons]
 
 
@@ -177,7 +179,7 @@ def _render_fallbacks(report: Report) -> list[str]:
         return ["Fallbacks: none"]
     lines = [f"Fallbacks: {sum(fallback.count for fallback in report.fallbacks)} calls ran the stock path"]
     for fallback in report.fallbacks:
-        lines += _wrap(f"{fallback.count} x {fallback.region}: {fallback.reason}", 2)
+        lines += _wrap(f"{fallback.count} x {fallback.region or 'the blocks'}: {fallback.reason}", 2)
     return lines
 
 
