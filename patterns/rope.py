@@ -1,7 +1,7 @@
 """Rotary embeddings of queries and keys, in every spelling that Hugging Face models use -> one op for both.
 
 Source: `apply_rotary_pos_emb` of transformers' Llama, Cohere, Glm4, GPT-NeoX, Phi3, GPT-J, OLMo2, NanoChat,
-GptOss, DeepSeek-V3.
+GptOss, DeepSeek-V3, Llama4 (products of complex numbers).
 Saved for backward: cos and sin. Stock saves them too, but writes six more tensors of the size of q and of k.
 Numerics: all in fp32, rounded once; a stock model in bf16 rounds three times.
 """
@@ -28,6 +28,7 @@ from fxopt.rewriting.terms import (
     either,
     maybe,
     named,
+    operation,
     reshape,
     split,
     stack,
@@ -69,7 +70,13 @@ def turned(v: Term, name: str) -> Term:
         plus=joined(a * cos - b * sin, b * cos + a * sin),
         minus=joined(a * cos + b * sin, b * cos - a * sin),
     )
-    return choice("form", whole=whole, apart=apart)
+    return choice("form", whole=whole, apart=apart, complex=turned_as_complex(lanes))
+
+
+def turned_as_complex(lanes: Term) -> Term:
+    """Return pairs turned by a product of complex numbers: of a pair, and of a cosine and a sine."""
+    numbers = operation(torch.view_as_complex, choice("pieces", lanes=lanes)) * tensor("angles")
+    return choice("out", interleaved=reshape(operation(torch.view_as_real, numbers)))
 
 
 def joined(a: Term, b: Term) -> Term:
@@ -81,10 +88,13 @@ def check(m: Match) -> Mismatch | None:
     """Refuse slices that are not pairs, tables by head or with a gradient, and what q and k do not share."""
     names = ("q", "k") if len(m.outputs) == 2 else ("q",)
     q = m.example("q")
-    for name in ("cos", "sin"):
+    tables = ("angles",) if m["form"] == "complex" else ("cos", "sin")
+    for name in tables:
         if m.example(name).requires_grad:
             return m.fail(f"{name} needs a gradient, which the op does not compute", name)
-    cos, sin = m.example("cos"), m.example("sin")
+    cos, sin = m.example(tables[0]), m.example(tables[-1])
+    if m["form"] == "complex" and not cos.is_complex():
+        return m.fail(f"the angles are {cos.dtype}, expected complex numbers", "angles")
     if not same_shape(cos, sin) or cos.dtype != sin.dtype:
         return m.fail(f"sin is {_form(sin)}, expected that of cos {_form(cos)}", "sin")
     for name, node in zip(names, m.outputs, strict=True):
@@ -113,7 +123,10 @@ def replace(m: Match) -> Call | tuple[Call, Call]:
     """Return one call of the fused op, and what it returns for q and k."""
     rotation = read_rotation(m, "q")
     assert isinstance(rotation, Rotation)
-    both = call(rope, m["q"], m["k"], m["cos"], m["sin"], **rotation._asdict(), out_dtype=m.output.dtype)
+    cos, sin = m["cos"], m["sin"]
+    if m["form"] == "complex":
+        cos, sin = call(torch.real, m["angles"]), call(torch.imag, m["angles"])
+    both = call(rope, m["q"], m["k"], cos, sin, **rotation._asdict(), out_dtype=m.output.dtype)
     q = call(operator.getitem, both, 0)
     return q if m["k"] is None else (q, call(operator.getitem, both, 1))
 

@@ -92,6 +92,46 @@ def _lanes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(3).type_as(x)
 
 
+def _stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2)
+
+
+def _llama4(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q_pairs = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
+    k_pairs = torch.view_as_complex(k.float().reshape(*k.shape[:-1], -1, 2))
+    q_out = torch.view_as_real(q_pairs * angles[:, :, None, :]).flatten(3)
+    k_out = torch.view_as_real(k_pairs * angles[:, :, None, :]).flatten(3)
+    return q_out.type_as(q), k_out.type_as(k)
+
+
+def _deepseek_v2(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return heads turned after the tokens were moved behind them, by angles made of each item's own."""
+    angles = torch.polar(torch.ones_like(angles.real), angles.angle()).unsqueeze(1)
+
+    def embed(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.transpose(1, 2).float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(angles * pairs).flatten(-2).to(x.dtype)
+
+    return embed(q), embed(k)
+
+
+def _turned_back(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _llama4(q, k, angles.conj())
+
+
+def _by_sections(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return heads turned by positions in time, height and width, each in its section, as Qwen2-VL does."""
+
+    def of_sections(table: torch.Tensor) -> torch.Tensor:
+        parts = table.split([2, 3, 3, 2, 3, 3], dim=-1)
+        return torch.cat([part[place % 3] for place, part in enumerate(parts)], dim=-1)
+
+    return _both(_llama)(q, k, of_sections(cos), of_sections(sin))
+
+
 def _both(embed: Embed) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return a function that makes heads of two projections, and embeds both, as Llama does."""
 
@@ -129,6 +169,12 @@ def _inputs(
     return q, k, cos, sin
 
 
+def _complex_inputs(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return q, k and angles, complex numbers of one size."""
+    q, k, angles, _ = _inputs(device, dtype, 8, tables=torch.float32)
+    return q, k, torch.polar(torch.ones_like(angles), angles)
+
+
 def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     """Yield the spellings above, with tables of one batch item and of all, in bf16 and fp32."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -145,6 +191,14 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "last items bf16", (_both(_last_items), _inputs(device, bf16, 12))
     for embed in (_gpt_oss, _apart_backwards, _deepseek, _lanes):
         yield f"{embed.__name__.strip('_')} bf16", (_both(embed), _inputs(device, bf16, 8))
+    yield "stacked bf16", (_both(_stacked), _inputs(device, bf16, 8))
+    for dtype in (bf16, fp32):
+        q, k, angles = _complex_inputs(device, dtype)
+        for block in (_llama4, _deepseek_v2, _turned_back):
+            yield f"{block.__name__.strip('_')} {str(dtype).removeprefix('torch.')}", (block, (q, k, angles))
+    q, k, *_ = _inputs(device, bf16)
+    sections = [torch.randn(3, 2, 5, 16, device=device).to(bf16) for _ in range(2)]
+    yield "qwen2_vl bf16", (_by_sections, (q, k, *sections))
     yield "gpt_oss fp32", (_both(_gpt_oss), _inputs(device, fp32, 8))
     yield "gptj bf16", (_tokens_first, _inputs(device, bf16, 8))
     q, k, cos, sin = _inputs(device, bf16)
@@ -169,6 +223,26 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     def thirds(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return x * cos + torch.cat((-x[..., 6:], x[..., :6]), dim=-1) * sin
 
+    def by_head(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(q.reshape(2, 5, 4, 8, 2)) * angles).flatten(3)
+
+    def read_as_complex(q: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        turned = torch.view_as_complex(q.reshape(2, 5, 4, 8, 2)) * angles
+        return torch.view_as_real(turned).flatten(3), turned.abs()
+
+    angles = _complex_inputs(device, torch.float32)[2]
+    yield (
+        "angles by head",
+        (by_head, (q, angles.unsqueeze(2).expand(1, 5, 4, 8))),
+        "expected to broadcast over the heads",
+    )
+    yield (
+        "the complex product is read elsewhere",
+        (read_as_complex, (q, angles.unsqueeze(2))),
+        "is also read by",
+    )
+    trained = angles.unsqueeze(2).clone().requires_grad_()
+    yield "the angles are learned", (by_head, (q, trained)), "angles needs a gradient"
     learned = (q, k, cos.clone().requires_grad_(), sin)
     yield "the tables are learned", (_both(_llama), learned), "cos needs a gradient"
     yield (
@@ -214,6 +288,20 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
         q = _llama(q, cos[:, :, None], sin[:, :, None])
         return q, _llama(k * q.mean(), cos[:, :, None], sin[:, :, None])
 
+    def of_complex(turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def embed(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+            pairs = torch.view_as_complex(q.reshape(2, 5, 4, 8, 2))
+            return torch.view_as_real(turn(pairs, angles.unsqueeze(2))).flatten(3)
+
+        return embed
+
+    numbers = _complex_inputs(device, torch.float32)[::2]
+    yield "turned back", (of_complex(lambda z, a: z * a.conj()), numbers)
+    yield "a pair turned back", (of_complex(lambda z, a: (z.conj() * a).resolve_conj()), numbers)
+    yield "divided", (of_complex(lambda z, a: z / a), numbers)
+    yield "the imaginary part first", (of_complex(lambda z, a: z * a * 1j), numbers)
+    yield "a real table", (of_complex(lambda z, a: z * a.abs()), numbers)
+    yield "turned by its own", (of_complex(lambda z, a: z * z), numbers)
     yield "k is made of the turned q", (late, pair)
     yield "no sign", (_both(with_quarter(lambda a, b: torch.cat((b, a), -1))), pair)
     yield "both signs", (_both(with_quarter(lambda a, b: torch.cat((-b, -a), -1))), pair)

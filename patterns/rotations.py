@@ -38,12 +38,15 @@ def read_rotation(m: Match, name: str) -> Rotation | str:
         return pairing
     if m["form"] == "whole" and pairing != m["out"]:
         return f"pairs are {pairing} before and {m['out']} after, expected the same"
-    items = m.example("cos").shape[-1]
+    table = m.example("angles" if m["form"] == "complex" else "cos")
+    items = table.shape[-1]
     if items != (length if m["form"] == "whole" else length // 2):
-        return f"cos has {items} items for {length} items that are turned"
-    heads = find_heads(m.example("cos"), x)
+        return f"a table has {items} items for {length} items that are turned"
+    heads = find_heads(table, x)
     if heads is None:
-        return f"cos has shape {list(m.example('cos').shape)}, expected to broadcast over the heads of {list(x.shape)}"
+        return (
+            f"a table has shape {list(table.shape)}, expected to broadcast over the heads of {list(x.shape)}"
+        )
     sign = (-1 if m["turn"] == "minus" else 1) * (-1 if m["sum"] == "minus" else 1)
     return Rotation(pairing, m["out"], start, length, sign, heads)
 

@@ -132,10 +132,15 @@ def _undisturbed(device: torch.device) -> Generator[None]:
 def _fingerprints(inputs: dict[fx.Node, Any]) -> dict[str, Any]:
     tensors = ((node.name, value) for node, value in inputs.items() if isinstance(value, torch.Tensor))
     return {
-        name: torch.hash_tensor(value.detach()).view(torch.int64).item()
+        name: torch.hash_tensor(_parts_of(value.detach())).view(torch.int64).item()
         for name, value in tensors
         if value.numel()
     }
+
+
+def _parts_of(value: torch.Tensor) -> torch.Tensor:
+    """Return `value`, complex numbers as pairs of real ones: torch hashes these only."""
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def _check_unchanged(inputs: dict[fx.Node, Any], before: dict[str, int]) -> None:

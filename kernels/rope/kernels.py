@@ -4,32 +4,72 @@ from fxopt.kernels.launch import jit, tl
 
 
 @jit
+def _load(p_items, b_mask, IS_LAST: tl.constexpr, OTHER: tl.constexpr):
+    if IS_LAST:
+        b_items = tl.load(p_items, mask=b_mask, other=OTHER, eviction_policy="evict_first")
+    else:
+        b_items = tl.load(p_items, mask=b_mask, other=OTHER)
+    return b_items
+
+
+@jit
 def load_pairs(
     p_row,
     b_mask_row,
     PAIRS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HALF: tl.constexpr,
-    EVICTION: tl.constexpr,
+    IS_LAST: tl.constexpr,
+    OTHER: tl.constexpr,
 ):
     """Load the items of pairs: "interleaved", "half", or "single" where both are the same one.
 
-    What is read once leaves the L2 cache first ("evict_first"): the room is for what is written, which attention
-    reads next.
+    What is read for the last time (IS_LAST) leaves the L2 cache first: the room is for what is written, which
+    attention reads next. OTHER is what masked items are, None where nothing reads them.
     """
     b_column = tl.arange(0, BLOCK_HALF)[None, None, :]
     if PAIRS == "interleaved":
         b_wide = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
-        b_both = tl.load(p_row + b_wide, mask=b_mask_row & (b_wide < 2 * HALF), eviction_policy=EVICTION)
+        b_both = _load(p_row + b_wide, b_mask_row & (b_wide < 2 * HALF), IS_LAST, OTHER)
         b_pairs = tl.reshape(b_both, [b_both.shape[0], b_both.shape[1], BLOCK_HALF, 2])
         b_first, b_second = tl.split(b_pairs)
     else:
         b_mask = b_mask_row & (b_column < HALF)
-        b_first = tl.load(p_row + b_column, mask=b_mask, eviction_policy=EVICTION)
+        b_first = _load(p_row + b_column, b_mask, IS_LAST, OTHER)
         b_second = b_first
         if PAIRS == "half":
-            b_second = tl.load(p_row + HALF + b_column, mask=b_mask, eviction_policy=EVICTION)
+            b_second = _load(p_row + HALF + b_column, b_mask, IS_LAST, OTHER)
     return b_first.to(tl.float32), b_second.to(tl.float32)
+
+
+@jit
+def turn(b_x1, b_x2, b_cos1, b_cos2, b_sin1, b_sin2, SIGN: tl.constexpr):
+    """Return pairs turned; the way back has the other sign, and the two sines change places."""
+    if SIGN > 0:
+        b_y1 = b_x1 * b_cos1 - b_x2 * b_sin1
+        b_y2 = b_x2 * b_cos2 + b_x1 * b_sin2
+    else:
+        b_y1 = b_x1 * b_cos1 + b_x2 * b_sin1
+        b_y2 = b_x2 * b_cos2 - b_x1 * b_sin2
+    return b_y1, b_y2
+
+
+@jit
+def store_pairs(
+    p_row, b_mask_row, b_y1, b_y2, PAIRS: tl.constexpr, BLOCK_HALF: tl.constexpr, HALF: tl.constexpr
+):
+    """Store the items of pairs, rounded to the dtype of the memory."""
+    b_y1 = b_y1.to(p_row.dtype.element_ty)
+    b_y2 = b_y2.to(p_row.dtype.element_ty)
+    if PAIRS == "interleaved":
+        b_wide = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        b_both = tl.reshape(tl.join(b_y1, b_y2), [b_y1.shape[0], b_y1.shape[1], 2 * BLOCK_HALF])
+        tl.store(p_row + b_wide, b_both, mask=b_mask_row & (b_wide < 2 * HALF))
+    else:
+        b_column = tl.arange(0, BLOCK_HALF)[None, None, :]
+        b_mask = b_mask_row & (b_column < HALF)
+        tl.store(p_row + b_column, b_y1, mask=b_mask)
+        tl.store(p_row + HALF + b_column, b_y2, mask=b_mask)
 
 
 @jit
@@ -93,7 +133,7 @@ def rope_kernel(
     if BLOCK_TOKENS > 1:
         p_x += b_token * tl.where(b_is_q, q_token_stride, k_token_stride)
         p_y += b_token * tl.where(b_is_q, q_out_token_stride, k_out_token_stride)
-    b_x1, b_x2 = load_pairs(p_x + START, b_mask, IN_PAIRS, BLOCK_HALF, HALF, "evict_first")
+    b_x1, b_x2 = load_pairs(p_x + START, b_mask, IN_PAIRS, BLOCK_HALF, HALF, True, None)
     if NUM_PASSED > 0:
         b_passed = tl.arange(0, BLOCK_PASSED)[None, None, :]
         b_mask_passed = b_mask & (b_passed < NUM_PASSED)
@@ -109,24 +149,9 @@ def rope_kernel(
         # As large as x, so that no layout has to change: the heads of a token read the same lines of cache.
         b_at_table += tl.zeros([1, BLOCK_HEADS, 1], tl.int64)
         b_is_row &= b_head >= 0
-    b_cos1, b_cos2 = load_pairs(p_cos + b_at_table, b_is_row, TABLE_PAIRS, BLOCK_HALF, HALF, "")
-    b_sin1, b_sin2 = load_pairs(p_sin + b_at_table, b_is_row, TABLE_PAIRS, BLOCK_HALF, HALF, "")
-    if TRANSPOSED:  # the two sines change places
+    b_cos1, b_cos2 = load_pairs(p_cos + b_at_table, b_is_row, TABLE_PAIRS, BLOCK_HALF, HALF, False, None)
+    b_sin1, b_sin2 = load_pairs(p_sin + b_at_table, b_is_row, TABLE_PAIRS, BLOCK_HALF, HALF, False, None)
+    if TRANSPOSED:
         b_sin1, b_sin2 = b_sin2, b_sin1
-    if SIGN > 0:
-        b_y1 = b_x1 * b_cos1 - b_x2 * b_sin1
-        b_y2 = b_x2 * b_cos2 + b_x1 * b_sin2
-    else:
-        b_y1 = b_x1 * b_cos1 + b_x2 * b_sin1
-        b_y2 = b_x2 * b_cos2 - b_x1 * b_sin2
-    b_y1 = b_y1.to(p_q_out.dtype.element_ty)
-    b_y2 = b_y2.to(p_q_out.dtype.element_ty)
-    if OUT_PAIRS == "interleaved":
-        b_wide = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
-        b_both = tl.reshape(tl.join(b_y1, b_y2), [BLOCK_TOKENS, BLOCK_HEADS, 2 * BLOCK_HALF])
-        tl.store(p_y + START + b_wide, b_both, mask=b_mask & (b_wide < 2 * HALF))
-    else:
-        b_column = tl.arange(0, BLOCK_HALF)[None, None, :]
-        b_mask_half = b_mask & (b_column < HALF)
-        tl.store(p_y + START + b_column, b_y1, mask=b_mask_half)
-        tl.store(p_y + START + HALF + b_column, b_y2, mask=b_mask_half)
+    b_y1, b_y2 = turn(b_x1, b_x2, b_cos1, b_cos2, b_sin1, b_sin2, SIGN)
+    store_pairs(p_y + START, b_mask, b_y1, b_y2, OUT_PAIRS, BLOCK_HALF, HALF)

@@ -86,7 +86,7 @@ def is_head_major(x: Tensor) -> bool:
     return bool(x.stride(2) > x.stride(1))
 
 
-def table_of(table: Tensor, x: Tensor, heads: int) -> Tensor:
+def table_of(table: Tensor, x: Tensor, heads: int, op: str = "rope") -> Tensor:
     """Return `table` as [batch or 1, tokens, items]."""
     shape = tuple(table.shape)
     while table.dim() < 4:
@@ -100,10 +100,52 @@ def table_of(table: Tensor, x: Tensor, heads: int) -> Tensor:
         or (by_heads.shape[0] != 1 and by_heads.shape[0] != batch)
     ):
         raise ValueError(
-            f"rope: cos and sin, expected to broadcast over {batch} batch items of {tokens} tokens and over the "
+            f"{op}: cos and sin, expected to broadcast over {batch} batch items of {tokens} tokens and over the "
             f"heads at {heads}, got {shape}"
         )
     return by_heads.squeeze(2)
+
+
+def check_arguments(
+    op: str,
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    pairing: str,
+    out_pairing: str,
+    start: int,
+    length: int,
+    sign: int,
+    heads: int,
+) -> None:
+    """Raise ValueError, in the name of `op`, where these are nothing that a rotation is made of."""
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and (x.dim() not in (3, 4) or x.shape[-1] != q.shape[-1] or x.dtype != q.dtype):
+            raise ValueError(
+                f"{op}: {name}, expected 3 or 4 dims, the last {q.shape[-1]}, in {q.dtype}, "
+                f"got {tuple(x.shape)} in {x.dtype}"
+            )
+    if pairing not in PAIRINGS or out_pairing not in PAIRINGS or heads not in (-3, -2) or sign not in (-1, 1):
+        raise ValueError(
+            f"{op}: expected pairings of {PAIRINGS}, heads -3 or -2 and sign 1 or -1, "
+            f"got {pairing!r}, {out_pairing!r}, {heads} and {sign}"
+        )
+    if length % 2 or length <= 0 or start not in (0, q.shape[-1] - length):
+        raise ValueError(
+            f"{op}: start and length, expected an even number of first or last items of {q.shape[-1]}, "
+            f"got {length} at {start}"
+        )
+    for name, table in (("cos", cos), ("sin", sin)):
+        if (
+            table.shape[-1] not in (length, length // 2)
+            or table.shape != cos.shape
+            or table.dtype != cos.dtype
+        ):
+            raise ValueError(
+                f"{op}: {name}, expected {length} or {length // 2} items and {tuple(cos.shape)} in {cos.dtype}, "
+                f"got {tuple(table.shape)} in {table.dtype}"
+            )
 
 
 def rope(
@@ -131,32 +173,7 @@ def rope(
     (tensor([[[0., 1.]]]), None)
     """
     length, out_pairing = length or q.shape[-1], out_pairing or pairing
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and (x.dim() not in (3, 4) or x.shape[-1] != q.shape[-1] or x.dtype != q.dtype):
-            raise ValueError(
-                f"rope: {name}, expected 3 or 4 dims, the last {q.shape[-1]}, in {q.dtype}, "
-                f"got {tuple(x.shape)} in {x.dtype}"
-            )
-    if pairing not in PAIRINGS or out_pairing not in PAIRINGS or heads not in (-3, -2) or sign not in (-1, 1):
-        raise ValueError(
-            f"rope: expected pairings of {PAIRINGS}, heads -3 or -2 and sign 1 or -1, "
-            f"got {pairing!r}, {out_pairing!r}, {heads} and {sign}"
-        )
-    if length % 2 or length <= 0 or start not in (0, q.shape[-1] - length):
-        raise ValueError(
-            f"rope: start and length, expected an even number of first or last items of {q.shape[-1]}, "
-            f"got {length} at {start}"
-        )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if (
-            table.shape[-1] not in (length, length // 2)
-            or table.shape != cos.shape
-            or table.dtype != cos.dtype
-        ):
-            raise ValueError(
-                f"rope: {name}, expected {length} or {length // 2} items and {tuple(cos.shape)} in {cos.dtype}, "
-                f"got {tuple(table.shape)} in {table.dtype}"
-            )
+    check_arguments("rope", q, k, cos, sin, pairing, out_pairing, start, length, sign, heads)
     q_rows, k_rows = tokens_first(q, heads), None if k is None else tokens_first(k, heads)
     y, k_y = _apply(
         q_rows,

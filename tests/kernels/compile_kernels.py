@@ -5,6 +5,7 @@ A program of its own, since it needs Triton without the interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -29,6 +30,7 @@ from fxopt.kernels.glu.form import Form
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
+from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
 
@@ -152,6 +154,39 @@ def rope_builds() -> Iterator[Build]:
             )
 
 
+def norm_rope_builds() -> Iterator[Build]:
+    fp32 = {"p_partial": "*fp32"}
+    half = norm_rope.Form(1e-6, 0.0, True, True, torch.bfloat16, "half", "half", 0, 128, 1, [False, False])
+    neighbours = dataclasses.replace(half, pairing="interleaved", out_pairing="interleaved")
+    forms = [
+        ([32, 8], 128, half, 128),
+        ([32, 8], 128, half, 64),
+        ([8, 4], 256, dataclasses.replace(half, length=256, cast_first=False), 256),
+        ([8, 4], 256, dataclasses.replace(half, length=64), 64),
+        ([5, 1], 128, neighbours, 128),
+        ([32, 32], 128, dataclasses.replace(half, per_head=False), 128),
+        ([40, 8], 128, dataclasses.replace(half, per_head=False), 128),
+    ]
+    for heads, size, form, items in forms:
+        for elements in (norm_rope.FORWARD_ELEMENTS, norm_rope.BACKWARD_ELEMENTS):
+            is_backward = elements == norm_rope.BACKWARD_ELEMENTS
+            tile = norm_rope.tile_of(heads, size, form.length, form.per_head, items, elements)
+            warps = tile.pop("num_warps")
+            constants = norm_rope.constants_of(form, size, items) | tile | dict(HAS_WEIGHT=True)
+            if is_backward:
+                yield (
+                    norm_rope.norm_rope_backward_kernel,
+                    constants | dict(NEED_WEIGHT=True),
+                    fp32,
+                    warps,
+                    True,
+                )
+            else:
+                constants |= dict(CAST_FIRST=form.cast_first, ROUND=True)
+                yield norm_rope.norm_rope_forward_kernel, constants, fp32, warps, True
+    yield norm_rope.norm_rope_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
+
+
 def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
     types = dict.fromkeys(("p_intervals", "p_reads", "p_ranges"), "*i32")
     types |= dict.fromkeys(("p_lse", "p_delta", "p_dsinks"), "*fp32")
@@ -243,6 +278,7 @@ def main() -> None:
             *activation_builds(),
             *cross_entropy_builds(),
             *rope_builds(),
+            *norm_rope_builds(),
             *attention_builds(int(arch), dtype),
         )
         for build in builds:

@@ -41,6 +41,8 @@ SITES = {
 ADDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), LAYERS)
 ADDS |= dict.fromkeys(("granite", "glm4", "smollm3", "single_level"), LAYERS)
 """Norms that became `add_rms_norm`: in a block, those of a sum that the block itself makes; none elsewhere."""
+JOINS = dict.fromkeys(("qwen3", "gemma3_text", "olmo2"), LAYERS)
+"""Blocks whose norms of q and k, and the rotation that reads them, became `norm_rope`: two sites of each kind."""
 DEEP = [
     arch
     if arch in ("llama", "qwen2", "gemma2", "olmo2", "single_level")
@@ -80,6 +82,10 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
     report = fxopt.explain(model)
     assert count_sites(report) == SITES[arch]
     assert sum(site.count for site in report.sites if site.op == "add_rms_norm") == ADDS.get(arch, 0)
+    joined = collections.Counter(
+        site.pattern for site in report.sites if site.op == "norm_rope" for _ in range(site.count)
+    )
+    assert joined == collections.Counter(rms_norm=2 * JOINS.get(arch, 0), rope=2 * JOINS.get(arch, 0))
     assert report.fallbacks == ()
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
