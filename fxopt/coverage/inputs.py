@@ -48,10 +48,30 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "speech-seq2seq": ("whisper", "moonshine", "speech_to_text"),
     "ctc": ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "unispeech"),
-    "image": ("vit", "deit", "beit", "dinov2", "dinov3_vit", "siglip", "siglip2", "swin", "convnext", "ijepa"),
+    "image": (
+        "vit",
+        "deit",
+        "beit",
+        "dinov2",
+        "dinov3_vit",
+        "siglip",
+        "siglip2",
+        "swin",
+        "convnext",
+        "ijepa",
+    ),
     "contrastive": ("clip", "siglip", "clipseg", "chinese_clip", "altclip", "metaclip_2"),
     "image-text": (
-        *("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        *(
+            "llava",
+            "llava_next",
+            "llava_onevision",
+            "paligemma",
+            "gemma3",
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen3_vl",
+        ),
         *("idefics3", "smolvlm", "internvl", "mistral3", "mllama", "aya_vision", "glm4v", "cohere2_vision"),
     ),
 }
@@ -60,7 +80,9 @@ OTHERS: dict[str, tuple[str, ...]] = {
 
 def all_cases() -> tuple[Case, ...]:
     """Return every causal-LM type of the installed transformers, and of `OTHERS` what it has."""
-    known = dict(modeling_auto.CONFIG_MAPPING_NAMES) if hasattr(modeling_auto, "CONFIG_MAPPING_NAMES") else None
+    known = (
+        dict(modeling_auto.CONFIG_MAPPING_NAMES) if hasattr(modeling_auto, "CONFIG_MAPPING_NAMES") else None
+    )
     causal = tuple(Case(name) for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if known is None:
         from transformers import CONFIG_MAPPING
@@ -148,4 +170,9 @@ def _image_text_batch(
     labels = ids.clone()
     ids[:, IMAGE_TOKENS] = token
     labels[:, IMAGE_TOKENS] = -100
-    return {"input_ids": ids, "labels": labels, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values": pixels,
+        "attention_mask": torch.ones_like(ids),
+    }

@@ -7,7 +7,16 @@ import importlib.metadata
 import platform
 from typing import Any
 
-STATUSES = ("captured", "partly captured", "stock", "wrong", "failed", "not built", "timed out", "out of memory")
+STATUSES = (
+    "captured",
+    "partly captured",
+    "stock",
+    "wrong",
+    "failed",
+    "not built",
+    "timed out",
+    "out of memory",
+)
 """`wrong`: a loss or gradient differs. `failed`: fxopt raised where stock did not. `not built`: no tiny model that
 trains as stock. The last two are ended by the runner."""
 

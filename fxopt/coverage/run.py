@@ -16,8 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fxopt.coverage.inputs import Case
+from fxopt.coverage.inputs import Case, all_cases, find_cases
 from fxopt.coverage.record import Row, versions
+from fxopt.coverage.render import render_json, render_markdown, summary_line
+from fxopt.errors import FxoptError
 
 SECONDS = 180
 """For one case: the slowest take half of it on one core of a laptop."""
@@ -38,6 +40,31 @@ class Child:
     row: Row | None = None
 
 
+def cover(
+    names: Sequence[str] | None, *, jobs: int, out: Path, resume: bool, seconds: float = SECONDS
+) -> tuple[list[str], str]:
+    """Measure the cases of `names`, or all, write `out` and its page, and return what is not captured and the sum.
+
+    Raises:
+        FxoptError: the files cannot be written.
+    """
+    lines = out.with_suffix(".jsonl")
+    cases = find_cases(tuple(names)) if names else all_cases()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = run_cases(cases, lines, jobs=jobs, resume=resume, seconds=seconds)
+        out.write_text(render_json(rows))
+        out.with_suffix(".md").write_text(render_markdown(json.loads(out.read_text())))
+    except OSError as error:
+        raise FxoptError(f"--out {out}: cannot be written: {error.strerror}\ngive another file") from error
+    problems = [
+        f"{row.case}: {row.status}: {row.reason}"
+        for row in rows
+        if row.status not in ("captured", "not built")
+    ]
+    return problems, summary_line(rows)
+
+
 def run_cases(
     cases: Sequence[Case],
     lines: Path,
@@ -53,7 +80,6 @@ def run_cases(
     """
     done = read_lines(lines) if resume else {}
     if not done:
-        lines.parent.mkdir(parents=True, exist_ok=True)
         lines.write_text(json.dumps(versions()) + "\n")
     left = [case for case in cases if str(case) not in done]
     bar = tqdm(total=len(cases), initial=len(cases) - len(left), unit="model", file=sys.stderr, smoothing=0.1)

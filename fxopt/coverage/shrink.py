@@ -23,7 +23,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "attention_hidden_size", "lru_width"), WIDTH),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "embed_dim", "hidden_dim", "dim"), WIDTH),
     **dict.fromkeys(("input_embedding_size", "output_embedding_size", "backbone_hidden_size"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dff", "dim_ff", "d_inner"), 2 * WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dff", "dim_ff", "d_inner"), 2 * WIDTH
+    ),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "mlp_dim"), 2 * WIDTH),
     **dict.fromkeys(("feed_forward_size", "intermediate_size_mlp", "dense_intermediate_size"), 2 * WIDTH),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
@@ -45,7 +47,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("n_group", "num_expert_group"), 2),
     **dict.fromkeys(("topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("zero_expert_num",), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length"), 128),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length"), 128
+    ),
     **dict.fromkeys(("model_max_length",), 128),
     **dict.fromkeys(("original_max_position_embeddings",), 64),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "local_attention"), 8),
@@ -80,7 +84,13 @@ INTERVALS = (
 )
 """Every how many layers another kind comes."""
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "attn_layer_offset")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "kv_n_heads", "num_query_groups")
+KEY_VALUE_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "swa_num_key_value_heads",
+    "kv_n_heads",
+    "num_query_groups",
+)
 QUERY_HEADS = {"swa_num_key_value_heads": "swa_num_attention_heads"}
 
 
@@ -111,7 +121,7 @@ def own_fields(config: PreTrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
     """Return the overrides of `config` itself; a dict for a sub-config goes over that one's small fields."""
     fields: dict[str, Any] = {}
     for name, value in own.items():
-        inner = getattr(config, name, None)
+        inner = vars(config).get(name)
         is_sub_config = isinstance(inner, PreTrainedConfig) and isinstance(value, dict)
         fields[name] = shrink(inner, value) if is_sub_config else value
     return fields
@@ -125,9 +135,11 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
     for name, value in fields.items():
         if name in small or name == "model_type":
             continue
-        inner = getattr(config, name, None)
+        inner = vars(config).get(name)
         if isinstance(inner, PreTrainedConfig):
             small[name] = shrink(inner, {})
+        elif name == "head_dim" and value is not None and value == fields.get("qk_rope_head_dim"):
+            small[name] = SIZES["qk_rope_head_dim"]  # what rotary tables are made from
         elif name in LAYER_COUNTS and _is_int(value):
             small[name] = min(value, num_layers) if value == 1 else num_layers
         elif name in KEY_VALUE_HEADS and _is_int(value):
@@ -144,20 +156,34 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
         elif name == "moe_layer_end_index" and _is_int(value):
             small[name] = num_layers - 1
         elif _is_random(name) and isinstance(value, int | float) and not isinstance(value, bool):
-            small[name] = 0.0
+            small[name] = type(value)(0)
         elif name.endswith(("token_id", "token_index")) and _is_int(value) and value >= VOCABULARY:
             small[name] = VOCABULARY - 1 - len([n for n in small if n.endswith(("token_id", "token_index"))])
         elif isinstance(value, dict) and name.startswith("rope_"):
             small[name] = _shrink_rope(value, fields)
     if "use_cache" in fields:
         small["use_cache"] = False
+    if "per_layer_config" in small:
+        small["per_layer_config"] = {
+            str(layer): {name: _in_ratio(small[name], value, fields[name]) for name, value in own.items()}
+            for layer, own in enumerate(small["per_layer_config"])
+            if own
+        }
     return small
+
+
+def _in_ratio(small: Any, value: Any, default: Any) -> Any:
+    """Return what one layer has in place of `small`, in the ratio that `value` has to the default."""
+    return max(1, small * value // default) if _is_int(small) and _is_int(value) else value
 
 
 def _shrink_lists(fields: dict[str, Any]) -> tuple[int, dict[str, list[Any]]]:
     """Return the number of layers, and the per-layer lists with one layer of each kind, repeated up to that."""
     count = next((fields[name] for name in LAYER_COUNTS if _is_int(fields.get(name))), 0)
     lists = {name: list(value) for name, value in fields.items() if isinstance(value, list | tuple)}
+    if fields.get("per_layer_config"):
+        own = {int(layer): values for layer, values in fields["per_layer_config"].items()}
+        lists["per_layer_config"] = [own.get(layer, {}) for layer in range(count)]
     per_layer = {name: value for name, value in lists.items() if len(value) == count > 1}
     indices = {name: value for name, value in lists.items() if _is_index_list(name, value)}
     columns = {name: value for name, value in per_layer.items() if name not in indices}
@@ -166,7 +192,9 @@ def _shrink_lists(fields: dict[str, Any]) -> tuple[int, dict[str, list[Any]]]:
     num_layers = max(LAYERS, len(kinds))
     small: dict[str, list[Any]] = {}
     for name, value in columns.items():
-        small[name] = [value[where[layer % len(kinds)]] for layer in range(num_layers)]
+        most = SIZES.get(name)
+        row = [value[where[layer % len(kinds)]] for layer in range(num_layers)]
+        small[name] = [min(item, most) for item in row] if most and all(map(_is_int, row)) else row
     for name, value in indices.items():
         covers_all = len(value) == count
         small[name] = list(range(num_layers)) if covers_all else list(range(1, num_layers, 2))
@@ -176,7 +204,13 @@ def _shrink_lists(fields: dict[str, Any]) -> tuple[int, dict[str, list[Any]]]:
 def _is_index_list(name: str, value: list[Any]) -> bool:
     """Return whether a list names layers by number: increasing integers under such a name."""
     named = any(part in name for part in ("layers", "layer_ids", "idxs", "indexes"))
-    return named and len(value) > 1 and all(map(_is_int, value)) and value == sorted(set(value)) and value != [0, 1]
+    return (
+        named
+        and len(value) > 1
+        and all(map(_is_int, value))
+        and value == sorted(set(value))
+        and value != [0, 1]
+    )
 
 
 def _shrink_rope(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +231,7 @@ def _shrink_rope(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
 
 
 def _hashable(values: list[Any]) -> list[Any]:
-    return [tuple(value) if isinstance(value, list) else value for value in values]
+    return [str(value) if isinstance(value, list | dict) else value for value in values]
 
 
 def _is_random(name: str) -> bool:
