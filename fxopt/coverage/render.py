@@ -81,7 +81,11 @@ def _patterns(rows: Sequence[Row]) -> str:
         ]
         for pattern, each in sorted(totals.items())
     ]
-    return _table(["pattern", "found", "rewritten", "share", "refused", "unmatched"], lines)
+    return _table(["pattern", "found", "rewritten", "refused", "unmatched", "share"], lines)
+
+
+def _share(counts: collections.Counter[str]) -> str:
+    return f"{counts['rewritten'] / counts['found']:.1%}"
 
 
 def _left(rows: Sequence[Row]) -> str:

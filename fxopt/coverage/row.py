@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
             model, batch = build(case, row)
             stock = copy.deepcopy(model)
             theirs = run_step(stock, batch)
-            again = run_step(stock, batch, seed=1)
+            with note_calls(stock) as called:
+                again = run_step(stock, batch, seed=1)
         except FxoptError as error:
             raise NotBuilt(str(error)) from error
         except Exception as error:
@@ -65,7 +67,7 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
         if worst_error(again, theirs)[0] > MOST_ERROR:
             row.notes.append("stock draws random numbers in training")
         on_stage("optimizing")
-        fill(row, model, batch, stock, theirs)
+        fill(row, model, batch, stock, theirs, called)
     except NotBuilt as error:
         row.status, row.reason = "not built", str(error)
     except Exception as error:
@@ -129,13 +131,34 @@ def loss_of(output: Any) -> torch.Tensor:
     return (first * weights).mean()
 
 
-def fill(row: Row, model: Any, batch: dict[str, Any], stock: Any, theirs: Step) -> None:
-    """Optimize `model`, run it as `theirs` was run, and write what is seen into `row`."""
+@contextlib.contextmanager
+def note_calls(model: torch.nn.Module) -> Iterator[set[str]]:
+    """Collect the paths of the modules that are called inside the `with`."""
+    called: set[str] = set()
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda module, args: called.add(path)
+
+    handles = [module.register_forward_pre_hook(note(path)) for path, module in model.named_modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fill(
+    row: Row, model: Any, batch: dict[str, Any], stock: Any, theirs: Step, called: Collection[str]
+) -> None:
+    """Optimize `model`, run it as `theirs` was run, and write what is seen into `row`.
+
+    `called` are the modules that stock called: blocks that it leaves out are no concern of ours.
+    """
     fxopt.optimize(model)
     ours = run_step(model, batch)
     row.saved_bytes, row.saved_bytes_stock = saved_bytes(model, batch), saved_bytes(stock, batch)
     report = fxopt.explain(model)
-    write_report(row, report)
+    write_report(row, report, called)
     loss_error = relative(ours.loss, theirs.loss)
     row.loss_error = float(f"{loss_error:.2g}")
     missing = ours.gradients.keys() ^ theirs.gradients.keys()
@@ -163,7 +186,7 @@ def saved_bytes(model: Any, batch: dict[str, Any]) -> int:
     return saved.total
 
 
-def write_report(row: Row, report: fxopt.Report) -> None:
+def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> None:
     """Write what the report says into `row`: regions, sites, what was left and why, status and reason."""
     row.regions = [dataclasses.asdict(region) for region in report.regions]
     row.captures = sum(region.captures for region in report.regions)
@@ -176,10 +199,11 @@ def write_report(row: Row, report: fxopt.Report) -> None:
         if site.status != "rewritten":
             left = dict(pattern=site.pattern, status=site.status, count=site.count)
             row.left.append({**left, "reason": site.reason, "location": site.location, "module": site.module})
-    captured = [region for region in report.regions if region.status == "captured"]
-    reasons = [f"{region.module or 'model'}: {region.reason}" for region in report.regions if region.reason]
-    reasons += [f"{r.module or 'model'}: never run" for r in report.regions if r.status == "pending"]
-    if len(captured) == len(report.regions) and not row.fallbacks:
+    run = [each for each in report.regions if each.kind == "model" or each.module in called]
+    captured = [region for region in run if region.status == "captured"]
+    reasons = [f"{region.module or 'model'}: {region.reason}" for region in run if region.reason]
+    reasons += [f"{region.module or 'model'}: never captured" for region in run if region.status == "pending"]
+    if len(captured) == len(run) and not row.fallbacks:
         row.status = "captured"
     else:
         row.status = "partly captured" if captured else "stock"
