@@ -38,6 +38,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "phi4_multimodal": {
+        "audio_config": {
+            "ext_pw_out_channel": 64,
+            "nemo_conv_channels": 64,
+            "depthwise_separable_out_channel": 64,
+        }
+    },
     "qwen4_exp": {"text_config": {**INDEXER, **NGRAMS}},
     "qwen4_exp_text": {**INDEXER, **NGRAMS},
     "reformer": {

@@ -9,6 +9,7 @@ from typing import Any
 
 STATUSES = (
     "captured",
+    "blocks captured",
     "partly captured",
     "stock",
     "wrong",
@@ -17,8 +18,10 @@ STATUSES = (
     "timed out",
     "out of memory",
 )
-"""`wrong`: a loss or gradient differs. `failed`: fxopt raised where stock did not. `not built`: no tiny model that
-trains as stock. The last two are ended by the runner."""
+"""`captured`: every call was served. `blocks captured`: every distinct block was, what stands around them runs stock.
+`partly captured`: some blocks were. `stock`: nothing was. `wrong`: a loss or gradient differs. `failed`: fxopt raised
+where stock did not. `not built`: no tiny model that trains as stock. The last two are ended by the runner, or by the
+memory limit it sets."""
 
 
 @dataclasses.dataclass

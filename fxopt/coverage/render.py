@@ -10,7 +10,7 @@ from typing import Any
 
 from fxopt.coverage.record import STATUSES, Row, versions
 
-BUILT = ("captured", "partly captured", "stock", "wrong", "failed")
+BUILT = ("captured", "blocks captured", "partly captured", "stock", "wrong", "failed")
 MOST_REASONS = 60
 
 
@@ -29,8 +29,9 @@ def render_markdown(document: dict[str, Any]) -> str:
         "# Coverage",
         f"Written by `make coverage` ({listed}). Each row is a tiny model of random weights, built from its config, "
         "whose training step in fp32 on a CPU was compared with stock's: `error` is the largest relative error of "
-        "the loss and of all gradients. Sites are counted over all layers, `rewritten/found`; `saved` is what one "
-        "forward saves for backward, against stock's bytes.",
+        "the loss and of all gradients (where beyond 1e-4, a float64 run of stock decides which is off). Sites are "
+        "counted over all layers, `rewritten/found`; `saved` is what one forward saves for backward, against "
+        "stock's bytes.",
         "## Summary",
         _summary(rows),
         "## Sites by pattern",
@@ -60,9 +61,10 @@ def _summary(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row.task == task]
         counts = collections.Counter(row.status for row in own)
         built = sum(counts[status] for status in BUILT)
-        share = f"{counts['captured'] / built:.1%}" if built else ""
+        whole = counts["captured"] + counts["blocks captured"]
+        share = f"{whole / built:.1%}" if built else ""
         lines.append([task, len(own), built, share, *(counts[status] or "" for status in STATUSES)])
-    return _table(["task", "types", "built", "captured of built", *STATUSES], lines)
+    return _table(["task", "types", "built", "blocks captured, of built", *STATUSES], lines)
 
 
 def _patterns(rows: Sequence[Row]) -> str:

@@ -25,7 +25,7 @@ MOST_ERROR = 1e-4
 """Relative, of the loss and of each gradient in fp32: beyond it a row is judged by a float64 run."""
 MOST_RATIO = 3.0
 """By how much our distance to float64 may exceed stock's where the two differ beyond `MOST_ERROR`."""
-NOISE = 1e-6
+NOISE = 1e-5
 """Gradients below this share of the largest are what rounding leaves of a zero, and count with that share's norm."""
 SPREAD = 0.02
 """Random values added to every weight: no norm is all ones, no bias zero."""
@@ -203,11 +203,16 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
     captured = [region for region in run if region.status == "captured"]
     reasons = [f"{region.module or 'model'}: {region.reason}" for region in run if region.reason]
     reasons += [f"{region.module or 'model'}: never captured" for region in run if region.status == "pending"]
+    of_blocks = [each for each in report.fallbacks if each.region != "model"]
     if len(captured) == len(run) and not row.fallbacks:
         row.status = "captured"
+        return
+    row.reason = "; ".join(dict.fromkeys((*reasons, *row.fallbacks)))
+    blocks = [region for region in run if region.kind == "block"]
+    if blocks and all(region in captured for region in blocks) and not of_blocks:
+        row.status = "blocks captured"
     else:
         row.status = "partly captured" if captured else "stock"
-        row.reason = "; ".join(dict.fromkeys(reasons or row.fallbacks))
 
 
 def worst_error(ours: Step, theirs: Step) -> tuple[float, str]:

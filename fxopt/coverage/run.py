@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -82,6 +83,9 @@ def run_cases(
     if not done:
         lines.write_text(json.dumps(versions()) + "\n")
     left = [case for case in cases if str(case) not in done]
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is a semaphore of the system, told as leaked where the run is stopped
     bar = tqdm(total=len(cases), initial=len(cases) - len(left), unit="model", file=sys.stderr, smoothing=0.1)
     with bar, lines.open("a") as file, contextlib.closing(measure_all(left, jobs, seconds)) as rows:
         for row in rows:
