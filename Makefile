@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow test-all test-gpu bench clean
+.PHONY: help setup demo coverage check test test-slow test-all test-gpu bench clean
 
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## Train a 10 M parameter Llama on real English, stock and optimized, and compare
 	@$(BIN)/fxopt demo $(ARGS)
+
+coverage: setup ## Optimize a tiny model of every architecture, and write docs/coverage.json and .md
+	@OMP_NUM_THREADS=1 $(BIN)/fxopt coverage --out docs/coverage.json $(ARGS)
 
 check: setup ## Lint, format, types, and the tests of the house's own rules
 	$(BIN)/ruff check .

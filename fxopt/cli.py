@@ -1,6 +1,7 @@
-"""The `fxopt` command: `fxopt demo` and `fxopt report`.
+"""The `fxopt` command: `fxopt demo`, `fxopt report` and `fxopt coverage`.
 
-Mistakes of the user end in one clear message and exit code 2; a demo that does not hold ends with 1.
+Mistakes of the user end in one clear message and exit code 2; a demo that does not hold, or coverage that is not
+whole under `--strict`, ends with 1.
 """
 
 from __future__ import annotations
@@ -101,6 +102,36 @@ def report(
         print(found.to_json())
     else:
         _print_report(_console(), str(found))
+
+
+@app.command()
+def coverage(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE[:TASK]", help="Only these model types; may be given several times."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Models measured at a time, each in its own process.")] = 2,
+    out: Annotated[
+        Path,
+        typer.Option(help="Where the rows go, as JSON; beside it a page (.md) and the lines of the run."),
+    ] = Path("coverage.json"),
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where a model is wrong or not wholly captured.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the rows that a stopped run with this --out has written.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="The most that one model may take.")] = 180,
+) -> None:
+    """Optimize a tiny model of every architecture of the installed transformers, and compare it with stock."""
+    from fxopt.coverage.run import cover
+
+    problems, summary = cover(arch, jobs=jobs, out=out, resume=resume, seconds=seconds)
+    print(f"fxopt coverage: {summary}; see {out} and {out.with_suffix('.md')}")
+    if strict and problems:
+        for problem in problems:
+            print(f"fxopt coverage: {problem}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _console() -> Console:

@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "__init__": {"pipeline", "rewriting", "options", "errors", "report"},
     "demo": {"__init__", "errors", "report"},
-    "cli": {"demo", "__init__", "errors", "report"},
+    "coverage": {"demo", "__init__", "errors"},
+    "cli": {"coverage", "demo", "__init__", "errors", "report"},
 }
 APART = {
     "patterns": {"logits", "rotations", "rope_cases", "norm_rope_cases"},
@@ -68,6 +69,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pipeline": {"torch"},
     "__init__": set(),
     "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
+    "coverage": {"torch", "tqdm", *HUGGING_FACE},
     "cli": TERMINAL,
 }
 

@@ -7,6 +7,7 @@ stock path by design. A training call that cannot be served runs the stock path 
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
             item = queue.pop()
             if type(item) in (tuple, list):
                 queue.extend(item)
-            elif type(item) is dict:
+            elif type(item) is dict or isinstance(item, collections.UserDict):  # one that layers share, say
                 queue.extend(item.values())
             elif not isinstance(item, PLAIN_VALUES):
                 return f"{name} is a {type(item).__name__}"

@@ -225,6 +225,19 @@ def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:
     return cause.reason, [f'File "{frame.filename}", line {frame.lineno}' for frame in cause.user_stack]
 
 
+def allow_other_strides(gm: torch.fx.GraphModule) -> None:
+    """Make each view of an AOT graph copy where an op gave its result other strides than it had said it would.
+
+    Some of torch's backward ops do (softplus on a transposed gradient), and `aten.view` raises then. The graph
+    is functional, so a copy has the same values.
+    """
+    views = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
+    for node in views:
+        node.target = torch.ops.aten.reshape.default
+    if views:
+        gm.recompile()
+
+
 def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Return `gm` made into a differentiable callable by AOTAutograd and run node by node."""
     from torch._dynamo.backends.common import aot_autograd
@@ -232,6 +245,7 @@ def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callab
     from torch._functorch.partitioners import default_partition
 
     def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
+        allow_other_strides(graph)
         return make_boxed_func(graph.forward)
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:

@@ -118,3 +118,18 @@ def test_inductor_saves_an_activations_input_alone_where_stock_saves_its_result_
 
     assert count_saved(stock) == 2
     assert count_saved(lambda x: activation(x, act=act)) == 1
+
+
+def test_backward_ops_that_lay_out_otherwise_than_they_say_are_run_plain():
+    # The gradient of this softplus is transposed: its backward says it returns a contiguous one, which AOT views.
+    scale = torch.randn(2, 3, 6)
+
+    def block(x, w):
+        return (F.softplus(F.linear(x, w)).transpose(1, 2).contiguous() * scale).exp()
+
+    x, w = torch.randn(2, 6, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(torch_compat.isolate(block), backend=torch_compat.plain_backend, fullgraph=True)
+    ours = torch.autograd.grad(compiled(x, w).sum(), (x, w))
+    theirs = torch.autograd.grad(block(x, w).sum(), (x, w))
+    for mine, stocks in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, stocks)

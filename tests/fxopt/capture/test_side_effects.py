@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import threading
 from typing import Any
@@ -164,3 +165,47 @@ def test_with_dynamo_switched_off_the_model_runs_stock_and_says_so() -> None:
     with torch._dynamo.config.patch(disable=True):
         torch.testing.assert_close(model(x), stock(x))
     assert any("switched off" in fallback.reason for fallback in fxopt.explain(model).fallbacks)
+
+
+class Sharing(nn.Module):
+    """A layer that hands its keys to the next one in a mapping that all layers are given."""
+
+    def __init__(self, gives: bool) -> None:
+        super().__init__()
+        self.linear, self.gives = nn.Linear(8, 8), gives
+
+    def forward(self, x: torch.Tensor, shared: Any) -> torch.Tensor:
+        if self.gives:
+            shared["keys"] = self.linear(x)
+        return x + F.relu(shared["keys"])
+
+
+@pytest.mark.parametrize("mapping", [dict, collections.UserDict])
+def test_blocks_that_share_tensors_in_a_mapping_are_captured_and_trained_as_in_stock(mapping: type) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Sharing(gives=index % 2 == 0) for index in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shared = mapping()
+            for layer in self.layers:
+                x = layer(x, shared)
+            return x.pow(2).mean()
+
+    torch.manual_seed(0)
+    model = Shared().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for step in range(2):
+        x = torch.randn(2, 5 + step, 8)
+        for each in (model, stock):
+            each.zero_grad()
+            each(x).backward()
+        for (name, mine), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None), name
+            if theirs.grad is not None:
+                torch.testing.assert_close(mine.grad, theirs.grad)
+    report = fxopt.explain(model)
+    assert all(fallback.region != "layers" for fallback in report.fallbacks), report.fallbacks
+    assert report.regions[0].status == "captured"

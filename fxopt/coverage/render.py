@@ -1,0 +1,135 @@
+"""`coverage.json` from the rows, and `coverage.md` from that file alone."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fxopt.coverage.record import STATUSES, Row, versions
+
+BUILT = ("captured", "blocks captured", "partly captured", "stock", "wrong", "failed")
+MOST_REASONS = 60
+
+
+def render_json(rows: Sequence[Row]) -> str:
+    """Return the rows and the versions they rest on, cases in order of name."""
+    ordered = sorted(rows, key=lambda row: (row.task != "causal-lm", row.task, row.case))
+    document = {"versions": versions(), "rows": [dataclasses.asdict(row) for row in ordered]}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def render_markdown(document: dict[str, Any]) -> str:
+    """Return the page of one `coverage.json`."""
+    rows = [Row(**row) for row in document["rows"]]
+    listed = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    parts = [
+        "# Coverage",
+        f"Written by `make coverage` ({listed}). Each row is a tiny model of random weights, built from its config, "
+        "whose training step in fp32 on a CPU was compared with stock's: `error` is the largest relative error of "
+        "the loss and of all gradients (where beyond 1e-4, a float64 run of stock decides which is off). Sites are "
+        "counted over all layers, `rewritten/found`; `saved` is what one forward saves for backward, against "
+        "stock's bytes.",
+        "## Summary",
+        _summary(rows),
+        "## Sites by pattern",
+        _patterns(rows),
+        "## Sites left, by reason",
+        _left(rows),
+        "## Not captured, wrong or not built",
+        _troubles(rows),
+    ]
+    for task in dict.fromkeys(row.task for row in rows):
+        parts += [f"## Models: {task}", _models([row for row in rows if row.task == task])]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary_line(rows: Sequence[Row]) -> str:
+    """Return the figures of all rows in one line."""
+    counts = collections.Counter(row.status for row in rows)
+    found = sum(each["found"] for row in rows for each in row.sites.values())
+    rewritten = sum(each["rewritten"] for row in rows for each in row.sites.values())
+    statuses = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    return f"{len(rows)} models: {statuses}; {rewritten} of {found} sites rewritten"
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    lines: list[list[object]] = []
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        counts = collections.Counter(row.status for row in own)
+        built = sum(counts[status] for status in BUILT)
+        whole = counts["captured"] + counts["blocks captured"]
+        share = f"{whole / built:.1%}" if built else ""
+        lines.append([task, len(own), built, share, *(counts[status] or "" for status in STATUSES)])
+    return _table(["task", "types", "built", "blocks captured, of built", *STATUSES], lines)
+
+
+def _patterns(rows: Sequence[Row]) -> str:
+    totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in rows:
+        for pattern, counts in row.sites.items():
+            totals[pattern].update(counts)
+    lines = [
+        [
+            pattern,
+            each["found"],
+            each["rewritten"],
+            f"{each['rewritten'] / each['found']:.1%}",
+            each["refused"],
+            each["unmatched"],
+        ]
+        for pattern, each in sorted(totals.items())
+    ]
+    return _table(["pattern", "found", "rewritten", "refused", "unmatched", "share"], lines)
+
+
+def _share(counts: collections.Counter[str]) -> str:
+    return f"{counts['rewritten'] / counts['found']:.1%}"
+
+
+def _left(rows: Sequence[Row]) -> str:
+    groups: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    for row in rows:
+        for left in row.left:
+            key = (left["pattern"], left["reason"])
+            count, where = groups.get(key, (0, {}))
+            where.setdefault(row.case, left["location"])
+            groups[key] = (count + left["count"], where)
+    ordered = sorted(groups.items(), key=lambda item: -item[1][0])
+    lines = [
+        [pattern, count, len(where), reason, "; ".join(f"{c} {at}" for c, at in list(where.items())[:3])]
+        for (pattern, reason), (count, where) in ordered[:MOST_REASONS]
+    ]
+    rest = sum(count for _, (count, _) in ordered[MOST_REASONS:])
+    note = f"\n\n{rest} sites more, by rarer reasons, stand in the JSON." if rest else ""
+    return _table(["pattern", "sites", "types", "nearest miss", "first seen in"], lines) + note
+
+
+def _troubles(rows: Sequence[Row]) -> str:
+    lines = [[row.case, row.status, row.reason] for row in rows if row.status != "captured"]
+    return _table(["model", "status", "reason"], lines) if lines else "None."
+
+
+def _models(rows: Sequence[Row]) -> str:
+    lines: list[list[object]] = []
+    for row in rows:
+        sites = ", ".join(f"{name} {each['rewritten']}/{each['found']}" for name, each in row.sites.items())
+        errors = [each for each in (row.loss_error, row.gradient_error) if each is not None]
+        error = f"{max(errors):.1e}" if errors else ""
+        saved = ""
+        if row.saved_bytes is not None and row.saved_bytes_stock:
+            saved = f"{row.saved_bytes / row.saved_bytes_stock:.2f}"
+        lines.append([row.model_type, row.status, sites, error, saved, row.captures or "", row.seconds])
+    return _table(["type", "status", "sites", "error", "saved", "captures", "s"], lines)
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in rows)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

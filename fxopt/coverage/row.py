@@ -1,0 +1,272 @@
+"""One row: a tiny model of one case, its training step as stock and optimized, and what fxopt made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+import transformers
+
+import fxopt
+from fxopt.coverage.inputs import AUTO_CLASSES, Case, make_batch
+from fxopt.coverage.record import Row
+from fxopt.coverage.shrink import tiny_config
+from fxopt.demo.training import count_saved_bytes
+from fxopt.errors import FxoptError
+
+MOST_ERROR = 1e-4
+"""Relative, of the loss and of each gradient in fp32: beyond it a row is judged by a float64 run."""
+MOST_RATIO = 3.0
+"""By how much our distance to float64 may exceed stock's where the two differ beyond `MOST_ERROR`."""
+NOISE = 1e-5
+"""Gradients below this share of the largest are what rounding leaves of a zero, and count with that share's norm."""
+SPREAD = 0.02
+"""Random values added to every weight: no norm is all ones, no bias zero."""
+MOST_PARAMETERS = 50_000_000
+
+
+@dataclasses.dataclass
+class Step:
+    """Loss and gradients of one training step."""
+
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+class NotBuilt(Exception):
+    """No tiny model of this case trains as stock."""
+
+
+def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) -> Row:
+    """Return the row of `case`; every failure is a row with its reason. `on_stage` hears what comes next."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    row = Row(str(case), case.model_type, case.task, "failed")
+    start = time.perf_counter()
+    try:
+        on_stage("building")
+        try:
+            model, batch = build(case, row)
+            stock = copy.deepcopy(model)
+            theirs = run_step(stock, batch)
+            with note_calls(stock) as called:
+                again = run_step(stock, batch, seed=1)
+        except FxoptError as error:
+            raise NotBuilt(str(error)) from error
+        except Exception as error:
+            raise NotBuilt(_one_line(error)) from error
+        if not theirs.loss.isfinite():
+            raise NotBuilt(f"stock's loss is {float(theirs.loss)}")
+        if worst_error(again, theirs)[0] > MOST_ERROR:
+            row.notes.append("stock draws random numbers in training")
+        on_stage("optimizing")
+        fill(row, model, batch, stock, theirs, called)
+    except NotBuilt as error:
+        row.status, row.reason = "not built", str(error)
+    except Exception as error:
+        row.status, row.reason = "failed", f"{_one_line(error)} at {_where(error)}"
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+def build(case: Case, row: Row) -> tuple[Any, dict[str, Any]]:
+    """Return the tiny model of `case` in training mode and its batch."""
+    if case.task not in AUTO_CLASSES:
+        raise NotBuilt(f"unknown task {case.task!r}, expected one of {', '.join(AUTO_CLASSES)}")
+    auto = getattr(transformers, AUTO_CLASSES[case.task])
+    config = tiny_config(case.model_type)
+    with torch.device("meta"):
+        try:
+            shape = auto.from_config(config)
+        except AttributeError:  # a config of several models, of which this task takes one
+            config = config.get_text_config(decoder=True)
+            shape = auto.from_config(config)
+    row.model = type(shape).__name__
+    row.parameters = sum(parameter.numel() for parameter in shape.parameters())
+    if row.parameters > MOST_PARAMETERS:
+        raise NotBuilt(
+            f"the smallest config found has {row.parameters:,} parameters, expected {MOST_PARAMETERS:,} at most"
+        )
+    del shape
+    torch.manual_seed(0)
+    model = auto.from_config(config).train()
+    randomize(model)
+    return model, make_batch(model, model.config, case.task)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Add random values to all weights; what was left uninitialized becomes small and finite."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-20, 20)
+                parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
+
+
+def run_step(model: Any, batch: dict[str, Any], seed: int = 0) -> Step:
+    """Run forward and backward once."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = loss_of(model(**batch))
+    loss.backward()
+    gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.detach().clone(), gradients)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """Return the model's loss, or where it has none a weighted sum of its first floating-point output."""
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    values = output.values() if hasattr(output, "values") else output
+    first = next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+    weights = torch.linspace(-1, 1, first.numel(), dtype=first.dtype).reshape(first.shape)
+    return (first * weights).mean()
+
+
+@contextlib.contextmanager
+def note_calls(model: torch.nn.Module) -> Iterator[set[str]]:
+    """Collect the paths of the modules that are called inside the `with`."""
+    called: set[str] = set()
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda module, args: called.add(path)
+
+    handles = [module.register_forward_pre_hook(note(path)) for path, module in model.named_modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fill(
+    row: Row, model: Any, batch: dict[str, Any], stock: Any, theirs: Step, called: Collection[str]
+) -> None:
+    """Optimize `model`, run it as `theirs` was run, and write what is seen into `row`.
+
+    `called` are the modules that stock called: blocks that it leaves out are no concern of ours.
+    """
+    fxopt.optimize(model)
+    ours = run_step(model, batch)
+    row.saved_bytes, row.saved_bytes_stock = saved_bytes(model, batch), saved_bytes(stock, batch)
+    report = fxopt.explain(model)
+    write_report(row, report, called)
+    loss_error = relative(ours.loss, theirs.loss)
+    row.loss_error = float(f"{loss_error:.2g}")
+    missing = ours.gradients.keys() ^ theirs.gradients.keys()
+    error, row.worst_gradient = worst_error(ours, theirs)
+    row.gradient_error = float(f"{error:.2g}")
+    if missing:
+        name = min(missing)
+        whose = "stock" if name in theirs.gradients else "the optimized model"
+        row.status, row.reason = (
+            "wrong",
+            f"{len(missing)} weights, {name} first, have a gradient in {whose} only",
+        )
+    elif max(loss_error, error) > MOST_ERROR:
+        verdict = judge_by_double(stock, batch, ours, theirs)
+        if verdict:
+            row.status, row.reason = "wrong", verdict
+
+
+def saved_bytes(model: Any, batch: dict[str, Any]) -> int:
+    """Return the bytes that one forward saves for backward, weights and buffers left out."""
+    torch.manual_seed(0)
+    with count_saved_bytes(model) as saved:
+        loss = loss_of(model(**batch))
+    del loss
+    return saved.total
+
+
+def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> None:
+    """Write what the report says into `row`: regions, sites, what was left and why, status and reason."""
+    row.regions = [dataclasses.asdict(region) for region in report.regions]
+    row.captures = sum(region.captures for region in report.regions)
+    row.fallbacks = [f"{each.region or 'model'}: {each.reason}" for each in report.fallbacks]
+    row.notes += [note for note in report.notes if "use_cache" not in note]
+    for site in report.sites:
+        counts = row.sites.setdefault(site.pattern, dict(found=0, rewritten=0, refused=0, unmatched=0))
+        counts["found"] += site.count
+        counts[site.status] += site.count
+        if site.status != "rewritten":
+            left = dict(pattern=site.pattern, status=site.status, count=site.count)
+            row.left.append({**left, "reason": site.reason, "location": site.location, "module": site.module})
+    run = [each for each in report.regions if each.kind == "model" or each.module in called]
+    captured = [region for region in run if region.status == "captured"]
+    reasons = [f"{region.module or 'model'}: {region.reason}" for region in run if region.reason]
+    reasons += [f"{region.module or 'model'}: never captured" for region in run if region.status == "pending"]
+    of_blocks = [each for each in report.fallbacks if each.region != "model"]
+    if len(captured) == len(run) and not row.fallbacks:
+        row.status = "captured"
+        return
+    row.reason = "; ".join(dict.fromkeys((*reasons, *row.fallbacks)))
+    blocks = [region for region in run if region.kind == "block"]
+    if blocks and all(region in captured for region in blocks) and not of_blocks:
+        row.status = "blocks captured"
+    else:
+        row.status = "partly captured" if captured else "stock"
+
+
+def worst_error(ours: Step, theirs: Step) -> tuple[float, str]:
+    """Return the largest relative error of a gradient that both have, and whose it is."""
+    largest = max((float(each.norm()) for each in theirs.gradients.values()), default=0.0)
+    errors = {
+        name: relative(ours.gradients[name], gradient, NOISE * largest)
+        for name, gradient in theirs.gradients.items()
+        if name in ours.gradients
+    }
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return errors.get(worst, 0.0), worst
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor, least: float = 0.0) -> float:
+    """Return the error of `value` as a ratio of norms; NaN where stock has NaN too is no error."""
+    value, reference = value.double(), reference.double()
+    if torch.equal(value.nan_to_num(), reference.nan_to_num()):
+        return 0.0
+    error = float((value - reference).norm() / max(float(reference.norm()), least, 1e-30))
+    return error if error == error else float("inf")
+
+
+def judge_by_double(stock: Any, batch: dict[str, Any], ours: Step, theirs: Step) -> str:
+    """Return why our step is wrong, or "": it is further from a float64 run of stock than stock's own."""
+    double = copy.deepcopy(stock).double()
+    if hasattr(double, "set_experts_implementation"):
+        double.set_experts_implementation("eager")  # torch's grouped product takes no float64
+    try:
+        exact = run_step(double, {name: _double(value) for name, value in batch.items()})
+    except Exception as error:
+        return f"differs from stock, and no float64 run decides: {_one_line(error)}"
+    largest = max((float(each.norm()) for each in exact.gradients.values()), default=0.0)
+    for name, reference in {"loss": exact.loss, **exact.gradients}.items():
+        mine = ours.loss if name == "loss" else ours.gradients.get(name)
+        stocks = theirs.loss if name == "loss" else theirs.gradients.get(name)
+        if mine is None or stocks is None:
+            continue
+        error, own = (relative(each, reference, NOISE * largest) for each in (mine, stocks))
+        if error > max(MOST_RATIO * own, MOST_ERROR):
+            return f"{name} is {error:.1e} off a float64 run, stock {own:.1e}"
+    return ""
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = frames[-1]
+    return f"{frame.filename.split('site-packages/')[-1]}:{frame.lineno}"

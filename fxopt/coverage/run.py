@@ -1,0 +1,198 @@
+"""All cases, each in a process of its own with a time and a memory limit; rows are kept as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fxopt.coverage.inputs import Case, all_cases, find_cases
+from fxopt.coverage.record import Row, versions
+from fxopt.coverage.render import render_json, render_markdown, summary_line
+from fxopt.errors import FxoptError
+
+SECONDS = 180
+"""For one case: the slowest take half of it on one core of a laptop."""
+BYTES = 6 * 2**30
+"""Of memory a case may allocate."""
+PRELOADED = ["torch", "transformers", "fxopt.pipeline", "torch._dynamo", "fxopt.coverage.row"]
+
+
+@dataclasses.dataclass
+class Child:
+    """A running case: its process, the pipe it reports on, what it was doing last."""
+
+    case: Case
+    process: Any
+    pipe: Connection
+    started: float
+    stage: str = "starting"
+    row: Row | None = None
+
+
+def cover(
+    names: Sequence[str] | None, *, jobs: int, out: Path, resume: bool, seconds: float = SECONDS
+) -> tuple[list[str], str]:
+    """Measure the cases of `names`, or all, write `out` and its page, and return what is not captured and the sum.
+
+    Raises:
+        FxoptError: the files cannot be written.
+    """
+    lines = out.with_suffix(".jsonl")
+    cases = find_cases(tuple(names)) if names else all_cases()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = run_cases(cases, lines, jobs=jobs, resume=resume, seconds=seconds)
+        out.write_text(render_json(rows))
+        out.with_suffix(".md").write_text(render_markdown(json.loads(out.read_text())))
+    except OSError as error:
+        raise FxoptError(f"--out {out}: cannot be written: {error.strerror}\ngive another file") from error
+    problems = [
+        f"{row.case}: {row.status}: {row.reason}"
+        for row in rows
+        if row.status not in ("captured", "not built")
+    ]
+    return problems, summary_line(rows)
+
+
+def run_cases(
+    cases: Sequence[Case],
+    lines: Path,
+    *,
+    jobs: int,
+    resume: bool,
+    seconds: float = SECONDS,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Return one row per case in their order, those of `lines` among them with `resume`; others go there as they come.
+
+    `lines` holds the versions and then one row per line, so a run that was stopped goes on where it was.
+    """
+    done = read_lines(lines) if resume else {}
+    if not done:
+        lines.write_text(json.dumps(versions()) + "\n")
+    left = [case for case in cases if str(case) not in done]
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is a semaphore of the system, told as leaked where the run is stopped
+    bar = tqdm(total=len(cases), initial=len(cases) - len(left), unit="model", file=sys.stderr, smoothing=0.1)
+    with bar, lines.open("a") as file, contextlib.closing(measure_all(left, jobs, seconds)) as rows:
+        for row in rows:
+            done[row.case] = row
+            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.flush()
+            bar.set_postfix_str(f"{row.case}: {row.status}")
+            bar.update()
+            on_row(row)
+    return [done[str(case)] for case in cases]
+
+
+def read_lines(lines: Path) -> dict[str, Row]:
+    """Return the rows that `lines` holds by case, none where it is missing or of other versions."""
+    if not lines.exists():
+        return {}
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines.read_text().splitlines()):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:  # the line being written when the run was stopped
+            continue
+        if number == 0:
+            if value != versions():
+                return {}
+            continue
+        rows[value["case"]] = Row(**value)
+    return rows
+
+
+def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Iterator[Row]:
+    """Yield the rows of `cases` as they end, `jobs` processes at a time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # imported once, not once per case
+    queue = list(reversed(cases))
+    running: list[Child] = []
+    try:
+        while queue or running:
+            while queue and len(running) < jobs:
+                running.append(start_child(context, queue.pop()))
+            wait([child.pipe for child in running], timeout=1.0)
+            for child in list(running):
+                row = poll(child, seconds)
+                if row is not None:
+                    running.remove(child)
+                    yield row
+    finally:
+        for child in running:
+            stop(child)
+
+
+def start_child(context: Any, case: Case) -> Child:
+    """Start the process of one case."""
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_child, args=(case, theirs, BYTES), daemon=True)
+    process.start()
+    theirs.close()
+    return Child(case, process, ours, time.monotonic())
+
+
+def run_child(case: Case, pipe: Connection, most_bytes: int) -> None:
+    """Measure `case` in this process and send its stages and its row through `pipe`."""
+    resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    import torch
+
+    from fxopt.coverage.row import measure
+
+    torch.set_num_threads(1)
+    pipe.send(dataclasses.asdict(measure(case, on_stage=pipe.send)))
+
+
+def poll(child: Child, seconds: float) -> Row | None:
+    """Return the row of `child` if it has ended, or was ended here, else None."""
+    with contextlib.suppress(EOFError, OSError):
+        while child.row is None and child.pipe.poll():
+            message = child.pipe.recv()
+            if isinstance(message, str):
+                child.stage = message
+            else:
+                child.row = Row(**message)
+    elapsed = time.monotonic() - child.started
+    if child.row is None and elapsed < seconds and child.process.is_alive():
+        return None
+    if child.row is None:
+        child.row = ended_row(child, elapsed, seconds)
+    stop(child)
+    return child.row
+
+
+def ended_row(child: Child, elapsed: float, seconds: float) -> Row:
+    """Return the row of a case that gave none: it took too long, or its process died."""
+    case = child.case
+    row = Row(str(case), case.model_type, case.task, "timed out", seconds=round(elapsed, 1))
+    if child.process.is_alive():
+        row.reason = f"still {child.stage} after {seconds:.0f} s"
+    else:
+        child.process.join()
+        row.status = "failed"
+        row.reason = f"the process ended with code {child.process.exitcode} while {child.stage}"
+    return row
+
+
+def stop(child: Child) -> None:
+    """End the process of `child` and free what it holds."""
+    if child.row is None or child.process.is_alive():
+        child.process.join(0 if child.row is None else 5)
+    if child.process.is_alive():
+        child.process.kill()
+    child.process.join()
+    child.pipe.close()
