@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import ceil_div, next_power_of_two, num_processors, on_device
+from fxopt.kernels.launcher import launch
 from fxopt.kernels.norm_rope.backward_kernel import norm_rope_backward_kernel, norm_rope_sum_kernel
 from fxopt.kernels.norm_rope.forward_kernel import norm_rope_forward_kernel
 from fxopt.kernels.norm_rope.reference import Form, Four
@@ -102,7 +103,9 @@ def launch_forward(
         token_blocks = ceil_div(tokens, tile["BLOCK_TOKENS"])
         blocks = [batch * token_blocks * ceil_div(each, tile["BLOCK_HEADS"]) for each in heads]
         with on_device(x):
-            norm_rope_forward_kernel[(sum(blocks),)](
+            launch(
+                norm_rope_forward_kernel,
+                (sum(blocks),),
                 x,
                 other,
                 x if weight is None else weight.contiguous(),
@@ -171,7 +174,9 @@ def launch_backward(
         if need_weight:
             partial = x.new_empty((sum(programs), max(columns)), dtype=torch.float32)
         with on_device(x):
-            norm_rope_backward_kernel[(sum(programs),)](
+            launch(
+                norm_rope_backward_kernel,
+                (sum(programs),),
                 dy,
                 other_dy,
                 x,
@@ -203,7 +208,9 @@ def launch_backward(
                 enable_fp_fusion=True,  # as in forward
             )
             if need_weight:
-                norm_rope_sum_kernel[(ceil_div(max(columns), 64), len(given))](
+                launch(
+                    norm_rope_sum_kernel,
+                    (ceil_div(max(columns), 64), len(given)),
                     partial,
                     dweights[0],
                     dweights[-1],
