@@ -152,7 +152,7 @@ def _compare(
     before = _fingerprints(inputs)
     with uncached_autocast(autocast):
         by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
-        by_new = run_with_gradients(replacement_run(replacement, None), inputs, gradients)
+        by_new = run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
     comparisons = [_compare_value(name, by_new[name], by_stock[name], oracle[name], floor) for name in oracle]
     del by_stock, by_new
@@ -161,7 +161,7 @@ def _compare(
         by_stock = oracle
     else:
         by_stock = run_with_gradients(stock_run(match, sizes, torch.float32), wide, gradients)
-    by_new = run_with_gradients(replacement_run(replacement, torch.float32), wide, gradients)
+    by_new = run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
     _check_unchanged(inputs, before)
     comparisons += [
         _compare_value(f"{name} in float32", by_new[name], by_stock[name], oracle[name], FLOAT32_ERROR)
