@@ -151,7 +151,7 @@ def _heads_of(m: Match, name: str) -> Any:
     """Return what `name` is before its norm, cut and moved as its norm was."""
     x: Any = m[name]
     if m[f"{name}_rows"] == "cut":
-        x = call(vocabulary.reshape, x, m[f"{name}_shape"])
+        x = call(vocabulary.reshape, x, shape=m[f"{name}_shape"])
     return call(torch.transpose, x, dim0=-3, dim1=-2) if m[f"{name}_order"] == "moved" else x
 
 

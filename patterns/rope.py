@@ -9,13 +9,15 @@ Numerics: all in fp32, rounded once; a stock model in bf16 rounds three times.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 
+from fxopt.graph import vocabulary
 from fxopt.graph.arguments import same_shape
 from fxopt.kernels.rope import rope
 from fxopt.patterns.rope_cases import examples, mutations, near_misses
-from fxopt.patterns.rotations import Rotation, read_rotation
+from fxopt.patterns.rotations import Rotation, heads_of, read_rotation
 from fxopt.rewriting.pattern import Call, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
@@ -99,9 +101,10 @@ def check(m: Match) -> Mismatch | None:
         return m.fail(f"sin is {_form(sin)}, expected that of cos {_form(cos)}", "sin")
     for name, node in zip(names, m.outputs, strict=True):
         x, y = m.example(name), node.meta["example_value"]
-        if not same_shape(y, x):
+        heads = heads_of(m, name)
+        if not same_shape(y, heads):
             return m.fail(
-                f"the result has shape {list(y.shape)}, expected that of {name} {list(x.shape)}", name
+                f"the result has shape {list(y.shape)}, expected that of {name} {list(heads.shape)}", name
             )
         if x.dtype != q.dtype or y.dtype != m.output.dtype or not x.is_floating_point():
             return m.fail(f"{name} is {x.dtype} and becomes {y.dtype}, expected as of q", name)
@@ -126,9 +129,19 @@ def replace(m: Match) -> Call | tuple[Call, Call]:
     cos, sin = m["cos"], m["sin"]
     if m["form"] == "complex":
         cos, sin = call(torch.real, m["angles"]), call(torch.imag, m["angles"])
-    both = call(rope, m["q"], m["k"], cos, sin, **rotation._asdict(), out_dtype=m.output.dtype)
+    both = call(
+        rope, _argument(m, "q"), _argument(m, "k"), cos, sin, **rotation._asdict(), out_dtype=m.output.dtype
+    )
     q = call(operator.getitem, both, 0)
     return q if m["k"] is None else (q, call(operator.getitem, both, 1))
+
+
+def _argument(m: Match, name: str) -> Any:
+    """Return `name` as the heads that are turned."""
+    if m[name] is None or same_shape(m.example(name), heads_of(m, name)):
+        return m[name]
+    *leading, _, _ = m[f"{name}_lanes"].kwargs["shape"]
+    return call(vocabulary.reshape, m[name], shape=(*leading, heads_of(m, name).shape[-1]))
 
 
 ROPE = Pattern(

@@ -105,6 +105,11 @@ def _llama4(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[tor
     return q_out.type_as(q), k_out.type_as(k)
 
 
+def _cut_at_once(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return heads cut from what holds all of a token, which in one dtype is one view with that of their pairs."""
+    return _llama4(q.flatten(2).view(2, 5, -1, 16), k.flatten(2).view(2, 5, -1, 16), angles)
+
+
 def _deepseek_v2(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return heads turned after the tokens were moved behind them, by angles made of each item's own."""
     angles = torch.polar(torch.ones_like(angles.real), angles.angle()).unsqueeze(1)
@@ -194,7 +199,7 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "stacked bf16", (_both(_stacked), _inputs(device, bf16, 8))
     for dtype in (bf16, fp32):
         q, k, angles = _complex_inputs(device, dtype)
-        for block in (_llama4, _deepseek_v2, _turned_back):
+        for block in (_llama4, _cut_at_once, _deepseek_v2, _turned_back):
             yield f"{block.__name__.strip('_')} {str(dtype).removeprefix('torch.')}", (block, (q, k, angles))
     q, k, *_ = _inputs(device, bf16)
     sections = [torch.randn(3, 2, 5, 16, device=device).to(bf16) for _ in range(2)]

@@ -21,9 +21,18 @@ class Rotation(NamedTuple):
     heads: int
 
 
+def heads_of(m: Match, name: str) -> torch.Tensor:
+    """Return the example of the heads turned: `name`, or those whose pairs are a view of another shape of it."""
+    x = m.example(name)
+    if m["pieces"] != "lanes" or m["part"] != "whole":
+        return x
+    pairs = m.example(f"{name}_lanes")
+    return pairs.flatten(-2) if pairs.dim() > 1 and pairs.shape[-1] == 2 else x
+
+
 def read_rotation(m: Match, name: str) -> Rotation | str:
     """Return how `name` is turned, or why the op does not do that."""
-    x = m.example(name)
+    x = heads_of(m, name)
     size = x.shape[-1]
     if not isinstance(size, int) or x.dim() not in (3, 4):
         return (

@@ -160,10 +160,10 @@ def _compare(
 
     def run_new() -> dict[str, torch.Tensor]:
         with uncached_autocast(autocast):
-            return run_with_gradients(replacement_run(replacement, None), inputs, gradients)
+            return run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
 
     def run_new_wide() -> dict[str, torch.Tensor]:
-        return run_with_gradients(replacement_run(replacement, torch.float32), wide, gradients)
+        return run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
 
     with rehearse(_device_of(match)) as is_rehearsal:  # what runs next takes its time beside the compilers
         if is_rehearsal:

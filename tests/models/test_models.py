@@ -180,6 +180,28 @@ def test_tied_weights_and_softcap_and_scale(twins, tools):
         assert sites["linear_cross_entropy"].op == "linear_cross_entropy", arch
 
 
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama4_text", dict(num_local_experts=2, num_experts_per_tok=1, no_rope_layers=[1] * LAYERS)),
+        (
+            "deepseek_v2",
+            dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+            | dict(first_k_dense_replace=LAYERS, num_key_value_heads=4),
+        ),
+    ],
+)
+def test_products_of_complex_numbers_are_rotations(arch, overrides, twins, tools):
+    model, stock = twins(arch, overrides=overrides)
+    for shape in SHAPES[:2]:
+        batch = tools.make_batch(shape, padded="none", device="cpu")
+        ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+        assert tools.relative(ours.loss, theirs.loss) < 1e-5
+        for name, gradient in theirs.gradients.items():
+            assert tools.relative(ours.gradients[name], gradient) < 1e-4, name
+    assert count_sites(fxopt.explain(model))["rope"] == 2 * LAYERS
+
+
 def test_nan_and_inf_come_out_as_in_stock(twins, tools):
     for poison in (float("nan"), float("inf")):
         model, stock = twins("llama")
