@@ -226,12 +226,12 @@ def _mask_of(m: Match) -> Any:
 
 def backend(m: Match) -> Callable[[], str]:
     """Return what tells which backend serves the op: it measures at its first call."""
-    heads = (m.example(name).to(m.output.dtype) for name in ("q", "k", "v"))
+    q, k, v = (m.example(name).to(m.output.dtype) for name in ("q", "k", "v"))
     mask = next((m.example(name) for name in ("mask", "hidden", "seen") if m[name] is not None), None)
     if mask is not None and m["filler"] is not None and m["filler"] > -math.inf:
         mask = mask.to(m.output.dtype)
     sinks = None if m["sinks"] is None else m.example("sinks")
-    return find_server(*heads, mask, sinks, causal=bool(m["causal"]), softcap=float(m["softcap"] or 0.0))
+    return find_server(q, k, v, mask, sinks, causal=bool(m["causal"]), softcap=float(m["softcap"] or 0.0))
 
 
 def _in_dtype(m: Match, name: str, dtype: torch.dtype) -> Any:
@@ -414,6 +414,22 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
 
     _, _, _, seen = masked = _inputs(device, torch.float32, key_heads=4, mask="bool")
     learned = torch.full((), 0.25, device=device, requires_grad=True)
+
+    def joined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.reshape(-1, 7, 16) for x in (q, k, v))
+        return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+
+    def two_masks(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        return (torch.where(seen, q @ k.transpose(2, 3), -1e9) + mask).softmax(-1) @ v
+
+    yield (
+        "heads joined with the batch",
+        (joined, (q, k, v)),
+        "q: expected shape [B, HQ, SQ, D], got [8, 7, 16]",
+    )
+    yield "two masks", (two_masks, (q, k, v, seen, bias.detach())), "expected one of the two"
     yield "filled with a weight", (filled(-100.0), masked), "filled with -100.0, which leaves them a weight"
     yield (
         "a bias beside the filling",

@@ -155,7 +155,7 @@ def call_torch(backend: SDPBackend | None, kind: str) -> Function:
 
 def call_flex(form: Form) -> Function:
     """Return torch's flex_attention with a block mask, the softcap as a change of scores, sinks after it."""
-    flex = torch.compile(flex_attention, dynamic=False)
+    flex: Any = torch.compile(flex_attention, dynamic=False)
 
     def cap(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
         return torch.tanh(score / form.softcap) * form.softcap
@@ -170,9 +170,8 @@ def call_flex(form: Form) -> Function:
             return flex(q, k, v, **options)
         out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True), **options)
         # A key without a value takes its share of the weights.
-        return out * torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(
-            out.dtype
-        )
+        rest = torch.sigmoid(aux.lse - sinks.float().view(1, -1, 1)).unsqueeze(-1)
+        return out * rest.to(out.dtype)
 
     return run
 

@@ -187,7 +187,7 @@ def _constant(*names: str) -> Rule:
     """Return a rule for a tensor without dims that is made of one number, whatever torch calls that."""
 
     def rule(node: fx.Node, editor: Editor) -> Form | None:
-        example = node.meta.get("example_value")
+        example = value_of(node)
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         value = next((given[name] for name in ("fill_value", "data", "s") if name in given), None)
         is_plain = isinstance(value, int | float) and example.dim() == 0 and not example.requires_grad
