@@ -48,6 +48,19 @@ def plain_intervals(mask: Tensor, has_sinks: bool, safe: bool) -> tuple[Tensor, 
     return torch.stack([start, end, kind]).to(torch.int32), must_read.any().to(torch.int32).view(1)
 
 
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bool mask as what is added to scores: the lowest finite number where a key is not seen."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def clear_empty_rows(q: Tensor, seen: Tensor) -> Tensor:
+    """Return q, zero and without a gradient in rows that see no key.
+
+    Where scores are replaced by the lowest number, unlike where it is added to them, none of such a row matters.
+    """
+    return q.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+
+
 @jit
 def mask_intervals_kernel(
     p_mask,
