@@ -58,6 +58,8 @@ def build_small_model(model_type: str, vocabulary_size: int) -> torch.nn.Module:
     overrides = {name: value for name, value in SMALL.items() if name in fields}
     if fields.intersection(EXPERTS) and "moe_intermediate_size" not in fields:
         overrides["intermediate_size"] = SMALL["intermediate_size"] // SMALL["num_local_experts"]
+    if "kv_lora_rank" in fields:  # compressed keys are one per query head
+        overrides["num_key_value_heads"] = SMALL["num_attention_heads"]
     try:
         config = AutoConfig.for_model(model_type, **overrides, vocab_size=vocabulary_size)
         _check_size(model_type, config)
@@ -79,7 +81,8 @@ def _check_size(model_type: str, config: PreTrainedConfig) -> None:
     if number > MOST_PARAMETERS:
         raise FxoptError(
             f"--arch {model_type}: the smallest model that the demo knows how to build has {number / 1e6:,.0f} M "
-            f"parameters, expected at most {MOST_PARAMETERS / 1e6:.0f} M: its config names its sizes in ways of its own\n"
+            f"parameters, expected at most {MOST_PARAMETERS / 1e6:.0f} M: its config "
+            "names its sizes in ways of its own\n"
             f"choose another architecture, such as llama, qwen2, gemma2 or olmo2; fxopt report --arch {model_type} "
             "takes any size"
         )
