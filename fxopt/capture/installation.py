@@ -50,7 +50,7 @@ class Installation:
         for line in find_patched(model):
             self.ledger.note(line)
         self._settings = torch_compat.make_capture_settings()
-        self._transform = transform
+        self._transform = _unhooked(transform)
         self._lower = lower
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
@@ -152,6 +152,20 @@ class Installation:
             return call(*args)
 
         return self.model_call.compile_tail(tail, run)
+
+
+def _unhooked(transform: Transform) -> Transform:
+    """Return `transform` so that hooks on saved tensors see nothing of it.
+
+    It runs in the model's first step, its proofs with gradients: checkpointing would count what these save, and
+    find less when it recomputes; `save_on_cpu` would move it.
+    """
+
+    def run(gm: fx.GraphModule, *, region: str, lazy_outputs: bool) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            return transform(gm, region=region, lazy_outputs=lazy_outputs)
+
+    return run
 
 
 class _Slot:
