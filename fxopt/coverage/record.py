@@ -26,7 +26,10 @@ memory limit it sets."""
 
 @dataclasses.dataclass
 class Row:
-    """What one case gave. `sites`: per pattern how many were found, rewritten, refused, unmatched."""
+    """What one case gave.
+
+    `sites`: per pattern how many were found, rewritten, refused, unmatched. `seconds`: of processor time.
+    """
 
     case: str
     model_type: str

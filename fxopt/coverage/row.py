@@ -49,7 +49,7 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     row = Row(str(case), case.model_type, case.task, "failed")
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         on_stage("building")
         try:
@@ -61,6 +61,8 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
         except FxoptError as error:
             raise NotBuilt(str(error)) from error
         except Exception as error:
+            if _is_memory(error):
+                raise MemoryError(str(error)) from error
             raise NotBuilt(_one_line(error)) from error
         if not theirs.loss.isfinite():
             raise NotBuilt(f"stock's loss is {float(theirs.loss)}")
@@ -71,8 +73,9 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
     except NotBuilt as error:
         row.status, row.reason = "not built", str(error)
     except Exception as error:
-        row.status, row.reason = "failed", f"{_one_line(error)} at {_where(error)}"
-    row.seconds = round(time.perf_counter() - start, 1)
+        status = "out of memory" if _is_memory(error) else "failed"
+        row.status, row.reason = status, f"{_one_line(error)} at {_where(error)}"
+    row.seconds = round(time.process_time() - start, 1)
     return row
 
 
@@ -259,6 +262,10 @@ def judge_by_double(stock: Any, batch: dict[str, Any], ours: Step, theirs: Step)
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _one_line(error: BaseException) -> str:
