@@ -195,6 +195,7 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
     row.captures = sum(region.captures for region in report.regions)
     row.fallbacks = [f"{each.region or 'model'}: {each.reason}" for each in report.fallbacks]
     row.notes += [note for note in report.notes if "use_cache" not in note]
+    row.forms = sorted({form_of(rewrite.op, rewrite.attributes) for rewrite in report.rewrites})
     for site in report.sites:
         counts = row.sites.setdefault(site.pattern, dict(found=0, rewritten=0, refused=0, unmatched=0))
         counts["found"] += site.count
@@ -216,6 +217,16 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
         row.status = "blocks captured"
     else:
         row.status = "partly captured" if captured else "stock"
+
+
+def form_of(op: str, attributes: dict[str, Any]) -> str:
+    """Return what tells a normal form of `op` from others: its attributes, of numbers only whether 0 or 1."""
+
+    def shown(value: Any) -> str:
+        is_size = isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1)
+        return "n" if is_size else str(value)
+
+    return f"{op}({', '.join(f'{name}={shown(value)}' for name, value in sorted(attributes.items()))})"
 
 
 def worst_error(ours: Step, theirs: Step) -> tuple[float, str]:
