@@ -84,8 +84,8 @@ def run_cases(
     `lines` holds the versions and then one row per line, so a run that was stopped goes on where it was.
     """
     done = read_lines(lines) if resume else {}
-    if not done:
-        lines.write_text(json.dumps(versions()) + "\n")
+    kept = [versions(), *(dataclasses.asdict(row) for row in done.values())]
+    lines.write_text("".join(json.dumps(value) + "\n" for value in kept))  # without a half line at the end
     left = [case for case in cases if str(case) not in done]
     tqdm.set_lock(
         threading.RLock()
