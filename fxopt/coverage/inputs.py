@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-BATCH, TOKENS = 2, 24
+BATCH, TOKENS, IMAGE_TEXT_TOKENS = 2, 16, 24
+"""Some models unroll a loop over tokens: twice as many take twice as long to capture."""
 IMAGE_TOKENS = slice(2, 18)
 """Where in a row of tokens those of the image stand; the rest is text."""
 
@@ -33,6 +35,7 @@ AUTO_CLASSES: dict[str, str] = {
     "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
     "ctc": "AutoModelForCTC",
     "image": "AutoModelForImageClassification",
+    "vision": "AutoModel",
     "contrastive": "AutoModel",
     "image-text": "AutoModelForImageTextToText",
 }
@@ -50,22 +53,18 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "ctc": ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "unispeech"),
     "image": (
         "vit",
-        "deit",
         "beit",
         "dinov2",
-        "dinov3_vit",
         "siglip",
-        "siglip2",
         "swin",
         "convnext",
         "ijepa",
     ),
+    "vision": ("dinov3_vit", "deit", "dinov2_with_registers", "pixtral"),
     "contrastive": ("clip", "siglip", "clipseg", "chinese_clip", "altclip", "metaclip_2"),
     "image-text": (
         *(
             "llava",
-            "llava_next",
-            "llava_onevision",
             "paligemma",
             "gemma3",
             "qwen2_vl",
@@ -78,17 +77,41 @@ OTHERS: dict[str, tuple[str, ...]] = {
 """Types outside causal language models whose blocks train, by task."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a family takes images: tokens per image, patches in one flat row or dimensions, what else it is given."""
+
+    types: tuple[str, ...] = ()
+    tokens: int = 16
+    patches: int = 0
+    ndim: int = 4
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+LAYOUTS = (
+    Layout(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"),
+        patches=128,
+        extra={"image_grid_thw": [[1, 8, 8]] * BATCH},
+    ),
+    Layout(("aya_vision", "cohere2_vision", "internvl"), tokens=4),
+    Layout(("idefics3", "smolvlm"), tokens=4, ndim=5),
+    Layout(("mistral3",), tokens=4, extra={"image_sizes": [[32, 32]] * BATCH}),
+    Layout(
+        ("mllama",),
+        tokens=0,
+        ndim=6,
+        extra={"aspect_ratio_ids": [[1]] * BATCH, "aspect_ratio_mask": [[[1, 0, 0, 0]]] * BATCH},
+    ),
+)
+
+
 def all_cases() -> tuple[Case, ...]:
     """Return every causal-LM type of the installed transformers, and of `OTHERS` what it has."""
-    known = (
-        dict(modeling_auto.CONFIG_MAPPING_NAMES) if hasattr(modeling_auto, "CONFIG_MAPPING_NAMES") else None
-    )
     causal = tuple(Case(name) for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if known is None:
-        from transformers import CONFIG_MAPPING
-
-        known = dict.fromkeys(CONFIG_MAPPING.keys())
-    others = tuple(Case(name, task) for task, names in OTHERS.items() for name in names if name in known)
+    others = tuple(
+        Case(name, task) for task, names in OTHERS.items() for name in names if name in CONFIG_MAPPING
+    )
     return (*causal, *others)
 
 
@@ -131,14 +154,14 @@ def make_batch(model: torch.nn.Module, config: PreTrainedConfig, task: str) -> d
     pixels = normal(BATCH, *_image_sizes(config))
     if task == "image":
         return {"pixel_values": pixels, "labels": torch.arange(BATCH) % 2}
+    if task == "vision":
+        return {"pixel_values": pixels}
     if task == "contrastive":
         return {"input_ids": tokens(), "pixel_values": pixels, "return_loss": True}
-    return _image_text_batch(config, tokens(), pixels, generator)
+    return _image_text_batch(config, tokens(IMAGE_TEXT_TOKENS), pixels)
 
 
 def _taken(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    import inspect
-
     parameters = inspect.signature(model.forward).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return batch
@@ -159,20 +182,23 @@ def _image_sizes(config: Any) -> tuple[int, int, int]:
     return (getattr(vision, "num_channels", 3), height, width)
 
 
-def _image_text_batch(
-    config: Any, ids: torch.Tensor, pixels: torch.Tensor, generator: torch.Generator
-) -> dict[str, Any]:
-    token = next(
-        getattr(config, name)
-        for name in ("image_token_id", "image_token_index")
-        if getattr(config, name, None) is not None
-    )
+def _image_text_batch(config: Any, ids: torch.Tensor, pixels: torch.Tensor) -> dict[str, Any]:
+    """Return text with one image per row, in the layout of the type."""
+    family = next((each for each in LAYOUTS if config.model_type in each.types), Layout())
+    names = ("image_token_id", "image_token_index")
+    token = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
     labels = ids.clone()
-    ids[:, IMAGE_TOKENS] = token
-    labels[:, IMAGE_TOKENS] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": pixels,
-        "attention_mask": torch.ones_like(ids),
-    }
+    where = slice(IMAGE_TOKENS.start, IMAGE_TOKENS.start + family.tokens)
+    if family.tokens:
+        ids[:, where] = token
+        labels[:, where] = -100
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    extra = {name: torch.tensor(value) for name, value in family.extra.items()}
+    if family.patches:
+        vision = config.vision_config
+        width = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        pixels = pixels.flatten().repeat(family.patches)[: family.patches * width].reshape(-1, width)
+        extra["mm_token_type_ids"] = (ids == token).long()
+    if family.ndim == 6:
+        pixels = pixels[:, None, None].expand(-1, 1, config.vision_config.max_num_tiles, -1, -1, -1)
+    return {**batch, **extra, "pixel_values": pixels[:, None] if family.ndim == 5 else pixels}

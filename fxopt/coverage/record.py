@@ -26,7 +26,11 @@ memory limit it sets."""
 
 @dataclasses.dataclass
 class Row:
-    """What one case gave. `sites`: per pattern how many were found, rewritten, refused, unmatched."""
+    """What one case gave.
+
+    `sites`: per pattern how many were found, rewritten, refused, unmatched. `seconds`: of processor time.
+    `forms`: the ops that came in, with the attributes that tell normal forms apart (of numbers, 0 and 1 only).
+    """
 
     case: str
     model_type: str
@@ -38,6 +42,7 @@ class Row:
     regions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sites: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     left: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    forms: list[str] = dataclasses.field(default_factory=list)
     fallbacks: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     loss_error: float | None = None

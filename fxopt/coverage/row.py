@@ -49,7 +49,7 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     row = Row(str(case), case.model_type, case.task, "failed")
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         on_stage("building")
         try:
@@ -61,6 +61,8 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
         except FxoptError as error:
             raise NotBuilt(str(error)) from error
         except Exception as error:
+            if _is_memory(error):
+                raise MemoryError(str(error)) from error
             raise NotBuilt(_one_line(error)) from error
         if not theirs.loss.isfinite():
             raise NotBuilt(f"stock's loss is {float(theirs.loss)}")
@@ -71,8 +73,9 @@ def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) ->
     except NotBuilt as error:
         row.status, row.reason = "not built", str(error)
     except Exception as error:
-        row.status, row.reason = "failed", f"{_one_line(error)} at {_where(error)}"
-    row.seconds = round(time.perf_counter() - start, 1)
+        status = "out of memory" if _is_memory(error) else "failed"
+        row.status, row.reason = status, f"{_one_line(error)} at {_where(error)}"
+    row.seconds = round(time.process_time() - start, 1)
     return row
 
 
@@ -192,6 +195,7 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
     row.captures = sum(region.captures for region in report.regions)
     row.fallbacks = [f"{each.region or 'model'}: {each.reason}" for each in report.fallbacks]
     row.notes += [note for note in report.notes if "use_cache" not in note]
+    row.forms = sorted({form_of(rewrite.op, rewrite.attributes) for rewrite in report.rewrites})
     for site in report.sites:
         counts = row.sites.setdefault(site.pattern, dict(found=0, rewritten=0, refused=0, unmatched=0))
         counts["found"] += site.count
@@ -213,6 +217,16 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
         row.status = "blocks captured"
     else:
         row.status = "partly captured" if captured else "stock"
+
+
+def form_of(op: str, attributes: dict[str, Any]) -> str:
+    """Return what tells a normal form of `op` from others: its attributes, of numbers only whether 0 or 1."""
+
+    def shown(value: Any) -> str:
+        is_size = isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1)
+        return "n" if is_size else str(value)
+
+    return f"{op}({', '.join(f'{name}={shown(value)}' for name, value in sorted(attributes.items()))})"
 
 
 def worst_error(ours: Step, theirs: Step) -> tuple[float, str]:
@@ -259,6 +273,10 @@ def judge_by_double(stock: Any, batch: dict[str, Any], ours: Step, theirs: Step)
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _one_line(error: BaseException) -> str:

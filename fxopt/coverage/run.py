@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import resource
+import signal
 import sys
 import threading
 import time
@@ -23,7 +25,9 @@ from fxopt.coverage.render import render_json, render_markdown, summary_line
 from fxopt.errors import FxoptError
 
 SECONDS = 180
-"""For one case: the slowest take half of it on one core of a laptop."""
+"""Of processor time for one case: the slowest take half of it."""
+PATIENCE = 5
+"""How many times as long it may take by the clock: other work may hold the processors."""
 BYTES = 6 * 2**30
 """Of memory a case may allocate."""
 PRELOADED = ["torch", "transformers", "fxopt.pipeline", "torch._dynamo", "fxopt.coverage.row"]
@@ -80,8 +84,8 @@ def run_cases(
     `lines` holds the versions and then one row per line, so a run that was stopped goes on where it was.
     """
     done = read_lines(lines) if resume else {}
-    if not done:
-        lines.write_text(json.dumps(versions()) + "\n")
+    kept = [versions(), *(dataclasses.asdict(row) for row in done.values())]
+    lines.write_text("".join(json.dumps(value) + "\n" for value in kept))  # without a half line at the end
     left = [case for case in cases if str(case) not in done]
     tqdm.set_lock(
         threading.RLock()
@@ -125,7 +129,7 @@ def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Iterator[Ro
     try:
         while queue or running:
             while queue and len(running) < jobs:
-                running.append(start_child(context, queue.pop()))
+                running.append(start_child(context, queue.pop(), seconds))
             wait([child.pipe for child in running], timeout=1.0)
             for child in list(running):
                 row = poll(child, seconds)
@@ -137,18 +141,19 @@ def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Iterator[Ro
             stop(child)
 
 
-def start_child(context: Any, case: Case) -> Child:
+def start_child(context: Any, case: Case, seconds: float) -> Child:
     """Start the process of one case."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_child, args=(case, theirs, BYTES), daemon=True)
+    process = context.Process(target=run_child, args=(case, theirs, seconds, BYTES), daemon=True)
     process.start()
     theirs.close()
     return Child(case, process, ours, time.monotonic())
 
 
-def run_child(case: Case, pipe: Connection, most_bytes: int) -> None:
+def run_child(case: Case, pipe: Connection, seconds: float, most_bytes: int) -> None:
     """Measure `case` in this process and send its stages and its row through `pipe`."""
     resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     import torch
 
     from fxopt.coverage.row import measure
@@ -167,7 +172,7 @@ def poll(child: Child, seconds: float) -> Row | None:
             else:
                 child.row = Row(**message)
     elapsed = time.monotonic() - child.started
-    if child.row is None and elapsed < seconds and child.process.is_alive():
+    if child.row is None and elapsed < seconds * PATIENCE and child.process.is_alive():
         return None
     if child.row is None:
         child.row = ended_row(child, elapsed, seconds)
@@ -180,11 +185,14 @@ def ended_row(child: Child, elapsed: float, seconds: float) -> Row:
     case = child.case
     row = Row(str(case), case.model_type, case.task, "timed out", seconds=round(elapsed, 1))
     if child.process.is_alive():
-        row.reason = f"still {child.stage} after {seconds:.0f} s"
+        row.reason = f"still {child.stage} after {elapsed:.0f} s"
+        return row
+    child.process.join()
+    code = child.process.exitcode
+    if code in (-signal.SIGXCPU, -signal.SIGKILL) and elapsed >= seconds:
+        row.reason = f"still {child.stage} after {seconds:.0f} s of processor time"
     else:
-        child.process.join()
-        row.status = "failed"
-        row.reason = f"the process ended with code {child.process.exitcode} while {child.stage}"
+        row.status, row.reason = "failed", f"the process ended with code {code} while {child.stage}"
     return row
 
 

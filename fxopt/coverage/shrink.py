@@ -147,6 +147,8 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
             small[name] = HEADS if value == queries else min(value, HEADS // 2)
         elif name in SIZES and _is_int(value):
             small[name] = min(value, SIZES[name])
+        elif name in SIZES and isinstance(value, list | tuple) and all(map(_is_int, value)):
+            small[name] = [min(item, SIZES[name]) for item in value]
         elif name in INTERVALS and _is_int(value):
             small[name] = min(value, 2)
         elif name in FIRST_LAYERS and _is_int(value):
@@ -236,7 +238,9 @@ def _hashable(values: list[Any]) -> list[Any]:
 
 def _is_random(name: str) -> bool:
     """Return whether a field makes training draw random numbers: two models would draw others."""
-    return any(part in name for part in ("dropout", "pdrop", "drop_path", "layerdrop", "jitter"))
+    return name in ("mask_time_prob", "mask_feature_prob") or any(
+        part in name for part in ("dropout", "pdrop", "drop_path", "layerdrop", "jitter")
+    )
 
 
 def _is_int(value: Any) -> bool:
