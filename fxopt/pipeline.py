@@ -23,16 +23,18 @@ from fxopt.capture.installation import (
     find_installation,
     slots_emptied,
 )
-from fxopt.capture.lowering import choose_lowering, name_of, run_uncompiled
+from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
 from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.edit import copy_of
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_placeholders, verify
+from fxopt.graph.view import find_subgraphs
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
@@ -51,7 +53,7 @@ class Job:
 
     options: Options
     lazy_outputs: bool
-    prove: Callable[..., Any] | None
+    prover: Prover | None
     result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
 
 
@@ -62,8 +64,21 @@ def canonicalize_pass(gm: fx.GraphModule, job: Job) -> None:
 
 def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     """Replace each proven match of a pattern by its semantic op."""
-    context = MatchContext(lazy_outputs=job.lazy_outputs, prove=job.prove)
+    context = MatchContext(lazy_outputs=job.lazy_outputs, prove=job.prover and job.prover.prove)
+    if job.prover is not None and is_on_gpu(gm):
+        _rehearse_rewrites(gm, job, job.prover)
     job.result = apply_patterns(gm, job.options.active_patterns, context)
+
+
+def _rehearse_rewrites(gm: fx.GraphModule, job: Job, prover: Prover) -> None:
+    """Rewrite a copy of `gm` unproven, only to see which kernels the proofs need: these compile meanwhile."""
+    if len(list(find_subgraphs(gm))) > 1:
+        return
+    context = MatchContext(lazy_outputs=job.lazy_outputs, prove=prover.rehearse)
+    try:
+        apply_patterns(copy_of(gm), job.options.active_patterns, context)
+    except Exception as error:  # the rewriting that follows will meet it again, and say so
+        log.debug("a rehearsal of the rewrites failed: %s: %s", type(error).__name__, error)
 
 
 def strides_pass(gm: fx.GraphModule, job: Job) -> None:
@@ -79,7 +94,7 @@ PASSES: tuple[tuple[str, Callable[[fx.GraphModule, Job], None]], ...] = (
 
 
 def run_passes(
-    gm: fx.GraphModule, *, region: str, lazy_outputs: bool, options: Options, prove: Callable[..., Any] | None
+    gm: fx.GraphModule, *, region: str, lazy_outputs: bool, options: Options, prover: Prover | None
 ) -> Outcome:
     """Run `PASSES` over `gm` in place and return what was found and done.
 
@@ -90,7 +105,7 @@ def run_passes(
     note_orders(gm)
     anchors = find_anchors(gm)
     before = snapshot(gm)
-    job = Job(options, lazy_outputs, prove)
+    job = Job(options, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in PASSES:
         start, nodes_before = time.perf_counter(), len(gm.graph.nodes)
@@ -255,8 +270,8 @@ def _default_options() -> Options:
 
 
 def _make_transform(options: Options) -> Callable[..., Outcome]:
-    prove = Prover(compiled_ahead).prove if options.verify == "on" else None
-    return functools.partial(run_passes, options=options, prove=prove)
+    prover = Prover(compiled_ahead) if options.verify == "on" else None
+    return functools.partial(run_passes, options=options, prover=prover)
 
 
 def _new_installation(

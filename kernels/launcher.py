@@ -1,12 +1,11 @@
-"""How a kernel is launched: a variant compiled for arguments like these is kept, and called without Triton's binding.
+"""How a kernel is launched: a variant compiled for arguments like these is kept, and may be compiled ahead.
 
-Triton binds, specializes and hashes every argument at each launch, some 60 µs of Python; a compiled block pays that
-for each op, in each layer, forward and backward. `launch` looks the variant up by what Triton specializes on (dtypes,
+`launch` looks a variant up by what Triton specializes on (dtypes,
 16-byte alignment, integers that are 1 or multiples of 16, constants) and calls it as Triton's own tutorials call a
 kernel that was compiled ahead: `compiled[grid](*arguments, *constants)`.
 
-Within `compiled_ahead()` nothing is launched: variants that are missing are compiled side by side, and are ready when
-the body ends. Triton compiles one kernel at a time in 0.5 to 2 s, most of it in LLVM, ptxas and a C compiler.
+Within `compiled_ahead()` nothing is launched: variants that are missing are compiled side by side, while the caller
+goes on. Triton alone compiles one kernel at a time in 0.5 to 2 s, most of it in LLVM, ptxas and a C compiler.
 """
 
 from __future__ import annotations
@@ -38,17 +37,10 @@ class Variant(NamedTuple):
     constants: tuple[Any, ...]
 
 
-class Rehearsal:
-    """The variants being compiled, by kernel and form."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), "fxopt-compile")
-        self.pending: dict[tuple[Any, Form], Future[Variant]] = {}
-
-
 _variants: dict[Any, dict[Form, Variant]] = {}
-_rehearsals: dict[int, Rehearsal] = {}
-"""By thread: what other threads train meanwhile is launched."""
+_pending: dict[tuple[Any, Form], Future[Variant]] = {}
+_rehearsing: set[int] = set()
+"""Threads whose launches only compile: what others train meanwhile is launched."""
 
 
 def launch(
@@ -72,12 +64,14 @@ def launch(
     form = (device, *options, *constants.values(), *map(form_of, arguments))
     variants = _variants.setdefault(kernel, {})
     variant = variants.get(form)
-    if _rehearsals and (rehearsal := _rehearsals.get(threading.get_ident())):
-        if variant is None:
-            _compile_later(rehearsal, kernel, form, arguments, options, constants)
+    if _rehearsing and is_rehearsal():
+        if variant is None and (kernel, form) not in _pending:
+            _pending[kernel, form] = _compile_aside(kernel, arguments, options, constants)
         return
     if variant is None:
-        variant = variants[form] = _compile(kernel, arguments, options, constants)
+        future = _pending.pop((kernel, form), None) if _pending else None
+        variant = future.result() if future else _compile(kernel, arguments, options, constants)
+        variants[form] = variant
     compiled, kept = variant
     compiled[(*grid, 1, 1)[:3]](*arguments, *kept)
 
@@ -104,7 +98,7 @@ def _form_of_integer(number: int) -> Any:
 
 def is_rehearsal() -> bool:
     """Return whether launches of this thread only compile: what they would have written is not there."""
-    return threading.get_ident() in _rehearsals
+    return threading.get_ident() in _rehearsing
 
 
 @contextlib.contextmanager
@@ -122,36 +116,34 @@ def compiled_ahead(device: torch.device) -> Generator[bool]:
 
 
 @contextlib.contextmanager
-def rehearsed() -> Generator[Rehearsal]:
-    """Let launches of this thread only compile; at the end all are compiled."""
-    thread, rehearsal = threading.get_ident(), Rehearsal()
-    _rehearsals[thread] = rehearsal
+def rehearsed() -> Generator[None]:
+    """Let launches of this thread only start compiling what they miss; a launch that needs it waits for it."""
+    thread = threading.get_ident()
+    _rehearsing.add(thread)
     try:
-        yield rehearsal
+        yield
     finally:
-        del _rehearsals[thread]
-        rehearsal.pool.shutdown(wait=True)
-        for (kernel, form), future in rehearsal.pending.items():
-            if future.exception() is None:
-                _variants[kernel][form] = future.result()
+        _rehearsing.discard(thread)
 
 
-def _compile_later(
-    rehearsal: Rehearsal,
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), "fxopt-compile")
+
+
+def _compile_aside(
     kernel: Any,
-    form: Form,
     arguments: tuple[Any, ...],
     options: tuple[int, bool, int | None],
     constants: dict[str, Any],
-) -> None:
+) -> Future[Variant]:
     device = arguments[0].device
 
     def compile_there() -> Variant:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return _compile(kernel, arguments, options, constants)
 
-    if (kernel, form) not in rehearsal.pending:
-        rehearsal.pending[kernel, form] = rehearsal.pool.submit(compile_there)
+    return _compilers().submit(compile_there)
 
 
 def _compile(

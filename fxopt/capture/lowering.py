@@ -21,7 +21,7 @@ def choose_lowering(name: str, gm: fx.GraphModule) -> tuple[Lowering, str]:
     "auto" is Inductor where the tensors are on a usable GPU, else node by node.
     """
     if name == "auto":
-        name = "inductor" if _on_gpu(gm) and launch.is_available() else "plain"
+        name = "inductor" if is_on_gpu(gm) and launch.is_available() else "plain"
     if name == "plain":
         return torch_compat.plain_backend, ""
     mutated = find_mutated_inputs(gm)
@@ -38,7 +38,8 @@ def name_of(lowering: Lowering) -> str:
     return "inductor" if lowering is torch_compat.inductor_backend else "plain"
 
 
-def _on_gpu(gm: fx.GraphModule) -> bool:
+def is_on_gpu(gm: fx.GraphModule) -> bool:
+    """Return whether a tensor that `gm` reads lies on a CUDA device."""
     return any(
         isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.device.type == "cuda"
         for node in gm.graph.nodes

@@ -12,6 +12,14 @@ from fxopt.graph.aliases import Aliases
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose nodes have names and meta of their own, over the same attributes."""
+    graph, copies = fx.Graph(), {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(gm, graph)
+
+
 class Editor:
     """Edits of one graph; the origins of removed nodes go, by `finish`, to what replaced them."""
 

@@ -57,15 +57,16 @@ class Comparison:
 
 
 Rehearse = Callable[[torch.device], contextlib.AbstractContextManager[bool]]
-"""Returns a context in which ops make ready what they need, if it says so, and compute nothing of use."""
+"""Returns a context in which ops make ready what they need and compute nothing of use; yields whether to bother."""
 
 
 class Prover:
     """Proves matches, each distinct structure once: sizes do not count; dtypes, layouts, attributes do."""
 
-    def __init__(self, rehearse: Rehearse | None = None) -> None:
+    def __init__(self, rehearse: Rehearse = lambda _: contextlib.nullcontext(False)) -> None:
         self._proofs: dict[Any, Proof] = {}
-        self._rehearse = rehearse or _no_rehearsal
+        self._rehearse = rehearse
+        self._rehearsed: set[Any] = set()
 
     def prove(self, match: Match, replacement: Replacement) -> Proof:
         """Return the proof of one rewrite; the user's random state and modes stay as they are."""
@@ -73,16 +74,22 @@ class Prover:
             return prove(match, replacement)
         key = structure_of(match, replacement)
         if key not in self._proofs:
-            self._proofs[key] = prove(match, replacement, self._rehearse)
+            self._proofs[key] = prove(match, replacement)
         return self._proofs[key]
 
+    def rehearse(self, match: Match, replacement: Replacement) -> Proof:
+        """Run what a proof would run, inside the context that this prover was given; says nothing of the rewrite."""
+        key = structure_of(match, replacement)
+        if key not in self._proofs and key not in self._rehearsed:
+            self._rehearsed.add(key)
+            device, autocast = _device_of(match), autocast_of(match)
+            with _undisturbed(device), self._rehearse(device) as is_needed:
+                if is_needed:
+                    _run_replacement(match, replacement, autocast)
+        return Proof(True, "", "", 0.0, 0.0, "", (), (), "a rehearsal", "")
 
-@contextlib.contextmanager
-def _no_rehearsal(device: torch.device) -> Generator[bool]:
-    yield False
 
-
-def prove(match: Match, replacement: Replacement, rehearse: Rehearse = _no_rehearsal) -> Proof:
+def prove(match: Match, replacement: Replacement) -> Proof:
     """Return the figures of `replacement` against the stock nodes of `match`."""
     dtype = str(match.output.dtype).removeprefix("torch.")
     device = _device_of(match)
@@ -91,7 +98,7 @@ def prove(match: Match, replacement: Replacement, rehearse: Rehearse = _no_rehea
     autocast = autocast_of(match)
     with _undisturbed(device):
         try:
-            comparisons, shapes, oracle_dtype = _compare(match, replacement, autocast, rehearse)
+            comparisons, shapes, oracle_dtype = _compare(match, replacement, autocast)
         except Exception as error:
             reason = f"the proof could not run: {type(error).__name__}: {_first_line(error)}"
             return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason, "")
@@ -151,42 +158,29 @@ def _check_unchanged(inputs: dict[fx.Node, Any], before: dict[str, int]) -> None
 
 
 def _compare(
-    match: Match, replacement: Replacement, autocast: Autocast, rehearse: Rehearse
+    match: Match, replacement: Replacement, autocast: Autocast
 ) -> tuple[list[Comparison], tuple[str, ...], torch.dtype]:
     sizes, inputs = _draw(match, autocast)
     oracle_dtype = torch.float64 if _largest_float(inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
     gradients = _draw_gradients(match, sizes, inputs, autocast)
-    wide = as_dtype(inputs, torch.float32)
-
-    def run_new() -> dict[str, torch.Tensor]:
-        with uncached_autocast(autocast):
-            return run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
-
-    def run_new_wide() -> dict[str, torch.Tensor]:
-        return run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
-
-    with rehearse(_device_of(match)) as is_rehearsal:  # what runs next takes its time beside the compilers
-        if is_rehearsal:
-            with contextlib.suppress(Exception):
-                run_new()
-                run_new_wide()
-        exact = as_dtype(inputs, oracle_dtype)
-        oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
-        del exact
-        before = _fingerprints(inputs)
-        with uncached_autocast(autocast):
-            by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
-        wide_by_stock = oracle
-        if oracle_dtype != torch.float32:
-            wide_by_stock = run_with_gradients(stock_run(match, sizes, torch.float32), wide, gradients)
-    by_new = run_new()
+    exact = as_dtype(inputs, oracle_dtype)
+    oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
+    del exact
+    before = _fingerprints(inputs)
+    with uncached_autocast(autocast):
+        by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
+        by_new = run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
     comparisons = [_compare_value(name, by_new[name], by_stock[name], oracle[name], floor) for name in oracle]
     del by_stock, by_new
-    by_new = run_new_wide()
+    wide = as_dtype(inputs, torch.float32)
+    by_stock = oracle
+    if oracle_dtype != torch.float32:
+        by_stock = run_with_gradients(stock_run(match, sizes, torch.float32), wide, gradients)
+    by_new = run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
     _check_unchanged(inputs, before)
     comparisons += [
-        _compare_value(f"{name} in float32", by_new[name], wide_by_stock[name], oracle[name], FLOAT32_ERROR)
+        _compare_value(f"{name} in float32", by_new[name], by_stock[name], oracle[name], FLOAT32_ERROR)
         for name in oracle
     ]
     shapes = tuple(
@@ -195,6 +189,15 @@ def _compare(
         if isinstance(value, torch.Tensor)
     )
     return comparisons, shapes, oracle_dtype
+
+
+def _run_replacement(match: Match, replacement: Replacement, autocast: Autocast) -> None:
+    sizes, inputs = _draw(match, autocast)
+    gradients = _draw_gradients(match, sizes, inputs, autocast)
+    with uncached_autocast(autocast):
+        run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
+    wide = as_dtype(inputs, torch.float32)
+    run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
 
 
 def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:

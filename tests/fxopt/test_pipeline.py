@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fxopt
 from fxopt import pipeline
 from fxopt.options import Options
+from fxopt.report.records import Proof
 from fxopt.rewriting.pattern import call
 from fxopt.rewriting.terms import exp, tensor
 
@@ -263,7 +264,7 @@ def test_the_first_pass_is_held_to_the_stock_placeholders_and_verifying_is_not_i
         graph.output(graph.placeholder("x"))
         return torch.fx.GraphModule({}, graph)
 
-    given = dict(region="", lazy_outputs=False, options=Options(patterns=()), prove=None)
+    given = dict(region="", lazy_outputs=False, options=Options(patterns=()), prover=None)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify", slow)
         records = pipeline.run_passes(make(), **given).graph.passes
@@ -541,3 +542,28 @@ def test_what_keeps_the_head_stock_is_told_by_the_models_own_line():
     assert (
         f"it reads dropout at test_pipeline.py:{line} (before the last block), which may" in fallback.reason
     )
+
+
+def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(monkeypatch, caplog) -> None:
+    """Where kernels compile, rewrites are rehearsed on a copy: the same report, and each structure ran once."""
+    rehearsed = []
+
+    def count(self, match, replacement):
+        rehearsed.append(match.pattern.name)
+        return Proof(True, "", "", 0.0, 0.0, "", (), (), "", "")
+
+    def report_of(fails=False):
+        def fail(self, match, replacement):
+            raise RuntimeError("no compiler")
+
+        monkeypatch.setattr(pipeline.Prover, "rehearse", fail if fails else count)
+        return fxopt.explain(llama())
+
+    without = report_of()
+    assert not rehearsed
+    monkeypatch.setattr(pipeline, "is_on_gpu", lambda gm: True)
+    assert report_of().sites == without.sites
+    assert sorted(rehearsed) == sorted(rewrite.pattern for rewrite in without.rewrites)
+    caplog.set_level("DEBUG", "fxopt")
+    assert report_of(fails=True).sites == without.sites
+    assert "a rehearsal of the rewrites failed: RuntimeError: no compiler" in caplog.text

@@ -65,6 +65,10 @@ def num_variants() -> int:
     return len(launcher._variants.get(copy_kernel, {}))  # pyright: ignore[reportPrivateUsage]
 
 
+def num_pending() -> int:
+    return len(launcher._pending)  # pyright: ignore[reportPrivateUsage]
+
+
 def main() -> None:
     driver.set_active(RecordingDriver())
     x = torch.zeros(64)
@@ -78,15 +82,16 @@ def main() -> None:
     launched.clear()
 
     elsewhere = threading.Thread(target=launch_copy, args=(x, 48))
-    with launcher.rehearsed() as rehearsal:
+    with launcher.rehearsed():
         launch_copy(x, 48)
         launch_copy(x, 48, 64)
+        launch_copy(x, 32, 64)
         elsewhere.start()
         elsewhere.join()
-        found["while rehearsing"] = [launcher.is_rehearsal(), len(rehearsal.pending), len(launched)]
+        found["while rehearsing"] = [launcher.is_rehearsal(), num_pending(), len(launched)]
     found["after"] = [launcher.is_rehearsal(), num_variants()]
     launch_copy(x, 48, 64)
-    found["then"] = [num_variants(), len(launched)]
+    found["then"] = [num_pending(), num_variants(), len(launched)]
     print(json.dumps(found))
 
 
