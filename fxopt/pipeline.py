@@ -24,6 +24,7 @@ from fxopt.capture.installation import (
     slots_emptied,
 )
 from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
+from fxopt.capture.modules import tensors_of
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
 from fxopt.capture.warming import start_warming
@@ -170,7 +171,7 @@ def optimize(
         partial=partial,
     )
     model = check_model(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any([tensor.is_meta for tensor in tensors_of(model)]):
         raise FxoptError(
             f"model: {type(model).__name__} is on the meta device, expected weights on a real device\n"
             "load or initialize the weights first; fxopt.explain(model) works on meta"

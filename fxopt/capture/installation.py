@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
+from fxopt.capture.modules import walk
 from fxopt.capture.patched import find_patched
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
@@ -107,7 +107,7 @@ class Installation:
                 return torch_compat.stock_call(caller, *args, **kwargs)
             if torch_compat.is_recorded():
                 return torch_compat.stock_call(block, *args, **kwargs)
-            if any(torch_compat.is_fake(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            if torch_compat.holds_fake(args, kwargs):
                 return model_call.stand_ins.call(block, args, kwargs)
             return model_call.call_block(block, run, args, kwargs)
 
@@ -200,9 +200,8 @@ def find_installation(model: nn.Module) -> Installation | None:
     A copy of an optimized model has nothing installed. What is installed may be another model's: one that
     was put into `model` since (an adapter's base), or one that `model` was taken out of (adapters merged).
     """
-    return next(
-        (found for module in model.modules() if (found := _installation_in(module)) is not None), None
-    )
+    slots = [module for module in walk(model) if SLOT in module.__dict__]
+    return next((found for module in slots if (found := _installation_in(module)) is not None), None)
 
 
 def _installation_in(module: nn.Module) -> Installation | None:
@@ -216,7 +215,7 @@ def _installation_in(module: nn.Module) -> Installation | None:
 @contextlib.contextmanager
 def slots_emptied(model: nn.Module) -> Iterator[None]:
     """Empty the compile slots of all modules of `model` within the scope, whoever filled them."""
-    filled = {module: module.__dict__.pop(SLOT) for module in model.modules() if SLOT in module.__dict__}
+    filled = {module: module.__dict__.pop(SLOT) for module in walk(model) if SLOT in module.__dict__}
     try:
         yield
     finally:
@@ -249,7 +248,7 @@ def check_uncompiled(model: nn.Module) -> None:
     Raises:
         FxoptError: torch.compile or module.compile() holds one of them.
     """
-    for path, module in model.named_modules():
+    for module, path in walk(model).items():
         by = ""
         if isinstance(module, torch._dynamo.OptimizedModule):
             by = "torch.compile"

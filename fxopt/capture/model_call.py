@@ -21,6 +21,7 @@ from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
 from fxopt.capture.hooks import find_hooks, has_hooks
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import reason_of
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
@@ -54,9 +55,10 @@ class ModelCall:
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._settings = torch_compat.make_capture_settings()
+        self._around = (model, *find_around(model, self.blocks))
         self._takes_cache = accepts(model.forward, "use_cache") or (
             takes_any(model.forward)
-            and any(accepts(inner.forward, "use_cache") for inner in find_around(model, self.blocks))
+            and any(accepts(inner.forward, "use_cache") for inner in self._around[1:])
         )
         self.stand_ins = StandIns()
         self._trunk = Trunk(model)
@@ -126,7 +128,7 @@ class ModelCall:
                 return (
                     f"a hook sits on a {type(hooked).__name__} of a block and may keep what the forward reads"
                 )
-        asked = find_asked_output(self.model, kwargs)
+        asked = find_asked_output(self.model, self.blocks, kwargs)
         if asked is not None:
             return f"{asked} is asked for, which hooks collect on the way"
         return find_opaque(args, kwargs)
@@ -143,7 +145,7 @@ class ModelCall:
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:
-            with self._leaves():
+            with self._leaves(), torch_compat.tensors_left_unlisted(self._around):
                 return self.compiled(self.model, self._count_eager, args, kwargs)
         finally:
             self._arguments = previous
@@ -190,7 +192,7 @@ class ModelCall:
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
         modules = [weakref.ref(module) for module in find_tail_modules(self.model, tail.graph)]
-        on_meta = any(parameter.is_meta for parameter in self.model.parameters())
+        on_meta = any([tensor.is_meta for tensor in tensors_of(self.model)])
         rehearsed = tail.calls if on_meta else ()
         leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
         find_self = weakref.ref(self)
@@ -245,26 +247,28 @@ def find_around(model: nn.Module, blocks: frozenset[nn.Module]) -> tuple[nn.Modu
     """Return the modules below `model` that hold blocks somewhere inside and are none themselves."""
     return tuple(
         module
-        for module in model.modules()
-        if module is not model and module not in blocks and any(inner in blocks for inner in module.modules())
+        for module in walk(model, but=blocks)
+        if module is not model and not blocks.isdisjoint(walk(module))
     )
 
 
 def find_tail_modules(model: nn.Module, tail: fx.GraphModule) -> tuple[nn.Module, ...]:
     """Return the modules whose calls the tail holds, `model` itself left out."""
-    named = dict(model.named_modules())
+    named = {path: module for module, path in walk(model).items()}
     paths: set[str] = set()
     for node in tail.graph.nodes:
         paths.update(modules_of(node))
     return tuple(named[path] for path in sorted(paths) if path and path in named)
 
 
-def find_asked_output(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+def find_asked_output(model: nn.Module, blocks: frozenset[nn.Module], kwargs: dict[str, Any]) -> str | None:
     """Return the name by which this call or a config asks for an output that hooks collect, or None.
 
-    transformers' models say in `_can_record_outputs` what can be collected; `output_<key>` asks for it.
+    transformers' models say in `_can_record_outputs` what can be collected; `output_<key>` asks for it. A
+    block is no such model; the modules around the blocks are few, and looked at anew at each call.
     """
-    keys = {key for module in model.modules() for key in getattr(module, "_can_record_outputs", None) or ()}
+    around = walk(model, but=blocks)
+    keys = {key for module in around for key in getattr(module, "_can_record_outputs", None) or ()}
     config = getattr(model, "config", None)
     asked = {**getattr(config, "__dict__", {}), **kwargs}
     return next((f"output_{key}" for key in sorted(keys) if asked.get(f"output_{key}")), None)

@@ -6,6 +6,8 @@ import dataclasses
 
 from torch import nn
 
+from fxopt.capture.modules import tensors_of, walk
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
@@ -45,7 +47,7 @@ def find_regions(model: nn.Module) -> Regions:
     """
     lists = [
         (path, module)
-        for path, module in model.named_modules()
+        for module, path in walk(model).items()
         if isinstance(module, nn.ModuleList | nn.Sequential) and _num_parameters(module) > 0
     ]
     repeated = [(path, module) for path, module in lists if _repeats(module)]
@@ -79,4 +81,4 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum([tensor.numel() for tensor in tensors_of(module) if isinstance(tensor, nn.Parameter)])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
+from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
 
@@ -35,20 +36,18 @@ class StandIns:
         """Return stand-ins of the form `block` returns for these stand-in arguments."""
         if self._running:
             return torch_compat.stock_call(block, *args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        mode = torch_compat.fake_mode_of(next(leaf for leaf in leaves if torch_compat.is_fake(leaf)))
-        forms = tuple(
-            (str(leaf.shape), leaf.dtype, leaf.requires_grad) if torch_compat.is_fake(leaf) else str(leaf)
-            for leaf in leaves
-        )
-        weights = tuple(
-            (name, tuple(value.shape), value.dtype, value.requires_grad)
-            for name, value in (*block.named_parameters(), *block.named_buffers())
-        )
-        key = (type(block), str(spec), forms, weights, block.training, id(mode))
+        fakes: list[torch.Tensor] = []
+        forms = _form_of((args, kwargs), fakes)
+        mode = torch_compat.fake_mode_of(fakes[0])
+        weights = tuple([(value.shape, value.dtype, value.requires_grad) for value in tensors_of(block)])
+        modules = tuple([(path, type(module)) for module, path in walk(block).items()])
+        key = (modules, forms, weights, block.training, id(mode))
         if key not in self._forms:
             self._forms[key] = self._run(mode, block, args, kwargs)
-        return pytree.tree_map_only(torch.Tensor, _like, self._forms[key])
+        form = self._forms[key]
+        return (
+            _like(form) if isinstance(form, torch.Tensor) else pytree.tree_map_only(torch.Tensor, _like, form)
+        )
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running = True
@@ -72,6 +71,18 @@ class StandIns:
         if changed:
             raise TailRefusal(f"a block sets {changed} while it runs, which may be read after the blocks")
         return out
+
+
+def _form_of(value: Any, fakes: list[torch.Tensor]) -> Any:
+    """Return what tells arguments of one form from those of another; put their stand-in tensors into `fakes`."""
+    if torch_compat.is_fake(value):
+        fakes.append(value)
+        return str(value.shape), value.dtype, value.requires_grad
+    if isinstance(value, tuple | list):
+        return (type(value), *[_form_of(item, fakes) for item in value])
+    if isinstance(value, dict):
+        return (dict, *[(name, _form_of(item, fakes)) for name, item in value.items()])
+    return str(value)
 
 
 def _find_change(before: dict[nn.Module, dict[str, Any]]) -> str:

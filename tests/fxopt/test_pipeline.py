@@ -324,8 +324,8 @@ def count_calls(run: Callable[[], Any]) -> int:
 def test_cost_grows_with_distinct_blocks_not_layers(monkeypatch):
     """Equal layers cost no capture and no pass of their own, and little else.
 
-    What grows: Dynamo traces the model's own loop over its blocks, some 10,000 calls per layer. From 4 to 16
-    and to 64 layers the calls of compiling grow 1.09x and 1.50x on torch 2.13, 1.13x and 1.64x on 2.11.
+    What grows: Dynamo traces the model's own loop over its blocks, 6,200 to 7,600 calls per layer. From 4 to 16
+    and to 64 layers the calls of compiling grow 1.06x and 1.29x on torch 2.13, 1.08x and 1.40x on 2.11.
     """
     runs: collections.Counter[str] = collections.Counter()
 
@@ -349,8 +349,8 @@ def test_cost_grows_with_distinct_blocks_not_layers(monkeypatch):
         work.append(first - count_calls(lambda model=model: step(model)))
         assert runs == {name: 2 for name, _ in pipeline.PASSES}, f"one block and one tail, of {layers} layers"
         assert [region.captures for region in fxopt.explain(model).regions] == [1, 1]
-    assert work[1] <= 1.25 * work[0], work
-    assert work[2] <= 1.75 * work[0], work
+    assert work[1] <= 1.15 * work[0], work
+    assert work[2] <= 1.5 * work[0], work
 
 
 def test_a_refused_match_of_a_users_own_pattern_is_in_the_report():

@@ -121,3 +121,13 @@ def test_isolated_functions_keep_defaults_and_closures():
     copy = torch_compat.isolate(function)
     assert isinstance(copy, types.FunctionType)
     assert copy() == 6
+
+
+def test_modules_whose_tensors_are_left_unlisted_list_them_as_ever():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    parameters, buffers = dict(model.named_parameters("p")), dict(model.named_buffers(recurse=True))
+    with torch_compat.tensors_left_unlisted((model, model[0])):
+        assert dict(model.named_parameters("p")) == parameters
+        assert dict(model.named_buffers(recurse=True)) == buffers
+        assert len(list(model.parameters())) == 4
+    assert not {"named_parameters", "named_buffers"}.intersection(model.__dict__)

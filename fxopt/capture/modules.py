@@ -1,0 +1,45 @@
+"""The modules of a model in one walk: torch's own generators call themselves once per level and item."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import nn
+
+
+def walk(model: nn.Module, but: Container[nn.Module] = ()) -> dict[nn.Module, str]:
+    """Return `model` and the modules in it with their paths, as `named_modules` does; none of or below `but`.
+
+    >>> list(walk(nn.Sequential(nn.Tanh(), nn.Sequential(nn.ReLU()))).values())
+    ['', '0', '1', '1.0']
+    """
+    found: dict[nn.Module, str] = {}
+    stack: list[tuple[str, nn.Module | None]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module is None or module in found or module in but:
+            continue
+        found[module] = path
+        prefix = f"{path}." if path else ""
+        for name, child in reversed(module._modules.items()):
+            stack.append((prefix + name, child))
+    return found
+
+
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters and buffers of `model`, each once, in the order of its modules."""
+    found: dict[int, torch.Tensor] = {}
+    stack: list[nn.Module | None] = [model]
+    seen: set[nn.Module] = set()
+    while stack:
+        module = stack.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        for own in (module._parameters, module._buffers):
+            for value in own.values():
+                if value is not None:
+                    found.setdefault(id(value), value)
+        stack.extend(reversed(module._modules.values()))
+    return list(found.values())
