@@ -6,7 +6,8 @@ the GPU kept busy until the host has queued it, so that nobody's Python is timed
     fxopt      the op, through autograd
     liger      liger_kernel's functional form
     cce        cut_cross_entropy without its gradient filter ("cce_exact")
-    sdpa       torch's attention by its own choice; `cudnn`, `flash` by one backend of it
+    sdpa       torch's attention by its own choice; `cudnn`, `flash`, `efficient` by one backend of it
+    flex       torch's flex_attention, compiled, with a block mask
     compile    torch.compile of the eager form
     eager      what a stock model runs
     copy       a copy that moves the bytes the kernel has to move; for linear_cross_entropy `gemms`, its matrix
@@ -46,7 +47,20 @@ CACHE_BYTES = 256 * 2**20
 HEAD_START_CYCLES = 4_000_000
 """About 2 ms at 1.8 GHz: longer than any contestant takes to queue its launches."""
 FEWEST_RUNS, MOST_RUNS, BUDGET_MS = 8, 40, 60.0
-COLUMNS = ("fxopt", "liger", "cce", "sdpa", "cudnn", "flash", "compile", "eager", "copy", "gemms")
+COLUMNS = (
+    "fxopt",
+    "liger",
+    "cce",
+    "sdpa",
+    "cudnn",
+    "flash",
+    "efficient",
+    "flex",
+    "compile",
+    "eager",
+    "copy",
+    "gemms",
+)
 
 
 def outputs_of(function: Function, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -84,7 +98,8 @@ def find_disagreement(case: Case) -> str | None:
 
     No kernel takes float64: there the op itself is its reference, with the attributes the case gives it.
     """
-    tensors = case.make(case.rows if case.gemms is None else min(case.rows, HEAD_ROWS))
+    rows = case.checked_rows or case.rows
+    tensors = case.make(rows if case.gemms is None else min(rows, HEAD_ROWS))
     exact = gradients(case.contestants["fxopt"], tensors, torch.float64)
     eager = gradients(case.contestants["eager"], tensors, torch.bfloat16)
     ours = gradients(case.contestants["fxopt"], tensors, torch.bfloat16)

@@ -15,16 +15,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture.installation import Installation, check_model, find_installation
+from fxopt.capture.gradients import keep_stock_gradients
+from fxopt.capture.installation import (
+    Installation,
+    check_model,
+    check_uncompiled,
+    find_installation,
+    slots_emptied,
+)
 from fxopt.capture.lowering import choose_lowering, name_of, run_uncompiled
-from fxopt.capture.segments import compile_model_graph
+from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
 from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.snapshot import snapshot
+from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_placeholders, verify
+from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
 from fxopt.report.records import GraphRecord, PassRecord, Report
@@ -57,9 +66,15 @@ def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     job.result = apply_patterns(gm, job.options.active_patterns, context)
 
 
+def strides_pass(gm: fx.GraphModule, job: Job) -> None:
+    """Lay the results out in memory as stock does, where a rewrite made another order of it."""
+    restore_orders(gm)
+
+
 PASSES: tuple[tuple[str, Callable[[fx.GraphModule, Job], None]], ...] = (
     ("canonicalize", canonicalize_pass),
     ("rewrite", rewrite_pass),
+    ("strides", strides_pass),
 )
 
 
@@ -72,6 +87,7 @@ def run_passes(
         VerifyError: a pass left the graph invalid.
     """
     note_placeholders(gm)
+    note_orders(gm)
     anchors = find_anchors(gm)
     before = snapshot(gm)
     job = Job(options, lazy_outputs, prove)
@@ -83,10 +99,12 @@ def run_passes(
         verify(gm, name)
         records.append(PassRecord(name, round(elapsed_ms, 2), nodes_before, len(gm.graph.nodes)))
     gm.recompile()
-    sites, mismatches = find_sites(gm, anchors, job.result, options.active_patterns, lazy_outputs)
+    sites, mismatches, backends = find_sites(
+        gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
+    )
     rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
     graph = GraphRecord(region, 0, before, snapshot(gm), rewrites, tuple(records))
-    return Outcome(sites, mismatches, graph)
+    return Outcome(sites, mismatches, graph, backends)
 
 
 def optimize(
@@ -142,14 +160,17 @@ def optimize(
             f"model: {type(model).__name__} is on the meta device, expected weights on a real device\n"
             "load or initialize the weights first; fxopt.explain(model) works on meta"
         )
+    check_uncompiled(model)
     installed = find_installation(model)
-    if installed is not None and installed.options == options:
+    if installed is not None and installed.model is model and installed.options == options:
         return model
     if options.strict:
         _check_strictly(_report_on_small_inputs(model, options, example_inputs))
-    if installed is not None:
-        log.warning("%s was optimized with other options: restored, optimized anew", type(model).__name__)
+    while installed is not None:
+        how = "with other options" if installed.model is model else f"as {type(installed.model).__name__}"
+        log.warning("%s was optimized %s: restored, optimized anew", type(model).__name__, how)
         installed.remove()
+        installed = find_installation(model)
     installation = _new_installation(model, options)
     for note in installation.ledger.notes:
         log.warning("%s", note)
@@ -162,8 +183,11 @@ def optimize(
 def restore(model: nn.Module) -> nn.Module:
     """Give back the stock behaviour of an optimized model, bit for bit, and return the same object.
 
+    What others compiled since (`block.compile()`) stays. Where `model` holds an optimized model, or was a part of
+    one (adapters put around it, or merged), that one is restored.
+
     Raises:
-        FxoptError: `model` is not optimized.
+        FxoptError: nothing in `model` is optimized.
 
     >>> import torch, fxopt
     >>> model = fxopt.optimize(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
@@ -176,7 +200,11 @@ def restore(model: nn.Module) -> nn.Module:
             f"model: {type(model).__name__} is not optimized, expected a model that fxopt.optimize was given\n"
             "a copy or a reloaded model is a stock model already"
         )
-    installation.remove()
+    while installation is not None:
+        for path in installation.find_replaced():
+            log.warning("%s: compiled by module.compile() since fxopt.optimize, left so", path or "the model")
+        installation.remove()
+        installation = find_installation(model)
     return model
 
 
@@ -200,6 +228,7 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     installation = find_installation(model)
     if installation is not None and installation.ledger.has_run and example_inputs is None:
         return build_report(installation)
+    check_uncompiled(model)
     options = installation.options if installation is not None else _default_options()
     return _report_on_small_inputs(model, options, example_inputs)
 
@@ -217,7 +246,8 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
     lowering, reason = choose_lowering(options.lowering, gm)
     if reason:
         log.warning("%s", reason)
-    return compile_model_graph(gm, example_inputs, lowering)
+    lower = keep_stock_gradients(lowering, "model")
+    return compile_model_graph(gm, example_inputs, lower, find_segments(gm))
 
 
 def _default_options() -> Options:
@@ -225,7 +255,7 @@ def _default_options() -> Options:
 
 
 def _make_transform(options: Options) -> Callable[..., Outcome]:
-    prove = Prover().prove if options.verify == "on" else None
+    prove = Prover(compiled_ahead).prove if options.verify == "on" else None
     return functools.partial(run_passes, options=options, prove=prove)
 
 
@@ -248,10 +278,7 @@ def _new_installation(
 def _report_on_small_inputs(
     model: nn.Module, options: Options, example_inputs: dict[str, Any] | None
 ) -> Report:
-    installed = find_installation(model)
-    if installed is not None:
-        installed.remove()
-    try:
+    with slots_emptied(model):
         probe = _new_installation(model, options, run_uncompiled)
         probe.install()
         try:
@@ -259,9 +286,6 @@ def _report_on_small_inputs(
             return build_report(probe)
         finally:
             probe.remove()
-    finally:
-        if installed is not None:
-            installed.install()
 
 
 def _check_strictly(report: Report) -> None:

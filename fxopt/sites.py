@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -16,16 +16,23 @@ from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site
 from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
+
+Backend = Callable[[], str] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the passes found and did in one graph; modules are named from the region's root."""
+    """What the passes found and did in one graph; modules are named from the region's root.
+
+    `backends` holds for each site what tells its backend, None where the op has but one.
+    """
 
     sites: tuple[Site, ...]
     mismatches: tuple[MismatchRecord, ...]
     graph: GraphRecord
+    backends: tuple[Backend, ...]
 
 
 def find_sites(
@@ -34,13 +41,16 @@ def find_sites(
     result: RewriteResult,
     patterns: Sequence[Any],
     lazy_outputs: bool,
-) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...]]:
-    """Return one site per anchor of the stock graph, and for each that no pattern took its nearest miss."""
+    disabled: Collection[str] = (),
+) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...], tuple[Backend, ...]]:
+    """Return one site per anchor of the stock graph, for each that no pattern took its nearest miss, and backends."""
     sites: list[Site] = []
+    backends: list[Backend] = []
     mismatches: list[MismatchRecord] = []
     for anchor in anchors:
         # The last: a later pattern may take what an earlier one made.
         rewrite = next((r for r in reversed(result.rewrites) if anchor.node in r.origins), None)
+        backends.append(rewrite.backend if rewrite is not None else None)
         if rewrite is not None:
             sites.append(_site(anchor, "rewritten", rewrite.record.op, "", rewrite.proof))
             continue
@@ -48,7 +58,10 @@ def find_sites(
         if refused is not None:
             sites.append(_site(anchor, "refused", "", refused.reason, refused.proof))
             continue
-        miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
+        if anchor.kind in disabled:
+            miss = Mismatch(anchor.kind, "disabled by the options")
+        else:
+            miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
         reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
         sites.append(_site(anchor, "unmatched", "", reason, None))
         mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
@@ -60,7 +73,7 @@ def find_sites(
     for pattern in patterns:
         if pattern.name not in KINDS | done and not _is_built_on_ops(pattern):
             mismatches += _nearest_of(gm, pattern, lazy_outputs)
-    return tuple(sites), tuple(mismatches)
+    return tuple(sites), tuple(mismatches), tuple(backends)
 
 
 def _is_built_on_ops(pattern: Any) -> bool:
@@ -100,9 +113,9 @@ def build_report(installation: Installation) -> Report:
     """Return the report of one optimized model: sites counted over the layers they stand for."""
     ledger = installation.ledger
     served = [
-        (path, ledger.served[path])
+        (path, capture)
         for path in (*(path for path, _ in installation.regions.blocks), REGION)
-        if path in ledger.served
+        for capture in ledger.served.get(path, ())
     ]
     used = tuple({id(capture): capture for _, capture in served}.values())
     graphs = tuple(
@@ -118,19 +131,29 @@ def build_report(installation: Installation) -> Report:
         graphs=graphs,
         regions=_regions(installation),
         fallbacks=ledger.fallback_records(),
-        notes=tuple(ledger.notes),
+        notes=(*ledger.notes, *_notes_on_slots(installation)),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
+    )
+
+
+def _notes_on_slots(installation: Installation) -> tuple[str, ...]:
+    """Return a line for each region that somebody else compiled after fxopt was installed."""
+    return tuple(
+        f"{path or 'the model'} was compiled by module.compile() after fxopt.optimize: fxopt does not see its calls"
+        for path in installation.find_replaced()
     )
 
 
 def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
     """Return the sites of all layers, equal ones of different layers merged into one with their count."""
     first: dict[tuple[Any, ...], Site] = {}
+    backends: dict[tuple[Any, ...], dict[str, None]] = collections.defaultdict(dict)
     counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    seen_in: dict[str, collections.Counter[tuple[Any, ...]]] = {}
     for path, capture in served:
         prefix = "" if path == REGION else path
-        seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
-        for site in capture.outcome.sites:
+        seen = seen_in.setdefault(path, collections.Counter())
+        for site, backend in zip(capture.outcome.sites, capture.outcome.backends, strict=True):
             key = (
                 capture.region,
                 site.pattern,
@@ -143,9 +166,14 @@ def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
             seen[key] += 1
             key = (*key, seen[key])
             counts[key] += 1
+            if backend is not None:
+                backends[key].setdefault(backend())
             module = ".".join(part for part in (prefix, site.module) if part)
             first.setdefault(key, dataclasses.replace(site, module=module))
-    return tuple(dataclasses.replace(site, count=counts[key]) for key, site in first.items())
+    return tuple(
+        dataclasses.replace(site, count=counts[key], backend="; ".join(backends[key]))
+        for key, site in first.items()
+    )
 
 
 def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
@@ -158,5 +186,6 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
     for kind, region, module, count in (*named, ("model", REGION, "", 1)):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
-        records.append(RegionRecord(kind, module, count, status, captures[region], refused))
+        breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))
+        records.append(RegionRecord(kind, module, count, status, captures[region], refused, breaks))
     return tuple(records)

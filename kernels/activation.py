@@ -26,6 +26,7 @@ from fxopt.kernels.launch import (
     register_op,
     tl,
 )
+from fxopt.kernels.launcher import launch
 
 
 def activation_reference(x: Tensor, *, act: str, alpha: float = 1.0) -> Tensor:
@@ -108,7 +109,9 @@ def launch_forward(x: Tensor, act: str, alpha: float) -> Tensor:
     num_rows, num_columns = rows.shape
     blocks_per_row = ceil_div(num_columns, BLOCK)
     with on_device(x):
-        activation_forward_kernel[(num_rows * blocks_per_row,)](
+        launch(
+            activation_forward_kernel,
+            (num_rows * blocks_per_row,),
             rows,
             y,
             rows.stride(0),
@@ -132,7 +135,9 @@ def launch_backward(dy: Tensor, x: Tensor, act: str, alpha: float) -> Tensor:
     num_rows, num_columns = rows.shape
     blocks_per_row = ceil_div(num_columns, BLOCK)
     with on_device(x):
-        activation_backward_kernel[(num_rows * blocks_per_row,)](
+        launch(
+            activation_backward_kernel,
+            (num_rows * blocks_per_row,),
             dy_rows,
             rows,
             dx,

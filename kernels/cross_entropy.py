@@ -28,6 +28,7 @@ from fxopt.kernels.launch import (
     register_op,
     tl,
 )
+from fxopt.kernels.launcher import launch
 from fxopt.kernels.row_loss import (
     SHAPING_SCHEMA,
     Shaping,
@@ -240,7 +241,9 @@ def launch_forward(
     block = columns_per_tile(num_columns, BLOCK_COLUMNS)
     if num_rows:
         with on_device(logits):
-            cross_entropy_forward_kernel[(num_rows,)](
+            launch(
+                cross_entropy_forward_kernel,
+                (num_rows,),
                 logits,
                 labels,
                 z_weight,
@@ -282,7 +285,9 @@ def launch_backward(
     blocks_per_row = ceil_div(num_columns, block)
     if num_rows:
         with on_device(logits):
-            cross_entropy_backward_kernel[(num_rows * blocks_per_row,)](
+            launch(
+                cross_entropy_backward_kernel,
+                (num_rows * blocks_per_row,),
                 dloss,
                 divisor,
                 z_weight,

@@ -7,6 +7,7 @@ from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.glu import GLU
 from fxopt.patterns.layer_norm import LAYER_NORM
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from fxopt.patterns.norm_rope import NORM_ROPE
 from fxopt.patterns.rms_norm import RMS_NORM
 from fxopt.patterns.rope import ROPE
 
@@ -15,6 +16,7 @@ ALL = (
     RMS_NORM,
     ADD_RMS_NORM,
     ROPE,
+    NORM_ROPE,
     ATTENTION,
     GLU,
     ACTIVATION,
@@ -31,6 +33,7 @@ __all__ = [
     "GLU",
     "LAYER_NORM",
     "LINEAR_CROSS_ENTROPY",
+    "NORM_ROPE",
     "RMS_NORM",
     "ROPE",
 ]

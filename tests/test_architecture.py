@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "sites": {"capture", "rewriting", "graph", RECORDS},
     "patterns": {"rewriting", "graph", "kernels", "errors"},
     "pipeline": {
+        "kernels.launcher",
         "patterns",
         "sites",
         "capture",
@@ -43,10 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "coverage": {"demo", "__init__", "errors"},
     "cli": {"coverage", "demo", "__init__", "errors", "report"},
 }
-APART = {"patterns": {"logits"}, "kernels": {"activations", "launch", "rms_norm", "row_loss"}}
+APART = {
+    "patterns": {"logits", "rotations", "rope_cases", "norm_rope_cases"},
+    "kernels": {"activations", "launch", "launcher", "rms_norm", "rope", "row_loss"},
+}
 """Folders whose files never import each other, but for the shared ones named; `__init__` gathers them.
 
-The kernels of rms_norm also serve add_rms_norm, and its tiles layer_norm.
+The kernels of rms_norm also serve add_rms_norm, its tiles layer_norm; parts of both rms_norm and rope norm_rope.
 """
 
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"}

@@ -63,3 +63,29 @@ def test_red_or_missing_tests_refuse(kernels: Any, tmp_path: Path, monkeypatch: 
     assert kernels.find_red_tests("gone") == (
         "there is no tests/kernels/test_gone.py, expected the tests of its kernels"
     )
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_contestants_of_attention_compute_the_same(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: no peer is compiled, and none that only a GPU has is called."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    cases = importlib.import_module("benchmarks.cases.attention")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for made in (cases.make_mask, cases.make_added, cases.make_blocks):
+        made.cache_clear()
+    monkeypatch.setattr(cases, "WINDOW", 8)
+    assert len(cases.FORMS) == 8
+    case = cases.make_cases()[place]
+    torch.manual_seed(0)
+    tensors = [x.detach().float().requires_grad_() for x in case.make(24)]
+    results = {}
+    for name, function in case.contestants.items():
+        if name == "flex":  # forward alone: on a CPU it has no backward
+            results[name] = [function(*(x.detach() for x in tensors))]
+        elif name not in ("cudnn", "flash", "efficient"):
+            y = function(*tensors)
+            results[name] = [y.detach(), *torch.autograd.grad(y, tensors, torch.ones_like(y).cumsum(-1))]
+    assert {"fxopt", "eager", "flex"} < set(results), "with sdpa or compile"
+    for name, found in results.items():
+        for value, expected in zip(found, results["eager"], strict=name != "flex"):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4, msg=f"{name}, {case.size}")

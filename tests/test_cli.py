@@ -14,6 +14,7 @@ import fxopt
 from fxopt.cli import main
 from fxopt.demo.comparison import Comparison, find_failures, largest_difference
 from fxopt.demo.corpus import make_batches, read_corpus, train_tokenizer
+from fxopt.demo.models import MOST_PARAMETERS, build_small_model
 from fxopt.demo.training import Run, count_saved_bytes
 from fxopt.report.records import Fallback, Report, Site
 
@@ -31,6 +32,12 @@ def make_run(*losses: float, saved_bytes: int = 10) -> Run:
     return Run(losses, tuple(1.0 for _ in losses), saved_bytes)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "qwen2_moe", "deepseek_v3"])
+def test_demo_models_are_small_however_their_configs_name_sizes(arch: str) -> None:
+    number = sum(parameter.numel() for parameter in build_small_model(arch, 4096).parameters())
+    assert 3_000_000 < number <= MOST_PARAMETERS
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("fxopt 0.")
@@ -40,6 +47,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (("demo", "--arch", "lama"), "unknown model type 'lama'.* llama"),
+        (
+            ("demo", "--arch", "llama4"),
+            r"llama4: the smallest model .* has 10\d,\d+ M parameters, expected at most 25 M.*\nchoose another",
+        ),
         (("demo", "--dtype", "int8"), "unknown name 'int8', expected one of fp32, bf16, fp16"),
         (("demo", "--device", "meta"), "a model on meta has no weights"),
         (

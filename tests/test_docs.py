@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def find_missing_paths(text: str, folder: Path) -> list[str]:
     missing: list[str] = []
     for named, symbol, short in PATH.findall(text):
-        path = (named or short).replace("<name>", "glu").rstrip(".")
+        path = (named or short).replace("<name>", "activation").rstrip(".")
         file = next((root / path for root in (ROOT, ROOT / "fxopt", folder) if (root / path).exists()), None)
         if file is None or (symbol and not re.search(rf"^{symbol}\b", file.read_text(), re.MULTILINE)):
             missing.append(named or short)

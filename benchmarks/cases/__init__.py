@@ -8,6 +8,7 @@ from benchmarks.cases import (
     glu,
     layer_norm,
     linear_cross_entropy,
+    norm_rope,
     rms_norm,
     rope,
 )
@@ -17,6 +18,7 @@ ALL = {
     "add_rms_norm": add_rms_norm.make_cases,
     "layer_norm": layer_norm.make_cases,
     "rope": rope.make_cases,
+    "norm_rope": norm_rope.make_cases,
     "glu": glu.make_cases,
     "activation": activation.make_cases,
     "attention": attention.make_cases,

@@ -25,10 +25,15 @@ class Case:
     backward_bytes: int = 0
     rows: int = ROWS
     gemms: Callable[[list[torch.Tensor]], Callable[[], None]] | None = None
+    checked_rows: int = 0
+    """Rows the op is checked with, where those that are timed would not fit in float64."""
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> torch.Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16).requires_grad_(grad)
+    return (torch.randn(shape, device=DEVICE) * scale).to(torch.bfloat16).requires_grad_(grad)
 
 
 def find_liger() -> Any | None:

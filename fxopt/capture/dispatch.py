@@ -19,6 +19,7 @@ from torch import nn
 from fxopt.capture import torch_compat
 from fxopt.capture.hooks import Hooks, find_hooks, has_hooks, idle_hooks_hidden
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.reasons import reason_of
 
 PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -61,7 +62,7 @@ class BlockCalls:
             cause = torch_compat.cause_to_raise(error)
             if cause is not None:
                 raise cause from None
-            reason = torch_compat.reason_of(error)
+            reason = reason_of(error)
         output = block.forward(*args, **kwargs)  # a call that fails in stock too says nothing of the block
         self.stock_classes[type(block)] = reason
         self.ledger.refused[self.region] = reason
@@ -83,7 +84,7 @@ class BlockCalls:
         return find_opaque(args, kwargs)
 
     def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
-        self.ledger.current = path
+        self.ledger.begin(path)
         if idle_hooks:
             with idle_hooks_hidden(block):
                 return self.compiled(block, self._count_eager, args, kwargs)

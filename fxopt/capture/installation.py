@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,15 +15,18 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import BlockCalls
+from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.patched import find_patched
+from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
-from fxopt.capture.segments import Lower, compile_model_graph, find_lazy_nodes, find_write
+from fxopt.capture.segments import Lower, compile_model_graph, find_segments
 from fxopt.capture.tail import cut_tail
 from fxopt.errors import FxoptError
 
 SLOT = "_compiled_call_impl"
+RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
 
 class Transform(Protocol):
@@ -45,7 +50,7 @@ class Installation:
         for line in find_patched(model):
             self.ledger.note(line)
         self._settings = torch_compat.make_capture_settings()
-        self._transform = transform
+        self._transform = _unhooked(transform)
         self._lower = lower
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
@@ -72,9 +77,18 @@ class Installation:
         self.model.__dict__[SLOT] = _Slot(self, root)
 
     def remove(self) -> None:
-        """Empty the compile slots again; nothing else was changed."""
+        """Empty the compile slots again, but for what others put there since; nothing else was changed."""
         for module in (self.model, *(block for _, block in self.regions.blocks)):
-            module.__dict__.pop(SLOT, None)
+            if _installation_in(module) is self:
+                del module.__dict__[SLOT]
+
+    def find_replaced(self) -> tuple[str, ...]:
+        """Return the paths of the blocks, "" for the model, whose compile slot somebody else has filled since."""
+        return tuple(
+            path
+            for path, module in (("", self.model), *self.regions.blocks)
+            if module.__dict__.get(SLOT) is not None and _installation_in(module) is not self
+        )
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
         with torch_compat.capture_scope(self._settings):
@@ -91,24 +105,27 @@ class Installation:
             caller = find_caller(sys._getframe(1))
             if caller is not None and caller is not block:
                 return torch_compat.stock_call(caller, *args, **kwargs)
+            if torch_compat.is_recorded():
+                return torch_compat.stock_call(block, *args, **kwargs)
             if any(torch_compat.is_fake(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
                 return model_call.stand_ins.call(block, args, kwargs)
             return model_call.call_block(block, run, args, kwargs)
 
         call_block.fxopt_leaf = True  # pyright: ignore[reportFunctionMemberAccess]
+        call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
         return torch_compat.mark_leaf(call_block)
 
     def _block_backend(self, region: str) -> Callable[..., Any]:
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             outcome = self._transform(gm, region=region, lazy_outputs=False)
-            capture = self.ledger.add_capture(region, outcome)
+            capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
             if torch_compat.changes_python_state():
                 self.ledger.changes_state = True
-            compiled = self._lower(gm, example_inputs)
+            compiled = keep_stock_gradients(self._lower, region)(gm, example_inputs)
             ledger = self.ledger
 
             def run(*args: Any) -> Any:
-                ledger.served[ledger.current] = capture
+                ledger.serve(capture)
                 return compiled(*args)
 
             return run
@@ -123,17 +140,32 @@ class Installation:
         placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
         examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
         examples += [example_inputs[index] for index in tail.placeholders]
-        write = find_write(tail.graph) if find_lazy_nodes(tail.graph) else None
-        if write is not None:
-            self.ledger.note(f"logits are computed at every step: after the blocks {write}")
-        call = compile_model_graph(tail.graph, examples, self._lower)
+        segments = find_segments(tail.graph)
+        if segments.unkept:
+            self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
+        lower = keep_stock_gradients(self._lower, REGION)
+        call = compile_model_graph(tail.graph, examples, lower, segments)
         ledger = self.ledger
 
         def run(*args: Any) -> Any:
-            ledger.served[REGION] = capture
+            ledger.serve(capture)
             return call(*args)
 
         return self.model_call.compile_tail(tail, run)
+
+
+def _unhooked(transform: Transform) -> Transform:
+    """Return `transform` so that hooks on saved tensors see nothing of it.
+
+    It runs in the model's first step, its proofs with gradients: checkpointing would count what these save, and
+    find less when it recomputes; `save_on_cpu` would move it.
+    """
+
+    def run(gm: fx.GraphModule, *, region: str, lazy_outputs: bool) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            return transform(gm, region=region, lazy_outputs=lazy_outputs)
+
+    return run
 
 
 class _Slot:
@@ -147,6 +179,9 @@ class _Slot:
         caller = find_caller(sys._getframe(1))
         if caller is not None and caller is not self.installation.model:
             return torch_compat.stock_call(caller, *args, **kwargs)
+        if torch_compat.is_recorded():
+            self.installation.ledger.note(RECORDED)
+            return torch_compat.stock_call(self.installation.model, *args, **kwargs)
         return self._call(*args, **kwargs)
 
 
@@ -160,16 +195,40 @@ def find_caller(frame: types.FrameType) -> nn.Module | None:
 
 
 def find_installation(model: nn.Module) -> Installation | None:
-    """Return what is installed in `model`, or None; a copy of an optimized model has nothing installed."""
-    slot = model.__dict__.get(SLOT)
-    return slot.installation if isinstance(slot, _Slot) else None
+    """Return what is installed in `model`, or in some module of it, or None.
+
+    A copy of an optimized model has nothing installed. What is installed may be another model's: one that
+    was put into `model` since (an adapter's base), or one that `model` was taken out of (adapters merged).
+    """
+    return next(
+        (found for module in model.modules() if (found := _installation_in(module)) is not None), None
+    )
+
+
+def _installation_in(module: nn.Module) -> Installation | None:
+    slot = module.__dict__.get(SLOT)
+    if isinstance(slot, _Slot):
+        return slot.installation
+    find: Callable[[], Installation | None] = getattr(slot, "fxopt_installation", lambda: None)
+    return find()
+
+
+@contextlib.contextmanager
+def slots_emptied(model: nn.Module) -> Iterator[None]:
+    """Empty the compile slots of all modules of `model` within the scope, whoever filled them."""
+    filled = {module: module.__dict__.pop(SLOT) for module in model.modules() if SLOT in module.__dict__}
+    try:
+        yield
+    finally:
+        for module, slot in filled.items():
+            module.__dict__[SLOT] = slot
 
 
 def check_model(model: object) -> nn.Module:
-    """Return `model` if fxopt can be installed in it.
+    """Return `model` if it is a module.
 
     Raises:
-        FxoptError: not a module, or one that torch.compile or another installation already holds.
+        FxoptError: not a module, or the wrapper that torch.compile returns.
     """
     if not isinstance(model, nn.Module):
         raise FxoptError(
@@ -181,12 +240,23 @@ def check_model(model: object) -> nn.Module:
             "model: already under torch.compile, expected the model itself\n"
             "pass model._orig_mod, or use torch.compile(model, backend='fxopt') alone"
         )
-    if find_installation(model) is not None:
-        return model
-    for path, module in model.named_modules():
-        if module.__dict__.get(SLOT) is not None:
-            raise FxoptError(
-                f"model: {path or 'the model'} ({type(module).__name__}) is already compiled by module.compile() "
-                "or by fxopt, expected stock modules\noptimize the outermost model once, before any compile()"
-            )
     return model
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Check that nobody but fxopt compiles `model` or a module of it.
+
+    Raises:
+        FxoptError: torch.compile or module.compile() holds one of them.
+    """
+    for path, module in model.named_modules():
+        by = ""
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            by = "torch.compile"
+        elif module.__dict__.get(SLOT) is not None and _installation_in(module) is None:
+            by = "module.compile()"
+        if by:
+            raise FxoptError(
+                f"model: {path or 'the model'} ({type(module).__name__}) is already compiled by {by}, "
+                "expected stock modules\noptimize the outermost model once, before any compile()"
+            )

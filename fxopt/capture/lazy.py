@@ -15,6 +15,12 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import FxoptError, StaleLogitsError
 
+Step = Callable[[torch.Tensor], torch.Tensor]
+CURE = (
+    "call the model in evaluation mode, or fxopt.optimize(model, disable=...) with the pattern of the head "
+    "(print(fxopt.explain(model)) names it), or fxopt.restore(model)"
+)
+
 
 class LogitsSource:
     """How to compute one step's logits: the stock graph, its inputs, and their versions at the step.
@@ -78,8 +84,10 @@ class LazyLogits(torch.Tensor):
 
     _source: LogitsSource
     _index: int
-    _steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    _parent: LazyLogits | None
+    _step: Step | None
     _needs_grad: bool
+    _value: torch.Tensor | None
 
     @staticmethod
     def make(
@@ -87,24 +95,30 @@ class LazyLogits(torch.Tensor):
         index: int,
         form: torch.Tensor,
         device: torch.device,
-        steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (),
         needs_grad: bool = True,
+        *,
+        parent: LazyLogits | None = None,
+        step: Step | None = None,
     ) -> LazyLogits:
-        """Return output `index` of `source`, then `steps`, on `device`; `form` has its shape, strides and dtype."""
+        """Return output `index` of `source` on `device`, or `step` of `parent`; `form` has shape, strides and dtype."""
         lazy = torch.Tensor._make_wrapper_subclass(
             LazyLogits, form.shape, strides=form.stride(), dtype=form.dtype, device=device
         )
-        lazy._source, lazy._index, lazy._steps, lazy._needs_grad = source, index, steps, needs_grad
+        lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
+        lazy._parent, lazy._step, lazy._value = parent, step, None
         return lazy
 
     def materialize(self) -> torch.Tensor:
-        """Return the plain tensor, computing it at the first read of any lazy value of this step."""
+        """Return the plain tensor, the same one each time, computing it at the first read."""
         with torch._C.DisableTorchFunctionSubclass():
-            source, index, steps = self._source, self._index, self._steps
-        value = source.compute(index)
-        for step in steps:
-            value = step(value)
-        return value
+            if self._value is None:
+                parent, step = self._parent, self._step
+                if parent is None or step is None:
+                    self._value = self._source.compute(self._index)
+                else:
+                    with torch._C._EnableTorchFunction():
+                        self._value = step(parent.materialize())
+            return self._value
 
     @property
     def is_lazy(self) -> bool:
@@ -133,8 +147,7 @@ class LazyLogits(torch.Tensor):
             if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
                 raise FxoptError(
                     f"logits.{func.__name__}: the loss was computed without these logits, expected a tensor that "
-                    "its gradient flows through\nfxopt.optimize(model, disable=...) with the pattern of the head "
-                    "(print(fxopt.explain(model)) names it) keeps them"
+                    f"its gradient flows through\n{CURE}"
                 )
             if func in _READS_OF_FORM:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -144,6 +157,8 @@ class LazyLogits(torch.Tensor):
                     return lazy._needs_grad
             if func in _LAZY_STEPS and not _holds_tensor(args[1:], kwargs):
                 return _extend(lazy, func, args[1:], kwargs)
+        if func in (torch.autograd.grad, torch.autograd.backward):
+            _check_gradient_flows(*args, **kwargs)
         read_args, read_kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
         return func(*read_args, **read_kwargs)
 
@@ -195,6 +210,28 @@ _LAZY_STEPS = frozenset(
 )
 
 
+def _check_gradient_flows(outputs: Any, given: Any = None, *_: Any, inputs: Any = None, **__: Any) -> None:
+    """Raise where a gradient is asked for with respect to lazy logits that `outputs` were computed without."""
+    asked = [leaf for leaf in pytree.tree_leaves((given, inputs)) if isinstance(leaf, LazyLogits)]
+    seen: set[Any] = set()
+    queue: list[Any] = [
+        (leaf.materialize() if isinstance(leaf, LazyLogits) else leaf).grad_fn
+        for leaf in pytree.tree_leaves(outputs)
+        if isinstance(leaf, torch.Tensor)
+    ]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue.extend(following for following, _ in node.next_functions)
+    for logits in asked:
+        if logits.is_lazy or logits.materialize().grad_fn not in seen:
+            raise FxoptError(
+                "logits: asked for a gradient with respect to them, but this loss was computed without them, "
+                f"expected a tensor that its gradient flows through\n{CURE}"
+            )
+
+
 def _holds_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
 
@@ -206,11 +243,12 @@ def _extend(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str
     with torch._C.DisableTorchFunctionSubclass():
         form = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
         device, needs_grad = lazy.device, lazy._needs_grad
-        source, index, steps = lazy._source, lazy._index, (*lazy._steps, step)
+        source, index = lazy._source, lazy._index
     places = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, str | torch.device)]
     names_type = func is torch.Tensor.type and not (args and isinstance(args[0], torch.dtype))
     if names_type or any(torch.device(place) != device for place in places):
         return step(lazy.materialize())
     on_meta: Any = pytree.tree_map_only((str, torch.device), lambda _: torch.device("meta"), (args, kwargs))
     needs_grad = needs_grad and func not in (torch.Tensor.detach, torch.detach)
-    return LazyLogits.make(source, index, func(form, *on_meta[0], **on_meta[1]), device, steps, needs_grad)
+    form = func(form, *on_meta[0], **on_meta[1])
+    return LazyLogits.make(source, index, form, device, needs_grad, parent=lazy, step=step)

@@ -11,11 +11,15 @@ from fxopt.report.records import Fallback
 
 @dataclasses.dataclass
 class Capture:
-    """One captured graph of one region; `outcome` is what the passes made of it."""
+    """One captured graph of one region; `outcome` is what the passes made of it.
+
+    `broken` says why the graph ends before its region does, and where; "" where it does not.
+    """
 
     region: str
     number: int
     outcome: Any
+    broken: str = ""
 
 
 @dataclasses.dataclass
@@ -23,12 +27,13 @@ class Ledger:
     """Everything the report needs that only running tells. One per optimized model."""
 
     captures: list[Capture] = dataclasses.field(default_factory=list)
-    served: dict[str, Capture] = dataclasses.field(default_factory=dict)
+    served: dict[str, list[Capture]] = dataclasses.field(default_factory=dict)
     fallbacks: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
     lowerings: dict[str, None] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    current: str = ""
+    _current: str = ""
+    _pieces: list[Capture] = dataclasses.field(default_factory=list)
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""
 
@@ -37,9 +42,18 @@ class Ledger:
         """Whether a training call was served, or refused, since fxopt was installed."""
         return bool(self.captures or self.fallbacks)
 
-    def add_capture(self, region: str, outcome: Any) -> Capture:
+    def begin(self, path: str) -> None:
+        """Record that a call of the block or model at `path` begins: what serves it is the next captures that run."""
+        self._current, self._pieces = path, []
+
+    def serve(self, capture: Capture) -> None:
+        """Record that `capture` ran for the call that began last; one call may take several, where a graph breaks."""
+        self._pieces.append(capture)
+        self.served[self._current] = self._pieces
+
+    def add_capture(self, region: str, outcome: Any, broken: str = "") -> Capture:
         """Record a new capture of `region`."""
-        capture = Capture(region, sum(c.region == region for c in self.captures), outcome)
+        capture = Capture(region, sum(c.region == region for c in self.captures), outcome, broken)
         self.captures.append(capture)
         return capture
 

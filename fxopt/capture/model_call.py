@@ -21,6 +21,7 @@ from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
 from fxopt.capture.hooks import find_hooks, has_hooks
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.reasons import reason_of
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form, rehearse
@@ -91,7 +92,9 @@ class ModelCall:
             if cause is not None:
                 raise cause from None
             root = torch_compat.root_cause(error)
-            reason = str(root) if isinstance(root, TailRefusal) else torch_compat.reason_of(error)
+            reason = (
+                str(root) if isinstance(root, TailRefusal) else reason_of(error, self.stand_ins.failed_in)
+            )
             reason = f"what stands after the blocks was not captured: {reason}"
             output = self.model.forward(
                 *args, **kwargs
@@ -136,7 +139,7 @@ class ModelCall:
         return {**kwargs, "use_cache": False}
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        self.ledger.current = REGION
+        self.ledger.begin(REGION)
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:
@@ -213,7 +216,7 @@ class ModelCall:
                 calls = rehearse(rehearsed)
             else:
                 calls = this._trunk.run(*this._arguments, num_calls, judge)
-                this.ledger.current = REGION
+                this.ledger.begin(REGION)
             return call(*values_of(calls), *[captured_args[index] for index in placeholders])
 
         return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 
 from fxopt.capture.lazy import LazyLogits, LogitsSource
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
-from fxopt.graph.view import location_of
+from fxopt.graph.view import location_of, requires_grad
 
 Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -25,7 +26,51 @@ class Piece:
     outputs: tuple[fx.Node, ...]
 
 
-def find_lazy_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How a rewritten graph is split: `lazy` holds what is computed only when read, `cuts` where the rest is cut.
+
+    `write` says why nothing is split: something is written to in place, and what ran later would read that;
+    `unkept` whether there would have been anything to compute later.
+    """
+
+    lazy: frozenset[fx.Node]
+    cuts: tuple[frozenset[fx.Node], ...]
+    write: str | None = None
+    unkept: bool = False
+
+
+def find_segments(gm: fx.GraphModule) -> Segments:
+    """Return how to split `gm`.
+
+    It is cut where the lazy part reads it, so that a value which only the lazy part and a later node read
+    costs no gradient of zeros; and at outputs that other outputs are computed from, so that the gradient of a
+    loss flows through the logits that were returned with it.
+    """
+    results = _output_nodes(gm)
+    lazy = _find_lazy_nodes(gm)
+    if not any(node in lazy for node in results):
+        lazy = set()
+    cuts = [frozenset({node}) for node in dict.fromkeys(results) if _is_read_on(node, lazy)]
+    read = [node for node in gm.graph.nodes if node not in lazy and any(user in lazy for user in node.users)]
+    computed = frozenset(node for node in read if node.op not in ("placeholder", "get_attr"))
+    if computed:
+        cuts.append(computed)
+    write = _find_write(gm) if lazy or cuts else None
+    if write is not None:
+        return Segments(frozenset(), (), write, bool(lazy))
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    return Segments(frozenset(lazy), tuple(sorted(cuts, key=lambda cut: max(map(order.__getitem__, cut)))))
+
+
+def _is_read_on(node: Any, lazy: set[fx.Node]) -> bool:
+    """Return whether a result of the graph is one that later nodes compute from, with gradients."""
+    if not isinstance(node, fx.Node) or node in lazy or node.op in ("placeholder", "get_attr"):
+        return False
+    return requires_grad(node) and any(user.op != "output" and user not in lazy for user in node.users)
+
+
+def _find_lazy_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """Return the nodes that a rewrite kept only for the graph's output, and what follows from these alone."""
     lazy: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -43,7 +88,7 @@ def find_lazy_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     return lazy
 
 
-def find_write(gm: fx.GraphModule) -> str | None:
+def _find_write(gm: fx.GraphModule) -> str | None:
     """Return why no output of `gm` may be computed later, or None: something is written to in place."""
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method") and mutated_inputs(node):
@@ -80,34 +125,28 @@ def cut_piece(gm: fx.GraphModule, nodes: set[fx.Node], outputs: tuple[fx.Node, .
     return Piece(piece, real_inputs, outputs)
 
 
-def compile_model_graph(gm: fx.GraphModule, example_inputs: list[Any], lower: Lower) -> Callable[..., Any]:
-    """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`.
-
-    The graph is cut where the lazy part reads it, so that a value which only the lazy part and a later
-    node read costs no gradient of zeros. Where the graph writes in place, nothing is computed later: it would
-    read what was written.
-    """
-    lazy = find_lazy_nodes(gm)
-    results = _output_nodes(gm)
-    if not any(node in lazy for node in results) or find_write(gm) is not None:
+def compile_model_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], lower: Lower, segments: Segments
+) -> Callable[..., Any]:
+    """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`."""
+    if not segments.lazy and not segments.cuts:
         return lower(gm, example_inputs)
+    lazy, results = set(segments.lazy), _output_nodes(gm)
     placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
-    computed = [
-        node
+    rest = {
+        node: None
         for node in gm.graph.nodes
         if node.op not in ("placeholder", "output", "get_attr")
         and node not in lazy
         and node.target not in MODE_SWITCHES
-    ]
-    lazy_outputs = tuple(dict.fromkeys(node for node in results if node in lazy))
-    lazy_piece = cut_piece(gm, lazy, lazy_outputs)
-    read = [node for node in lazy_piece.inputs if node.op != "placeholder"]
-    early: set[fx.Node] = set()
-    for node in read:
-        early |= _computed_ancestors(node)
-    late = {node for node in computed if node not in early}
+    }
+    parts: list[set[fx.Node]] = []
+    for cut in segments.cuts:
+        parts.append({node for root in cut for node in _computed_ancestors(root) if node in rest})
+        for node in parts[-1]:
+            del rest[node]
     pieces: list[tuple[Piece, Callable[..., Any]]] = []
-    for part in (early, late):
+    for part in (*parts, set(rest)):
         if not part:
             continue
         outputs = tuple(
@@ -116,23 +155,44 @@ def compile_model_graph(gm: fx.GraphModule, example_inputs: list[Any], lower: Lo
         piece = cut_piece(gm, part, outputs)
         examples = [node.meta["example_value"] for node in piece.inputs]
         pieces.append((piece, lower(piece.graph, examples)))
+    lazy_outputs = tuple(dict.fromkeys(node for node in results if node in lazy))
+    if not lazy_outputs:
+        return functools.partial(_run_pieces, pieces, placeholders, results)
+    lazy_piece = cut_piece(gm, lazy, lazy_outputs)
     forms = [node.meta["example_value"] for node in lazy_outputs]
     location = location_of(lazy_outputs[0])
     needs_grad = [bool(form.requires_grad) for form in forms]
 
     def run(*args: Any) -> tuple[Any, ...]:
-        values: dict[fx.Node, Any] = dict(zip(placeholders, args, strict=True))
-        for piece, call in pieces:
-            out = call(*[values[node] for node in piece.inputs])
-            values.update(zip(piece.outputs, out, strict=True))
+        values = _compute(pieces, placeholders, args)
         source = LogitsSource(lazy_piece.graph, tuple(values[node] for node in lazy_piece.inputs), location)
         shapes = _shapes_of(lazy_outputs, values, placeholders)
         for index, node in enumerate(lazy_outputs):
             form = torch.empty(shapes[index], dtype=forms[index].dtype, device="meta")
-            values[node] = LazyLogits.make(source, index, form, forms[index].device, (), needs_grad[index])
+            values[node] = LazyLogits.make(source, index, form, forms[index].device, needs_grad[index])
         return tuple(values[node] if isinstance(node, fx.Node) else node for node in results)
 
     return run
+
+
+def _compute(
+    pieces: list[tuple[Piece, Callable[..., Any]]], placeholders: tuple[fx.Node, ...], args: tuple[Any, ...]
+) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = dict(zip(placeholders, args, strict=True))
+    for piece, call in pieces:
+        out = call(*[values[node] for node in piece.inputs])
+        values.update(zip(piece.outputs, out, strict=True))
+    return values
+
+
+def _run_pieces(
+    pieces: list[tuple[Piece, Callable[..., Any]]],
+    placeholders: tuple[fx.Node, ...],
+    results: tuple[Any, ...],
+    *args: Any,
+) -> tuple[Any, ...]:
+    values = _compute(pieces, placeholders, args)
+    return tuple(values[node] if isinstance(node, fx.Node) else node for node in results)
 
 
 def _output_nodes(gm: fx.GraphModule) -> tuple[Any, ...]:

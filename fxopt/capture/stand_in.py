@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
+from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
 
 
@@ -22,10 +23,13 @@ class StandIns:
     def __init__(self) -> None:
         self._forms: dict[Any, Any] = {}
         self._running = False
+        self.failed_in: list[tuple[str, int]] = []
+        """Where the last block that failed on stand-ins did so: Dynamo tells its errors without their traceback."""
 
     def clear(self) -> None:
         """Forget all forms: they keep alive what the capture that made them held."""
         self._forms.clear()
+        self.failed_in = []
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return stand-ins of the form `block` returns for these stand-in arguments."""
@@ -57,6 +61,9 @@ class StandIns:
             with torch_compat.real_tensors_allowed(mode):
                 out = torch.func.functional_call(block, state, args, kwargs)
             changed = _find_change(before)
+        except Exception as error:
+            self.failed_in = frames_of(error)
+            raise
         finally:
             self._running = False
             for module, attributes in before.items():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from torch import fx
 
 from fxopt.graph.aliases import Aliases
+from fxopt.graph.names import op_name
 from fxopt.graph.purity import MODE_SWITCHES, is_pure, mutated_inputs
 from fxopt.graph.view import location_of
 
@@ -51,14 +52,18 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
     for module in captured.modules():
         if not isinstance(module, fx.GraphModule) or module is captured:
             continue
-        if any(is_leaf(node) for node in module.graph.nodes):
-            raise TailRefusal("a block is called inside a nested graph (checkpointing around several blocks)")
+        nested = next((node for node in module.graph.nodes if is_leaf(node)), None)
+        if nested is not None:
+            raise TailRefusal(
+                f"a block is called inside a nested graph at {location_of(nested)} (checkpointing around several)"
+            )
     needed = _ancestors(nodes[-1], stop=set(leaf_nodes))
     last = nodes.index(leaf_nodes[-1])
     for node in nodes[:last]:
         if node in needed and node not in leaf_nodes and not _repeatable(node):
             raise TailRefusal(
-                f"what stands after the blocks reads {node.name}, which cannot be computed twice"
+                f"it reads {op_name(node) or node.name} at {location_of(node)} "
+                "(before the last block), which may give another value when it is computed again"
             )
     _check_no_writes(captured.graph, nodes[:last], needed, set(leaf_nodes))
     for node in nodes[last:]:
@@ -109,8 +114,8 @@ def _check_no_writes(
         for written in mutated_inputs(node):
             if not read.isdisjoint(aliases.keys_of(written)):
                 raise TailRefusal(
-                    f"what stands after the blocks reads {written.name}, which {node.name} writes to in place "
-                    f"before them ({location_of(node)})"
+                    f"it reads {written.name}, which {op_name(node) or node.name} at {location_of(node)} writes to in "
+                    "place, before the last block"
                 )
 
 
@@ -121,7 +126,9 @@ def _values_of(leaf: fx.Node) -> list[tuple[int | None, fx.Node]]:
     values: list[tuple[int | None, fx.Node]] = []
     for user in leaf.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
-            raise TailRefusal(f"a block's tuple is used whole, by {user.name}")
+            raise TailRefusal(
+                f"a block's tuple is used whole, by {op_name(user) or user.name} at {location_of(user)}"
+            )
         values.append((user.args[1], user))
     return values
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,6 @@ from torch.nn.modules import module as nn_module
 
 from fxopt.capture import joint_passes
 from fxopt.errors import FxoptError, VerifyError
-from fxopt.graph.view import FRAME, is_torchs
 
 RECOMPILE_LIMIT = 64
 """Captures one region of one model may have; Dynamo's own limit of 8 is met by a short training run."""
@@ -171,9 +169,19 @@ def changes_python_state() -> bool:
     )
 
 
+def is_compiled_node(node: object) -> bool:
+    """Return whether `node` is the autograd node of one call of a graph that AOTAutograd compiled."""
+    return type(node).__name__ == "CompiledFunctionBackward"
+
+
 def is_switched_off() -> bool:
     """Return whether Dynamo captures nothing in this process, by its settings or `TORCH_COMPILE_DISABLE`."""
     return bool(dynamo_config.disable)
+
+
+def is_recorded() -> bool:
+    """Return whether `torch.export` or `torch.jit.trace` is recording what runs right now."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def has_global_hooks() -> bool:
@@ -204,21 +212,17 @@ def cause_to_raise(error: BaseException) -> BaseException | None:
     return cause if isinstance(cause, FxoptError | VerifyError) else None
 
 
-def reason_of(error: BaseException) -> str:
-    """Return the first telling line of a Dynamo error and the innermost line of the model's source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
-    if isinstance(error, dynamo_exc.BackendCompilerFailed):
-        cause = root_cause(error)
-        message = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
-    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
-    frames = [frame for line in lines if (frame := FRAME.match(line)) and not is_torchs(frame[1])]
-    parts = [message]
-    if explanation:
-        parts.append(explanation.removeprefix("Explanation:").strip())
-    if frames:
-        parts.append(f"at {os.path.basename(frames[-1][1])}:{frames[-1][2]}")
-    return "; ".join(parts)
+def is_of_backend(error: BaseException) -> bool:
+    """Return whether `error` says that what Dynamo gave a captured graph to has failed."""
+    return isinstance(error, dynamo_exc.BackendCompilerFailed)
+
+
+def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:
+    """Return why `gm` ends before the frame it was captured from does, and the stack there, or None."""
+    cause: Any = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not cause.graph_break:
+        return None
+    return cause.reason, [f'File "{frame.filename}", line {frame.lineno}' for frame in cause.user_stack]
 
 
 def allow_other_strides(gm: torch.fx.GraphModule) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from fxopt.errors import FxoptError, UnknownNameError
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SMALL: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 1024,
@@ -26,8 +27,23 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
     "use_cache": False,
+    # experts
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_hidden_size"), 128),
+    **dict.fromkeys(EXPERTS, 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "moe_num_shared_experts"), 1),
+    # attention over compressed keys and values
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 64),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 32),
+    # encoders and decoders
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"), 1024),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 8),
 }
 """About 10 M parameters with a vocabulary of 4096 in the Llama architecture."""
+
+MOST_PARAMETERS = 25_000_000
+"""The largest model that the demo calls small: each of its steps runs twice, maybe on a laptop's processor."""
 
 
 def build_small_model(model_type: str, vocabulary_size: int) -> torch.nn.Module:
@@ -37,10 +53,16 @@ def build_small_model(model_type: str, vocabulary_size: int) -> torch.nn.Module:
         UnknownNameError: no such model type; the text lists the nearest.
         FxoptError: the architecture has no causal LM, or none this small can be built.
     """
-    fields = set(default_config(model_type).to_dict())
+    default = default_config(model_type)
+    fields = {*default.to_dict(), *default.attribute_map}
     overrides = {name: value for name, value in SMALL.items() if name in fields}
+    if fields.intersection(EXPERTS) and "moe_intermediate_size" not in fields:
+        overrides["intermediate_size"] = SMALL["intermediate_size"] // SMALL["num_local_experts"]
+    if "kv_lora_rank" in fields:  # compressed keys are one per query head
+        overrides["num_key_value_heads"] = SMALL["num_attention_heads"]
     try:
         config = AutoConfig.for_model(model_type, **overrides, vocab_size=vocabulary_size)
+        _check_size(model_type, config)
         model = _from_config(config)
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
     except FxoptError:
@@ -51,6 +73,19 @@ def build_small_model(model_type: str, vocabulary_size: int) -> torch.nn.Module:
             "choose another architecture, such as llama, qwen2, gemma2 or olmo2"
         ) from error
     return model
+
+
+def _check_size(model_type: str, config: PreTrainedConfig) -> None:
+    """Raise where the model of `config` is no small one; nothing of its size is allocated."""
+    number = sum(parameter.numel() for parameter in build_meta_model(config).parameters())
+    if number > MOST_PARAMETERS:
+        raise FxoptError(
+            f"--arch {model_type}: the smallest model that the demo knows how to build has {number / 1e6:,.0f} M "
+            f"parameters, expected at most {MOST_PARAMETERS / 1e6:.0f} M: its config "
+            "names its sizes in ways of its own\n"
+            f"choose another architecture, such as llama, qwen2, gemma2 or olmo2; fxopt report --arch {model_type} "
+            "takes any size"
+        )
 
 
 def build_meta_model(config: PreTrainedConfig) -> torch.nn.Module:

@@ -183,6 +183,46 @@ def _softmax(node: fx.Node, editor: Editor) -> Form | None:
     )
 
 
+def _constant(*names: str) -> Rule:
+    """Return a rule for a tensor without dims that is made of one number, whatever torch calls that."""
+
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        example = value_of(node)
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        value = next((given[name] for name in ("fill_value", "data", "s") if name in given), None)
+        is_plain = isinstance(value, int | float) and example.dim() == 0 and not example.requires_grad
+        if not is_plain or example.dtype in (torch.bool, torch.complex64, torch.complex128):
+            return None
+        rounded = torch.tensor(value, dtype=example.dtype).item()
+        return Form(
+            vocabulary.constant,
+            (),
+            {"value": rounded, "dtype": example.dtype, "device": example.device},
+        )
+
+    return rule
+
+
+def _masked_fill(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "mask", "value")
+    if bound is None or not is_tensor(bound["x"]) or not is_tensor(bound["mask"]):
+        return None
+    is_known = is_tensor(bound["value"]) or is_number(bound["value"])
+    return Form(torch.masked_fill, (bound["x"], bound["mask"], bound["value"]), {}) if is_known else None
+
+
+def _where(node: fx.Node, editor: Editor) -> Form | None:
+    if node.op == "call_method":
+        bound = bind(node, "a", "condition", "b")  # x.where(condition, y)
+    else:
+        bound = bind(node, "condition", "x", "other")
+        bound = bound and {"condition": bound["condition"], "a": bound["x"], "b": bound["other"]}
+    if bound is None or not is_tensor(bound["condition"]):
+        return None
+    is_known = all(is_tensor(bound[name]) or is_number(bound[name]) for name in ("a", "b"))
+    return Form(torch.where, (bound["condition"], bound["a"], bound["b"]), {}) if is_known else None
+
+
 def _cast(node: fx.Node, editor: Editor) -> Form | None:
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or not is_tensor(x) or not is_tensor(node):
@@ -212,6 +252,14 @@ RULES: dict[str, Rule] = {
     "logsumexp": _logsumexp,
     "max": _max,
     "softmax": _softmax,
+    "masked_fill": _masked_fill,
+    "where": _where,
+    "full": _constant("size", "fill_value"),
+    "tensor": _constant("data"),
+    "scalar_tensor": _constant("s"),
+    "new_full": _constant("self", "size", "fill_value"),
+    "new_tensor": _constant("self", "data"),
+    "full_like": _constant("input", "fill_value"),
     "clamp": _clamp("min", "max"),
     "clip": _clamp("min", "max"),
     "clamp_min": _clamp("min"),

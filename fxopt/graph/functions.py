@@ -156,6 +156,7 @@ RULES: dict[str, Rule] = {
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,
+    "bmm": _matmul,
     "addmm": _addmm,
     "cross_entropy": _cross_entropy,
     "nll_loss": _nll_loss,

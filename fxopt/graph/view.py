@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ __all__ = [
     "dtype_of",
     "find_subgraphs",
     "is_tensor",
-    "is_torchs",
+    "location_in",
     "location_of",
     "module_of",
     "modules_of",
@@ -27,6 +27,9 @@ __all__ = [
 
 Dim = int | torch.SymInt
 TORCH_FOLDER = os.path.dirname(str(torch.__file__)) + os.sep
+FXOPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+MODULES_FOLDER = os.path.join(TORCH_FOLDER, "nn", "modules") + os.sep
+CALLING = os.sep + "module.py"
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]+)['"]?\]""")
 
@@ -92,16 +95,19 @@ def requires_grad(node: fx.Node) -> bool:
 
 def location_of(node: fx.Node) -> str:
     """Return "file.py:123", the innermost line of the model's own source, not torch's; "" where unknown."""
-    frames = FRAME.findall(node.meta.get("stack_trace") or "")
-    for path, line in reversed(frames):
-        if not is_torchs(path):
-            return f"{os.path.basename(path)}:{line}"
-    return ""
+    return location_in(FRAME.findall(node.meta.get("stack_trace") or ""))
 
 
-def is_torchs(path: str) -> bool:
-    """Return whether the source file at `path` belongs to torch."""
-    return path.startswith(TORCH_FOLDER)
+def location_in(frames: Iterable[tuple[str, int | str]]) -> str:
+    """Return "file.py:123", the innermost of these files and lines that is the model's own; "" where none is.
+
+    Where a module of torch is all there is of the model, it is a line of that module's.
+    """
+    frames = tuple(frames)
+    own = [frame for frame in frames if not frame[0].startswith((TORCH_FOLDER, FXOPT_FOLDER))]
+    torchs = [frame for frame in frames if frame[0].startswith(MODULES_FOLDER)]
+    path, line = next(reversed(own or [f for f in torchs if not f[0].endswith(CALLING)]), ("", ""))
+    return f"{os.path.basename(path)}:{line}" if path else ""
 
 
 def module_of(node: fx.Node) -> str:

@@ -52,6 +52,15 @@ def contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one fixed number as a tensor without dims.
+
+    >>> constant(0.5, torch.bfloat16, torch.device("cpu"))
+    tensor(0.5000, dtype=torch.bfloat16)
+    """
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One op of the vocabulary: `operands` are its positional arguments, `attributes` its keywords.
@@ -116,6 +125,9 @@ OPS: tuple[Op, ...] = (
     ),
     Op("rms_norm", F.rms_norm, ("x", "normalized_shape", "weight"), ("eps",)),
     Op("layer_norm", F.layer_norm, ("x", "normalized_shape", "weight", "bias"), ("eps",)),
+    Op("constant", constant, (), ("value", "dtype", "device")),
+    Op("masked_fill", torch.masked_fill, ("x", "mask", "value")),
+    Op("where", torch.where, ("condition", "a", "b")),
     Op("softmax", F.softmax, ("x",), ("dim", "dtype")),
     Op(
         "scaled_dot_product_attention",

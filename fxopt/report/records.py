@@ -39,7 +39,8 @@ class Site:
     """One occurrence of a known form in the stock arithmetic, and what became of it.
 
     `pattern` is the stock form, `op` what it became ("" when it was not rewritten), `count` the
-    layers it stands for, `location` "file:line" of the model's source, `reason` why not.
+    layers it stands for, `location` "file:line" of the model's source, `reason` why not. `backend` says what
+    serves an op that chooses while it runs, as far as is known when the report is made; "" for others.
     """
 
     pattern: str
@@ -50,6 +51,7 @@ class Site:
     location: str
     reason: str = ""
     proof: Proof | None = None
+    backend: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ class GraphRecord:
 class RegionRecord:
     """One thing fxopt compiles: `kind` "block" or "model", `module` the first path, `count` its copies.
 
-    `status` is "captured", "stock" (with `reason`), or "pending" before the first step.
+    `status` is "captured", "stock" (with `reason`), or "pending" before the first step. `breaks` says for each
+    place where its graph breaks into pieces why and where.
     """
 
     kind: str
@@ -109,6 +112,7 @@ class RegionRecord:
     status: str
     captures: int
     reason: str = ""
+    breaks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ def render_text(report: Report) -> str:
         _render_sites(report.sites),
         _render_misses(report),
         _render_proofs(report.sites),
+        _render_backends(report.sites),
         _render_regions(report),
         _render_fallbacks(report),
         _render_list("Notes", report.notes),
@@ -146,6 +147,18 @@ def _proof_figures(proof: Proof) -> str:
     return f"{text}; {proof.reason}" if proof.reason else text
 
 
+def _render_backends(sites: Sequence[Site]) -> list[str]:
+    """Return one line per op and backend, for ops that choose while they run."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for site in sites:
+        if site.backend:
+            counts[site.op, site.backend] += site.count
+    if not counts:
+        return []
+    rows = [(op, str(count), backend) for (op, backend), count in counts.items()]
+    return ["Backends", *_table([("op", "sites", "served by"), *rows], right=(1,))]
+
+
 def _render_regions(report: Report) -> list[str]:
     if not report.regions:
         return []
@@ -156,6 +169,8 @@ def _render_regions(report: Report) -> list[str]:
         rows.append((region.kind, module, str(region.count), region.status, str(region.captures)))
         if region.reason:
             reasons += _wrap(f"{region.module or region.kind}: {region.reason}", 6)
+        for broken in region.breaks:
+            reasons += _wrap(f"{region.module or region.kind} breaks into pieces: {broken}", 6)
     return ["Regions", *_table(rows, right=(2, 4)), *reasons]
 
 
@@ -164,7 +179,7 @@ def _render_fallbacks(report: Report) -> list[str]:
         return ["Fallbacks: none"]
     lines = [f"Fallbacks: {sum(fallback.count for fallback in report.fallbacks)} calls ran the stock path"]
     for fallback in report.fallbacks:
-        lines += _wrap(f"{fallback.count} x {fallback.region}: {fallback.reason}", 2)
+        lines += _wrap(f"{fallback.count} x {fallback.region or 'the blocks'}: {fallback.reason}", 2)
     return lines
 
 

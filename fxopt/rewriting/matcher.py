@@ -54,10 +54,14 @@ def _match_other_outputs(
         return
     term, *others = terms
     found = False
+    # Why an output that may be missing is missing is no reason for a mismatch.
+    inner = dataclasses.replace(trace, steps=0) if isinstance(term, Also) else trace
     for root in _find_roots_by_bindings(term, bindings):
-        for joined in match_term(term, root, bindings, trace):
+        for joined in match_term(term, root, bindings, inner):
             found = True
             yield from _match_other_outputs(others, joined, (*outputs, root), trace)
+    if inner is not trace:
+        trace.steps += inner.steps
     if isinstance(term, Also):
         # Without it too: with it the match may not be legal, or not hold.
         yield from _match_other_outputs(others, bindings, outputs, trace)

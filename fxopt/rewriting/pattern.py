@@ -141,6 +141,8 @@ class Pattern:
     `near_misses(device)` yields `(name, (function, inputs), reason)`, code that resembles it and must be
     left alone, with a part of the expected reason; `mutations(device)` yields broken spellings, which
     must be left alone or still be computed as they stand. `source` says where the stock forms come from.
+    `backend(match)`, for an op that chooses its implementation while it runs, returns what tells which one serves
+    this match, at any time that a report is made; it must hold neither tensors nor nodes.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Pattern:
     near_misses: Callable[[torch.device], Iterable[tuple[str, Example, str]]] = _no_near_misses
     mutations: Callable[[torch.device], Iterable[tuple[str, Example]]] = _no_examples
     source: str = ""
+    backend: Callable[[Match], Callable[[], str]] | None = None
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:

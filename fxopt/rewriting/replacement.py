@@ -102,6 +102,11 @@ def find_main_call(outputs: Iterable[Any]) -> Call | None:
     return next(fused, calls[0] if calls else None)
 
 
+def count_calls(outputs: Iterable[Any]) -> int:
+    """Return how many nodes a replacement inserts; a call that stands in two places is inserted once."""
+    return len({id(call) for call in _walk_calls(outputs)})
+
+
 def _walk_calls(items: Iterable[Any]) -> Iterator[Call]:
     for item in items:
         if isinstance(item, Call):

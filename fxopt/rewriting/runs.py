@@ -39,13 +39,13 @@ def stock_run(match: Match, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
     return run
 
 
-def _resize(arguments: Any, node: fx.Node, sizes: Sizes) -> Any:
+def _resize(arguments: Any, stock: fx.Node | Call, sizes: Sizes) -> Any:
     """Return arguments in which the sizes of a new shape are those of the samples; leading sizes only."""
     args, kwargs = arguments
-    if node.target is not vocabulary.reshape or not sizes.numbers:
+    if stock.target is not vocabulary.reshape or not sizes.numbers:
         return args, kwargs
     shape = kwargs["shape"]
-    given: Any = node.kwargs["shape"]
+    given: Any = stock.kwargs["shape"]
     last = len(shape) - 1
     resized = tuple(
         sizes.numbers.get(size, size) if isinstance(given[place], int) and place < last else size
@@ -62,10 +62,11 @@ def _recast(arguments: Any, dtype: torch.dtype | None) -> Any:
     )
 
 
-def replacement_run(replacement: Replacement, dtype: torch.dtype | None) -> Runner:
+def replacement_run(replacement: Replacement, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
     """Return a function that runs the replacement, its float dtypes all being `dtype` where it is given."""
     items = replacement if isinstance(replacement, tuple) else (replacement,)
-    recast = [_recast_call(item, dtype) for item in items]
+    known_calls: dict[int, Call] = {}
+    recast = [_recast_call(item, sizes, dtype, known_calls) for item in items]
 
     def run(inputs: Values) -> list[torch.Tensor]:
         known: dict[int, Any] = {}
@@ -74,14 +75,17 @@ def replacement_run(replacement: Replacement, dtype: torch.dtype | None) -> Runn
     return run
 
 
-def _recast_call(item: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is None or not isinstance(item, Call):
+def _recast_call(item: Any, sizes: Sizes, dtype: torch.dtype | None, known: dict[int, Call]) -> Any:
+    """Return a call of the replacement for samples of `sizes` and `dtype`; one that stands in two places stays one."""
+    if not isinstance(item, Call):
         return item
-    args, kwargs = pytree.tree_map_only(
-        Call, lambda inner: _recast_call(inner, dtype), (item.args, dict(item.kwargs))
-    )
-    args, kwargs = _recast((args, kwargs), dtype)
-    return Call(item.target, args, kwargs)
+    if id(item) not in known:
+        args, kwargs = pytree.tree_map_only(
+            Call, lambda inner: _recast_call(inner, sizes, dtype, known), (item.args, dict(item.kwargs))
+        )
+        args, kwargs = _recast(_resize((args, kwargs), item, sizes), dtype)
+        known[id(item)] = Call(item.target, args, kwargs)
+    return known[id(item)]
 
 
 def run_with_gradients(

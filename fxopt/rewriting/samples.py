@@ -148,6 +148,9 @@ class Sampler:
             return example if not isinstance(example, torch.SymInt) else self._sizes.of(example)
         if example.dtype == torch.bool:
             return self._uniform(self._shape(node), torch.float32, example.device) < 0.5
+        if example.is_complex():
+            parts = (self._normal(self._shape(node), example.real.dtype, example.device) for _ in range(2))
+            return torch.complex(*parts)
         if not example.is_floating_point():
             return self._integers(node, example)
         return self._floats(node, example)
@@ -160,7 +163,7 @@ class Sampler:
         example = node.meta["example_value"]
         if is_weight(node):
             return tuple(size if isinstance(size, int) else self._sizes.of(size) for size in example.shape)
-        if not example.is_floating_point():
+        if not example.is_floating_point() and not example.is_complex():
             return tuple(self._sizes.of(size) for size in example.shape)
         return self._sizes.of_shape(example.shape)
 

@@ -421,6 +421,22 @@ def layer_norm(x: Term, weight: Any = ..., bias: Any = ..., eps: Any = ...) -> O
     return operation(F.layer_norm, x, normalized_shape=..., weight=weight, bias=bias, eps=eps)
 
 
+def masked_fill(x: Term, mask: Term, value: Any) -> Operation:
+    """Return `x` with `value` where `mask` is true."""
+    return operation(torch.masked_fill, x, mask, value)
+
+
+def where(condition: Term, a: Any, b: Any) -> Operation:
+    """Return `a` where `condition` is true, else `b`."""
+    return operation(torch.where, condition, a, b)
+
+
+def fixed(name: str) -> Either:
+    """Return a named number, written as a Python number or as a tensor without dims that holds it."""
+    constant = operation(vocabulary.constant, value=number(name), dtype=..., device=...)
+    return either(number(name), keep(constant, cheap=True))
+
+
 def softmax(x: Term, dtype: Any = ...) -> Operation:
     """Return the softmax over the last dim."""
     return operation(F.softmax, x, dim=-1, dtype=dtype)

@@ -15,9 +15,17 @@ fp32; eager rounds the logits as well. Deterministic.
 On a GPU one of several backends runs, chosen by measurement: `chosen_backends()` says which and what each took.
 """
 
-from fxopt.kernels.attention.backends import chosen_backends
-from fxopt.kernels.attention.masks import mask_intervals
+from fxopt.kernels.attention.choice import chosen_backends, find_server
+from fxopt.kernels.attention.masks import additive_mask, clear_empty_rows, mask_intervals
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.reference import attention_reference
 
-__all__ = ["attention", "attention_reference", "chosen_backends", "mask_intervals"]
+__all__ = [
+    "additive_mask",
+    "attention",
+    "attention_reference",
+    "chosen_backends",
+    "clear_empty_rows",
+    "find_server",
+    "mask_intervals",
+]

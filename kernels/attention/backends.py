@@ -1,56 +1,23 @@
-"""Which implementation computes an attention on a GPU: measured once per kind of call, then remembered.
-
-Candidates are torch's cuDNN and flash attention where they compute this call (no mask tensor, softcap, sinks), and
-elsewhere the Triton kernels with each of their plans: to compile these beside for a call that torch serves took 20 s
-of a first step on an H100, for nothing. All are timed, forward and backward, on random inputs of the shapes,
-strides and mask of the call; one whose results differ from the first one's is left out. A call in a CUDA graph
-capture cannot be timed: there the first candidate that serves runs, until a call outside has measured.
-"""
+"""What can compute an attention on a GPU: three of torch's, the Triton kernels, plain torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
+import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxopt.kernels.attention.launches import (
-    MOST_WIDTH,
-    Plan,
-    launch_backward,
-    launch_forward,
-    plans_of,
-    with_dense_rows,
-)
-from fxopt.kernels.attention.reference import as_heads_last, plain_backward, plain_forward
-from fxopt.kernels.launch import can_launch, next_power_of_two, warn_once
+from fxopt.kernels.attention.call import Call
+from fxopt.kernels.attention.launches import MOST_WIDTH, Plan, launch_backward, launch_forward, plans_of
+from fxopt.kernels.attention.reference import plain_backward, plain_forward
+from fxopt.kernels.launch import can_launch
 
-ROUNDS = 5
-AGREEMENT = 0.03  # relative; rounding in 16-bit dtypes stays below 0.01, a wrong mask is above 0.1
 OLDEST_CAPABILITY = (8, 0)
-HALVES = (torch.float16, torch.bfloat16)
-Key = tuple[Any, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The inputs of one attention, gradients left out."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    intervals: Tensor | None
-    reads: Tensor | None
-    sinks: Tensor | None
-    causal: bool
-    scale: float
-    softcap: float
-    safe: bool
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EFFICIENT_ROWS = 32  # the lse of torch's memory-efficient attention is padded to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,114 +29,13 @@ class Backend:
     backward: Callable[[Call, Tensor, Tensor, Tensor, list[bool]], tuple[Tensor | None, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What was chosen for one kind of call: ms of forward and backward per candidate, or why it was left out."""
-
-    backend: Backend
-    ms: dict[str, float]
-    left_out: dict[str, str]
-
-
-_choices: dict[Key, Choice] = {}
-
-
-def chosen_backends() -> dict[str, dict[str, Any]]:
-    """Return per kind of call met in this process the backend chosen, and the ms of each candidate.
-
-    >>> chosen_backends()  # no call on a GPU yet
-    {}
-    """
-    return {
-        _describe(key): {"chosen": choice.backend.name, "ms": choice.ms, "left_out": choice.left_out}
-        for key, choice in _choices.items()
-    }
-
-
-def key_of(call: Call) -> Key:
-    """Return what a choice depends on; lengths and batch by their power of two."""
-    batch, heads, num_queries, width = call.q.shape
-    mask = None if call.mask is None else (str(call.mask.dtype), call.mask.shape[1] > 1)
-    return (
-        next_power_of_two(batch),
-        heads,
-        call.k.shape[1],
-        next_power_of_two(num_queries),
-        next_power_of_two(call.k.shape[2]),
-        num_queries == call.k.shape[2],
-        width,
-        call.v.shape[3],
-        call.q.dtype,
-        "causal" if call.causal else mask,
-        call.softcap != 0,
-        call.sinks is not None,
-        call.q.device.index,
-        torch.are_deterministic_algorithms_enabled(),
+def triton_backend(place: int, plan: Plan) -> Backend:
+    """Return the Triton kernels with one of their plans."""
+    return Backend(
+        f"triton {place}",
+        functools.partial(launch_forward, plan=plan),
+        functools.partial(launch_backward, plan=plan),
     )
-
-
-def _describe(key: Key) -> str:
-    (
-        batch,
-        heads,
-        key_heads,
-        queries,
-        keys,
-        _,
-        width,
-        _,
-        dtype,
-        mask,
-        softcap,
-        sinks,
-        device,
-        deterministic,
-    ) = key
-    kind = mask if mask == "causal" else "no mask" if mask is None else f"mask of {mask[0]}"
-    named = {"softcap": softcap, "sinks": sinks, "deterministic": deterministic}
-    extras = "".join(f", {name}" for name, is_so in named.items() if is_so)
-    shape = f"{batch} x {queries} x {keys}, {heads}/{key_heads} heads of {width}"
-    return f"{shape}, {str(dtype).removeprefix('torch.')}, {kind}{extras}, cuda:{device}"
-
-
-def _triton_backend(place: int, plan: Plan) -> Backend:
-    def forward(call: Call) -> tuple[Tensor, Tensor]:
-        return launch_forward(
-            call.q,
-            call.k,
-            call.v,
-            call.mask,
-            call.intervals,
-            call.reads,
-            call.sinks,
-            call.causal,
-            call.scale,
-            call.softcap,
-            plan,
-        )
-
-    def backward(
-        call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
-    ) -> tuple[Tensor | None, ...]:
-        return launch_backward(
-            dout,
-            call.q,
-            call.k,
-            call.v,
-            out,
-            lse,
-            call.mask,
-            call.intervals,
-            call.reads,
-            call.sinks,
-            call.causal,
-            call.scale,
-            call.softcap,
-            needs,
-            plan,
-        )
-
-    return Backend(f"triton {place}", forward, backward)
 
 
 def _flash_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -233,6 +99,39 @@ def _cudnn_backward(
     )
 
 
+def _efficient_forward(call: Call) -> tuple[Tensor, Tensor]:
+    k, v = (_for_each_head(x, call.q) for x in (call.k, call.v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        call.q, k, v, None, True, 0.0, call.causal, scale=call.scale
+    )
+    return out, lse[..., : call.q.shape[2]]
+
+
+def _efficient_backward(
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    k, v = (_for_each_head(x, call.q) for x in (call.k, call.v))
+    seed, offset = _no_dropout(call.q.device)
+    missing = -lse.shape[-1] % EFFICIENT_ROWS
+    lse = torch.nn.functional.pad(lse, (0, missing), value=math.inf)
+    mask = [*needs[:3], False]
+    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, call.q, k, v, None, out, lse, seed, offset, 0.0, mask, call.causal, scale=call.scale
+    )
+    return dq, *(
+        _summed_heads(x, call.k) if needed else None for x, needed in zip((dk, dv), mask[1:3], strict=True)
+    )
+
+
+def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values repeated for each head of q that reads them."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _summed_heads(gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
 @functools.cache
 def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the state of the random numbers that no dropout draws; nobody writes to it."""
@@ -248,32 +147,21 @@ def _is_new(device: torch.device) -> bool:
 
 FLASH = Backend("flash", _flash_forward, _flash_backward)
 CUDNN = Backend("cudnn", _cudnn_forward, _cudnn_backward)
-
-
-def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
-    inputs = call.q, call.k, call.v, call.mask, call.intervals, call.reads, call.sinks
-    return plain_forward(*inputs, call.causal, call.scale, call.softcap, call.safe)
-
-
-def _plain_backward(
-    call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
-    rest = call.mask, call.intervals, call.reads, call.sinks, call.causal, call.scale, call.softcap, call.safe
-    return plain_backward(dout, call.q, call.k, call.v, out, lse, *rest, needs)
-
-
-PLAIN = Backend("plain torch", _plain_forward, _plain_backward)
+EFFICIENT = Backend("efficient", _efficient_forward, _efficient_backward)
+PLAIN = Backend("plain torch", plain_forward, plain_backward)
 
 
 def find_candidates(call: Call) -> list[Backend]:
     """Return the backends that compute `call`, the likeliest first; plain torch only where there is no other."""
     if is_served_by_torch(call):
+        if call.q.dtype == torch.float32:
+            return [EFFICIENT]
         return [FLASH] if torch.are_deterministic_algorithms_enabled() else [CUDNN, FLASH]
     if is_served_by_triton(call):
-        plans = plans_of(call.q, call.v)
+        plans = plans_of(call)
         # In fp32 there is little to win, and each plan takes seconds to compile.
         plans = plans[:1] if call.q.dtype == torch.float32 else plans
-        return [_triton_backend(place, plan) for place, plan in enumerate(plans)]
+        return [triton_backend(place, plan) for place, plan in enumerate(plans)]
     return [PLAIN]
 
 
@@ -290,7 +178,7 @@ def is_served_by_triton(call: Call) -> bool:
 
 def is_served_by_torch(call: Call) -> bool:
     """Return whether torch's flash and cuDNN attention compute `call`, for the causal masks that all agree on."""
-    if call.mask is not None or call.sinks is not None or call.softcap or call.q.dtype not in HALVES:
+    if call.mask is not None or call.sinks is not None or call.softcap or call.q.dtype not in DTYPES:
         return False
     (batch, heads, num_queries, width), num_keys = call.q.shape, call.k.shape[2]
     if call.causal and num_queries != num_keys:
@@ -301,137 +189,8 @@ def is_served_by_torch(call: Call) -> bool:
     return is_regular and is_dense and is_new and 0 not in (batch, heads, num_queries, num_keys)
 
 
-def choose(call: Call) -> Backend:
-    """Return the backend for `call`, measured at the first call of its kind."""
-    key = key_of(call)
-    known = _choices.get(key)
-    if known is not None and _still_serves(known.backend, call):
-        return known.backend
-    candidates = find_candidates(call)
-    if torch.cuda.is_current_stream_capturing():
-        return candidates[0]
-    _choices[key] = Choice(PLAIN, {}, {}) if candidates == [PLAIN] else measure(call, candidates)
-    return _choices[key].backend
-
-
-def _still_serves(backend: Backend, call: Call) -> bool:
-    if backend in (FLASH, CUDNN):
+def still_serves(backend: Backend, call: Call) -> bool:
+    """Return whether a backend that was chosen for one call computes another of its kind."""
+    if backend in (FLASH, CUDNN, EFFICIENT):
         return is_served_by_torch(call)
     return backend is PLAIN or is_served_by_triton(call)
-
-
-def measure(call: Call, candidates: list[Backend]) -> Choice:
-    """Return the fastest of `candidates` on random inputs like those of `call`, all timed in turn."""
-    call = dataclasses.replace(
-        call,
-        q=_random_like(call.q),
-        k=_random_like(call.k),
-        v=_random_like(call.v),
-        sinks=None if call.sinks is None else _random_like(call.sinks),
-    )
-    left_out: dict[str, str] = {}
-    first: tuple[str, list[Tensor]] | None = None
-    served: list[Backend] = []
-    for backend in candidates:
-        try:
-            _, results = _run(backend, call)
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            left_out[backend.name] = text.splitlines()[0]
-            continue
-        first = first or (backend.name, results)
-        worst = max(map(_difference, results, first[1]))
-        if worst <= AGREEMENT:
-            served.append(backend)
-        else:
-            left_out[backend.name] = f"differs from {first[0]} by {worst:.1e}"
-    first = None
-    times: dict[str, list[float]] = {backend.name: [] for backend in served}
-    for _ in range(ROUNDS):
-        for backend in served:
-            times[backend.name].append(_run(backend, call)[0])
-    ms = {name: statistics.median(values) for name, values in times.items()}
-    if not served:
-        warn_once(f"fxopt::attention: plain torch runs instead, every backend failed: {left_out}")
-        return Choice(PLAIN, {}, left_out)
-    return Choice(min(served, key=lambda backend: ms[backend.name]), ms, left_out)
-
-
-def _random_like(x: Tensor) -> Tensor:
-    """Return normal numbers in the form of `x`, drawn without touching the user's random state."""
-    generator = torch.Generator(x.device).manual_seed(x.dim())
-    dense = torch.empty_like(x)
-    return dense.normal_(generator=generator)
-
-
-def _run(backend: Backend, call: Call) -> tuple[float, list[Tensor]]:
-    """Return the ms of one forward and backward pass, and all results."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    out, lse = backend.forward(call)
-    needs = [True, True, True, call.sinks is not None]
-    gradients = backend.backward(call, out, lse, _gradient_like(out), needs)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end), [out, *(value for value in gradients if value is not None)]
-
-
-def _gradient_like(out: Tensor) -> Tensor:
-    # Any fixed numbers do: what they are changes neither the time nor whether candidates agree.
-    return out.detach().flip(-1)
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    a, b = a.float().nan_to_num(), b.float().nan_to_num()  # a row without a key may be NaN by right
-    return float((a - b).norm() / b.norm().clamp_min(1e-20))
-
-
-def fused_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    safe: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the attention and its lse, by the backend chosen for calls like this."""
-    q, k, v = map(with_dense_rows, (q, k, v))
-    call = Call(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)
-    out, lse = choose(call).forward(call)
-    return as_heads_last(out), lse.contiguous()
-
-
-def fused_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    safe: bool,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients that are needed, by the backend that ran forward."""
-    q, k, v = map(with_dense_rows, (q, k, v))
-    call = Call(q, k, v, mask, intervals, reads, sinks, causal, scale, softcap, safe)
-    found = choose(call).backward(call, out, lse, with_dense_rows(dout), needs)
-    dq, dk, dv, dsinks = (*found, *[None] * (4 - len(found)))
-    need_q, need_k, need_v, _ = needs
-    return (
-        as_heads_last(dq) if need_q and dq is not None else None,
-        as_heads_last(dk) if need_k and dk is not None else None,
-        as_heads_last(dv) if need_v and dv is not None else None,
-        dsinks,
-    )

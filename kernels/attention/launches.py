@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxopt.kernels.attention.kernels import (
+from fxopt.kernels.attention.backward import (
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
     attention_delta_kernel,
-    attention_forward_kernel,
 )
+from fxopt.kernels.attention.call import Call
+from fxopt.kernels.attention.forward import attention_forward_kernel
 from fxopt.kernels.attention.masks import launch_key_ranges
 from fxopt.kernels.attention.reference import LOWEST, LOWEST_OTHERWISE
 from fxopt.kernels.launch import ceil_div, next_power_of_two, on_device
+from fxopt.kernels.launcher import launch
 
 MOST_WIDTH = 256
 LEAST_BLOCK = 16  # of a matrix product
@@ -87,22 +90,25 @@ def plans_for(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> tu
     return table[next(known for known in table if known >= next_power_of_two(width))]
 
 
-def plans_of(q: Tensor, v: Tensor) -> tuple[Plan, ...]:
-    """Return the plans worth trying for these tensors."""
-    if q.device.type != "cuda":
+def plans_of(call: Call) -> tuple[Plan, ...]:
+    """Return the plans worth trying for this call."""
+    if call.q.device.type != "cuda":
         return (INTERPRETED,)
-    width = max(q.shape[-1], v.shape[-1])
-    return plans_for(width, q.dtype, torch.cuda.get_device_capability(q.device))
+    return plans_for(_widest(call), call.q.dtype, torch.cuda.get_device_capability(call.q.device))
 
 
-def reading_tiles(q: Tensor, v: Tensor) -> Tiles:
+def reading_tiles(call: Call) -> Tiles:
     """Return the tiles for reading a mask."""
-    if q.device.type != "cuda":
+    if call.q.device.type != "cuda":
         return INTERPRETED.forward
-    width = next_power_of_two(max(q.shape[-1], v.shape[-1]))
-    if q.dtype == torch.float32:
+    width = next_power_of_two(_widest(call))
+    if call.q.dtype == torch.float32:
         return Tiles(16, 16, 8, 1)
     return READING[next(known for known in READING if known >= width)]
+
+
+def _widest(call: Call) -> int:
+    return max(call.q.shape[-1], call.v.shape[-1])
 
 
 def _block(width: int) -> int:
@@ -138,7 +144,8 @@ class _Mask(NamedTuple):
     turns: tuple[bool, ...]
 
 
-def _prepare_mask(q: Tensor, mask: Tensor | None, intervals: Tensor | None, reads: Tensor | None) -> _Mask:
+def _prepare_mask(call: Call) -> _Mask:
+    q, mask, intervals, reads = call.q, call.mask, call.intervals, call.reads
     if mask is None or intervals is None or reads is None:
         return _Mask(q, q, q, [0] * 4, [0] * 4, 0.0, dict(HAS_MASK=False, IS_BOOL=False), (False,))
     is_bool = mask.dtype == torch.bool
@@ -157,15 +164,18 @@ def _prepare_mask(q: Tensor, mask: Tensor | None, intervals: Tensor | None, read
     )
 
 
-def _widths(q: Tensor, v: Tensor) -> dict[str, Any]:
-    width, value_width = q.shape[-1], v.shape[-1]
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+def _form(call: Call, masked: _Mask) -> dict[str, Any]:
+    """Return the constants that the kernels of both passes are compiled for."""
+    width, value_width = call.q.shape[-1], call.v.shape[-1]
     return dict(
+        CAUSAL=call.causal,
+        HAS_SOFTCAP=call.softcap != 0,
         WIDTH=width,
         BLOCK_WIDTH=_block(width),
         VALUE_WIDTH=value_width,
         BLOCK_VALUE=_block(value_width),
-        PRECISION=precision,
+        PRECISION="ieee" if call.q.dtype == torch.float32 else "tf32",
+        **masked.constants,
     )
 
 
@@ -185,32 +195,32 @@ def new_heads_last(x: Tensor, width: int) -> Tensor:
     return x.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    plan: Plan | None = None,
-) -> tuple[Tensor, Tensor]:
+def with_dense_inputs(call: Call) -> Call:
+    """Return `call` with q, k and v of last stride 1."""
+    q, k, v = map(with_dense_rows, (call.q, call.k, call.v))
+    if q is call.q and k is call.k and v is call.v:
+        return call
+    return dataclasses.replace(call, q=q, k=k, v=v)
+
+
+def launch_forward(call: Call, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
     """Return the attention and its lse, by the kernel."""
-    q, k, v = map(with_dense_rows, (q, k, v))
+    call = with_dense_inputs(call)
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     out = new_heads_last(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     batch, num_heads, num_queries, _ = q.shape
     if out.numel() == 0:
         return out, lse
-    plan = plan or plans_of(q, v)[0]
-    masked = _prepare_mask(q, mask, intervals, reads)
+    plan = plan or plans_of(call)[0]
+    masked = _prepare_mask(call)
+    form = _form(call, masked)
     with on_device(q):
         for reading in masked.turns:
-            tiles = reading_tiles(q, v) if reading else plan.forward
-            attention_forward_kernel[(ceil_div(num_queries, tiles.queries), batch * num_heads)](
+            tiles = reading_tiles(call) if reading else plan.forward
+            launch(
+                attention_forward_kernel,
+                (ceil_div(num_queries, tiles.queries), batch * num_heads),
                 q,
                 k,
                 v,
@@ -230,39 +240,32 @@ def launch_forward(
                 num_heads // k.shape[1],
                 num_queries,
                 k.shape[2],
-                scale,
-                softcap,
+                call.scale,
+                call.softcap,
                 masked.lowest,
-                CAUSAL=causal,
                 HAS_SINKS=sinks is not None,
-                HAS_SOFTCAP=softcap != 0,
                 READS=reading,
-                **masked.constants,
-                **_widths(q, v),
+                **form,
                 **_tile_options(tiles),
             )
     return out, lse
 
 
+class _Backward(NamedTuple):
+    """What the two kernels of gradients read beside the call."""
+
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+    masked: _Mask
+
+
 def launch_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    needs: list[bool],
-    plan: Plan | None = None,
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool], plan: Plan | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v and sinks that are needed, by the kernels."""
-    q, k, v, dout = map(with_dense_rows, (q, k, v, dout))
+    call, dout = with_dense_inputs(call), with_dense_rows(dout)
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     need_q, need_k, need_v, need_sinks = needs
     dq = new_heads_last(q, q.shape[-1]) if need_q else None
     dk = new_heads_last(k, k.shape[-1]) if need_k or need_v else None
@@ -273,23 +276,19 @@ def launch_backward(
             if value is not None:
                 value.zero_()
         return dq, dk if need_k else None, dv if need_v else None, dsinks
-    plan = plan or plans_of(q, v)[0]
-    masked = _prepare_mask(q, mask, intervals, reads)
-    options: dict[str, Any] = dict(
-        CAUSAL=causal, HAS_SOFTCAP=softcap != 0, **masked.constants, **_widths(q, v)
-    )
-    scalars = scale, softcap, masked.lowest
+    plan = plan or plans_of(call)[0]
+    masked = _prepare_mask(call)
+    form = _form(call, masked)
     with on_device(q):
         delta, dsinks = _launch_delta(dout, out, lse, sinks if need_sinks else None)
+        given = _Backward(dout, lse, delta, masked)
         for reading in masked.turns:
-            options["READS"] = reading
-            tiles = reading_tiles(q, v) if reading else None
+            form["READS"] = reading
+            tiles = reading_tiles(call) if reading else None
             if dk is not None and dv is not None:
-                dkeys = tiles or plan.dkeys
-                _launch_dkeys(q, k, v, dout, lse, delta, masked, dk, dv, scalars, dkeys, options)
+                _launch_dkeys(call, given, dk, dv, form, tiles or plan.dkeys)
             if dq is not None:
-                dqueries = tiles or plan.dqueries
-                _launch_dqueries(q, k, v, dout, lse, delta, masked, dq, scalars, dqueries, options)
+                _launch_dqueries(call, given, dq, form, tiles or plan.dqueries)
     return dq, dk if need_k else None, dv if need_v else None, dsinks
 
 
@@ -300,7 +299,9 @@ def _launch_delta(
     batch, num_heads, num_queries, width = out.shape
     tiles = ceil_div(num_queries, DELTA_QUERIES)
     partial = None if sinks is None else lse.new_empty((batch, num_heads, tiles))
-    attention_delta_kernel[(tiles, batch * num_heads)](
+    launch(
+        attention_delta_kernel,
+        (tiles, batch * num_heads),
         dout,
         out,
         lse,
@@ -323,32 +324,24 @@ def _launch_delta(
 
 
 def _launch_dkeys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    masked: _Mask,
-    dk: Tensor,
-    dv: Tensor,
-    scalars: tuple[float, float, float],
-    tiles: Tiles,
-    options: dict[str, Any],
+    call: Call, given: _Backward, dk: Tensor, dv: Tensor, form: dict[str, Any], tiles: Tiles
 ) -> None:
+    q, k, v, masked = call.q, call.k, call.v, given.masked
     batch, num_key_heads, num_keys, _ = k.shape
     num_queries = q.shape[2]
     ranges, range_strides = q, [0, 0, 0]
-    if options["HAS_MASK"]:
+    if form["HAS_MASK"]:
         ranges = launch_key_ranges(masked.intervals, num_queries, num_keys, tiles.keys)
         range_strides = [ranges.stride(0), *_broadcast_strides(ranges, 1)[:2]]
-    attention_backward_keys_kernel[(ceil_div(num_keys, tiles.keys), batch * num_key_heads)](
+    launch(
+        attention_backward_keys_kernel,
+        (ceil_div(num_keys, tiles.keys), batch * num_key_heads),
         q,
         k,
         v,
-        dout,
-        lse,
-        delta,
+        given.dout,
+        given.lse,
+        given.delta,
         masked.mask,
         masked.intervals,
         masked.reads,
@@ -358,7 +351,7 @@ def _launch_dkeys(
         *_strides(q),
         *_strides(k),
         *_strides(v),
-        *_strides(dout),
+        *_strides(given.dout),
         *_strides(dk),
         *_strides(dv),
         *masked.mask_strides,
@@ -368,33 +361,26 @@ def _launch_dkeys(
         q.shape[1] // num_key_heads,
         num_queries,
         num_keys,
-        *scalars,
-        **options,
+        call.scale,
+        call.softcap,
+        masked.lowest,
+        **form,
         **_tile_options(tiles),
     )
 
 
-def _launch_dqueries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    masked: _Mask,
-    dq: Tensor,
-    scalars: tuple[float, float, float],
-    tiles: Tiles,
-    options: dict[str, Any],
-) -> None:
+def _launch_dqueries(call: Call, given: _Backward, dq: Tensor, form: dict[str, Any], tiles: Tiles) -> None:
+    q, k, v, masked = call.q, call.k, call.v, given.masked
     batch, num_heads, num_queries, _ = q.shape
-    attention_backward_queries_kernel[(ceil_div(num_queries, tiles.queries), batch * num_heads)](
+    launch(
+        attention_backward_queries_kernel,
+        (ceil_div(num_queries, tiles.queries), batch * num_heads),
         q,
         k,
         v,
-        dout,
-        lse,
-        delta,
+        given.dout,
+        given.lse,
+        given.delta,
         masked.mask,
         masked.intervals,
         masked.reads,
@@ -402,7 +388,7 @@ def _launch_dqueries(
         *_strides(q),
         *_strides(k),
         *_strides(v),
-        *_strides(dout),
+        *_strides(given.dout),
         *_strides(dq),
         *masked.mask_strides,
         *masked.interval_strides,
@@ -410,7 +396,9 @@ def _launch_dqueries(
         num_heads // k.shape[1],
         num_queries,
         k.shape[2],
-        *scalars,
-        **options,
+        call.scale,
+        call.softcap,
+        masked.lowest,
+        **form,
         **_tile_options(tiles),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.attention.reference import LOWEST, LOWEST_OTHERWISE, find_level_rows, is_shut
 from fxopt.kernels.launch import can_launch, ceil_div, jit, on_device, register_op, tl
+from fxopt.kernels.launcher import launch
 
 READ, LEVEL, NAN = 1, 2, 4
 """The row is no pure interval; all its logits are equal; all of it is NaN. Sums of these in the third plane."""
@@ -45,6 +46,19 @@ def plain_intervals(mask: Tensor, has_sinks: bool, safe: bool) -> tuple[Tensor, 
     must_read = torch.where(is_level, has_infinite, ~is_pure & ~is_nan)
     kind = READ * must_read.int() + LEVEL * is_level.int() + NAN * is_nan.int()
     return torch.stack([start, end, kind]).to(torch.int32), must_read.any().to(torch.int32).view(1)
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bool mask as what is added to scores: the lowest finite number where a key is not seen."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def clear_empty_rows(q: Tensor, seen: Tensor) -> Tensor:
+    """Return q, zero and without a gradient in rows that see no key.
+
+    Where scores are replaced by the lowest number, unlike where it is added to them, none of such a row matters.
+    """
+    return q.masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
 
 @jit
@@ -122,7 +136,9 @@ def launch_intervals(mask: Tensor, has_sinks: bool, safe: bool) -> tuple[Tensor,
         return intervals, reads
     is_bool = mask.dtype == torch.bool
     with on_device(mask):
-        mask_intervals_kernel[(num_rows,)](
+        launch(
+            mask_intervals_kernel,
+            (num_rows,),
             mask.view(torch.uint8) if is_bool else mask,
             intervals,
             reads,
@@ -211,7 +227,9 @@ def launch_key_ranges(intervals: Tensor, num_queries: int, num_keys: int, tile: 
     tiles = ceil_div(num_keys, tile)
     ranges = intervals.new_empty((2, batch, heads, tiles))
     with on_device(intervals):
-        key_ranges_kernel[(tiles, batch * heads)](
+        launch(
+            key_ranges_kernel,
+            (tiles, batch * heads),
             intervals,
             ranges,
             num_rows,

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.kernels.attention.backends import fused_backward, fused_forward
+from fxopt.kernels.attention.call import Call, with_call
+from fxopt.kernels.attention.choice import fused_backward, fused_forward
 from fxopt.kernels.attention.masks import find_intervals
 from fxopt.kernels.attention.reference import plain_backward, plain_forward, wide_dtype
 from fxopt.kernels.launch import register_gradient, register_op
@@ -17,74 +18,52 @@ def _new_heads_last(x: Tensor, width: Any = None) -> Tensor:
     return x.new_empty(batch, length, heads, own if width is None else width).transpose(1, 2)
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    safe: bool,
-) -> tuple[Tensor, Tensor]:
-    return _new_heads_last(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide_dtype(q))
+def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
+    q = call.q
+    return _new_heads_last(q, call.v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide_dtype(q))
 
 
 def _fake_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    safe: bool,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    need_q, need_k, need_v, need_sinks = needs
-    return (
-        _new_heads_last(q) if need_q else None,
-        _new_heads_last(k) if need_k else None,
-        _new_heads_last(v) if need_v else None,
-        sinks.new_empty(sinks.shape) if sinks is not None and need_sinks else None,
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    wide = (
+        _new_heads_last(x) if is_needed else None
+        for x, is_needed in zip((call.q, call.k, call.v), needs, strict=False)
     )
+    sinks = call.sinks
+    return (*wide, sinks.new_empty(sinks.shape) if sinks is not None and needs[3] else None)
 
 
+INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks,"
+    " bool causal, float scale, float softcap, bool safe"
+)
 _forward_op = register_op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks,"
-    " bool causal, float scale, float softcap, bool safe) -> (Tensor, Tensor)",
-    plain=plain_forward,
-    fused=fused_forward,
-    fake=_fake_forward,
+    f"attention({INPUTS}) -> (Tensor, Tensor)",
+    plain=with_call(plain_forward),
+    fused=with_call(fused_forward),
+    fake=with_call(_fake_forward),
 )
 _backward_op = register_op(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask,"
-    " Tensor? intervals, Tensor? reads, Tensor? sinks, bool causal, float scale, float softcap, bool safe,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    plain=plain_backward,
-    fused=fused_backward,
-    fake=_fake_backward,
+    f"attention_backward({INPUTS}, Tensor out, Tensor lse, Tensor dout, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    plain=with_call(plain_backward),
+    fused=with_call(fused_backward),
+    fake=with_call(_fake_backward),
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, intervals, reads, sinks, *ctx.scalars = inputs
+    *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.safe = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, mask, intervals, reads, sinks)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[place] for place in (0, 1, 2, 6)]
-    dq, dk, dv, dsinks = _backward_op(dout, *ctx.saved_tensors, *ctx.scalars, needs)
+    *tensors, out, lse = ctx.saved_tensors
+    scalars = ctx.causal, ctx.scale, ctx.softcap, ctx.safe
+    dq, dk, dv, dsinks = _backward_op(*tensors, *scalars, out, lse, dout, needs)
     return dq, dk, dv, None, None, None, dsinks, None, None, None, None
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.kernels.attention.call import Call
+
 LOWEST = {torch.float16: -65504.0}
 LOWEST_OTHERWISE = -1e30  # such a value added to any score leaves nothing of the score
-
-Scalars = tuple[bool, float, float, bool]
-"""causal, scale, softcap, safe: the attributes that every function here takes last."""
 
 
 def attention_reference(
@@ -26,7 +25,7 @@ def attention_reference(
 ) -> Tensor:
     """Return the attention of `q` to `k` and `v`, differentiable, in plain torch: the specification."""
     wide = wide_dtype(q)
-    logits, _ = compute_logits(q, k, mask, sinks is not None, causal, scale, softcap)
+    logits, _ = compute_logits(Call(q, k, v, mask, None, None, sinks, causal, scale, softcap, safe))
     if sinks is not None:
         column = sinks.to(wide).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, column], dim=-1)
@@ -41,20 +40,18 @@ def wide_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def compute_logits(
-    q: Tensor, k: Tensor, mask: Tensor | None, has_sinks: bool, causal: bool, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def compute_logits(call: Call) -> tuple[Tensor, Tensor]:
     """Return what the softmax is taken of, [B, Hq, Sq, Sk], -inf where masked, and the scores behind it.
 
     In a row that an additive mask shuts throughout by the lowest finite number, all keys have the same logit.
     """
-    wide = wide_dtype(q)
-    q_groups, k_groups = in_groups(q.to(wide), k.shape[1]), k.to(wide).unsqueeze(2)
-    scores = torch.matmul(q_groups, k_groups.transpose(-1, -2)).flatten(1, 2) * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    mask, wide = call.mask, wide_dtype(call.q)
+    q_groups, k_groups = in_groups(call.q.to(wide), call.k.shape[1]), call.k.to(wide).unsqueeze(2)
+    scores = torch.matmul(q_groups, k_groups.transpose(-1, -2)).flatten(1, 2) * call.scale
+    if call.softcap:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if call.causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         return scores.masked_fill(~seen, -torch.inf), scores
     if mask is None:
         return scores, scores
@@ -62,7 +59,7 @@ def compute_logits(
         return scores.masked_fill(~mask, -torch.inf), scores
     shut = is_shut(mask)
     logits = torch.where(shut, -torch.inf, scores + mask.to(wide))
-    if not has_sinks:
+    if call.sinks is None:
         is_level = find_level_rows(mask, shut).unsqueeze(-1)
         level = (scores - scores.detach()).masked_fill(mask == -torch.inf, -torch.inf)
         logits = torch.where(is_level, level, logits)
@@ -94,35 +91,23 @@ def as_heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def reference_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scalars: Scalars
-) -> tuple[Tensor, Tensor]:
+def reference_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return the attention and the log of the sum of exponentials of each row, 0 where it is empty."""
-    causal, scale, softcap, safe = scalars
-    logits, _ = compute_logits(q, k, mask, sinks is not None, causal, scale, softcap)
+    logits, _ = compute_logits(call)
     lse = torch.logsumexp(logits, dim=-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1).expand_as(lse))
-    if safe:
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.to(lse.dtype).view(1, -1, 1).expand_as(lse))
+    if call.safe:
         lse = torch.where(lse == -torch.inf, 0.0, lse)
     weights = torch.exp(logits - lse.unsqueeze(-1))
-    return as_heads_last(times_values(weights, v.to(weights.dtype)).to(q.dtype)), lse
+    return as_heads_last(times_values(weights, call.v.to(weights.dtype)).to(call.q.dtype)), lse
 
 
-def reference_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scalars: Scalars,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def reference_backward(call: Call, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k, v and sinks; the weights are computed again."""
-    causal, scale, softcap, _ = scalars
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     num_key_heads = k.shape[1]
-    logits, scores = compute_logits(q, k, mask, sinks is not None, causal, scale, softcap)
+    logits, scores = compute_logits(call)
     weights = torch.exp(logits - lse.unsqueeze(-1))
     dout_groups = in_groups(dout.to(weights.dtype), num_key_heads)
     weights_groups = in_groups(weights, num_key_heads)
@@ -130,9 +115,9 @@ def reference_backward(
     dweights = torch.matmul(dout_groups, v.to(weights.dtype).unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     delta = (dweights * weights).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta)
-    if softcap:
-        dscores = dscores * (1 - (scores / softcap).square())
-    dscores = in_groups(dscores * scale, num_key_heads)
+    if call.softcap:
+        dscores = dscores * (1 - (scores / call.softcap).square())
+    dscores = in_groups(dscores * call.scale, num_key_heads)
     dq = torch.matmul(dscores, k.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
     dk = torch.matmul(dscores.transpose(-1, -2), in_groups(q.to(weights.dtype), num_key_heads)).sum(2)
     dsinks = None
@@ -142,16 +127,24 @@ def reference_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
-def is_served_by_torch_on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, softcap: float
-) -> bool:
-    """Return whether torch's flash attention for CPUs computes this: no softcap, no sinks, no additive mask.
+def is_for_torch_on_cpu(call: Call) -> bool:
+    """Return whether torch's flash attention for CPUs knows this form: no softcap, no sinks, no additive mask.
 
     With an additive mask its backward takes an even row of n keys for a sum of n ones.
     """
-    if softcap or sinks is not None or (mask is not None and mask.dtype != torch.bool):
+    if call.softcap or call.sinks is not None or call.q.shape[-1] != call.v.shape[-1]:
         return False
-    return q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1] and 0 not in (*q.shape, *k.shape)
+    return call.mask is None or call.mask.dtype == torch.bool
+
+
+def is_served_by_torch_on_cpu(call: Call) -> bool:
+    """Return whether torch's flash attention for CPUs computes this call."""
+    return (
+        call.q.device.type == "cpu"
+        and call.q.dtype == call.k.dtype == call.v.dtype
+        and 0 not in (*call.q.shape, *call.k.shape)
+        and is_for_torch_on_cpu(call)
+    )
 
 
 def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -159,59 +152,49 @@ def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
 
 
-def plain_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    safe: bool,
-) -> tuple[Tensor, Tensor]:
+def plain_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return the attention and its lse in plain torch; by torch's flash attention where that serves."""
-    if q.device.type == "cpu" and is_served_by_torch_on_cpu(q, k, v, mask, sinks, softcap):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=causal, attn_mask=additive(mask, q), scale=scale
-        )
-        return as_heads_last(out), lse.contiguous()
-    return reference_forward(q, k, v, mask, sinks, (causal, scale, softcap, safe))
+    if not is_served_by_torch_on_cpu(call):
+        return reference_forward(call)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        call.q,
+        call.k,
+        call.v,
+        is_causal=call.causal,
+        attn_mask=additive(call.mask, call.q),
+        scale=call.scale,
+    )
+    return as_heads_last(out), lse.contiguous()
 
 
 def plain_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    intervals: Tensor | None,
-    reads: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    safe: bool,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v and sinks that are needed, in plain torch; no scores were saved."""
     found: tuple[Tensor | None, ...]
-    if q.device.type == "cpu" and is_served_by_torch_on_cpu(q, k, v, mask, sinks, softcap):
+    if is_served_by_torch_on_cpu(call):
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, causal, attn_mask=additive(mask, q), scale=scale
+            dout,
+            call.q,
+            call.k,
+            call.v,
+            out,
+            lse,
+            0.0,
+            call.causal,
+            attn_mask=additive(call.mask, call.q),
+            scale=call.scale,
         )
-        found = (*found, None)
     else:
-        found = reference_backward(dout, q, k, v, lse, mask, sinks, (causal, scale, softcap, safe))
-    dq, dk, dv, dsinks = found
-    need_q, need_k, need_v, need_sinks = needs
-    return (
-        as_heads_last(dq) if need_q and dq is not None else None,
-        as_heads_last(dk) if need_k and dk is not None else None,
-        as_heads_last(dv) if need_v and dv is not None else None,
-        dsinks if need_sinks else None,
+        found = reference_backward(call, lse, dout)
+    return pick_gradients(found, needs)
+
+
+def pick_gradients(found: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v and sinks that are needed, the first three in the models' memory layout."""
+    dq, dk, dv, dsinks = (*found, *[None] * (4 - len(found)))
+    wide = (
+        as_heads_last(value) if is_needed and value is not None else None
+        for value, is_needed in zip((dq, dk, dv), needs, strict=False)
     )
+    return (*wide, dsinks if needs[3] else None)

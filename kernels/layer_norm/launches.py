@@ -11,6 +11,7 @@ from fxopt.kernels.launch import (
     on_device,
     with_row_stride,
 )
+from fxopt.kernels.launcher import launch
 from fxopt.kernels.layer_norm.kernels import (
     layer_norm_backward_kernel,
     layer_norm_forward_kernel,
@@ -35,7 +36,9 @@ def launch_forward(
     num_warps = num_warps_for(block_rows * block_columns)
     x, x_row_stride = with_row_stride(x)
     with on_device(x):
-        layer_norm_forward_kernel[(ceil_div(num_rows, block_rows),)](
+        launch(
+            layer_norm_forward_kernel,
+            (ceil_div(num_rows, block_rows),),
             x,
             x if weight is None else weight.contiguous(),
             x if bias is None else bias.contiguous(),
@@ -88,7 +91,9 @@ def launch_backward(
     x, x_row_stride = with_row_stride(x)
     dy, dy_row_stride = with_row_stride(dy)
     with on_device(x):
-        layer_norm_backward_kernel[(programs,)](
+        launch(
+            layer_norm_backward_kernel,
+            (programs,),
             dy,
             x,
             x if weight is None else weight.contiguous(),
@@ -113,7 +118,9 @@ def launch_backward(
         )
         if num_sums:
             block = 64
-            layer_norm_sum_kernel[(ceil_div(columns, block), num_sums)](
+            launch(
+                layer_norm_sum_kernel,
+                (ceil_div(columns, block), num_sums),
                 partial,
                 partial if dweight is None else dweight,
                 partial if dbias is None else dbias,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import ceil_div, jit, num_warps_for, on_device, tl
+from fxopt.kernels.launcher import launch
 from fxopt.kernels.linear_cross_entropy.chunks import Outputs, run_chunks
 from fxopt.kernels.row_loss import (
     Shaping,
@@ -136,7 +137,9 @@ def _launch_rows(
 ) -> None:
     num_rows, num_columns = logits.shape
     block = columns_per_tile(num_columns, BLOCK_COLUMNS)
-    linear_cross_entropy_forward_kernel[(num_rows,)](
+    launch(
+        linear_cross_entropy_forward_kernel,
+        (num_rows,),
         logits,
         labels,
         losses,
@@ -186,7 +189,9 @@ def _launch_scale(gradient: Tensor, dloss: Tensor, divisor: Tensor, dtype: torch
     gradient = gradient.contiguous()
     scaled = gradient.new_empty(gradient.shape, dtype=dtype)
     if gradient.numel():
-        linear_cross_entropy_backward_kernel[(ceil_div(gradient.numel(), SCALE_BLOCK),)](
+        launch(
+            linear_cross_entropy_backward_kernel,
+            (ceil_div(gradient.numel(), SCALE_BLOCK),),
             gradient,
             dloss,
             divisor,

@@ -14,6 +14,7 @@ from fxopt.kernels.launch import (
     on_device,
     with_row_stride,
 )
+from fxopt.kernels.launcher import launch
 from fxopt.kernels.rms_norm.backward_kernel import rms_norm_backward_kernel, rms_norm_sum_kernel
 from fxopt.kernels.rms_norm.forward_kernel import rms_norm_forward_kernel
 from fxopt.kernels.rms_norm.reference import promoted
@@ -82,7 +83,9 @@ def run_forward(
     skip, skip_row_stride = (x, 0) if skip is None else with_row_stride(skip)
     gate, gate_row_stride = (None, 0) if gate is None else with_row_stride(gate)
     with on_device(x):
-        rms_norm_forward_kernel[(ceil_div(num_rows, block_rows), groups)](
+        launch(
+            rms_norm_forward_kernel,
+            (ceil_div(num_rows, block_rows), groups),
             x,
             skip,
             x if weight is None else weight.contiguous(),
@@ -181,7 +184,9 @@ def run_backward(
     gate, gate_row_stride = (None, 0) if gate is None else with_row_stride(gate)
     dh, dh_row_stride = (None, 0) if dh is None else with_row_stride(dh)
     with on_device(x):
-        rms_norm_backward_kernel[(programs, groups)](
+        launch(
+            rms_norm_backward_kernel,
+            (programs, groups),
             dy,
             x,
             x if weight is None else weight.contiguous(),
@@ -219,7 +224,9 @@ def run_backward(
         )
         if dweight is not None:
             block = 64
-            rms_norm_sum_kernel[(ceil_div(columns, block),)](
+            launch(
+                rms_norm_sum_kernel,
+                (ceil_div(columns, block),),
                 partial,
                 dweight,
                 programs,

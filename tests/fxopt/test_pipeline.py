@@ -69,6 +69,23 @@ def test_meta_models_are_explained_but_not_optimized():
     assert slots(model) == 0
 
 
+def test_the_report_names_the_backend_of_each_attention():
+    with torch.device("meta"):
+        unused = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY))
+    model = fxopt.optimize(llama())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for given, served_by in (
+        (unused, "chosen at the first call"),
+        (model, "torch's flash attention for CPUs"),
+    ):
+        report = fxopt.explain(given)
+        backends = {site.backend for site in report.sites if site.pattern == "attention"}
+        assert backends == {served_by}
+        assert {site.backend for site in report.sites if site.pattern != "attention"} == {""}
+        assert f"attention      2  {served_by}\n" in str(report)
+        assert f'"backend": "{served_by}"' in report.to_json()
+
+
 def test_a_module_without_repeated_blocks_is_one_region():
     class Norm(nn.Module):
         def __init__(self):
@@ -130,7 +147,7 @@ def test_optimizing_twice_is_a_no_op_and_other_options_start_anew(caplog):
     assert "was optimized with other options: restored, optimized anew" in caplog.text
     model(input_ids=IDS, labels=IDS).loss.backward()
     sites = {site.pattern: site for site in fxopt.explain(model).sites}
-    assert sites["glu"].status == "unmatched"
+    assert (sites["glu"].status, sites["glu"].reason) == ("unmatched", "glu: disabled by the options")
     assert sites["rms_norm"].status == "rewritten"
 
 
@@ -184,9 +201,9 @@ def test_a_model_that_takes_no_input_ids_asks_for_inputs():
 
 def test_a_planted_error_in_the_op_is_refused_with_figures(monkeypatch):
     """The proof runs the op that will run: break the op, and every match must be refused."""
-    from fxopt.kernels import glu
+    from fxopt.kernels.glu import reference
 
-    monkeypatch.setattr(glu, "glu_reference", lambda gate, up, *, act: gate.sigmoid() * up * 1.01)
+    monkeypatch.setattr(reference, "glu_reference", lambda gate, up, **_: gate.sigmoid() * up * 1.01)
     model, stock = fxopt.optimize(llama()), llama()
     ours, theirs = (m(input_ids=IDS, labels=IDS).loss for m in (model, stock))
     assert torch.allclose(ours, theirs, rtol=1e-5)
@@ -250,7 +267,7 @@ def test_the_first_pass_is_held_to_the_stock_placeholders_and_verifying_is_not_i
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify", slow)
         records = pipeline.run_passes(make(), **given).graph.passes
-    assert [record.name for record in records] == ["canonicalize", "rewrite"]
+    assert [record.name for record in records] == ["canonicalize", "rewrite", "strides"]
     assert all(record.time_ms < 150 for record in records)
     monkeypatch.setattr(pipeline, "PASSES", (("adding", adding),))
     with pytest.raises(fxopt.VerifyError, match="adding: the placeholders changed, expected x, got z, x"):
@@ -322,9 +339,6 @@ def test_cost_grows_with_distinct_blocks_not_layers(monkeypatch):
         pipeline, "PASSES", tuple((name, counted(name, run)) for name, run in pipeline.PASSES)
     )
 
-    def step(model: nn.Module) -> None:
-        model(input_ids=IDS, labels=IDS).loss.backward()
-
     step(fxopt.optimize(llama()))  # what is done once per process is nobody's cost
     work: list[int] = []
     for layers in (4, 16, 64):
@@ -359,3 +373,171 @@ def test_a_refused_match_of_a_users_own_pattern_is_in_the_report():
         told = [miss for miss in report.mismatches if miss.pattern == "expm1" and reason in miss.reason]
         assert told, report.mismatches
         assert told[0].location.startswith("test_pipeline.py:")
+
+
+def step(model: nn.Module) -> torch.Tensor:
+    """Return the loss of one step on `IDS`, its gradients made."""
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach()
+
+
+def assert_steps_as(model: nn.Module, stock: nn.Module) -> None:
+    assert torch.allclose(step(model), step(stock), rtol=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("path", ["", "model.layers.0", "model.layers.1", "model.layers.0.mlp"])
+def test_what_the_user_compiles_after_optimize_runs_is_told_and_survives_restore(path, caplog):
+    model, stock = fxopt.optimize(llama()), llama()
+    assert_steps_as(model, stock)
+    compiled = model.get_submodule(path)
+    compiled.compile(backend="eager")
+    theirs = compiled.__dict__["_compiled_call_impl"]
+    assert_steps_as(model, stock)
+    if path != "model.layers.0.mlp":
+        told = f"{path or 'the model'} was compiled by module.compile() after fxopt.optimize"
+        assert told in str(fxopt.explain(model))
+        with pytest.raises(fxopt.FxoptError, match=r"already compiled by module.compile\(\), expected stock"):
+            fxopt.optimize(model, disable=("glu",))
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        assert fxopt.restore(model) is model
+    assert ("left so" in caplog.text) == (path != "model.layers.0.mlp")
+    assert compiled.__dict__["_compiled_call_impl"] is theirs
+    assert slots(model) == 1, "nothing of fxopt is left"
+    assert_steps_as(model, stock)
+
+
+def test_a_module_under_torch_compile_inside_is_said_plainly():
+    model = llama()
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    for function in (fxopt.optimize, fxopt.explain):
+        with pytest.raises(
+            fxopt.FxoptError, match=r"model.layers.1 \(OptimizedModule\) is already compiled by"
+        ):
+            function(model)
+    for function in (fxopt.explain, fxopt.restore):
+        with pytest.raises(
+            fxopt.FxoptError, match=r"already under torch\.compile, expected the model itself"
+        ):
+            function(torch.compile(fxopt.optimize(llama()), backend="eager"))
+
+
+def with_adapters(model: nn.Module) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], r=4)
+    return peft.get_peft_model(model, config)
+
+
+def test_adapters_put_on_an_optimized_model_train_as_on_a_stock_one(caplog):
+    model = fxopt.optimize(llama())
+    step(model)
+    adapted, stock = with_adapters(model), with_adapters(llama())
+    assert_steps_as(adapted, stock)
+    assert not fxopt.explain(adapted).fallbacks
+    assert {site.status for site in fxopt.explain(adapted).sites} == {"rewritten"}
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        fxopt.optimize(adapted)
+    assert "was optimized as LlamaForCausalLM: restored, optimized anew" in caplog.text
+    assert_steps_as(adapted, stock)
+    assert fxopt.restore(adapted) is adapted
+    assert slots(adapted) == 0
+    fxopt.optimize(model)
+    fxopt.restore(adapted)
+    assert slots(adapted) == 0
+
+
+def test_a_model_taken_out_of_its_adapters_is_restored_and_optimized(caplog):
+    adapted, stock = fxopt.optimize(with_adapters(llama())), with_adapters(llama())
+    assert_steps_as(adapted, stock)
+    merged, stock = (each.merge_and_unload().requires_grad_(True) for each in (adapted, stock))
+    assert_steps_as(merged, stock)
+    assert fxopt.restore(merged) is merged
+    assert slots(merged) == 0
+    adapted = fxopt.optimize(with_adapters(llama()))
+    merged = adapted.merge_and_unload().requires_grad_(True)
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        fxopt.optimize(merged)
+    assert "was optimized as PeftModelForCausalLM: restored, optimized anew" in caplog.text
+    assert_steps_as(merged, stock)
+    assert not fxopt.explain(merged).fallbacks
+    fxopt.restore(merged)
+    assert slots(merged) == 0
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "rope", "attention", "linear_cross_entropy"])
+def test_a_disabled_pattern_is_the_reason_of_its_sites(kind):
+    disable = (kind, "cross_entropy") if kind == "linear_cross_entropy" else (kind,)
+    model = fxopt.optimize(llama(), disable=disable)
+    step(model)
+    report = fxopt.explain(model)
+    left = [site for site in report.sites if site.status != "rewritten"]
+    assert {(site.pattern, site.reason) for site in left} == {(kind, f"{kind}: disabled by the options")}
+    assert str(report).count("did not match") == 0, "told once, with its site"
+
+
+class Breaking(nn.Module):
+    """Two norms, and between them two lines that Dynamo cannot capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.ones(8)) for _ in range(2))
+        self.linear = nn.Linear(8, 8)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x, self.first)
+        if x.sum().item() > 1e9:
+            return x
+        x = self.linear(x)
+        torch._dynamo.graph_break()
+        return self.norm(x, self.second)
+
+
+def test_partial_tells_all_pieces_of_a_block_and_where_and_why_it_breaks():
+    first_line = Breaking.forward.__code__.co_firstlineno
+    model = fxopt.optimize(nn.Sequential(*(Breaking() for _ in range(3))), partial=True)
+    for _ in range(2):
+        model(torch.randn(4, 8)).sum().backward()
+    report = fxopt.explain(model)
+    assert [(site.pattern, site.count) for site in report.sites] == [("rms_norm", 3), ("rms_norm", 3)]
+    assert len({graph.capture for graph in report.graphs}) >= 3
+    block, tail = report.regions
+    assert (block.kind, block.status) == ("block", "captured")
+    item, inserted = block.breaks
+    assert item.startswith("what is computed depends on the values of a tensor; ")
+    assert item.endswith(f"at test_pipeline.py:{first_line + 2}")
+    assert "graph_break" in inserted
+    assert inserted.endswith(f"at test_pipeline.py:{first_line + 5}")
+    text = " ".join(str(report).split())
+    assert f"breaks into pieces: {item}" in text
+    assert tail.reason.endswith(f"at test_pipeline.py:{first_line + 2}"), (
+        "the block fails, not fxopt's call of it"
+    )
+
+
+def test_what_keeps_the_head_stock_is_told_by_the_models_own_line():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.units = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            early = nn.functional.dropout(x, 0.5, self.training)
+            for unit in self.units:
+                x = unit(early)
+            return x.square().mean() + early.sum()
+
+    model = fxopt.optimize(Dropping())
+    model(torch.randn(4, 8)).backward()
+    (fallback,) = fxopt.explain(model).fallbacks
+    line = Dropping.forward.__code__.co_firstlineno + 1
+    assert (
+        f"it reads dropout at test_pipeline.py:{line} (before the last block), which may" in fallback.reason
+    )

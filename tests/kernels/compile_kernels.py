@@ -5,6 +5,7 @@ A program of its own, since it needs Triton without the interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -19,17 +20,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import activation, cross_entropy, glu, rope
+from fxopt.kernels import activation, cross_entropy
 from fxopt.kernels.activations import ACTIVATIONS
-from fxopt.kernels.attention import kernels as attention_kernels
+from fxopt.kernels.attention import backward as attention_backward
+from fxopt.kernels.attention import forward as attention_forward
 from fxopt.kernels.attention import launches, masks
+from fxopt.kernels.glu import launches as glu
+from fxopt.kernels.glu.form import Form
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
+from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
+from fxopt.kernels.rope import launches as rope
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^sign$|^queries_per_row$")
+INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^token_blocks$|^ignore_index$|^queries_per_row$")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
@@ -81,10 +87,10 @@ def layer_norm_builds() -> Iterator[Build]:
 
 
 def glu_builds() -> Iterator[Build]:
-    forms = [glu.Form(act) for act in ACTIVATIONS]
+    forms = [Form(act) for act in ACTIVATIONS]
     limits = dict(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
-    forms += [glu.Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
-    forms += [glu.Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
+    forms += [Form("sigmoid_alpha", **limits, layout=layout) for layout in ("split", "interleaved")]
+    forms += [Form(act, layout="interleaved", gate_first=False) for act in ("gelu", "gelu_tanh")]
     for form in forms:
         for block in (glu.BLOCKS[0], 512) if form.act == "sigmoid_alpha" else glu.BLOCKS[:1]:
             constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
@@ -134,12 +140,51 @@ def rope_builds() -> Iterator[Build]:
         (32, 64, 64, dict(IN_PAIRS="interleaved", OUT_PAIRS="half"), "single"),
     ]
     for heads, size, length, pairs, table in forms:
-        shape = rope._tile(heads, size, length, table)
+        shape = rope.tile_of(heads, size, length, table)
         form = pairs | shape | dict(TABLE_PAIRS=table, HALF=length // 2, NUM_PASSED=size - length, START=0)
         for transposed in (False, True):
             if transposed:
                 form = form | dict(IN_PAIRS=pairs["OUT_PAIRS"], OUT_PAIRS=pairs["IN_PAIRS"])
-            yield rope.rope_kernel, form | dict(TRANSPOSED=transposed), {}, rope.NUM_WARPS, True
+            yield (
+                rope.rope_kernel,
+                form | dict(TRANSPOSED=transposed, SIGN=-1 if transposed else 1),
+                {},
+                rope.NUM_WARPS,
+                True,
+            )
+
+
+def norm_rope_builds() -> Iterator[Build]:
+    fp32 = {"p_partial": "*fp32"}
+    half = norm_rope.Form(1e-6, 0.0, True, True, torch.bfloat16, "half", "half", 0, 128, 1, [False, False])
+    neighbours = dataclasses.replace(half, pairing="interleaved", out_pairing="interleaved")
+    forms = [
+        ([32, 8], 128, half, 128),
+        ([32, 8], 128, half, 64),
+        ([8, 4], 256, dataclasses.replace(half, length=256, cast_first=False), 256),
+        ([8, 4], 256, dataclasses.replace(half, length=64), 64),
+        ([5, 1], 128, neighbours, 128),
+        ([32, 32], 128, dataclasses.replace(half, per_head=False), 128),
+        ([40, 8], 128, dataclasses.replace(half, per_head=False), 128),
+    ]
+    for heads, size, form, items in forms:
+        for elements in (norm_rope.FORWARD_ELEMENTS, norm_rope.BACKWARD_ELEMENTS):
+            is_backward = elements == norm_rope.BACKWARD_ELEMENTS
+            tile = norm_rope.tile_of(heads, size, form.length, form.per_head, items, elements)
+            warps = tile.pop("num_warps")
+            constants = norm_rope.constants_of(form, size, items) | tile | dict(HAS_WEIGHT=True)
+            if is_backward:
+                yield (
+                    norm_rope.norm_rope_backward_kernel,
+                    constants | dict(NEED_WEIGHT=True),
+                    fp32,
+                    warps,
+                    True,
+                )
+            else:
+                constants |= dict(CAST_FIRST=form.cast_first, ROUND=True)
+                yield norm_rope.norm_rope_forward_kernel, constants, fp32, warps, True
+    yield norm_rope.norm_rope_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
 
 
 def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
@@ -159,25 +204,27 @@ def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
         block = dict(WIDTH=width, BLOCK_WIDTH=width, VALUE_WIDTH=width, BLOCK_VALUE=width)
         block |= dict(PRECISION="ieee" if dtype == "float32" else "tf32")
         delta = dict(HAS_SINKS=True, VALUE_WIDTH=width, BLOCK_VALUE=width, QUERIES=launches.DELTA_QUERIES)
-        yield attention_kernels.attention_delta_kernel, delta, types, 4, True
+        yield attention_backward.attention_delta_kernel, delta, types, 4, True
         plan = launches.plans_for(width, getattr(torch, dtype), divmod(arch, 10))[0]
         reading = launches.Plan(*[launches.READING[width]] * 3)
         forms = [(causal, plan)]
         if width == 128:
             forms += [(capped, plan), (capped | dict(READS=True), reading)]
+        elif dtype == "float32":
+            forms += [(capped, plan)]
         for form, tiles in forms:
             kinds = zip(
                 (
-                    attention_kernels.attention_forward_kernel,
-                    attention_kernels.attention_backward_keys_kernel,
-                    attention_kernels.attention_backward_queries_kernel,
+                    attention_forward.attention_forward_kernel,
+                    attention_backward.attention_backward_keys_kernel,
+                    attention_backward.attention_backward_queries_kernel,
                 ),
                 tiles,
                 strict=True,
             )
             for kernel, tile in kinds:
                 sizes = form | block | dict(QUERIES=tile.queries, KEYS=tile.keys)
-                if kernel is attention_kernels.attention_forward_kernel:
+                if kernel is attention_forward.attention_forward_kernel:
                     sizes["HAS_SINKS"] = form["HAS_SOFTCAP"]
                 yield kernel, sizes, types, (tile.warps, tile.stages), True
 
@@ -231,6 +278,7 @@ def main() -> None:
             *activation_builds(),
             *cross_entropy_builds(),
             *rope_builds(),
+            *norm_rope_builds(),
             *attention_builds(int(arch), dtype),
         )
         for build in builds:

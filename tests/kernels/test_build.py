@@ -65,6 +65,9 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "linear_cross_entropy_forward_kernel",
         "linear_cross_entropy_backward_kernel",
         "rope_kernel",
+        "norm_rope_forward_kernel",
+        "norm_rope_backward_kernel",
+        "norm_rope_sum_kernel",
         "mask_intervals_kernel",
         "key_ranges_kernel",
     }

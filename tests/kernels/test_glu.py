@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from fxopt.kernels import glu as file
 from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.glu import LAYOUTS, Form, glu, glu_reference
+from fxopt.kernels.glu.launches import rows_of
+from fxopt.kernels.glu.op import backward_op, forward_op
+from fxopt.kernels.glu.reference import plain_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACES = (("split", True), ("packed", True), ("packed", False), ("interleaved", True), ("interleaved", False))
@@ -147,11 +150,11 @@ def test_strides_of_one_tensor(layout: str, strides: str, device: str, check: An
 
 def test_packed_halves_are_read_in_place(device: str) -> None:
     gate, up = torch.randn(6, 64, device=device).chunk(2, -1)
-    gate_rows, up_rows = file._rows_of(Form("silu"), gate, up)
+    gate_rows, up_rows = rows_of(Form("silu"), gate, up)
     assert (gate_rows.data_ptr(), up_rows.data_ptr()) == (gate.data_ptr(), up.data_ptr())
     both = torch.randn(2, 3, 64, device=device)
     for layout in ("packed", "interleaved"):
-        rows = file._rows_of(Form("silu", layout=layout), both, None)
+        rows = rows_of(Form("silu", layout=layout), both, None)
         assert all(part.untyped_storage().data_ptr() == both.untyped_storage().data_ptr() for part in rows)
 
 
@@ -195,7 +198,7 @@ def test_extreme_values(act: str, layout: str, form: dict[str, Any], device: str
     check_extremes(y, exact)
     # Written out, an infinite up gives this one inf - inf.
     is_one_product = act != "sigmoid_alpha"
-    plain = file.plain_backward(dy, *both, *attributes.astuple(), True, True)
+    plain = plain_backward(dy, *both, *attributes.astuple(), True, True)
     for value, plain_value, exact_value in zip(found, plain, gradients, strict=False):
         check_extremes(value, exact_value, sign=is_one_product)
         check_extremes(plain_value, exact_value, sign=is_one_product)
@@ -240,12 +243,12 @@ def test_opcheck(act: str, layout: str, op_device: str, opcheck: Any) -> None:
     tensors = make((4, 24), torch.float32, op_device, layout)
     form = Form(act=act, **LIMITS, layout=layout).astuple()
     gate, up = (*tensors, None)[:2]
-    opcheck(file._forward_op, (gate, up, *form))
+    opcheck(forward_op, (gate, up, *form))
     dy = torch.randn(4, 24, device=op_device)
     gate, up = (None if tensor is None else tensor.detach() for tensor in (gate, up))
-    opcheck(file._backward_op, (dy, gate, up, *form, True, up is not None))
+    opcheck(backward_op, (dy, gate, up, *form, True, up is not None))
     if up is not None:
-        opcheck(file._backward_op, (dy, gate, up, *form, False, True))
+        opcheck(backward_op, (dy, gate, up, *form, False, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

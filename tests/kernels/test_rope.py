@@ -9,6 +9,8 @@ import torch
 
 from fxopt.kernels import rope as file
 from fxopt.kernels.rope import rope, rope_reference
+from fxopt.kernels.rope.launches import dense_heads
+from fxopt.kernels.rope.op import backward_op, forward_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCH, TOKENS = 2, 5
@@ -123,7 +125,7 @@ def test_strides(layout: str, head_major: bool, device: str, check: Any, gradien
 def test_views_of_a_projection_are_read_in_place(device: str) -> None:
     packed = torch.randn(BATCH, TOKENS, 6 * 16, device=device)
     q = packed[..., 16:64].view(BATCH, TOKENS, 3, 16)
-    assert file._dense_heads(q).data_ptr() == q.data_ptr()
+    assert dense_heads(q).data_ptr() == q.data_ptr()
 
 
 @pytest.mark.parametrize("missing", ["q", "k", "k_at_all"])
@@ -228,9 +230,9 @@ def test_one_output_alone_is_differentiated(op_device: str) -> None:
 def test_opcheck(op_device: str, opcheck: Any) -> None:
     q, k, cos, sin = make((3, 2), 16, 16, torch.float32, op_device)
     for form in (attributes(16, torch.float32), attributes(16, torch.float32, head_major=[True, False])):
-        opcheck(file._forward_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, *form))
-        opcheck(file._backward_op, (q.detach(), k.detach(), cos, sin, *form))
-    opcheck(file._backward_op, (None, k.detach(), cos, sin, *form))
+        opcheck(forward_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, *form))
+        opcheck(backward_op, (q.detach(), k.detach(), cos, sin, *form))
+    opcheck(backward_op, (None, k.detach(), cos, sin, *form))
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:

@@ -41,6 +41,8 @@ SITES = {
 ADDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), LAYERS)
 ADDS |= dict.fromkeys(("granite", "glm4", "smollm3", "single_level"), LAYERS)
 """Norms that became `add_rms_norm`: in a block, those of a sum that the block itself makes; none elsewhere."""
+JOINS = dict.fromkeys(("qwen3", "gemma3_text", "olmo2"), LAYERS)
+"""Blocks whose norms of q and k, and the rotation that reads them, became `norm_rope`: two sites of each kind."""
 DEEP = [
     arch
     if arch in ("llama", "qwen2", "gemma2", "olmo2", "single_level")
@@ -80,6 +82,10 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
     report = fxopt.explain(model)
     assert count_sites(report) == SITES[arch]
     assert sum(site.count for site in report.sites if site.op == "add_rms_norm") == ADDS.get(arch, 0)
+    joined = collections.Counter(
+        site.pattern for site in report.sites if site.op == "norm_rope" for _ in range(site.count)
+    )
+    assert joined == collections.Counter(rms_norm=2 * JOINS.get(arch, 0), rope=2 * JOINS.get(arch, 0))
     assert report.fallbacks == ()
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
@@ -172,6 +178,28 @@ def test_tied_weights_and_softcap_and_scale(twins, tools):
             assert tools.relative(ours.gradients[name], gradient) < 1e-4, (arch, name)
         sites = {s.pattern: s for s in fxopt.explain(model).sites}
         assert sites["linear_cross_entropy"].op == "linear_cross_entropy", arch
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama4_text", dict(num_local_experts=2, num_experts_per_tok=1, no_rope_layers=[1] * LAYERS)),
+        (
+            "deepseek_v2",
+            dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+            | dict(first_k_dense_replace=LAYERS, num_key_value_heads=4),
+        ),
+    ],
+)
+def test_products_of_complex_numbers_are_rotations(arch, overrides, twins, tools):
+    model, stock = twins(arch, overrides=overrides)
+    for shape in SHAPES[:2]:
+        batch = tools.make_batch(shape, padded="none", device="cpu")
+        ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+        assert tools.relative(ours.loss, theirs.loss) < 1e-5
+        for name, gradient in theirs.gradients.items():
+            assert tools.relative(ours.gradients[name], gradient) < 1e-4, name
+    assert count_sites(fxopt.explain(model))["rope"] == 2 * LAYERS
 
 
 def test_nan_and_inf_come_out_as_in_stock(twins, tools):

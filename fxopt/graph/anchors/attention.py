@@ -14,7 +14,7 @@ from fxopt.graph.anchors.stock import (
     tensors_read,
 )
 
-SCORES = SCALING | ROUNDING | MOVING | {"tanh", "cat", "masked_fill", "where", "pow"}
+SCORES = SCALING | ROUNDING | MOVING | {"tanh", "cat", "masked_fill", "where", "pow", "max"}
 WEIGHTS = SCALING | ROUNDING | MOVING
 LEAST_RANK = 3
 """Of what is multiplied: a product with a weight has one of two dims."""

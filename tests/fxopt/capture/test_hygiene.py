@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.installation import Installation
 
 
 def test_twelve_models_in_one_process_are_all_captured(build, install, assert_same_step):
@@ -273,3 +274,27 @@ def test_a_model_is_freed_with_its_last_reference(build, install, steps):
     del installation, model
     gc.collect()
     assert [reference() for reference in alive] == [None, None, None]
+
+
+def test_hooks_on_saved_tensors_see_nothing_of_the_passes(install):
+    """Checkpointing counts what a block saves, and the passes run within the first call of one."""
+    torch.manual_seed(0)
+    model = BreakingModel()
+    for block in model.blocks:
+        block.forward = block.linear.forward
+    seen: list[torch.Size] = []
+
+    def transform(gm, *, region, lazy_outputs):
+        odd = torch.randn(3, 5, requires_grad=True)
+        torch.tanh(odd).sum().backward()
+
+    Installation(model, None, transform, torch_compat.plain_backend, partial=False).install()
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        seen.append(saved.shape)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        model(torch.randn(4, 8)).backward()
+    assert torch.Size((4, 8)) in seen
+    assert torch.Size((3, 5)) not in seen

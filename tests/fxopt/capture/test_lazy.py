@@ -13,7 +13,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from fxopt.capture import torch_compat
 from fxopt.capture.installation import Installation
 from fxopt.capture.lazy import LazyLogits
-from fxopt.errors import StaleLogitsError
+from fxopt.errors import FxoptError, StaleLogitsError
 
 
 def keep_logits(gm: Any, *, region: str, lazy_outputs: bool) -> None:
@@ -163,3 +163,47 @@ def test_shapes_follow_the_call_under_dynamic_captures(lazy_twins):
         assert type(logits) is LazyLogits
         assert logits.shape == (*shape, 256)
         assert torch.equal(logits.materialize(), stock(input_ids=ids, labels=ids).logits)
+
+
+@pytest.mark.parametrize("allow_unused", [False, True])
+def test_a_gradient_with_respect_to_logits_the_loss_was_computed_without_says_what_to_do(
+    lazy_twins, allow_unused
+):
+    model, _ = lazy_twins
+    for read in (False, True):
+        out = model(input_ids=IDS, labels=IDS)
+        if read:
+            out.logits.sum()
+        with pytest.raises(
+            FxoptError, match=r"this loss was computed without them.*\n.*fxopt\.restore\(model\)"
+        ):
+            torch.autograd.grad(out.loss, out.logits, allow_unused=allow_unused)
+        with pytest.raises((FxoptError, RuntimeError), match=r"without them|does not require grad"):
+            out.loss.backward(inputs=[out.logits])  # before torch 2.13 torch's own error
+
+
+def test_a_gradient_with_respect_to_logits_of_a_loss_on_them_is_stocks(lazy_twins):
+    found = []
+    for each in lazy_twins:
+        logits = each(input_ids=IDS, labels=IDS).logits
+        wide = logits.float()
+        loss = wide[:, 1:].square().mean() + each(input_ids=IDS, labels=IDS).loss
+        found.append(torch.autograd.grad(loss, (logits, wide)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["eval", "head not rewritten"])
+def test_logits_that_are_computed_carry_the_losss_gradient(twins, install, mode):
+    model, stock = twins()
+    install(model)
+    found = []
+    for each in (model, stock):
+        each.train(mode != "eval")
+        out = each(input_ids=IDS, labels=IDS)
+        out.logits.retain_grad()
+        (gradient,) = torch.autograd.grad(out.loss, out.logits, retain_graph=True)
+        out.loss.backward()
+        found.append((gradient, out.logits.grad, each.lm_head.weight.grad, each.model.norm.weight.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-7)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fxopt.capture import torch_compat
+from fxopt.capture.reasons import reason_of
 from fxopt.demo.training import count_saved_bytes
 from fxopt.graph.view import modules_of
 
@@ -84,7 +85,7 @@ def test_a_refused_capture_raises_one_of_the_capture_errors():
     compiled = torch_compat.compile_frame(breaks, lambda gm, _: gm.forward, fullgraph=True)
     with pytest.raises(torch_compat.CAPTURE_ERRORS) as caught:
         compiled(torch.ones(2))
-    assert "test_torch_compat.py:" in torch_compat.reason_of(caught.value)
+    assert "test_torch_compat.py:" in reason_of(caught.value)
 
 
 def test_module_paths_of_nodes_read_as_in_the_model():

@@ -66,6 +66,16 @@ def attention(x, g, u):
     return (scores @ F.linear(x, u)) * torch.sigmoid(F.linear(x, g))
 
 
+def masked_attention(x, g, u):
+    scores = (
+        torch.bmm(F.linear(x, g), F.linear(x, u).mT)
+        .view(1, 2, 3, 3)
+        .masked_fill(torch.ones(3, 3).tril() == 0, -1e9)
+    )
+    scores = torch.max(scores, torch.tensor(-1e9)).view(2, 3, 3)
+    return torch.bmm(F.softmax(scores, -1), F.linear(x, u))
+
+
 def between_adapted(x, g, u):
     y = F.silu(F.linear(x, g) + 0.5 * F.linear(F.linear(x, u[:4]), g[:, :4]))
     return F.linear(y, g.t()) + F.linear(F.linear(F.dropout(y, 0.1), u.t()[:4]), g.t()[:, :4])
@@ -219,6 +229,7 @@ SITES = {
         [],
     ),
     "a gated attention": (attention, (X, GATE, UP), ["attention"]),
+    "a masked attention of joined heads": (masked_attention, (X, GATE, UP), ["attention"]),
     "rotated": (rotated, (X, TABLE), ["rope"]),
     "rotated twice": (lambda x, c: rotated(rotated_backwards(x, c), c), (X, TABLE), ["rope", "rope"]),
     "neighbours rotated": (neighbours_rotated, (X.detach().bfloat16(), TABLE), ["rope"]),

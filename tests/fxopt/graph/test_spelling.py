@@ -16,6 +16,7 @@ LEAF = torch.randn(2, 3, 4, requires_grad=True)
 HALF = torch.randn(2, 3, 4, dtype=torch.bfloat16, requires_grad=True)
 OTHER = torch.randn(2, 3, 4, requires_grad=True)
 WEIGHT = torch.randn(5, 4, requires_grad=True)
+SEEN = torch.randn(2, 3, 4) > 0
 SQUARE = torch.randn(4, 4, requires_grad=True)
 LABELS = torch.tensor([1, -100, 3])
 LOGITS = torch.randn(3, 5, requires_grad=True)
@@ -217,6 +218,31 @@ TABLE = {
             lambda a, b: F.nll_loss(F.log_softmax(a, dim=-1), b),
             lambda a, b: F.nll_loss(a.log_softmax(1), target=b, ignore_index=-100),
             lambda a, b: NLL_LOSS(LOG_SOFTMAX(a), b),
+        ],
+    ),
+    "masked_fill": (
+        (LEAF, SEEN),
+        "masked_fill(%0, %1, -inf)",
+        [
+            lambda a, b: a.masked_fill(b, float("-inf")),
+            lambda a, b: torch.masked_fill(input=a, mask=b, value=-torch.inf),
+        ],
+    ),
+    "where": (
+        (LEAF, SEEN),
+        "where(%1, %0, -1000.0)",
+        [lambda a, b: torch.where(b, a, -1e3), lambda a, b: a.where(b, -1e3)],
+    ),
+    "bmm": ((LEAF, OTHER.mT), "matmul(%0, %1)", [torch.bmm, lambda a, b: a.bmm(b), operator.matmul]),
+    "constant": (
+        (HALF,),
+        "constant(value=0.10009765625, dtype=bf16, device=device(type='cpu'))",
+        [
+            lambda a: torch.full([], 0.1, dtype=a.dtype, device=a.device),
+            lambda a: torch.full((), fill_value=0.1, dtype=torch.bfloat16),
+            lambda a: torch.tensor(0.1, dtype=a.dtype),
+            lambda a: a.new_tensor(0.1),
+            lambda a: a.new_full((), 0.1),
         ],
     ),
     "ne": (

@@ -142,6 +142,20 @@ def test_no_line_is_wider_than_the_limit(name: str) -> None:
     assert max(map(len, render_text(CASES[name]).splitlines())) <= WIDTH
 
 
+def test_backends_are_named_with_the_layers_they_serve() -> None:
+    served, other = "cudnn (2 x 4096 x 4096: cudnn 0.61 ms, flash 0.92 ms)", "chosen at the first call"
+    sites = (
+        Site("attention", "attention", 24, "rewritten", "layers.0", "f:1", backend=served),
+        Site("attention", "attention", 4, "rewritten", "layers.24", "f:2", backend=served),
+        Site("attention", "attention", 1, "rewritten", "last", "f:3", backend=other),
+        Site("glu", "glu", 28, "rewritten", "layers.0", "f:4"),
+    )
+    assert (
+        f"Backends\n  op         sites  served by\n  attention     28  {served}\n  attention      1  {other}\n\n"
+    ) in render_text(Report("Tiny", sites=sites))
+    assert "Backends" not in render_text(Report("Tiny", sites=sites[-1:]))
+
+
 def test_str_of_a_report_is_its_text() -> None:
     assert str(FULL) == render_text(FULL)
 

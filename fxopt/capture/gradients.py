@@ -1,0 +1,201 @@
+"""What a compiled graph's gradients owe to stock: None where nothing was read, and no second derivatives.
+
+AOTAutograd makes one autograd node of a graph and fills the gradient of an output that nothing read with
+zeros: every input that reaches such an output would get a gradient of zeros where stock leaves None.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.capture import torch_compat
+from fxopt.errors import FxoptError
+from fxopt.graph.purity import mutated_inputs
+from fxopt.graph.view import find_subgraphs, is_tensor, tensors_of
+
+Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+Reach = dict[int, frozenset[int]]
+"""By the number of an input: the numbers of the outputs that its gradient can come from."""
+
+
+def keep_stock_gradients(lower: Lower, region: str) -> Lower:
+    """Return `lower` so that what it compiles has gradients of None where stock has None.
+
+    A second derivative, which AOTAutograd has none of, is an `FxoptError` that names `region`.
+    """
+
+    def lower_exactly(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        reach = find_partial_reach(gm)
+        compiled = lower(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return compiled(*args)
+            watch = Watch(region, reach)
+            outputs = compiled(*watch.enter(args))
+            watch.watch(args, outputs)
+            return outputs
+
+        return run
+
+    return lower_exactly
+
+
+def find_partial_reach(gm: fx.GraphModule) -> Reach:
+    """Return the inputs of `gm` whose gradient comes from some of its outputs only; all others are left out.
+
+    What is not known to stand apart counts as reached: a graph that writes in place has no such input.
+    """
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    results = output.args[0]
+    results = results if isinstance(results, tuple | list) else (results,)
+    numbers = {
+        number
+        for number, node in enumerate(results)
+        if isinstance(node, fx.Node) and any(value.requires_grad for value in tensors_of(node))
+    }
+    if len(numbers) < 2 or any(_writes(part) for _, part in find_subgraphs(gm)):
+        return {}
+    reached: dict[fx.Node, set[int]] = {node: set() for node in gm.graph.nodes}
+    for number in numbers:
+        reached[results[number]].add(number)
+    for node in reversed(gm.graph.nodes):
+        if node is output or _stops_gradients(node):
+            continue
+        for source in node.all_input_nodes:
+            reached[source] |= reached[node]
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return {
+        index: frozenset(reached[node])
+        for index, node in enumerate(placeholders)
+        if is_tensor(node) and node.meta["example_value"].requires_grad and reached[node] != numbers
+    }
+
+
+def _writes(gm: fx.GraphModule) -> bool:
+    return any(
+        node.op in ("call_function", "call_method") and bool(mutated_inputs(node)) for node in gm.graph.nodes
+    )
+
+
+def _stops_gradients(node: fx.Node) -> bool:
+    values = tensors_of(node)
+    return bool(values) and "rewritten_by" not in node.meta and not any(v.requires_grad for v in values)
+
+
+class Watch:
+    """One call of a compiled graph: notes in the backward pass which outputs have a gradient."""
+
+    def __init__(self, region: str, reach: Reach) -> None:
+        self.region = region
+        self.reach = reach
+        self.read: frozenset[int] | None = None
+        self._numbers: dict[int, set[int]] = {}
+        self._views: frozenset[int] = frozenset()
+
+    def enter(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return `args` with the inputs that some outputs do not reach behind a node that may give None."""
+        indices = [
+            index
+            for index in self.reach
+            if isinstance(args[index], torch.Tensor) and args[index].requires_grad
+        ]
+        if not indices:
+            return args
+        entered: Any = Entry.apply(self, indices, *(args[index] for index in indices))
+        changed = list(args)
+        for index, value in zip(indices, entered, strict=True):
+            changed[index] = value
+        return tuple(changed)
+
+    def watch(self, args: tuple[Any, ...], outputs: Any) -> None:
+        """Have this call's autograd node tell, before it runs, which outputs were read, and by whom."""
+        values = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        given = {value.grad_fn for value in args if isinstance(value, torch.Tensor)}
+        node: Any = None
+        views: set[int] = set()
+        for number, value in enumerate(values):
+            if not isinstance(value, torch.Tensor) or not value.requires_grad:
+                continue
+            own = value.grad_fn
+            if torch_compat.is_compiled_node(own) and own not in given:
+                node = own
+                self._numbers.setdefault(value.output_nr, set()).add(number)
+            else:
+                views.add(number)
+        if node is None:
+            return
+        self._views = frozenset(views)
+        find_node = weakref.ref(node)
+
+        def before_backward(gradients: tuple[torch.Tensor | None, ...]) -> None:
+            self.read = self._find_read(gradients)
+            if torch.is_grad_enabled():
+                _refuse_second_derivatives(find_node(), self.region)
+
+        node.register_prehook(before_backward)
+
+    def _find_read(self, gradients: tuple[torch.Tensor | None, ...]) -> frozenset[int]:
+        """Return the numbers of the outputs with a gradient; those with nodes of their own, views, always count."""
+        read = set(self._views)
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                read |= self._numbers.get(place, set())
+        return frozenset(read)
+
+
+class Entry(torch.autograd.Function):
+    """Inputs as they are; in the backward pass, None for those that no output with a gradient reaches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, watch: Watch, indices: list[int], *values: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return views of `values`."""
+        ctx.watch, ctx.indices = watch, indices
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        """Return `gradients` where these come from an output that was read."""
+        read = ctx.watch.read
+        kept = (
+            gradient if read is None or not read.isdisjoint(ctx.watch.reach[index]) else None
+            for index, gradient in zip(ctx.indices, gradients, strict=True)
+        )
+        return None, None, *kept
+
+
+class NoSecondDerivatives(torch.autograd.Function):
+    """Gradients as they are; differentiating them is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, region: str, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return `gradients`."""
+        ctx.region = region
+        return tuple(None if value is None else value.view_as(value) for value in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Raise what is wrong."""
+        raise FxoptError(
+            f"{ctx.region}: second derivatives through a compiled region (create_graph=True, a gradient penalty) "
+            "are not implemented, expected one backward pass\n"
+            "call fxopt.restore(model) before such a step; fxopt.optimize(model) puts everything back"
+        )
+
+
+def _refuse_second_derivatives(node: Any, region: str) -> None:
+    """Replace what `node` is about to return by gradients that say so when they are differentiated."""
+
+    def after_backward(grad_inputs: tuple[torch.Tensor | None, ...], _: Any) -> Any:
+        handle.remove()
+        return NoSecondDerivatives.apply(region, *grad_inputs)
+
+    handle = node.register_hook(after_backward)

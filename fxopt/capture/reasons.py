@@ -1,0 +1,61 @@
+"""Why something could not be captured, in plain words and with the line of the model's source."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterable
+
+from torch import fx
+
+from fxopt.capture import torch_compat
+from fxopt.graph.view import FRAME, location_in
+
+PLAIN_WORDS = (
+    (
+        r"data.dependent|Tensor\.item|GuardOnDataDependent",
+        "what is computed depends on the values of a tensor",
+    ),
+    (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
+)
+"""Torch's words for what a user would say otherwise: theirs follow, so that they can be looked up."""
+
+
+def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -> str:
+    """Return what a Dynamo error says, and the innermost line of the model's source.
+
+    `raised_in` are frames below those Dynamo knows of: it ends where fxopt runs a block on stand-ins.
+    """
+    cause = torch_compat.root_cause(error)
+    if torch_compat.is_of_backend(error):
+        text = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    else:
+        text = str(error) or type(error).__name__
+    return _say(text, location_in([*_frames(str(error).splitlines()), *raised_in]))
+
+
+def reason_of_break(gm: fx.GraphModule) -> str:
+    """Return why `gm` ends before its region does, and the innermost line of the model's source, or ""."""
+    found = torch_compat.find_break(gm)
+    if found is None:
+        return ""
+    reason, stack = found
+    return _say(reason, location_in(_frames(stack)))
+
+
+def _frames(lines: Iterable[str]) -> list[tuple[str, int]]:
+    return [(found[1], int(found[2])) for line in lines if (found := FRAME.match(line.strip()))]
+
+
+def frames_of(error: BaseException) -> list[tuple[str, int]]:
+    """Return the files and lines that `error` has come through so far."""
+    return [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _say(text: str, location: str) -> str:
+    """Return the first line of `text` and its explanation, after plain words where there are some."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    plain = next((words for pattern, words in PLAIN_WORDS if re.search(pattern, text, re.IGNORECASE)), "")
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    parts = [plain, lines[0], explanation.removeprefix("Explanation:").strip()]
+    return "; ".join((*filter(None, parts), *([f"at {location}"] if location else [])))

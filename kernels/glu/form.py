@@ -1,0 +1,88 @@
+"""What a unit computes besides its tensors, where its two inputs lie, and what it returns."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("split", "packed", "interleaved")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a unit computes besides its tensors, in the order of the op's arguments."""
+
+    act: str
+    alpha: float = 1.0
+    gate_scale: float = 1.0
+    gate_limit: float | None = None
+    up_limit: float | None = None
+    up_offset: float = 0.0
+    scale: float = 1.0
+    layout: str = "split"
+    gate_first: bool = True
+
+    def astuple(self) -> tuple[Any, ...]:
+        """Return the values as the op takes them."""
+        return dataclasses.astuple(self)
+
+    def constants(self) -> dict[str, Any]:
+        """Return what the kernels are compiled for."""
+        return {
+            "ACT": self.act,
+            "HAS_GATE_LIMIT": self.gate_limit is not None,
+            "HAS_UP_LIMIT": self.up_limit is not None,
+            "INTERLEAVED": self.layout == "interleaved",
+            "GATE_FIRST": self.gate_first,
+        }
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return what the kernels are told at run time."""
+        return (
+            self.alpha,
+            self.gate_scale,
+            self.gate_limit or 0.0,
+            self.up_limit or 0.0,
+            self.up_offset,
+            self.scale,
+        )
+
+
+def split_pair(first: Tensor, second: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
+    """Return gate and up: the two tensors of a split layout, else views of the one."""
+    if second is not None:
+        return first, second
+    if form.layout == "packed":
+        pair = first.chunk(2, dim=-1)
+    else:
+        pair = (first[..., ::2], first[..., 1::2])
+    return (pair[0], pair[1]) if form.gate_first else (pair[1], pair[0])
+
+
+def shape_of_output(gate: Tensor, up: Tensor | None) -> list[Any]:
+    """Return the shape of the unit's value."""
+    return [*gate.shape[:-1], gate.shape[-1] // 2] if up is None else list(gate.shape)
+
+
+def dtype_of_output(gate: Tensor, up: Tensor | None) -> torch.dtype:
+    """Return the dtype of the unit's value."""
+    return gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
+
+
+def new_output(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
+    """Return fresh memory for the unit's value."""
+    return gate.new_empty(shape_of_output(gate, up), dtype=dtype_of_output(gate, up))
+
+
+def new_gradients(
+    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return fresh memory for the gradients that are needed; of one tensor that holds both, as the first."""
+    *_, need_gate, need_up = attributes
+    if up is None:
+        return gate.new_empty(gate.shape), None
+    return (
+        gate.new_empty(gate.shape) if need_gate else None,
+        up.new_empty(up.shape) if need_up else None,
+    )

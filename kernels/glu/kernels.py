@@ -1,0 +1,157 @@
+"""The two kernels: a block of one row of the unit, or of its gradients."""
+
+from fxopt.kernels.activations import act_backward, act_forward
+from fxopt.kernels.launch import jit, tl
+
+
+@jit
+def load_pair(
+    p_gate, p_up, num_left, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, GATE_FIRST: tl.constexpr
+):
+    """Return BLOCK values of gate and of up, in fp32."""
+    if INTERLEAVED:
+        b_both_at = tl.arange(0, 2 * BLOCK)
+        b_both = tl.load(p_gate + b_both_at, mask=b_both_at < 2 * num_left, other=0.0).to(tl.float32)
+        b_even, b_odd = tl.split(tl.reshape(b_both, (BLOCK, 2)))
+        if GATE_FIRST:
+            b_gate = b_even
+            b_up = b_odd
+        else:
+            b_gate = b_odd
+            b_up = b_even
+    else:
+        b_at = tl.arange(0, BLOCK)
+        b_gate = tl.load(p_gate + b_at, mask=b_at < num_left, other=0.0).to(tl.float32)
+        b_up = tl.load(p_up + b_at, mask=b_at < num_left, other=0.0).to(tl.float32)
+    return b_gate, b_up
+
+
+@jit
+def enter_tile(
+    b_gate,
+    b_up,
+    gate_scale,
+    gate_limit,
+    up_limit,
+    up_offset,
+    HAS_GATE_LIMIT: tl.constexpr,
+    HAS_UP_LIMIT: tl.constexpr,
+):
+    """Return gate and up after their scale, limits and offset."""
+    b_gate = b_gate * gate_scale
+    if HAS_GATE_LIMIT:
+        b_gate = tl.where(b_gate > gate_limit, gate_limit, b_gate)  # keeps a NaN
+    if HAS_UP_LIMIT:
+        b_up = tl.where(b_up > up_limit, up_limit, tl.where(b_up < -up_limit, -up_limit, b_up))
+    return b_gate, b_up + up_offset
+
+
+@jit
+def glu_forward_kernel(
+    p_gate,
+    p_up,
+    p_y,
+    gate_row_stride,
+    up_row_stride,
+    num_columns,
+    blocks_per_row,
+    alpha,
+    gate_scale,
+    gate_limit,
+    up_limit,
+    up_offset,
+    scale,
+    ACT: tl.constexpr,
+    HAS_GATE_LIMIT: tl.constexpr,
+    HAS_UP_LIMIT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write BLOCK values of one row of the unit; interleaved, `p_gate` holds both and `p_up` is not read."""
+    program = tl.program_id(0)
+    row = (program // blocks_per_row).to(tl.int64)
+    start = (program % blocks_per_row).to(tl.int64) * BLOCK
+    num_left = num_columns - start
+    p_gate += row * gate_row_stride + start
+    p_up += row * up_row_stride + start
+    if INTERLEAVED:
+        p_gate += start  # two columns a value
+    b_gate, b_up = load_pair(p_gate, p_up, num_left, BLOCK, INTERLEAVED, GATE_FIRST)
+    b_gate, b_up = enter_tile(
+        b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+    )
+    b_act = act_forward(b_gate, alpha, ACT)
+    b_at = tl.arange(0, BLOCK)
+    b_y = (b_act * b_up * scale).to(p_y.dtype.element_ty)
+    tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_at < num_left)
+
+
+@jit
+def glu_backward_kernel(
+    p_dy,
+    p_gate,
+    p_up,
+    p_dgate,
+    p_dup,
+    dy_row_stride,
+    gate_row_stride,
+    up_row_stride,
+    dgate_row_stride,
+    dup_row_stride,
+    num_columns,
+    blocks_per_row,
+    alpha,
+    gate_scale,
+    gate_limit,
+    up_limit,
+    up_offset,
+    scale,
+    ACT: tl.constexpr,
+    HAS_GATE_LIMIT: tl.constexpr,
+    HAS_UP_LIMIT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    NEED_GATE: tl.constexpr,
+    NEED_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write BLOCK values of one row of the gradients; interleaved, `p_dgate` takes both."""
+    program = tl.program_id(0)
+    row = (program // blocks_per_row).to(tl.int64)
+    start = (program % blocks_per_row).to(tl.int64) * BLOCK
+    num_left = num_columns - start
+    b_at = tl.arange(0, BLOCK)
+    b_mask = b_at < num_left
+    p_gate += row * gate_row_stride + start
+    p_up += row * up_row_stride + start
+    p_dgate += row * dgate_row_stride + start
+    p_dup += row * dup_row_stride + start
+    if INTERLEAVED:
+        p_gate += start  # two columns a value
+        p_dgate += start
+    b_dy = tl.load(p_dy + (row * dy_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32) * scale
+    b_gate, b_up = load_pair(p_gate, p_up, num_left, BLOCK, INTERLEAVED, GATE_FIRST)
+    b_entered, b_lifted = enter_tile(
+        b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+    )
+    b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
+    b_dgate *= gate_scale
+    if HAS_GATE_LIMIT:
+        b_dgate = tl.where(b_gate * gate_scale <= gate_limit, b_dgate, 0.0)
+    b_dup = b_dy * b_act
+    if HAS_UP_LIMIT:
+        b_dup = tl.where(tl.abs(b_up) <= up_limit, b_dup, 0.0)
+    if INTERLEAVED:
+        if GATE_FIRST:
+            b_pair = tl.join(b_dgate, b_dup)
+        else:
+            b_pair = tl.join(b_dup, b_dgate)
+        b_both = tl.reshape(b_pair, (2 * BLOCK,)).to(p_dgate.dtype.element_ty)
+        b_both_at = tl.arange(0, 2 * BLOCK)
+        tl.store(p_dgate + b_both_at, b_both, mask=b_both_at < 2 * num_left)
+    else:
+        if NEED_GATE:
+            tl.store(p_dgate + b_at, b_dgate.to(p_dgate.dtype.element_ty), mask=b_mask)
+        if NEED_UP:
+            tl.store(p_dup + b_at, b_dup.to(p_dup.dtype.element_ty), mask=b_mask)

@@ -1,0 +1,92 @@
+"""The op `fxopt::glu`, its backward op, and the function that patterns call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.activations import check_activation
+from fxopt.kernels.glu.form import LAYOUTS, Form, new_gradients, new_output
+from fxopt.kernels.glu.launches import launch_backward, launch_forward
+from fxopt.kernels.glu.reference import plain_backward, plain_forward
+from fxopt.kernels.launch import can_launch, register_gradient, register_op
+
+
+def _fused_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
+    return (launch_forward if can_launch(gate, up) else plain_forward)(gate, up, *attributes)
+
+
+def _fused_backward(
+    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    return (launch_backward if can_launch(dy, gate, up) else plain_backward)(dy, gate, up, *attributes)
+
+
+_ATTRIBUTES = (
+    "str act, float alpha, float gate_scale, float? gate_limit, float? up_limit, float up_offset, float scale, "
+    "str layout, bool gate_first"
+)
+forward_op = register_op(
+    f"glu(Tensor gate, Tensor? up, {_ATTRIBUTES}) -> Tensor",
+    plain=plain_forward,
+    fused=_fused_forward,
+    fake=new_output,
+    tags=(torch.Tag.pointwise,),
+)
+backward_op = register_op(
+    f"glu_backward(Tensor dy, Tensor gate, Tensor? up, {_ATTRIBUTES}, bool need_gate, bool need_up)"
+    " -> (Tensor, Tensor)",
+    plain=plain_backward,
+    fused=_fused_backward,
+    fake=new_gradients,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, *ctx.attributes = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    found = backward_op(dy, *ctx.saved_tensors, *ctx.attributes, *ctx.needs_input_grad[:2])
+    return *found, *(None for _ in ctx.attributes)
+
+
+_apply = register_gradient("glu", forward_op, _setup_context, _backward)
+
+
+def glu(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    act: str,
+    alpha: float = 1.0,
+    gate_scale: float = 1.0,
+    gate_limit: float | None = None,
+    up_limit: float | None = None,
+    up_offset: float = 0.0,
+    scale: float = 1.0,
+    layout: str = "split",
+    gate_first: bool = True,
+) -> Tensor:
+    """Return the gated linear unit, contiguous: scale * act(gate) * up, limits and offset as in the formula above.
+
+    gate, up: [*, I], any float dtypes; in a layout of one tensor `gate` is [*, 2 I] and holds both, `up` is None.
+
+    >>> glu(torch.tensor([1.0]), torch.tensor([2.0]), act="silu")
+    tensor([1.4621])
+    >>> glu(torch.tensor([1.0, 2.0]), act="silu", layout="packed")
+    tensor([1.4621])
+    """
+    check_activation("glu", act)
+    if layout not in LAYOUTS:
+        raise ValueError(f"glu: layout, expected one of {LAYOUTS}, got {layout!r}")
+    if layout == "split":
+        if up is None or gate.shape != up.shape:
+            got = None if up is None else tuple(up.shape)
+            raise ValueError(f"glu: up, expected the shape of gate {tuple(gate.shape)}, got {got}")
+    elif up is not None or gate.dim() == 0 or gate.shape[-1] % 2:
+        got = f"{tuple(gate.shape)} and {'none' if up is None else tuple(up.shape)}"
+        raise ValueError(f"glu: {layout}, expected one tensor of an even width, got {got}")
+    form = Form(act, alpha, gate_scale, gate_limit, up_limit, up_offset, scale, layout, gate_first)
+    return _apply(gate, up, *form.astuple())

@@ -1,0 +1,171 @@
+"""How a kernel is launched: a variant compiled for arguments like these is kept, and called without Triton's binding.
+
+Triton binds, specializes and hashes every argument at each launch, some 60 µs of Python; a compiled block pays that
+for each op, in each layer, forward and backward. `launch` looks the variant up by what Triton specializes on (dtypes,
+16-byte alignment, integers that are 1 or multiples of 16, constants) and calls it as Triton's own tutorials call a
+kernel that was compiled ahead: `compiled[grid](*arguments, *constants)`.
+
+Within `compiled_ahead()` nothing is launched: variants that are missing are compiled side by side, and are ready when
+the body ends. Triton compiles one kernel at a time in 0.5 to 2 s, most of it in LLVM, ptxas and a C compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from fxopt.kernels.launch import HAS_TRITON, INTERPRETED
+
+MOST_COMPILERS = 8
+MOST_INT32 = 2**31
+KEPT_INTEGERS = 2**16
+ALIGNMENT = 16
+
+Form = tuple[Any, ...]
+
+
+class Variant(NamedTuple):
+    """A compiled kernel and the constants that follow its arguments."""
+
+    compiled: Any
+    constants: tuple[Any, ...]
+
+
+class Rehearsal:
+    """The variants being compiled, by kernel and form."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), "fxopt-compile")
+        self.pending: dict[tuple[Any, Form], Future[Variant]] = {}
+
+
+_variants: dict[Any, dict[Form, Variant]] = {}
+_rehearsals: dict[int, Rehearsal] = {}
+"""By thread: what other threads train meanwhile is launched."""
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    enable_fp_fusion: bool,
+    num_stages: int | None = None,
+    **constants: Any,
+) -> None:
+    """Run `kernel` on the current device and stream; `arguments` come first in its signature, a tensor the first.
+
+    Constants come by name, of each kernel always the same names in the same order.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, **_options(num_warps, enable_fp_fusion, num_stages), **constants)
+        return
+    device = arguments[0].device.index
+    options = num_warps, enable_fp_fusion, num_stages
+    form = (device, *options, *constants.values(), *map(form_of, arguments))
+    variants = _variants.setdefault(kernel, {})
+    variant = variants.get(form)
+    if _rehearsals and (rehearsal := _rehearsals.get(threading.get_ident())):
+        if variant is None:
+            _compile_later(rehearsal, kernel, form, arguments, options, constants)
+        return
+    if variant is None:
+        variant = variants[form] = _compile(kernel, arguments, options, constants)
+    compiled, kept = variant
+    compiled[(*grid, 1, 1)[:3]](*arguments, *kept)
+
+
+def form_of(argument: Any) -> Any:
+    """Return what a variant depends on of one argument.
+
+    >>> form_of(1), form_of(48), form_of(50), form_of(2**40 + 1)
+    (1, (True, True), (False, True), (False, False))
+    >>> form_of(torch.empty(8)), form_of(0.5), form_of(None)
+    (torch.float32, <class 'float'>, <class 'NoneType'>)
+    """
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype if argument.data_ptr() % ALIGNMENT == 0 else (argument.dtype,)
+    if argument.__class__ is int:
+        return _form_of_integer(argument)
+    return argument if argument.__class__ is bool else argument.__class__
+
+
+@functools.lru_cache(KEPT_INTEGERS)
+def _form_of_integer(number: int) -> Any:
+    return 1 if number == 1 else (number % ALIGNMENT == 0, -MOST_INT32 <= number < MOST_INT32)
+
+
+def is_rehearsal() -> bool:
+    """Return whether launches of this thread only compile: what they would have written is not there."""
+    return threading.get_ident() in _rehearsals
+
+
+@contextlib.contextmanager
+def compiled_ahead(device: torch.device) -> Generator[bool]:
+    """Compile, side by side, what the body would launch on `device`; yields whether there is anything to gain.
+
+    Ops in the body return memory that nothing has written. An error is left to the launch that meets it.
+    """
+    if device.type != "cuda" or not HAS_TRITON or INTERPRETED:
+        yield False
+        return
+    with rehearsed(), torch.autograd.set_multithreading_enabled(False):
+        # else backward would run in a thread of the device, which other models share
+        yield True
+
+
+@contextlib.contextmanager
+def rehearsed() -> Generator[Rehearsal]:
+    """Let launches of this thread only compile; at the end all are compiled."""
+    thread, rehearsal = threading.get_ident(), Rehearsal()
+    _rehearsals[thread] = rehearsal
+    try:
+        yield rehearsal
+    finally:
+        del _rehearsals[thread]
+        rehearsal.pool.shutdown(wait=True)
+        for (kernel, form), future in rehearsal.pending.items():
+            if future.exception() is None:
+                _variants[kernel][form] = future.result()
+
+
+def _compile_later(
+    rehearsal: Rehearsal,
+    kernel: Any,
+    form: Form,
+    arguments: tuple[Any, ...],
+    options: tuple[int, bool, int | None],
+    constants: dict[str, Any],
+) -> None:
+    device = arguments[0].device
+
+    def compile_there() -> Variant:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return _compile(kernel, arguments, options, constants)
+
+    if (kernel, form) not in rehearsal.pending:
+        rehearsal.pending[kernel, form] = rehearsal.pool.submit(compile_there)
+
+
+def _compile(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    options: tuple[int, bool, int | None],
+    constants: dict[str, Any],
+) -> Variant:
+    compiled = kernel.warmup(*arguments, grid=(1,), **_options(*options), **constants)
+    _ = compiled[1, 1, 1]  # loads the binary and builds its launcher
+    names = kernel.arg_names[len(arguments) :]
+    return Variant(compiled, tuple(constants[name] for name in names))
+
+
+def _options(num_warps: int, enable_fp_fusion: bool, num_stages: int | None) -> dict[str, Any]:
+    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+    return options if num_stages is None else options | {"num_stages": num_stages}
