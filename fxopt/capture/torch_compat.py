@@ -20,6 +20,8 @@ from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import fake_tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
@@ -32,8 +34,14 @@ RECOMPILE_LIMIT = 64
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (
     dynamo_exc.TorchDynamoException,
     dynamo_exc.FailOnRecompileLimitHit,
+    symbolic_shapes.GuardOnDataDependentSymNode,
+    symbolic_shapes.PendingUnbackedSymbolNotFound,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
 )
-"""What Dynamo raises when it cannot capture; never an error of the user's own code at run time."""
+"""What Dynamo raises when it cannot capture, or lets through of the stand-in tensors it traces with; never an error of
+the user's own code at run time."""
 
 _COPIES = itertools.count()
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

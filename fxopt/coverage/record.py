@@ -29,6 +29,7 @@ class Row:
     """What one case gave.
 
     `sites`: per pattern how many were found, rewritten, refused, unmatched. `seconds`: of processor time.
+    `stock_error`: how far stock's own `worst_gradient` is off a float64 run, where one was made.
     `forms`: the ops that came in, with the attributes that tell normal forms apart (of numbers, 0 and 1 only).
     """
 
@@ -48,6 +49,7 @@ class Row:
     loss_error: float | None = None
     gradient_error: float | None = None
     worst_gradient: str = ""
+    stock_error: float | None = None
     saved_bytes_stock: int | None = None
     saved_bytes: int | None = None
     captures: int = 0

@@ -29,9 +29,9 @@ def render_markdown(document: dict[str, Any]) -> str:
         "# Coverage",
         f"Written by `make coverage` ({listed}). Each row is a tiny model of random weights, built from its config, "
         "whose training step in fp32 on a CPU was compared with stock's: `error` is the largest relative error of "
-        "the loss and of all gradients (where beyond 1e-4, a float64 run of stock decides which is off). Sites are "
-        "counted over all layers, `rewritten/found`; `saved` is what one forward saves for backward, against "
-        "stock's bytes.",
+        "the loss and of all gradients (beyond 1e-4 a float64 run decides which of the two is off, and stock's own "
+        "distance to it is shown). Sites are counted over all layers, `rewritten/found`; `saved` is what one forward "
+        "saves for backward, against stock's bytes.",
         "## Summary",
         _summary(rows),
         "## Sites by pattern",
@@ -119,6 +119,8 @@ def _models(rows: Sequence[Row]) -> str:
         sites = ", ".join(f"{name} {each['rewritten']}/{each['found']}" for name, each in row.sites.items())
         errors = [each for each in (row.loss_error, row.gradient_error) if each is not None]
         error = f"{max(errors):.1e}" if errors else ""
+        if row.stock_error is not None:
+            error += f" (stock {row.stock_error:.1e})"
         saved = ""
         if row.saved_bytes is not None and row.saved_bytes_stock:
             saved = f"{row.saved_bytes / row.saved_bytes_stock:.2f}"

@@ -27,8 +27,9 @@ MOST_RATIO = 3.0
 """By how much our distance to float64 may exceed stock's where the two differ beyond `MOST_ERROR`."""
 NOISE = 1e-5
 """Gradients below this share of the largest are what rounding leaves of a zero, and count with that share's norm."""
-SPREAD = 0.02
-"""Random values added to every weight: no norm is all ones, no bias zero."""
+SPREAD, VECTOR_SPREAD = 0.1, 0.02
+"""Of random values added to every weight, and to those of one dim: no norm is all ones, no bias zero, and matrices
+are as large as their few columns ask, or gradients of queries and keys are as small as what rounding leaves."""
 MOST_PARAMETERS = 50_000_000
 
 
@@ -110,7 +111,8 @@ def randomize(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-20, 20)
-                parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
+                spread = SPREAD if parameter.ndim > 1 else VECTOR_SPREAD
+                parameter.add_(torch.randn_like(parameter), alpha=spread)
 
 
 def run_step(model: Any, batch: dict[str, Any], seed: int = 0) -> Step:
@@ -175,7 +177,7 @@ def fill(
             f"{len(missing)} weights, {name} first, have a gradient in {whose} only",
         )
     elif max(loss_error, error) > MOST_ERROR:
-        verdict = judge_by_double(stock, batch, ours, theirs)
+        verdict, row.stock_error = judge_by_double(stock, batch, ours, theirs, row.worst_gradient)
         if verdict:
             row.status, row.reason = "wrong", verdict
 
@@ -250,25 +252,33 @@ def relative(value: torch.Tensor, reference: torch.Tensor, least: float = 0.0) -
     return error if error == error else float("inf")
 
 
-def judge_by_double(stock: Any, batch: dict[str, Any], ours: Step, theirs: Step) -> str:
-    """Return why our step is wrong, or "": it is further from a float64 run of stock than stock's own."""
+def judge_by_double(
+    stock: Any, batch: dict[str, Any], ours: Step, theirs: Step, worst: str
+) -> tuple[str, float | None]:
+    """Return why our step is wrong, or "", and how far stock's own gradient of `worst` is off a float64 run.
+
+    Wrong is what is further off that run than stock's own by more than rounding in another order explains.
+    """
     double = copy.deepcopy(stock).double()
     if hasattr(double, "set_experts_implementation"):
         double.set_experts_implementation("eager")  # torch's grouped product takes no float64
     try:
         exact = run_step(double, {name: _double(value) for name, value in batch.items()})
     except Exception as error:
-        return f"differs from stock, and no float64 run decides: {_one_line(error)}"
+        return f"differs from stock, and no float64 run decides: {_one_line(error)}", None
     largest = max((float(each.norm()) for each in exact.gradients.values()), default=0.0)
+    verdict, own_of_worst = "", None
     for name, reference in {"loss": exact.loss, **exact.gradients}.items():
         mine = ours.loss if name == "loss" else ours.gradients.get(name)
         stocks = theirs.loss if name == "loss" else theirs.gradients.get(name)
         if mine is None or stocks is None:
             continue
         error, own = (relative(each, reference, NOISE * largest) for each in (mine, stocks))
-        if error > max(MOST_RATIO * own, MOST_ERROR):
-            return f"{name} is {error:.1e} off a float64 run, stock {own:.1e}"
-    return ""
+        if name == worst:
+            own_of_worst = float(f"{own:.2g}")
+        if not verdict and error > max(MOST_RATIO * own, MOST_ERROR):
+            verdict = f"{name} is {error:.1e} off a float64 run, stock {own:.1e}"
+    return verdict, own_of_worst
 
 
 def _double(value: Any) -> Any:

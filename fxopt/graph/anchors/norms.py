@@ -123,6 +123,8 @@ def _is_scaled_norm(node: fx.Node) -> bool:
         return False
     for user in _users_through(node, SCALING | ROUNDING):
         divides = stock_name(user) == "div" and len(user.args) == 2
+        if divides and any(stock_name(each) == "clamp" for each in user.users):
+            return False  # a factor with a bound clips long values and leaves short ones alone
         if divides and user.args[1] is not node and _leads_to(user.args[1], node):
             return True
         if divides and user.args[1] is node and _is_rescaled(user):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,29 @@ def test_a_trunk_whose_blocks_change_their_form_runs_once(install) -> None:
     model(IDS).backward()
     assert seen == [1]
     assert installation.ledger.fallback_records() != ()
+
+
+class Listing(nn.Module):
+    """A layer that lists as many numbers as its input says, as window indices of images are made."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count = x.detach().abs().sum().long() + 2
+        rows = torch.arange(count.item()).reshape(-1, 1).repeat_interleave(count, dim=0)
+        return x * (1 + len(rows.flatten().tolist()) % 3)
+
+
+@pytest.mark.parametrize("place", ["in a block", "before the blocks"])
+def test_sizes_that_hang_on_values_run_stock_and_say_so(place: str) -> None:
+    torch.manual_seed(0)
+    model = Stack(*(Listing() if place == "in a block" else nn.Tanh() for _ in range(3))).train()
+    if place == "before the blocks":
+        model.table = nn.Sequential(model.table, Listing())
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for each in (model, stock):
+        each(IDS).backward()
+    for mine, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    report = fxopt.explain(model)
+    assert report.fallbacks
+    assert all(fallback.reason for fallback in report.fallbacks)

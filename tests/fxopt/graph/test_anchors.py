@@ -148,6 +148,11 @@ SITES = {
     "centred": (centred, (X, W), ["rms_norm"]),
     "one root for two outputs": (two_outputs, (X,), ["rms_norm"]),
     "a length, not a norm": (lambda x: x * torch.rsqrt(x.pow(2).sum(-1, True) + 1e-6), (X,), []),
+    "clipped, not normed": (
+        lambda x: x * (3.0 / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6)).clamp(max=1.0),
+        (X,),
+        [],
+    ),
     "layer norm": (lambda x, w: F.layer_norm(x, (8,), w), (X, W), ["layer_norm"]),
     "layer norm by hand": (lambda x, w: centred(x, w) + w, (X, W), ["layer_norm"]),
     "layer norm of a variance": (
