@@ -14,10 +14,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fxopt.cli import main
 from fxopt.coverage import row as row_module
+from fxopt.coverage.compare import Step, relative, worst_error
 from fxopt.coverage.inputs import AUTO_CLASSES, Case, all_cases, find_cases
 from fxopt.coverage.record import Row, versions
 from fxopt.coverage.render import render_json, render_markdown, summary_line
-from fxopt.coverage.row import Step, measure, relative, worst_error
+from fxopt.coverage.row import measure
 from fxopt.coverage.run import read_lines, run_cases
 from fxopt.coverage.shrink import LAYERS, shrink, tiny_config
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def read_lines(lines: Path) -> dict[str, Row]:
     return rows
 
 
-def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Iterator[Row]:
+def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Generator[Row, None, None]:
     """Yield the rows of `cases` as they end, `jobs` processes at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # imported once, not once per case

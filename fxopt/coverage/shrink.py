@@ -6,7 +6,7 @@ occurs; sub-configs shrink the same way. `OVERRIDES` holds only what configs ask
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -122,8 +122,9 @@ def own_fields(config: PreTrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in own.items():
         inner = vars(config).get(name)
-        is_sub_config = isinstance(inner, PreTrainedConfig) and isinstance(value, dict)
-        fields[name] = shrink(inner, value) if is_sub_config else value
+        if isinstance(inner, PreTrainedConfig) and isinstance(value, dict):
+            value = shrink(inner, value)
+        fields[name] = value
     return fields
 
 
@@ -243,5 +244,5 @@ def _is_random(name: str) -> bool:
     )
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
