@@ -4,13 +4,17 @@ from fxopt.patterns.activation import ACTIVATION
 from fxopt.patterns.add_rms_norm import ADD_RMS_NORM
 from fxopt.patterns.attention import ATTENTION
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
+from fxopt.patterns.dequantize_4bit import DEQUANTIZE_4BIT
 from fxopt.patterns.glu import GLU
 from fxopt.patterns.layer_norm import LAYER_NORM
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from fxopt.patterns.lora_linear import LORA_LINEAR
 from fxopt.patterns.rms_norm import RMS_NORM
 from fxopt.patterns.rope import ROPE
 
 ALL = (
+    DEQUANTIZE_4BIT,
+    LORA_LINEAR,
     LAYER_NORM,
     RMS_NORM,
     ADD_RMS_NORM,
@@ -28,9 +32,11 @@ __all__ = [
     "ALL",
     "ATTENTION",
     "CROSS_ENTROPY",
+    "DEQUANTIZE_4BIT",
     "GLU",
     "LAYER_NORM",
     "LINEAR_CROSS_ENTROPY",
+    "LORA_LINEAR",
     "RMS_NORM",
     "ROPE",
 ]

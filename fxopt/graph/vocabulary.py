@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NESTED_BLOCKSIZE = 256
+
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in `dtype`, rounded to nearest; on the same device.
@@ -50,6 +52,31 @@ def contiguous(x: Tensor) -> Tensor:
     (2, 1)
     """
     return x.contiguous()
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, ...],
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight that four-bit codes stand for, as the library that made them decodes it.
+
+    `absmax` is in eight bits where there is a codebook: then it stands for codebook[code] * nested_absmax + offset.
+    """
+    ops: Any = torch.ops.bitsandbytes
+    if codebook is not None and offset is not None:
+        absmax = ops.dequantize_blockwise.default(
+            absmax, nested_absmax, codebook, NESTED_BLOCKSIZE, torch.float32
+        )
+        absmax = absmax + offset
+    stored = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    return ops.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, stored).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +122,12 @@ OPS: tuple[Op, ...] = (
     Op("glu", F.glu, ("x",), ("dim",)),
     Op("linear", F.linear, ("x", "w", "bias")),
     Op("matmul", torch.matmul, ("a", "b")),
+    Op(
+        "dequantize_4bit",
+        dequantize_4bit,
+        ("packed", "absmax", "codebook", "nested_absmax", "offset"),
+        ("shape", "blocksize", "quant_type", "dtype"),
+    ),
     Op("reshape", reshape, ("x",), ("shape",)),
     Op("expand", expand, ("x",), ("shape",)),
     Op("transpose", torch.transpose, ("x",), ("dim0", "dim1")),
