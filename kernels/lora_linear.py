@@ -126,9 +126,7 @@ def _forward(
         for weight, bias in zip(weights, biases, strict=True):
             y = torch.mm(rows[0], weight.t()) if bias is None else torch.addmm(bias, rows[0], weight.t())
             results.append(y.to(out_dtype))
-        for (source, columns), owner, scale, factor in zip(
-            form.places(b), owners, scales, b, strict=True
-        ):
+        for (source, columns), owner, scale, factor in zip(form.places(b), owners, scales, b, strict=True):
             _add_product(results[owner], inner[source][:, columns], factor.t(), scale)
     return [y.view(*leading, y.shape[-1]) for y in results]
 
@@ -166,7 +164,9 @@ def _backward(
                 found.append(_sum_product(dy, rows[0]).to(weight.dtype))
         for bias, dy, needed in zip(biases, dys, need_biases, strict=True):
             if needed and bias is not None:
-                found.append(_rows(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(bias.dtype))
+                found.append(
+                    _rows(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(bias.dtype)
+                )
         found += [_sum_product(outer[g], rows[g]) for g, needed in enumerate(need_a) if needed]
         if any(need_b):
             inner = _inner_products(rows, a)
@@ -204,9 +204,7 @@ def _split_needs(
     return parts
 
 
-def _fake_forward(
-    xs: list[Tensor], weights: list[Tensor], *arguments: Any
-) -> list[Tensor]:
+def _fake_forward(xs: list[Tensor], weights: list[Tensor], *arguments: Any) -> list[Tensor]:
     leading = xs[0].shape[:-1]
     return [xs[0].new_empty((*leading, weight.shape[0]), dtype=arguments[-1]) for weight in weights]
 
@@ -304,9 +302,13 @@ def lora_linear(
     """
     if not a or not len(inputs) == len(a) == len(b) == len(owners) == len(scales):
         counts = [len(items) for items in (inputs, a, b, owners, scales)]
-        raise ValueError(f"lora_linear: expected as many inputs, a, b, owners and scales, one or more, got {counts}")
+        raise ValueError(
+            f"lora_linear: expected as many inputs, a, b, owners and scales, one or more, got {counts}"
+        )
     if not weights or len(weights) != len(biases):
-        raise ValueError(f"lora_linear: expected a bias or None per weight, got {len(weights)}, {len(biases)}")
+        raise ValueError(
+            f"lora_linear: expected a bias or None per weight, got {len(weights)}, {len(biases)}"
+        )
     dtype, adapter_dtype = dtype or x.dtype, adapter_dtype or a[0].dtype
     own = list({id(item): item for item in inputs if item is not None}.values())
     sources = [0 if item is None else 1 + next(p for p, o in enumerate(own) if o is item) for item in inputs]

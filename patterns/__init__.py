@@ -6,6 +6,7 @@ from fxopt.patterns.attention import ATTENTION
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.dequantize_4bit import DEQUANTIZE_4BIT
 from fxopt.patterns.glu import GLU
+from fxopt.patterns.join_lora_linear import JOIN_LORA_LINEAR
 from fxopt.patterns.layer_norm import LAYER_NORM
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.patterns.lora_linear import LORA_LINEAR
@@ -15,6 +16,7 @@ from fxopt.patterns.rope import ROPE
 ALL = (
     DEQUANTIZE_4BIT,
     LORA_LINEAR,
+    JOIN_LORA_LINEAR,
     LAYER_NORM,
     RMS_NORM,
     ADD_RMS_NORM,
@@ -34,6 +36,7 @@ __all__ = [
     "CROSS_ENTROPY",
     "DEQUANTIZE_4BIT",
     "GLU",
+    "JOIN_LORA_LINEAR",
     "LAYER_NORM",
     "LINEAR_CROSS_ENTROPY",
     "LORA_LINEAR",

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fxopt.graph import vocabulary
 from fxopt.kernels.dequantize_4bit import TABLES, dequantize_4bit

@@ -79,7 +79,9 @@ def check(m: Match) -> Mismatch | None:
             return m.fail("the op has several layers, expected the one that the adapter belongs to", "base")
         if m["adapter_dtype"] != m.example("inner").dtype:
             found = m.example("inner").dtype
-            return m.fail(f"the adapter computes in {found}, expected {m['adapter_dtype']} as the others", "inner")
+            return m.fail(
+                f"the adapter computes in {found}, expected {m['adapter_dtype']} as the others", "inner"
+            )
         if m["B_bias"] is not None:
             return m.fail("a bias on the second adapter of a layer, expected one on the first only", "B_bias")
     return None
@@ -164,7 +166,10 @@ def _inputs(
     """Return x, a frozen weight, a frozen bias, A and B."""
     adapter_dtype = adapter_dtype or dtype
     x = torch.randn(2, 5, 32, device=device).to(dtype).requires_grad_()
-    weight, bias = (torch.randn(24, 32, device=device) / 5).to(dtype), torch.randn(24, device=device).to(dtype)
+    weight, bias = (
+        (torch.randn(24, 32, device=device) / 5).to(dtype),
+        torch.randn(24, device=device).to(dtype),
+    )
     a = (torch.randn(4, 32, device=device) / 5).to(adapter_dtype).requires_grad_()
     b = (torch.randn(24, 4, device=device) / 2).to(adapter_dtype).requires_grad_()
     return x, weight, bias, a, b
@@ -219,9 +224,18 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     inputs = _inputs(device, torch.float32)
     yield "subtracted", (lambda x, w, c, a, b: F.linear(x, w, c) - F.linear(F.linear(x, a), b), inputs)
     yield "both scaled", (lambda x, w, c, a, b: (F.linear(x, w, c) + F.linear(F.linear(x, a), b)) * 3, inputs)
-    yield "alpha", (lambda x, w, c, a, b: torch.add(F.linear(x, w, c), F.linear(F.linear(x, a), b), alpha=3), inputs)
-    yield "a bias on A", (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x, a, a[:, 0]), b), inputs)
-    yield "scaled inside", (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x, a) * 2, b) * 3, inputs)
+    yield (
+        "alpha",
+        (lambda x, w, c, a, b: torch.add(F.linear(x, w, c), F.linear(F.linear(x, a), b), alpha=3), inputs),
+    )
+    yield (
+        "a bias on A",
+        (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x, a, a[:, 0]), b), inputs),
+    )
+    yield (
+        "scaled inside",
+        (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x, a) * 2, b) * 3, inputs),
+    )
     yield "another input", (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x + 1, a), b), inputs)
     yield "divided", (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x, a), b) / 4, inputs)
     yield "one row", (lambda x, w, c, a, b: F.linear(x, w, c) + F.linear(F.linear(x[:1], a), b), inputs)

@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
 from fxopt.graph.view import is_tensor, requires_grad
-from fxopt.graph.vocabulary import NESTED_BLOCKSIZE, dequantize_4bit
+from fxopt.graph.vocabulary import dequantize_4bit
 
 PRODUCT, DECODING = "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
 NESTED_DECODING = "bitsandbytes::dequantize_blockwise"
 AROUND = frozenset({"view", "reshape", "to"})
 """What else the forward body may hold: views of the codes, casts of the scales' codebook."""
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST, EXIT_AUTOCAST = (
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
 Autocast = tuple[bool, torch.dtype | None]
 
 
@@ -85,9 +88,7 @@ def _unfold(
         result, dequantize_4bit, (arguments["B"], *tensors), {**options, "dtype": dtype}, decoded
     )
     weight.meta["origins"] = weight.meta["origins"] | node.meta["origins"]
-    linear = editor.insert_before(
-        result, F.linear, (x, weight, bias), {}, result.meta["example_value"]
-    )
+    linear = editor.insert_before(result, F.linear, (x, weight, bias), {}, result.meta["example_value"])
     editor.replace(result, linear)
     if node is not result:
         bodies = [body for body in node.all_input_nodes if body.op == "get_attr"]
@@ -99,7 +100,9 @@ def _unfold(
 def _read_function(node: fx.Node, gm: fx.GraphModule) -> tuple[fx.Node, dict[str, Any]] | None:
     """Return the result of an autograd function that is one product with four-bit weights, and its arguments."""
     forward, backward, *given = node.args
-    bodies = [getattr(gm, str(body.target), None) for body in (forward, backward) if isinstance(body, fx.Node)]
+    bodies = [
+        getattr(gm, str(body.target), None) for body in (forward, backward) if isinstance(body, fx.Node)
+    ]
     if len(bodies) != 2 or not all(isinstance(body, fx.GraphModule) for body in bodies):
         return None
     (result,) = node.users if len(node.users) == 1 else (None,)
@@ -124,8 +127,10 @@ def _read_forward(body: fx.Graph, given: list[Any]) -> tuple[dict[str, Any], int
             continue
         if op_of(node) == PRODUCT:
             products.append(node)
-        elif op_name(node) in AROUND and node.args[0] in sources and node.meta["example_value"].dtype == (
-            node.args[0].meta["example_value"].dtype
+        elif (
+            op_name(node) in AROUND
+            and node.args[0] in sources
+            and node.meta["example_value"].dtype == (node.args[0].meta["example_value"].dtype)
         ):
             sources[node] = sources[node.args[0]]
         else:

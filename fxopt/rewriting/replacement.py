@@ -102,8 +102,13 @@ def find_main_call(outputs: Iterable[Any]) -> Call | None:
     return next(fused, calls[0] if calls else None)
 
 
+def count_calls(outputs: Iterable[Any]) -> int:
+    """Return how many nodes a replacement inserts; a call that stands in two places is one."""
+    return len({id(item) for item in _walk_calls(outputs)})
+
+
 def _walk_calls(items: Iterable[Any]) -> Iterator[Call]:
-    for item in items:
+    for item in pytree.tree_leaves(list(items)):
         if isinstance(item, Call):
             yield item
             yield from _walk_calls((*item.args, *item.kwargs.values()))

@@ -1,7 +1,7 @@
 """Replace what patterns match, each match judged, priced and proven first, until nothing more matches.
 
-Every rewrite erases at least one node that no rewrite made, so the number of such nodes falls with each and
-the loop ends. A sweep visits the nodes of each pattern's rarest op only.
+Every rewrite erases a node that no rewrite made, or leaves fewer nodes than it found: the number of the former, and
+where that stays the number of all, falls with each, and the loop ends. A sweep visits the nodes of each pattern's rarest op only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxopt.rewriting.pattern import (
     Replacement,
 )
 from fxopt.rewriting.prefilter import Known
-from fxopt.rewriting.replacement import evaluate_examples, find_main_call, insert_call
+from fxopt.rewriting.replacement import count_calls, evaluate_examples, find_main_call, insert_call
 from fxopt.rewriting.roots import find_climbing_terms, find_rare_ops, find_roots, make_climb_test
 from fxopt.rewriting.terms import name_of
 from fxopt.rewriting.trace import Trace
@@ -143,7 +143,7 @@ class _Rewriter:
         name, proof = match.pattern.name, None
         replacement = match.pattern.replace(match)
         outputs = replacement if isinstance(replacement, tuple) else (replacement,)
-        examples = check_progress(match) or evaluate_examples(match, outputs)
+        examples = check_progress(match, outputs) or evaluate_examples(match, outputs)
         reason = examples if isinstance(examples, str) else ""
         if not reason and self._context.prove is not None:
             proof = self._context.prove(match, replacement)
@@ -224,12 +224,17 @@ def _judge_by_author(match: Match) -> Mismatch | None:
     return check_cost(match) if refusal is None else refusal
 
 
-def check_progress(match: Match) -> str:
-    """Return why a rewrite would not bring the end nearer: it must erase a node that no rewrite made."""
-    gone = (node for node in match.nodes if node not in match.kept)
-    if any("rewritten_by" not in node.meta for node in gone):
+def check_progress(match: Match, outputs: Sequence[Call | fx.Node]) -> str:
+    """Return why a rewrite would not bring the end nearer.
+
+    It must erase a node that no rewrite made, or put fewer nodes in the place of those that rewrites made.
+    """
+    gone = [node for node in match.nodes if node not in match.kept]
+    if any("rewritten_by" not in node.meta for node in gone) or count_calls(outputs) < len(gone):
         return ""
-    return "the match holds nothing but nodes of earlier rewrites: it could go on for ever"
+    return (
+        "the match holds nothing but nodes of earlier rewrites, and leaves as many: it could go on for ever"
+    )
 
 
 def _attributes_of(call: Call) -> dict[str, Any]:

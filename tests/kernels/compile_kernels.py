@@ -123,7 +123,10 @@ def dequantize_4bit_builds() -> Iterator[Build]:
     sizes = dict(NESTED_BLOCKSIZE=dequantize_4bit.NESTED_BLOCKSIZE, WORDS=dequantize_4bit.WORDS)
     for nested in (True, False):
         for in_words in (True, False):
-            types = fp32 | {"p_packed": "*i32" if in_words else "*u8", "p_absmax": "*u8" if nested else "*fp32"}
+            types = fp32 | {
+                "p_packed": "*i32" if in_words else "*u8",
+                "p_absmax": "*u8" if nested else "*fp32",
+            }
             form = sizes | dict(BLOCKSIZE=64, HAS_NESTED=nested, IN_WORDS=in_words)
             warps = dequantize_4bit.NUM_WARPS
             yield dequantize_4bit.dequantize_4bit_kernel, form, types, warps, False
