@@ -154,14 +154,7 @@ def _is_its_derivative(body: fx.Graph, arguments: dict[str, Any], x_place: int, 
     decodings = [node for node in body.nodes if op_of(node) == DECODING]
     (output,) = body.find_nodes(op="output")
     gradient = next(iter(body.find_nodes(op="placeholder")))
-    if len(decodings) != 1:
-        return False
-    decoding = arguments_of(decodings[0])
-    if (decoding["blocksize"], decoding["quant_type"], tuple(decoding["shape"])) != (
-        arguments["blocksize"],
-        arguments["quant_type"],
-        tuple(arguments["shapeB"]),
-    ):
+    if len(decodings) > 1 or any(_options_of(node) != _options_of(arguments) for node in decodings):
         return False
     for place, result in enumerate(output.args[0]):
         if result is None:
@@ -171,8 +164,15 @@ def _is_its_derivative(body: fx.Graph, arguments: dict[str, Any], x_place: int, 
             weight = result.args[1] if reads == "matmul" else None
             while isinstance(weight, fx.Node) and op_name(weight) == "to":
                 weight = weight.args[0]
-            if weight is not decodings[0] or result.args[0] is not gradient:
+            if weight not in decodings or result.args[0] is not gradient:
                 return False
         elif place != bias_place or reads != "sum" or result.args[0] is not gradient:
             return False
     return True
+
+
+def _options_of(source: fx.Node | dict[str, Any]) -> tuple[Any, ...]:
+    """Return how codes are decoded, as the decoding or the arguments of a product say."""
+    named = arguments_of(source) if isinstance(source, fx.Node) else source
+    shape = named["shape"] if "shape" in named else named["shapeB"]
+    return named["blocksize"], named["quant_type"], tuple(shape)
