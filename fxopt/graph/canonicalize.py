@@ -18,9 +18,9 @@ from fxopt.graph.view import find_subgraphs
 def canonicalize(gm: fx.GraphModule) -> None:
     """Rewrite `gm`, and the bodies of its higher-order ops, in place to the ops of `vocabulary`.
 
-    Outputs and gradients keep every bit. Nodes whose spelling is not known, and impure ones, stay as they
-    are; products with four-bit weights keep their bits where the library itself decodes the weight (for few tokens
-    some of its kernels sum in another order). A node keeps its stock name, and `meta["origins"]` names the stock nodes it stands for.
+    Outputs and gradients keep every bit; of a product with a four-bit weight those of the decoded weight, with which
+    a library's own kernels for few tokens sum in another order. Nodes whose spelling is not known, and impure ones,
+    stay as they are. A node keeps its stock name, and `meta["origins"]` names the stock nodes it stands for.
 
     >>> import operator, torch
     >>> graph = fx.Graph()

@@ -16,7 +16,7 @@ from torch import fx
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
 from fxopt.graph.view import is_tensor, requires_grad
-from fxopt.graph.vocabulary import dequantize_4bit
+from fxopt.graph.vocabulary import NESTED_BLOCKSIZE, dequantize_4bit
 
 PRODUCT, DECODING = "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
 NESTED_DECODING = "bitsandbytes::dequantize_blockwise"
@@ -38,8 +38,17 @@ def unfold_quantized_products(gm: fx.GraphModule, editor: Editor) -> None:
             scopes.append((bool(enabled), dtype))
         elif node.target is EXIT_AUTOCAST:
             scopes.pop()
+        elif op_of(node) == DECODING:
+            _name_decoding(node, editor)
         elif op_of(node) == PRODUCT:
-            _unfold(node, node, arguments_of(node), scopes, editor)
+            arguments = arguments_of(node)
+            # The op itself passes no gradient on, a linear layer would.
+            if any(
+                isinstance(item, fx.Node) and requires_grad(item)
+                for item in (arguments["A"], arguments["bias"])
+            ):
+                continue
+            _unfold(node, node, arguments, scopes, editor)
         elif op_of(node) == "autograd_function_apply":
             found = _read_function(node, gm)
             if found is not None:
@@ -95,6 +104,37 @@ def _unfold(
         for unread in (node, *bodies):
             if not unread.users:
                 editor.graph.erase_node(unread)
+
+
+def _name_decoding(node: fx.Node, editor: Editor) -> None:
+    """Replace the library's decoding of a weight by the canonical one, the decoding of its absmax in it."""
+    named = arguments_of(node)
+    if requires_grad(named["A"]):
+        return
+    tensors = _nested_scales(named["absmax"]) or (named["absmax"], None, None, None)
+    options = {
+        "shape": tuple(named["shape"]),
+        "blocksize": named["blocksize"],
+        "quant_type": named["quant_type"],
+        "dtype": named["dtype"],
+    }
+    new = editor.insert_before(
+        node, dequantize_4bit, (named["A"], *tensors), options, node.meta["example_value"]
+    )
+    editor.replace(node, new)
+
+
+def _nested_scales(absmax: Any) -> tuple[Any, ...] | None:
+    """Return codes, codebook, scales and offset where `absmax` is decoded from these, else None."""
+    if not isinstance(absmax, fx.Node) or op_name(absmax) != "add" or len(absmax.args) != 2 or absmax.kwargs:
+        return None
+    decoding, offset = absmax.args
+    if not isinstance(decoding, fx.Node) or op_of(decoding) != NESTED_DECODING or not is_tensor(offset):
+        return None
+    inner = arguments_of(decoding)
+    if inner["blocksize"] != NESTED_BLOCKSIZE or inner["dtype"] != torch.float32:
+        return None
+    return inner["A"], inner["code"], inner["absmax"], offset
 
 
 def _read_function(node: fx.Node, gm: fx.GraphModule) -> tuple[fx.Node, dict[str, Any]] | None:

@@ -70,11 +70,11 @@ def dequantize_4bit(
     `absmax` is in eight bits where there is a codebook: then it stands for codebook[code] * nested_absmax + offset.
     """
     ops: Any = torch.ops.bitsandbytes
-    if codebook is not None and offset is not None:
-        absmax = ops.dequantize_blockwise.default(
-            absmax, nested_absmax, codebook, NESTED_BLOCKSIZE, torch.float32
-        )
+    if codebook is not None and nested_absmax is not None and offset is not None:
+        scales, codes = nested_absmax.float(), codebook.float()
+        absmax = ops.dequantize_blockwise.default(absmax, scales, codes, NESTED_BLOCKSIZE, torch.float32)
         absmax = absmax + offset
+    absmax = absmax.float()
     stored = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     return ops.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, stored).to(dtype)
 

@@ -1,7 +1,8 @@
 """Replace what patterns match, each match judged, priced and proven first, until nothing more matches.
 
 Every rewrite erases a node that no rewrite made, or leaves fewer nodes than it found: the number of the former, and
-where that stays the number of all, falls with each, and the loop ends. A sweep visits the nodes of each pattern's rarest op only.
+where that stays the number of all, falls with each, and the loop ends. A sweep visits the nodes of each pattern's
+rarest op only.
 """
 
 from __future__ import annotations

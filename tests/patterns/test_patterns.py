@@ -125,7 +125,10 @@ def test_a_mutation_is_computed_as_it_stands(capture: Capture, pattern: Pattern,
 @pytest.mark.parametrize("pattern", ALL, ids=lambda pattern: pattern.name)
 def test_patterns_read_no_names(capture: Capture, pattern: Pattern) -> None:
     """With every node and parameter renamed the same is found: only the dataflow counts."""
-    _, (function, inputs) = next(iter(pattern.examples(DEVICE)))
+    _, example = next(iter(pattern.examples(DEVICE)), ("", None))
+    if example is None:
+        pytest.skip("the library in whose ops the examples are spelled is not installed")
+    function, inputs = example
     gm = capture(function, inputs).canonical()
     for place, node in enumerate(gm.graph.nodes):
         node.name = f"value_{place}"

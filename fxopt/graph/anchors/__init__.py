@@ -55,8 +55,8 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "attention"
     (torch's own, or the softmax of a product of two values that weighs a third), "glu" (an activation times
     another value, both from linear projections), "activation" (one between two projections, without a gate),
-    "lora_linear" (a product of low rank added to a projection), "dequantize_4bit" (a product with a weight in four bits)
-    and "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
+    "lora_linear" (a product of low rank added to a projection), "dequantize_4bit" (a product with a weight in four
+    bits), and "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
