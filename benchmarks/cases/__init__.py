@@ -5,9 +5,11 @@ from benchmarks.cases import (
     add_rms_norm,
     attention,
     cross_entropy,
+    dequantize_4bit,
     glu,
     layer_norm,
     linear_cross_entropy,
+    lora_linear,
     rms_norm,
     rope,
 )
@@ -20,6 +22,8 @@ ALL = {
     "glu": glu.make_cases,
     "activation": activation.make_cases,
     "attention": attention.make_cases,
+    "dequantize_4bit": dequantize_4bit.make_cases,
+    "lora_linear": lora_linear.make_cases,
     "cross_entropy": cross_entropy.make_cases,
     "linear_cross_entropy": linear_cross_entropy.make_cases,
 }

@@ -30,13 +30,19 @@ class Layers:
         """Return x, the adapters' own input, weights, biases, A and B."""
         torch.manual_seed(0)
         scale = self.in_width**-0.5
-        shapes = [((*tokens, self.in_width), self.dtype, 1.0), ((*tokens, self.in_width), self.adapter_dtype, 1.0)]
+        shapes = [
+            ((*tokens, self.in_width), self.dtype, 1.0),
+            ((*tokens, self.in_width), self.adapter_dtype, 1.0),
+        ]
         shapes += [((width, self.in_width), self.dtype, scale) for width in self.widths]
         shapes += [((width,), self.dtype, 1.0) for width in self.widths if self.biases]
         shapes += [((rank, self.in_width), self.adapter_dtype, scale) for _, rank, _, _ in self.adapters]
-        shapes += [((self.widths[layer], rank), self.adapter_dtype, 0.5) for layer, rank, _, _ in self.adapters]
+        shapes += [
+            ((self.widths[layer], rank), self.adapter_dtype, 0.5) for layer, rank, _, _ in self.adapters
+        ]
         return [
-            (torch.randn(shape, device=device) * size).to(dtype).requires_grad_() for shape, dtype, size in shapes
+            (torch.randn(shape, device=device) * size).to(dtype).requires_grad_()
+            for shape, dtype, size in shapes
         ]
 
     def split(self, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -62,7 +68,9 @@ class Layers:
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             own = [
                 (x if source is None else source, first, second, scale)
-                for (layer, _, scale, _), source, first, second in zip(self.adapters, inputs, a, b, strict=True)
+                for (layer, _, scale, _), source, first, second in zip(
+                    self.adapters, inputs, a, b, strict=True
+                )
                 if layer == index
             ]
             y = lora_linear_reference(x, weight, bias, own)
@@ -70,7 +78,9 @@ class Layers:
         return tuple(results)
 
 
-def gradients(function: Any, tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+def gradients(
+    function: Any, tensors: list[torch.Tensor], dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
     """Return all results and all gradients."""
     leaves = [(t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for t in tensors]
     results = function(*leaves)

@@ -171,7 +171,14 @@ def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str
 
 HIDDEN, INNER, KEYS, TOKENS = 64, 128, 32, 48
 HEADS = 4
-SAVED_WIDTHS = {"block's input": HIDDEN, "q": HIDDEN, "k": KEYS, "v": KEYS, "attention": HIDDEN, "sum": HIDDEN}
+SAVED_WIDTHS = {
+    "block's input": HIDDEN,
+    "q": HIDDEN,
+    "k": KEYS,
+    "v": KEYS,
+    "attention": HIDDEN,
+    "sum": HIDDEN,
+}
 SAVED_WIDTHS |= {"gate": INNER, "up": INNER}
 """What a block may save per token, in the dtype of the activations; and of each row of attention one fp32 number, of
 each norm one."""
@@ -212,7 +219,9 @@ def saved_by_block(model: Any, block: Any, batch: dict[str, torch.Tensor]) -> in
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        tensors = [] if state is None else [state.absmax, state.offset, state.state2.absmax, state.state2.code]
+        tensors = (
+            [] if state is None else [state.absmax, state.offset, state.state2.absmax, state.state2.code]
+        )
         own |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -238,3 +247,34 @@ def saved_by_block(model: Any, block: Any, batch: dict[str, torch.Tensor]) -> in
     assert hooks
     del loss
     return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_cast_their_bias_at_the_first_call_are_captured_at_the_second(tools: Any) -> None:
+    """As prepared for training: all but the codes in fp32, under autocast; stock casts each bias at its first use."""
+    steps: list[Any] = []
+    for optimized in (True, False):
+        model = tools.make_model("qwen2")
+        quantize(model, **in_four_bits())
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        torch.manual_seed(1)
+        options = {"r": 4, "target_modules": ALL_PROJECTIONS, "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
+        if optimized:
+            fxopt.optimize(model)
+        batch = tools.make_batch((2, 24), padded="right", device="cpu")
+        tools.run_step(model, batch, torch.bfloat16)
+        steps.append(tools.run_step(model, batch, torch.bfloat16))
+        if optimized:
+            report = fxopt.explain(model)
+            assert [fallback.count for fallback in report.fallbacks] == [LAYERS]
+            assert "mutate tensor data" in report.fallbacks[0].reason
+            sites = [site for site in report.sites if site.pattern == "lora_linear"]
+            assert sum(site.count for site in sites) == LAYERS * PROJECTIONS
+            assert {site.status for site in sites} == {"rewritten"}
+    ours, theirs = steps
+    assert tools.relative(ours.loss, theirs.loss) < 1e-3
+    assert ours.gradients.keys() == theirs.gradients.keys()
