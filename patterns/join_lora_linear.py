@@ -9,7 +9,7 @@ Saved for backward: x once. The gradients that flow into x are summed in the pro
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,20 +78,19 @@ def _weight_of(m: Match, place: int) -> Call | torch.fx.Node:
     return call(dequantize_4bit, *operands, **{name: m[f"decoded_{name}_{place}"] for name in DECODING})
 
 
-def _adapted(
-    x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 2.0
-) -> torch.Tensor:
+def _adapted(x: torch.Tensor, weights: Sequence[torch.Tensor], scale: float = 2.0) -> torch.Tensor:
+    weight, a, b = weights
     return F.linear(x, weight) + F.linear(F.linear(x, a), b) * scale
 
 
 def _two(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return _adapted(x, *weights[:3]), _adapted(x, *weights[3:])
+    return _adapted(x, weights[:3]), _adapted(x, weights[3:])
 
 
 def _three(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-    q = torch.tanh(_adapted(x, *weights[:3]))
-    k = torch.tanh(_adapted(x, *weights[3:6], scale=0.5))
-    return q + k * torch.tanh(_adapted(x, *weights[6:]))
+    q = torch.tanh(_adapted(x, weights[:3]))
+    k = torch.tanh(_adapted(x, weights[3:6], scale=0.5))
+    return q + k * torch.tanh(_adapted(x, weights[6:]))
 
 
 def _inputs(
@@ -118,7 +117,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     x, *weights = _inputs(device, 2)
 
     def apart(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _adapted(x, *weights[:3]), _adapted(x * 2, *weights[3:])
+        return _adapted(x, weights[:3]), _adapted(x * 2, weights[3:])
 
     yield "two inputs", (apart, (x, *weights)), "one layer, expected two or three"
 
@@ -128,7 +127,7 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     x, *weights = _inputs(device, 2, torch.float32)
 
     def dependent(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        first = _adapted(x, *weights[:3])
+        first = _adapted(x, weights[:3])
         return F.linear(x, weights[3]) + F.linear(F.linear(x, weights[4]), weights[5] * first.mean()) + first
 
     yield "the second reads the first", (dependent, (x, *weights))

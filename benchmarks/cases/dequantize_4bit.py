@@ -44,7 +44,7 @@ def make_case(shape: tuple[int, int], quant_type: str, *, nested: bool) -> Case:
         return (packed, codes, codebook, scales, offset) if nested else (packed, flat, None, None, None)
 
     def fxopt(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        options = dict(blocksize=BLOCKSIZE, quant_type=quant_type, dtype=BF16)
+        options: dict[str, Any] = dict(blocksize=BLOCKSIZE, quant_type=quant_type, dtype=BF16)
         return dequantize_4bit(*arguments(packed, codes), shape=shape, **options)
 
     def eager(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -53,14 +53,9 @@ def make_case(shape: tuple[int, int], quant_type: str, *, nested: bool) -> Case:
     contestants: dict[str, Function] = {"fxopt": fxopt, "eager": eager}
     functional = find_bitsandbytes()
     if functional is not None:
-        state = functional.QuantState(
-            None,
-            torch.Size(shape),
-            functional.get_4bit_type(quant_type, device="cuda"),
-            BLOCKSIZE,
-            quant_type,
-            BF16,
-        )
+        table = functional.get_4bit_type(quant_type, device="cuda")
+        options: dict[str, Any] = dict(shape=torch.Size(shape), code=table, blocksize=BLOCKSIZE)
+        state = functional.QuantState(None, quant_type=quant_type, dtype=BF16, **options)
         if nested:
             inner = functional.QuantState(scales, code=codebook, blocksize=256, dtype=torch.float32)
             state.offset, state.state2, state.nested = offset, inner, True

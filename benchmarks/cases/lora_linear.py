@@ -12,7 +12,7 @@ from fxopt.kernels.lora_linear import lora_linear
 
 RANK, SCALE = 16, 2.0
 FEW_ROWS = 512
-FORMS = {
+FORMS: dict[str, tuple[int, tuple[int, ...]]] = {
     "q, k, v": (3584, (3584, 512, 512)),
     "o": (3584, (3584,)),
     "gate, up": (3584, (18944, 18944)),
@@ -23,11 +23,12 @@ FORMS = {
 
 def make_cases() -> list[Case]:
     """Return the projections with adapters of rank 16, for many and for few tokens."""
-    return [make_case(name, *form, rows) for rows in (ROWS, FEW_ROWS) for name, form in FORMS.items()]
+    return [make_case(name, rows) for rows in (ROWS, FEW_ROWS) for name in FORMS]
 
 
-def make_case(name: str, in_width: int, widths: tuple[int, ...], rows: int) -> Case:
+def make_case(name: str, rows: int) -> Case:
     """Return the case of layers that share x, their weights frozen; what is left over the base's products is seen."""
+    in_width, widths = FORMS[name]
     count = len(widths)
 
     def make(rows: int) -> list[torch.Tensor]:

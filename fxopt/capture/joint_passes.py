@@ -7,6 +7,7 @@ op by the name of `<op>_output_<n>`, which computes that output alone.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -103,7 +104,8 @@ def _replay_output(node: fx.Node) -> fx.Node | None:
     wanted = [argument.name for argument in packet.default._schema.arguments]
     if any(argument not in given for argument in wanted):
         return None
-    last = max([node, *(given[argument] for argument in wanted if given[argument] in outputs.values())])
+    read = [given[argument] for argument in wanted if given[argument] in outputs.values()]
+    last = functools.reduce(_later, read, node)
     with node.graph.inserting_after(last):
         new = node.graph.call_function(packet.default, tuple(given[argument] for argument in wanted))
     new.meta = dict(node.meta)

@@ -140,10 +140,9 @@ def _nested_scales(absmax: Any) -> tuple[Any, ...] | None:
 def _read_function(node: fx.Node, gm: fx.GraphModule) -> tuple[fx.Node, dict[str, Any]] | None:
     """Return the result of an autograd function that is one product with four-bit weights, and its arguments."""
     forward, backward, *given = node.args
-    bodies = [
-        getattr(gm, str(body.target), None) for body in (forward, backward) if isinstance(body, fx.Node)
-    ]
-    if len(bodies) != 2 or not all(isinstance(body, fx.GraphModule) for body in bodies):
+    held = [getattr(gm, str(body.target), None) for body in (forward, backward) if isinstance(body, fx.Node)]
+    bodies = [body for body in held if isinstance(body, fx.GraphModule)]
+    if len(bodies) != 2:
         return None
     (result,) = node.users if len(node.users) == 1 else (None,)
     if result is None or op_name(result) != "getitem" or result.args[1] != 0:

@@ -63,10 +63,8 @@ def _is_low_rank(node: fx.Node) -> bool:
     if inner is node or not is_projection(inner) or not tensors_read(inner):
         return False
     first = tensors_read(inner)[0]
-    widths = [_width_of(item) for item in (first, inner, node)]
-    if not all(isinstance(width, int) for width in widths):
-        return False
-    return widths[1] < min(widths[0], widths[2])
+    widths = [width for item in (first, inner, node) if (width := _width_of(item)) is not None]
+    return len(widths) == 3 and widths[1] < min(widths[0], widths[2])
 
 
 def _is_whole_projection(node: fx.Node) -> bool:
