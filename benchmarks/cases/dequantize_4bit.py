@@ -44,8 +44,8 @@ def make_case(shape: tuple[int, int], quant_type: str, *, nested: bool) -> Case:
         return (packed, codes, codebook, scales, offset) if nested else (packed, flat, None, None, None)
 
     def fxopt(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        options: dict[str, Any] = dict(blocksize=BLOCKSIZE, quant_type=quant_type, dtype=BF16)
-        return dequantize_4bit(*arguments(packed, codes), shape=shape, **options)
+        options: dict[str, Any] = dict(shape=shape, blocksize=BLOCKSIZE, quant_type=quant_type, dtype=BF16)
+        return dequantize_4bit(*arguments(packed, codes), **options)
 
     def eager(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         return plain_dequantize(*arguments(packed, codes), list(shape), BLOCKSIZE, quant_type, BF16)

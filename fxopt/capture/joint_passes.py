@@ -97,7 +97,9 @@ def _replay_output(node: fx.Node) -> fx.Node | None:
     packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
     if packet is None:
         return None
-    given = dict(zip((argument.name for argument in forward._schema.arguments), source.args, strict=False))
+    given: dict[str, Any] = dict(
+        zip((argument.name for argument in forward._schema.arguments), source.args, strict=False)
+    )
     given.update(source.kwargs)
     outputs = {f"output_{user.args[1]}": user for user in source.users if user.target is operator.getitem}
     given.update(outputs)

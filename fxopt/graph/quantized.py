@@ -15,6 +15,7 @@ from torch import fx
 
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
+from fxopt.graph.purity import is_pure
 from fxopt.graph.view import is_tensor, requires_grad
 from fxopt.graph.vocabulary import NESTED_BLOCKSIZE, dequantize_4bit
 
@@ -164,6 +165,8 @@ def _read_forward(body: fx.Graph, given: list[Any]) -> tuple[dict[str, Any], int
     for node in body.nodes:
         if node.op in ("placeholder", "output") or node.target is torch._C._set_grad_enabled:
             continue
+        if not is_tensor(node) and is_pure(node):
+            continue  # what is asked about sizes that are not fixed
         if op_of(node) == PRODUCT:
             products.append(node)
         elif (

@@ -137,7 +137,13 @@ def make_adapted(tools: Any, case: Case) -> Any:
     return model.train()
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("dense", "dropout", "dora", "nf4", "fp4, one scale", "eight bits")
+"""A case takes ten seconds: the others run under `make test-all` only."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str, tools: Any) -> None:
     case = CASES[name]
