@@ -8,6 +8,7 @@ the GPU kept busy until the host has queued it, so that nobody's Python is timed
     cce        cut_cross_entropy without its gradient filter ("cce_exact")
     sdpa       torch's attention by its own choice; `cudnn`, `flash`, `efficient` by one backend of it
     flex       torch's flex_attention, compiled, with a block mask
+    bnb        bitsandbytes
     compile    torch.compile of the eager form
     eager      what a stock model runs
     copy       a copy that moves the bytes the kernel has to move; for linear_cross_entropy `gemms`, its matrix
@@ -56,6 +57,7 @@ COLUMNS = (
     "flash",
     "efficient",
     "flex",
+    "bnb",
     "compile",
     "eager",
     "copy",
@@ -89,7 +91,8 @@ def gradients(function: Function, tensors: list[torch.Tensor], dtype: torch.dtyp
     ]
     outputs = outputs_of(function, leaves)
     needed = [leaf for leaf in leaves if leaf.requires_grad]
-    found = torch.autograd.grad(outputs, needed, [torch.ones_like(y) for y in outputs])
+    seeds = [torch.ones_like(y) for y in outputs]
+    found = torch.autograd.grad(outputs, needed, seeds) if needed else ()
     return [*(y.detach() for y in outputs), *found]
 
 
@@ -147,12 +150,15 @@ def time_contestant(function: Function, tensors: list[torch.Tensor]) -> tuple[fl
     torch.cuda.reset_peak_memory_stats()
     outputs = outputs_of(function, tensors)
     needed = [value for value in tensors if value.requires_grad]
-    torch.autograd.grad(outputs, needed, [torch.ones_like(y) for y in outputs])
+    if needed:
+        torch.autograd.grad(outputs, needed, [torch.ones_like(y) for y in outputs])
     return forward, backward, torch.cuda.max_memory_allocated() - before
 
 
 def time_passes(function: Function, tensors: list[torch.Tensor]) -> tuple[float, float]:
     needed = [value for value in tensors if value.requires_grad]
+    if not needed:
+        return median_ms(lambda: function(*tensors)), 0.0
     outputs = outputs_of(function, tensors)
     seeds = [torch.ones_like(y) for y in outputs]
 
@@ -180,8 +186,12 @@ def run_case(case: Case) -> list[dict[str, Any]]:
         torch.cuda.empty_cache()
     tensors = case.make(case.rows)
     if case.forward_bytes:
-        forward["copy"], backward["copy"] = time_copy(case.forward_bytes), time_copy(case.backward_bytes)
-    rows = [("forward", forward), ("backward", backward)]
+        forward["copy"] = time_copy(case.forward_bytes)
+        if case.backward_bytes:
+            backward["copy"] = time_copy(case.backward_bytes)
+    rows = [("forward", forward)]
+    if any(value.requires_grad for value in tensors):
+        rows.append(("backward", backward))
     if case.gemms is not None:
         both = {name: forward[name] + backward[name] for name in forward}
         both["gemms"] = median_ms(case.gemms(tensors))

@@ -14,12 +14,14 @@ Numerics: the product with scale is not rounded on its own. In backward the grad
 norm and the one of h from elsewhere are added in fp32 and rounded once; stock rounds each and their sum.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.rms_norm.launches import launch_forward as launch_norm_forward
 from fxopt.kernels.rms_norm.launches import run_backward, run_forward
 from fxopt.kernels.rms_norm.reference import plain_backward as plain_norm_backward
 from fxopt.kernels.rms_norm.reference import plain_forward as plain_norm_forward
@@ -186,6 +188,38 @@ forward_op = register_op(
     plain=plain_forward,
     fused=_fused_forward,
     fake=_fake_forward,
+)
+
+
+def _again(run: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Return `run`, a norm, as a function of h and of the arguments of this op that a norm has."""
+
+    def compute(
+        h: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        offset: float,
+        cast_first: bool,
+        centre: bool,
+        out_dtype: torch.dtype | None,
+    ) -> Tensor:
+        return run(h, weight, None, eps, offset, cast_first, centre, *UNGATED, out_dtype)
+
+    return compute
+
+
+def _launch_norm(h: Tensor, weight: Tensor | None, *arguments: Any) -> Tensor:
+    run = launch_norm_forward if can_launch(h, weight, out_dtype=arguments[-1]) else plain_norm_forward
+    return run(h, weight, *arguments)[0]
+
+
+register_op(
+    "add_rms_norm_output_1(Tensor output_0, Tensor? weight, float eps, float offset, bool cast_first, bool centre, "
+    "ScalarType? out_dtype) -> Tensor",
+    plain=_again(lambda *arguments: plain_norm_forward(*arguments)[0]),
+    fused=_again(_launch_norm),
+    fake=lambda h, weight, *rest: h.new_empty(h.shape, dtype=rest[-1] or promoted(h, weight)),
+    tags=(torch.Tag.pointwise,),
 )
 backward_op = register_op(
     "add_rms_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, Tensor statistics, float scale, "

@@ -190,7 +190,9 @@ def register_op(
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>`, run by `plain` on a CPU, `fused` on CUDA, `fake` under FakeTensor; return the op.
 
-    An op tagged `torch.Tag.pointwise` is computed again in the backward pass instead of saved.
+    An op tagged `torch.Tag.pointwise` is computed again in the backward pass instead of saved. An op named
+    `<op>_output_<n>` computes output n of `<op>` alone from arguments of that op, found by name, and from
+    `output_<m>`, its output m: what a backward op of ours reads by an argument `xs` is computed so in backward.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))

@@ -4,14 +4,20 @@ from fxopt.patterns.activation import ACTIVATION
 from fxopt.patterns.add_rms_norm import ADD_RMS_NORM
 from fxopt.patterns.attention import ATTENTION
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
+from fxopt.patterns.dequantize_4bit import DEQUANTIZE_4BIT
 from fxopt.patterns.glu import GLU
+from fxopt.patterns.join_lora_linear import JOIN_LORA_LINEAR
 from fxopt.patterns.layer_norm import LAYER_NORM
 from fxopt.patterns.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from fxopt.patterns.lora_linear import LORA_LINEAR
 from fxopt.patterns.norm_rope import NORM_ROPE
 from fxopt.patterns.rms_norm import RMS_NORM
 from fxopt.patterns.rope import ROPE
 
 ALL = (
+    DEQUANTIZE_4BIT,
+    LORA_LINEAR,
+    JOIN_LORA_LINEAR,
     LAYER_NORM,
     RMS_NORM,
     ADD_RMS_NORM,
@@ -30,9 +36,12 @@ __all__ = [
     "ALL",
     "ATTENTION",
     "CROSS_ENTROPY",
+    "DEQUANTIZE_4BIT",
     "GLU",
+    "JOIN_LORA_LINEAR",
     "LAYER_NORM",
     "LINEAR_CROSS_ENTROPY",
+    "LORA_LINEAR",
     "NORM_ROPE",
     "RMS_NORM",
     "ROPE",

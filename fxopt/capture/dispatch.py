@@ -63,10 +63,13 @@ class BlockCalls:
             if cause is not None:
                 raise cause from None
             reason = reason_of(error)
+        dtypes = [parameter.dtype for parameter in block.parameters()]
         output = block.forward(*args, **kwargs)  # a call that fails in stock too says nothing of the block
-        self.stock_classes[type(block)] = reason
-        self.ledger.refused[self.region] = reason
         self.ledger.count_fallback(self.region, f"capture failed: {reason}")
+        if dtypes == [parameter.dtype for parameter in block.parameters()]:
+            self.stock_classes[type(block)] = reason
+            self.ledger.refused[self.region] = reason
+        # Else the call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
         return output
 
     def find_obstacle(

@@ -1,11 +1,13 @@
 """Passes over the joint graph, in which the forward and the backward of a region stand together.
 
-They know fxopt's ops by what these declare: the tag `torch.Tag.pointwise`, and an optional last argument
-`dskip`, which an op adds to its first result before it rounds that.
+They know fxopt's ops by what these declare: the tag `torch.Tag.pointwise`, an optional last argument `dskip`, which an
+op adds to its first result before it rounds that, an argument `xs` of values that may be computed again, and a second
+op by the name of `<op>_output_<n>`, which computes that output alone.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -15,6 +17,128 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
+REPLAYED_ARGUMENT = "xs"
+LAYOUT_OPS = frozenset({"_to_copy", "convert_element_type", "view", "reshape", "_unsafe_view", "cat", "t"})
+"""Ops between an op of ours and what it reads that cost next to nothing to do again."""
+
+
+def prepare_joint(graph: fx.Graph) -> None:
+    """Run all passes over the joint graph."""
+    fold_skip_gradients(graph)
+    replay_inputs(graph)
+    mark_recomputed(graph)
+
+
+def replay_inputs(graph: fx.Graph) -> int:
+    """Let backward ops read norms computed again from what is saved anyway; return how many norms are.
+
+    Where a norm's result is read by an op that takes its `xs` so, stock and a plain partition save both the norm's
+    input and its result. Computing the result again costs one pass over memory. So is what an op reads of weights
+    alone, cast and joined.
+    """
+    in_backward = _find_backward(graph)
+    replays: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if not _is_ours(node) or node not in in_backward:
+            continue
+        target: Any = node.target
+        names = [argument.name for argument in target._schema.arguments]
+        if REPLAYED_ARGUMENT not in names:
+            continue
+        place = names.index(REPLAYED_ARGUMENT)
+        read = [_replay(item, replays) or item for item in node.args[place]]
+        node.args = (*node.args[:place], read, *node.args[place + 1 :])
+        for item in node.all_input_nodes:
+            if item not in in_backward:
+                _mark_layout(item)
+    return sum(node.target is not operator.getitem for node in replays)
+
+
+def _find_backward(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that depend on a gradient."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _replay(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """Return a node that computes the value of `node` again, or None where no op is declared that could."""
+    if node in replays:
+        return replays[node]
+    new: fx.Node | None = None
+    if node.target is operator.getitem:
+        new = _replay_output(node)
+    elif _is_layout(node) and len(node.all_input_nodes) == 1:
+        source = _replay(node.all_input_nodes[0], replays)
+        if source is not None:
+            with node.graph.inserting_after(_later(source, node)):
+                new = node.graph.node_copy(node, lambda _: source)
+            new.meta = dict(node.meta)
+    if new is not None:
+        _must_recompute(new)
+        replays[node] = new
+    return new
+
+
+def _later(a: fx.Node, b: fx.Node) -> fx.Node:
+    return a if b < a else b
+
+
+def _replay_output(node: fx.Node) -> fx.Node | None:
+    """Return a call of the op that computes this output of an op of ours alone, inserted after `node`."""
+    source, place = node.args
+    if not isinstance(source, fx.Node) or not _is_ours(source):
+        return None
+    forward: Any = source.target
+    name = f"{forward._schema.name.partition('::')[2]}_output_{place}"
+    packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
+    if packet is None:
+        return None
+    given: dict[str, Any] = dict(
+        zip((argument.name for argument in forward._schema.arguments), source.args, strict=False)
+    )
+    given.update(source.kwargs)
+    outputs = {f"output_{user.args[1]}": user for user in source.users if user.target is operator.getitem}
+    given.update(outputs)
+    wanted = [argument.name for argument in packet.default._schema.arguments]
+    if any(argument not in given for argument in wanted):
+        return None
+    read = [given[argument] for argument in wanted if given[argument] in outputs.values()]
+    last = functools.reduce(_later, read, node)
+    with node.graph.inserting_after(last):
+        new = node.graph.call_function(packet.default, tuple(given[argument] for argument in wanted))
+    new.meta = dict(node.meta)
+    return new
+
+
+def _mark_layout(node: fx.Node) -> None:
+    """Mark casts and joins of weights, and of what is computed again anyway, to be done again too."""
+    if not _is_layout(node) or "recompute" in node.meta:
+        return
+    for source in node.all_input_nodes:
+        _mark_layout(source)
+    if all(
+        source.op == "placeholder" or "recompute" in source.meta or _is_recomputed(source)
+        for source in node.all_input_nodes
+    ):
+        _must_recompute(node)
+
+
+def _is_layout(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in LAYOUT_OPS
+
+
+def _is_recomputed(node: fx.Node) -> bool:
+    return _is_ours(node) and torch.Tag.pointwise in node.target.tags  # pyright: ignore
+
+
+def _must_recompute(node: fx.Node) -> None:
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = 0
 
 
 def mark_recomputed(graph: fx.Graph) -> None:
@@ -24,9 +148,8 @@ def mark_recomputed(graph: fx.Graph) -> None:
     it again costs one pass over memory, saving it costs its bytes until the block's backward.
     """
     for node in graph.nodes:
-        if _is_ours(node) and torch.Tag.pointwise in node.target.tags:
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            node.meta["ac_graph_id"] = 0
+        if _is_recomputed(node):
+            _must_recompute(node)
 
 
 def fold_skip_gradients(graph: fx.Graph) -> int:

@@ -293,7 +293,7 @@ def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callab
         return make_boxed_func(graph.forward)
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
-        joint_passes.fold_skip_gradients(joint.graph)
+        joint_passes.prepare_joint(joint.graph)
         return default_partition(joint, joint_inputs, **options)
 
     compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
@@ -326,9 +326,8 @@ class JointPasses(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes over `graph`."""
-        joint_passes.fold_skip_gradients(graph)
-        joint_passes.mark_recomputed(graph)
+        joint_passes.prepare_joint(graph)
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""
-        return b"fxopt.JointPasses.1"
+        return b"fxopt.JointPasses.2"

@@ -10,6 +10,7 @@ from fxopt.graph.edit import Editor
 from fxopt.graph.identities import remove_identities, remove_returned_inputs
 from fxopt.graph.inplace import make_pure
 from fxopt.graph.purity import is_pure
+from fxopt.graph.quantized import unfold_quantized_products
 from fxopt.graph.spelling import fold_constants, unify_spelling
 from fxopt.graph.view import find_subgraphs
 
@@ -17,8 +18,9 @@ from fxopt.graph.view import find_subgraphs
 def canonicalize(gm: fx.GraphModule) -> None:
     """Rewrite `gm`, and the bodies of its higher-order ops, in place to the ops of `vocabulary`.
 
-    Outputs and gradients keep every bit. Nodes whose spelling is not known, and impure ones, stay as they
-    are. A node keeps its stock name, and `meta["origins"]` names the stock nodes it stands for.
+    Outputs and gradients keep every bit; of a product with a four-bit weight those of the decoded weight, with which
+    a library's own kernels for few tokens sum in another order. Nodes whose spelling is not known, and impure ones,
+    stay as they are. A node keeps its stock name, and `meta["origins"]` names the stock nodes it stands for.
 
     >>> import operator, torch
     >>> graph = fx.Graph()
@@ -32,14 +34,16 @@ def canonicalize(gm: fx.GraphModule) -> None:
     (True, (x, 1))
     """
     for prefix, part in find_subgraphs(gm):
-        _canonicalize_graph(part.graph, prefix)
+        _canonicalize_graph(part, prefix)
         part.recompile()
 
 
-def _canonicalize_graph(graph: fx.Graph, prefix: str) -> None:
+def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
+    graph = gm.graph
     fold_constants(graph)
     make_pure(graph)
     editor = Editor(graph, Aliases(graph), prefix)
+    unfold_quantized_products(gm, editor)
     unify_spelling(editor)
     remove_returned_inputs(editor)
     remove_identities(editor)

@@ -65,7 +65,7 @@ def _find_copied(node: fx.Node, x: fx.Node, aliases: Aliases) -> fx.Node | None:
     All must be private: with the copy gone, a write to the one would be seen in the other.
     """
     source = None
-    if _is_neutral(node, x) and _like(node, x):
+    if (_is_neutral(node, x) or _is_clone(node, x)) and _like(node, x):
         source = x
     elif node.target is vocabulary.cast and x.target is vocabulary.cast and num_edges(x) == 1:
         inner = x.args[0]
@@ -73,6 +73,10 @@ def _find_copied(node: fx.Node, x: fx.Node, aliases: Aliases) -> fx.Node | None:
         if value_of(x).dtype in WIDER.get(value_of(inner).dtype, ()) and _like(node, inner):
             source = inner
     return source if source is not None and aliases.is_private(node, x, source) else None
+
+
+def _is_clone(node: fx.Node, x: fx.Node) -> bool:
+    return op_name(node) == "clone" and len(node.args) == 1 and not node.kwargs and _same_strides(node, x)
 
 
 def _is_neutral(node: fx.Node, x: fx.Node) -> bool:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NESTED_BLOCKSIZE = 256
+
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in `dtype`, rounded to nearest; on the same device.
@@ -61,6 +63,31 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, ...],
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight that four-bit codes stand for, as the library that made them decodes it.
+
+    `absmax` is in eight bits where there is a codebook: then it stands for codebook[code] * nested_absmax + offset.
+    """
+    ops: Any = torch.ops.bitsandbytes
+    if codebook is not None and nested_absmax is not None and offset is not None:
+        scales, codes = nested_absmax.float(), codebook.float()
+        absmax = ops.dequantize_blockwise.default(absmax, scales, codes, NESTED_BLOCKSIZE, torch.float32)
+        absmax = absmax + offset
+    absmax = absmax.float()
+    stored = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    return ops.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, stored).to(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One op of the vocabulary: `operands` are its positional arguments, `attributes` its keywords.
@@ -104,6 +131,12 @@ OPS: tuple[Op, ...] = (
     Op("glu", F.glu, ("x",), ("dim",)),
     Op("linear", F.linear, ("x", "w", "bias")),
     Op("matmul", torch.matmul, ("a", "b")),
+    Op(
+        "dequantize_4bit",
+        dequantize_4bit,
+        ("packed", "absmax", "codebook", "nested_absmax", "offset"),
+        ("shape", "blocksize", "quant_type", "dtype"),
+    ),
     Op("reshape", reshape, ("x",), ("shape",)),
     Op("expand", expand, ("x",), ("shape",)),
     Op("transpose", torch.transpose, ("x",), ("dim0", "dim1")),

@@ -108,7 +108,7 @@ def count_calls(outputs: Iterable[Any]) -> int:
 
 
 def _walk_calls(items: Iterable[Any]) -> Iterator[Call]:
-    for item in items:
+    for item in pytree.tree_leaves(list(items)):
         if isinstance(item, Call):
             yield item
             yield from _walk_calls((*item.args, *item.kwargs.values()))

@@ -93,12 +93,22 @@ def _leading_sizes(match: Match, *, floats: bool) -> list[int]:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Return whether a node looks like a parameter: a vector or matrix that comes into the graph as it is."""
-    example = node.meta["example_value"]
+    """Return whether a node looks like a parameter: a vector or matrix that comes into the graph as it is.
+
+    It may be in codes of eight bits, and be cast or decoded from what came in.
+    """
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor) or example.dim() > WEIGHT_RANK:
+        return False
+    if node.op in ("placeholder", "get_attr"):
+        return example.is_floating_point() or example.dtype == torch.uint8
     return (
-        node.op in ("placeholder", "get_attr")
+        node.op == "call_function"
         and example.is_floating_point()
-        and example.dim() <= WEIGHT_RANK
+        and bool(node.all_input_nodes)
+        and all(
+            source.op in ("placeholder", "get_attr") and is_weight(source) for source in node.all_input_nodes
+        )
     )
 
 
@@ -184,7 +194,7 @@ class Sampler:
         loss = self._find_loss(node)
         shape = self._shape(node)
         if loss is None:
-            high = 8
+            high = 255 if example.dtype == torch.uint8 else 8
             return (self._uniform(shape, torch.float32, example.device) * high + 1).to(example.dtype)
         num_classes = hint_of(loss.args[0].meta["example_value"].shape[-1])
         values = (self._uniform(shape, torch.float64, example.device) * num_classes).to(example.dtype)

@@ -51,6 +51,13 @@ forward_op = register_op(
     fused=_fused_forward,
     fake=_fake_forward,
 )
+register_op(
+    "layer_norm_output_0(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> Tensor",
+    plain=lambda *arguments: plain_forward(*arguments)[0],
+    fused=lambda *arguments: _fused_forward(*arguments)[0],
+    fake=lambda *arguments: _fake_forward(*arguments)[0],
+    tags=(torch.Tag.pointwise,),
+)
 backward_op = register_op(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, "
     "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",

@@ -66,6 +66,14 @@ forward_op = register_op(
     fused=_fused_forward,
     fake=_fake_forward,
 )
+register_op(
+    "rms_norm_output_0(Tensor x, Tensor? weight, Tensor? gate, float eps, float offset, bool cast_first, "
+    f"{_ATTRIBUTES}, ScalarType? out_dtype) -> Tensor",
+    plain=lambda *arguments: plain_forward(*arguments)[0],
+    fused=lambda *arguments: _fused_forward(*arguments)[0],
+    fake=lambda *arguments: _fake_forward(*arguments)[0],
+    tags=(torch.Tag.pointwise,),
+)
 backward_op = register_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? gate, Tensor statistics, float offset, "
     f"{_ATTRIBUTES}, bool need_x, bool need_weight, bool need_gate, Tensor? dskip=None) -> (Tensor, Tensor, Tensor)",

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import activation, cross_entropy
+from fxopt.kernels import activation, cross_entropy, dequantize_4bit
 from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.attention import backward as attention_backward
 from fxopt.kernels.attention import forward as attention_forward
@@ -122,6 +122,20 @@ def cross_entropy_builds() -> Iterator[Build]:
         warps = num_warps_for(kernels.BLOCK_COLUMNS, at_most=kernels.MOST_WARPS)
         yield kernels.linear_cross_entropy_forward_kernel, forward, types, warps, False
     yield kernels.linear_cross_entropy_backward_kernel, dict(BLOCK=kernels.SCALE_BLOCK), types, 8, True
+
+
+def dequantize_4bit_builds() -> Iterator[Build]:
+    fp32 = dict.fromkeys(("p_codebook", "p_nested", "p_offset", "p_table"), "*fp32")
+    sizes = dict(NESTED_BLOCKSIZE=dequantize_4bit.NESTED_BLOCKSIZE, WORDS=dequantize_4bit.WORDS)
+    for nested in (True, False):
+        for in_words in (True, False):
+            types = fp32 | {
+                "p_packed": "*i32" if in_words else "*u8",
+                "p_absmax": "*u8" if nested else "*fp32",
+            }
+            form = sizes | dict(BLOCKSIZE=64, HAS_NESTED=nested, IN_WORDS=in_words)
+            warps = dequantize_4bit.NUM_WARPS
+            yield dequantize_4bit.dequantize_4bit_kernel, form, types, warps, False
 
 
 def rope_builds() -> Iterator[Build]:
@@ -277,6 +291,7 @@ def main() -> None:
             *glu_builds(),
             *activation_builds(),
             *cross_entropy_builds(),
+            *dequantize_4bit_builds(),
             *rope_builds(),
             *norm_rope_builds(),
             *attention_builds(int(arch), dtype),

@@ -64,6 +64,7 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "cross_entropy_backward_kernel",
         "linear_cross_entropy_forward_kernel",
         "linear_cross_entropy_backward_kernel",
+        "dequantize_4bit_kernel",
         "rope_kernel",
         "norm_rope_forward_kernel",
         "norm_rope_backward_kernel",

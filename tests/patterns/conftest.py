@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    import bitsandbytes  # its ops are what some examples are spelled in  # noqa: F401
 from torch import fx
 
 from fxopt.graph.canonicalize import canonicalize

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.verify import verify
-from fxopt.patterns import ALL
+from fxopt.patterns import ALL, DEQUANTIZE_4BIT
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover
@@ -20,6 +20,10 @@ from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLD_IN_FULL = ("rms_norm", "glu")
 """Patterns whose near misses give the whole reason; those of the others give a part of it."""
+OPS = {"join_lora_linear": "lora_linear"}
+"""What a pattern makes that has no op of its own."""
+UNUSED = {DEQUANTIZE_4BIT}
+"""Patterns whose ops others take along where they are there; examples for those need a library's own op."""
 Capture = Callable[..., Any]
 
 
@@ -49,7 +53,7 @@ LOSSES = {"cross_entropy", "linear_cross_entropy"}
 def foundations(pattern: Pattern) -> tuple[Pattern, ...]:
     """Return the patterns of the library whose ops `pattern` looks for."""
     built_on = {target.__name__ for target in pattern.targets if "fxopt.kernels" in target.__module__}
-    return tuple(other for other in ALL if other.name in built_on)
+    return tuple(other for other in ALL if other.name in built_on and other is not pattern)
 
 
 @pytest.mark.parametrize(("pattern", "name"), cases("examples"))
@@ -63,12 +67,14 @@ def test_an_example_is_rewritten_once_and_equals_stock(capture: Capture, pattern
 
     assert [refusal.reason for refusal in result.refused] == []
     *prepared, done = result.rewrites
-    assert {earlier.match.pattern for earlier in prepared} == set(foundations(pattern))
+    built_on = {earlier.match.pattern for earlier in prepared}
+    assert built_on == set(foundations(pattern)) - UNUSED
     assert len(gm.graph.nodes) == num_before + sum(len(r.after) - len(r.before) for r in result.rewrites)
     new = [node for node in gm.graph.nodes if node.meta.get("rewritten_by") == pattern.name]
     assert [node.name for node in new] == list(done.after)
     assert all(done.origins == node.meta["origins"] for node in new)
-    assert done.record.op == pattern.name
+    assert done.match.pattern is pattern
+    assert done.record.op == OPS.get(pattern.name, pattern.name)
     assert done.proof is not None
     assert done.proof.passed
     captured.check_equal(gm)
@@ -119,7 +125,10 @@ def test_a_mutation_is_computed_as_it_stands(capture: Capture, pattern: Pattern,
 @pytest.mark.parametrize("pattern", ALL, ids=lambda pattern: pattern.name)
 def test_patterns_read_no_names(capture: Capture, pattern: Pattern) -> None:
     """With every node and parameter renamed the same is found: only the dataflow counts."""
-    _, (function, inputs) = next(iter(pattern.examples(DEVICE)))
+    _, example = next(iter(pattern.examples(DEVICE)), ("", None))
+    if example is None:
+        pytest.skip("the library in whose ops the examples are spelled is not installed")
+    function, inputs = example
     gm = capture(function, inputs).canonical()
     for place, node in enumerate(gm.graph.nodes):
         node.name = f"value_{place}"
@@ -130,4 +139,7 @@ def test_patterns_read_no_names(capture: Capture, pattern: Pattern) -> None:
     # Not through `rewrite`: the verifier rightly holds the placeholders to their names.
     patterns = (*foundations(pattern), pattern)
     result = apply_patterns(gm, patterns, MatchContext(prove=Prover().prove))
-    assert [done.record.op for done in result.rewrites] == [built.name for built in patterns]
+    used = [done.match.pattern for done in result.rewrites]
+    assert used.pop() is pattern
+    assert list(dict.fromkeys(used)) == [built for built in foundations(pattern) if built not in UNUSED]
+    assert pattern.name in OPS or len(set(used)) == len(used)

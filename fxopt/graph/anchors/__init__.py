@@ -11,6 +11,7 @@ import dataclasses
 from torch import fx
 
 from fxopt.graph.anchors.activations import activation_kind
+from fxopt.graph.anchors.adapters import adapter_kind, four_bit_kind
 from fxopt.graph.anchors.attention import attention_kind
 from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.layer_norms import layer_norm_kind
@@ -40,6 +41,8 @@ KINDS = frozenset(
         "activation",
         "cross_entropy",
         "linear_cross_entropy",
+        "lora_linear",
+        "dequantize_4bit",
     }
 )
 """Every kind of site that the search knows."""
@@ -52,7 +55,8 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "attention"
     (torch's own, or the softmax of a product of two values that weighs a third), "glu" (an activation times
     another value, both from linear projections), "activation" (one between two projections, without a gate),
-    and "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
+    "lora_linear" (a product of low rank added to a projection), "dequantize_4bit" (a product with a weight in four
+    bits), and "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
@@ -66,6 +70,8 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
                 or gates.kind(node)
                 or activation_kind(node, gates)
                 or rope_kind(node)
+                or adapter_kind(node)
+                or four_bit_kind(node)
             )
             if kind:
                 anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))

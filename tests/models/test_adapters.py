@@ -1,0 +1,286 @@
+"""Models with adapters, their layers dense, in four bits and in eight: what becomes of each case, against stock."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+
+peft: Any = pytest.importorskip("peft")
+
+LAYERS, PROJECTIONS = 3, 7
+ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Change = Callable[[Any, dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to adapt a tiny model, and what it becomes: adapted layers, joins of a block, why others stay stock."""
+
+    adapters: int = LAYERS * PROJECTIONS
+    decoded: int = 0
+    joins: int = 4
+    """Of the captured blocks, which are two where the first one's input needs no gradient."""
+    reason: str = ""
+    arch: str = "llama"
+    base: dict[str, Any] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    change: Change | None = None
+
+
+def add_second(model: Any, options: dict[str, Any]) -> None:
+    model.add_adapter("second", peft.LoraConfig(**options | {"r": 6, "lora_alpha": 3}))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def disable(model: Any, options: dict[str, Any]) -> None:
+    model.base_model.disable_adapter_layers()
+    train_norms(model)
+
+
+def merge(model: Any, options: dict[str, Any]) -> None:
+    model.merge_adapter()
+    train_norms(model)
+
+
+def train_norms(model: Any) -> None:
+    """Let something be trained where the adapters are not."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+
+
+def in_four_bits(quant_type: str = "nf4", nested: bool = True, blocksize: int = 64) -> dict[str, Any]:
+    return {"bits": 4, "quant_type": quant_type, "nested": nested, "blocksize": blocksize}
+
+
+FOUR_BITS: dict[str, Any] = {"decoded": LAYERS * PROJECTIONS}
+CASES = {
+    "dense": Case(),
+    "bias on the base": Case(arch="qwen2"),
+    "trained bias on the base": Case(arch="qwen2", options={"bias": "all"}),
+    "rank-stabilized": Case(options={"use_rslora": True}),
+    "bias on B": Case(options={"lora_bias": True}, joins=2),
+    "dropout": Case(options={"lora_dropout": 0.1}, joins=2),
+    "two adapters": Case(change=add_second),
+    "disabled": Case(change=disable, adapters=0, joins=0),
+    "merged": Case(change=merge, adapters=0, joins=0),
+    "one layer": Case(options={"layers_to_transform": [1]}, adapters=PROJECTIONS, joins=2),
+    "two projections": Case(options={"target_modules": ["q_proj", "v_proj"]}, adapters=2 * LAYERS, joins=2),
+    "head and embedding": Case(
+        options={"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, adapters=LAYERS + 1, joins=0
+    ),
+    "a trained head": Case(
+        options={"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        adapters=LAYERS,
+        joins=0,
+    ),
+    "dora": Case(options={"use_dora": True}, adapters=0, joins=0, reason="startswith"),
+    "nf4": Case(base=in_four_bits(), **FOUR_BITS),
+    "nf4, one scale": Case(base=in_four_bits(nested=False), **FOUR_BITS),
+    "nf4, blocks of 128": Case(base=in_four_bits(blocksize=128), **FOUR_BITS),
+    "nf4, blocks of 4096": Case(base=in_four_bits(blocksize=4096), **FOUR_BITS),
+    "fp4": Case(base=in_four_bits("fp4"), **FOUR_BITS),
+    "fp4, one scale": Case(base=in_four_bits("fp4", nested=False, blocksize=512), **FOUR_BITS),
+    "nf4, bias on the base": Case(arch="qwen2", base=in_four_bits(), **FOUR_BITS),
+    "nf4, dropout": Case(base=in_four_bits(), options={"lora_dropout": 0.1}, **FOUR_BITS | {"joins": 2}),
+    "nf4, two adapters": Case(base=in_four_bits(), change=add_second, **FOUR_BITS),
+    "nf4, two projections": Case(
+        base=in_four_bits(),
+        options={"target_modules": ["q_proj", "v_proj"]},
+        **FOUR_BITS | {"adapters": 2 * LAYERS, "joins": 2},
+    ),
+    "eight bits": Case(base={"bits": 8}, adapters=0, joins=0, reason="keeps values in Python objects"),
+}
+
+
+def quantize(model: Any, bits: int, quant_type: str = "", nested: bool = True, blocksize: int = 64) -> None:
+    """Put layers of bitsandbytes in the place of all linear layers but the head."""
+    library: Any = pytest.importorskip("bitsandbytes").nn
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or "lm_head" in name:
+            continue
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        if bits == 8:
+            new = library.Linear8bitLt(*sizes, has_fp16_weights=False)
+            new.load_state_dict(layer.state_dict())
+        else:
+            new = library.Linear4bit(*sizes, compute_dtype=torch.float32)
+            options = dict(compress_statistics=nested, quant_type=quant_type, blocksize=blocksize)
+            new.weight = library.Params4bit(layer.weight.data, requires_grad=False, module=new, **options)
+            new.bias = layer.bias
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new.to("cpu"))
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+
+
+def make_adapted(tools: Any, case: Case) -> Any:
+    """Return the tiny model of a case; the same weights every time, none of them zero."""
+    model = tools.make_model(case.arch)
+    if case.base is not None:
+        quantize(model, **case.base)
+    options = {"r": 4, "target_modules": ALL_PROJECTIONS, "task_type": "CAUSAL_LM", **case.options}
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "embedding_A" in name:
+            nn.init.normal_(parameter, std=0.1)
+    if case.change is not None:
+        case.change(model, options)
+    return model.train()
+
+
+QUICK = ("dense", "dropout", "dora", "nf4", "fp4, one scale", "eight bits")
+"""A case takes ten seconds: the others run under `make test-all` only."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str, tools: Any) -> None:
+    case = CASES[name]
+    ours, theirs = make_adapted(tools, case), make_adapted(tools, case)
+    fxopt.optimize(ours)
+    for shape, padded in (((2, 24), "right"), ((3, 17), "none")):
+        batch = tools.make_batch(shape, padded=padded, device="cpu")
+        torch.manual_seed(3)
+        step = tools.run_step(ours, batch)
+        torch.manual_seed(3)
+        stock = tools.run_step(theirs, batch)
+        assert tools.relative(step.loss, stock.loss) < 1e-5
+        assert step.gradients.keys() == stock.gradients.keys()
+        assert step.gradients
+        for parameter, gradient in stock.gradients.items():
+            assert tools.relative(step.gradients[parameter], gradient) < 1e-4, parameter
+    report = fxopt.explain(ours)
+    counts: collections.Counter[str] = collections.Counter()
+    for site in report.sites:
+        if site.status == "rewritten":
+            counts[site.pattern] += site.count
+        else:
+            assert site.reason
+    assert counts["lora_linear"] >= case.adapters if case.reason else counts["lora_linear"] == case.adapters
+    assert counts["dequantize_4bit"] == case.decoded
+    assert sum(rewrite.pattern == "join_lora_linear" for rewrite in report.rewrites) == case.joins
+    reasons = " ".join(fallback.reason for fallback in report.fallbacks)
+    assert case.reason in reasons
+    assert bool(case.reason) == bool(report.fallbacks)
+
+
+HIDDEN, INNER, KEYS, TOKENS = 64, 128, 32, 48
+HEADS = 4
+SAVED_WIDTHS = {
+    "block's input": HIDDEN,
+    "q": HIDDEN,
+    "k": KEYS,
+    "v": KEYS,
+    "attention": HIDDEN,
+    "sum": HIDDEN,
+}
+SAVED_WIDTHS |= {"gate": INNER, "up": INNER}
+"""What a block may save per token, in the dtype of the activations; and of each row of attention one fp32 number, of
+each norm one."""
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
+    model = make_in_bf16(tools, base)
+    batch = tools.make_batch((2, 24), padded="none", device="cpu")
+    tools.run_step(model, batch, torch.bfloat16)
+    (first, *_, last) = model.base_model.model.model.layers
+    totals: dict[Any, int] = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        for block in (first, last):
+            totals[block] = saved_by_block(model, block, batch)
+    numbers = HEADS * TOKENS * 4 + 2 * TOKENS * 4
+    tables = 2 * 24 * 16 * 2  # cos and sin, which all blocks share
+    expected = sum(SAVED_WIDTHS.values()) * TOKENS * 2 + numbers + tables
+    assert totals[last] == expected
+    assert totals[first] == expected
+
+
+def make_in_bf16(tools: Any, base: str) -> Any:
+    """Return an adapted, optimized model whose layers compute in bf16, its adapters in fp32."""
+    model = make_adapted(tools, dataclasses.replace(CASES[base], arch="llama"))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "lora" not in name:
+            parameter.data = parameter.data.bfloat16()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.bfloat16
+    return fxopt.optimize(model)
+
+
+def saved_by_block(model: Any, block: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Return the bytes that one call of `block` saves, weights and their scales left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        tensors = (
+            [] if state is None else [state.absmax, state.offset, state.state2.absmax, state.state2.code]
+        )
+        own |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    hooks: list[Any] = []
+    stock_call = block._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hooks.append(None)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return stock_call(*args, **kwargs)
+
+    block._compiled_call_impl = call
+    try:
+        loss = model(**batch).loss
+    finally:
+        block._compiled_call_impl = stock_call
+    assert hooks
+    del loss
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_cast_their_bias_at_the_first_call_are_captured_at_the_second(tools: Any) -> None:
+    """As prepared for training: all but the codes in fp32, under autocast; stock casts each bias at its first use."""
+    steps: list[Any] = []
+    for optimized in (True, False):
+        model = tools.make_model("qwen2")
+        quantize(model, **in_four_bits())
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        torch.manual_seed(1)
+        options = {"r": 4, "target_modules": ALL_PROJECTIONS, "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
+        if optimized:
+            fxopt.optimize(model)
+        batch = tools.make_batch((2, 24), padded="right", device="cpu")
+        tools.run_step(model, batch, torch.bfloat16)
+        steps.append(tools.run_step(model, batch, torch.bfloat16))
+        if optimized:
+            report = fxopt.explain(model)
+            assert [fallback.count for fallback in report.fallbacks] == [LAYERS]
+            assert "mutate tensor data" in report.fallbacks[0].reason
+            sites = [site for site in report.sites if site.pattern == "lora_linear"]
+            assert sum(site.count for site in sites) == LAYERS * PROJECTIONS
+            assert {site.status for site in sites} == {"rewritten"}
+    ours, theirs = steps
+    assert tools.relative(ours.loss, theirs.loss) < 1e-3
+    assert ours.gradients.keys() == theirs.gradients.keys()
