@@ -196,6 +196,11 @@ def _refuse_second_derivatives(node: Any, region: str) -> None:
 
     def after_backward(grad_inputs: tuple[torch.Tensor | None, ...], _: Any) -> Any:
         handle.remove()
-        return NoSecondDerivatives.apply(region, *grad_inputs)
+        # torch before 2.12 returns compiled gradients that require none: they would differentiate to nothing
+        differentiable = [
+            value.detach().requires_grad_() if value is not None and value.is_floating_point() else value
+            for value in grad_inputs
+        ]
+        return NoSecondDerivatives.apply(region, *differentiable)
 
     handle = node.register_hook(after_backward)
