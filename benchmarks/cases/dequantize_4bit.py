@@ -40,7 +40,7 @@ def make_case(shape: tuple[int, int], quant_type: str, *, nested: bool) -> Case:
         packed = torch.randint(0, 256, (size // 2, 1), dtype=torch.uint8, device="cuda")
         return [packed, torch.randint(0, 256, (num_blocks,), dtype=torch.uint8, device="cuda")]
 
-    def arguments(packed: torch.Tensor, codes: torch.Tensor) -> tuple[Any, ...]:
+    def arguments(packed: torch.Tensor, codes: torch.Tensor) -> tuple[Any, Any, Any, Any, Any]:
         return (packed, codes, codebook, scales, offset) if nested else (packed, flat, None, None, None)
 
     def fxopt(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

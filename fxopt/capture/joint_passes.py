@@ -51,7 +51,7 @@ def replay_inputs(graph: fx.Graph) -> int:
         for item in node.all_input_nodes:
             if item not in in_backward:
                 _mark_layout(item)
-    return sum(node.target is not operator.getitem for node in replays)
+    return sum(node.target is operator.getitem for node in replays)
 
 
 def _find_backward(graph: fx.Graph) -> set[fx.Node]:

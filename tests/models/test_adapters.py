@@ -205,7 +205,9 @@ def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
     tables = 2 * 24 * 16 * 2  # cos and sin, which all blocks share
     expected = sum(SAVED_WIDTHS.values()) * TOKENS * 2 + numbers + tables
     assert totals[last] == expected
-    assert totals[first] == expected
+    assert (
+        totals[first] == expected - TOKENS * 4
+    )  # the model's input needs no gradient: no backward of its norm
 
 
 def make_in_bf16(tools: Any, base: str) -> Any:

@@ -184,7 +184,7 @@ SITES = {
     "clamped and shifted": (clamped, (X, GATE, UP), ["glu"]),
     "packed": (packed, (X, PACKED), ["glu"]),
     "interleaved": (interleaved, (X, PACKED), ["glu"]),
-    "with an adapter": (adapted, (X, GATE, UP), ["glu"]),
+    "with an adapter": (adapted, (X, GATE, UP), ["lora_linear", "glu"]),
     "viewed": (
         lambda x, g, u: F.silu(F.linear(x, g)).view(-1, 16) * F.linear(x, u).view(-1, 16),
         (X, GATE, UP),
@@ -209,7 +209,11 @@ SITES = {
         (X, GATE),
         ["activation"],
     ),
-    "between adapted projections": (between_adapted, (X, GATE, UP), ["activation"]),
+    "between adapted projections": (
+        between_adapted,
+        (X, GATE, UP),
+        ["lora_linear", "activation", "lora_linear"],
+    ),
     "with a bias of its own": (
         lambda x, g: torch.addmm(g[0], F.gelu(torch.addmm(g[:, 0], x[0], g.t())), g),
         (X, GATE),
