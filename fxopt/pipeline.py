@@ -171,7 +171,7 @@ def optimize(
         partial=partial,
     )
     model = check_model(model)
-    if any([tensor.is_meta for tensor in tensors_of(model)]):
+    if any(tensor.is_meta for tensor in tensors_of(model)):
         raise FxoptError(
             f"model: {type(model).__name__} is on the meta device, expected weights on a real device\n"
             "load or initialize the weights first; fxopt.explain(model) works on meta"

@@ -192,7 +192,7 @@ class ModelCall:
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
         modules = [weakref.ref(module) for module in find_tail_modules(self.model, tail.graph)]
-        on_meta = any([tensor.is_meta for tensor in tensors_of(self.model)])
+        on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
         leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
         find_self = weakref.ref(self)
