@@ -25,17 +25,14 @@ from fxopt.kernels.launch import (
     register_gradient,
     register_op,
     tl,
+    wide_dtype,
 )
 from fxopt.kernels.launcher import launch
 
 
 def activation_reference(x: Tensor, *, act: str, alpha: float = 1.0) -> Tensor:
     """Return act(x), differentiable, in plain torch: the specification."""
-    return activate(x.to(_wide(x.dtype)), act, alpha).to(x.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return activate(x.to(wide_dtype(x.dtype)), act, alpha).to(x.dtype)
 
 
 def plain_forward(x: Tensor, act: str, alpha: float) -> Tensor:
@@ -45,7 +42,7 @@ def plain_forward(x: Tensor, act: str, alpha: float) -> Tensor:
 
 def plain_backward(dy: Tensor, x: Tensor, act: str, alpha: float) -> Tensor:
     """Return the gradient of x, contiguous, in plain torch."""
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     return activate_backward(dy.to(wide), x.to(wide), act, alpha).to(x.dtype).contiguous()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.rms_norm.launches import launch_forward as launch_norm_forward
 from fxopt.kernels.rms_norm.launches import run_backward, run_forward
 from fxopt.kernels.rms_norm.reference import plain_backward as plain_norm_backward
@@ -52,7 +52,7 @@ def add_rms_norm_reference(
 
 def _add(x: Tensor, skip: Tensor, scale: float) -> Tensor:
     dtype = torch.promote_types(x.dtype, skip.dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     return (skip.to(wide) + x.to(wide) * scale).to(dtype)
 
 
@@ -163,7 +163,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     centre, out_dtype = attributes[-2:]
     h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, skip.dtype))
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(h.dtype)
     return (
         h,
         x.new_empty(x.shape, dtype=out_dtype or promoted(h, weight)),

@@ -27,6 +27,7 @@ from fxopt.kernels.launch import (
     register_gradient,
     register_op,
     tl,
+    wide_dtype,
 )
 from fxopt.kernels.launcher import launch
 from fxopt.kernels.row_loss import (
@@ -46,7 +47,6 @@ from fxopt.kernels.row_loss import (
     plain_statistics,
     reference_loss,
     shape_plainly,
-    wide_dtype,
 )
 
 
@@ -78,7 +78,7 @@ def plain_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, the two parts of lse, and divisor, in plain torch."""
     form = Shaping(*shaping)
-    divisor = find_divisor(labels, denominator, ignore_index, mean, wide_dtype(logits))
+    divisor = find_divisor(labels, denominator, ignore_index, mean, wide_dtype(logits.dtype))
     z, _ = shape_plainly(logits, form, divisor.dtype)
     lse = plain_statistics(z)
     z_weight = find_z_weight(divisor, labels.shape[0], form)
@@ -322,7 +322,7 @@ def _fused_backward(dloss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wide = wide_dtype(logits)
+    wide = wide_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=wide),
         logits.new_empty((2, *labels.shape), dtype=wide),

@@ -1,4 +1,4 @@
-"""What all kernel files share: is Triton usable here, launch sizes, and how an op is registered.
+"""What all kernel files share: is Triton usable here, launch sizes, the wide dtype, and how an op is registered.
 
 A kernel runs where `can_launch(tensor)` is true; elsewhere the op computes its reference in plain torch, and
 the reason is said once. Under `TRITON_INTERPRET=1`, read when Triton is imported, kernels run on CPU tensors;
@@ -123,6 +123,15 @@ def ceil_div(numerator: int, denominator: int) -> int:
     3
     """
     return -(-numerator // denominator)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which an op on `dtype` computes: float32, or float64 for float64.
+
+    >>> wide_dtype(torch.bfloat16), wide_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def next_power_of_two(number: int) -> int:

@@ -1,8 +1,8 @@
 """How a kernel is launched: a variant compiled for arguments like these is kept, and may be compiled ahead.
 
-`launch` looks a variant up by what Triton specializes on (dtypes,
-16-byte alignment, integers that are 1 or multiples of 16, constants) and calls it as Triton's own tutorials call a
-kernel that was compiled ahead: `compiled[grid](*arguments, *constants)`.
+`launch` looks a variant up by what Triton specializes on (dtypes, 16-byte alignment, integers that are 1 or multiples
+of 16, constants) and calls it as Triton's own tutorials call a kernel that was compiled ahead:
+`compiled[grid](*arguments, *constants)`. Variants live as long as the process, as Triton's own do; they hold no tensor.
 
 Within `compiled_ahead()` nothing is launched: variants that are missing are compiled side by side, while the caller
 goes on. Triton alone compiles one kernel at a time in 0.5 to 2 s, most of it in LLVM, ptxas and a C compiler.

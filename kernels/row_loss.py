@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import jit, next_power_of_two, tl
+from fxopt.kernels.launch import jit, next_power_of_two, tl, wide_dtype
 
 REDUCTIONS = ("mean", "sum")
 Z_ROWS = ("labelled", "all")
@@ -64,12 +64,7 @@ def as_tensor(denominator: Tensor | float | None, like: Tensor) -> Tensor | None
     """Return a denominator that is a number as a tensor on the device of `like`."""
     if denominator is None or isinstance(denominator, Tensor):
         return denominator
-    return torch.full((), denominator, dtype=wide_dtype(like), device=like.device)
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which losses of `tensor` are computed."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.full((), denominator, dtype=wide_dtype(like.dtype), device=like.device)
 
 
 def find_divisor(
@@ -102,7 +97,7 @@ def reference_loss(
 ) -> Tensor:
     """Return the loss of logits [N, V], differentiable, in plain torch: the specification."""
     valid = labels != ignore_index
-    wide = wide_dtype(logits)
+    wide = wide_dtype(logits.dtype)
     z, _ = shape_plainly(logits if shaping.z_all else logits[valid], shaping, wide)
     labelled = z[valid] if shaping.z_all else z
     log_softmax = torch.log_softmax(labelled, -1)

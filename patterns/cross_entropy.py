@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.cross_entropy import cross_entropy as fused_cross_entropy
+from fxopt.kernels.launch import wide_dtype
 from fxopt.patterns.logits import check_loss, flattened, loss_attributes, loss_of, shaped
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import Term, either, maybe, reshape, tensor, upcast
@@ -47,7 +48,7 @@ def replace(m: Match) -> Call:
     if example.dim() != 2:
         logits = call(reshape_tensor, logits, shape=(-1, example.shape[-1]))
     loss = call(fused_cross_entropy, logits, m["labels"], **loss_attributes(m))
-    own = torch.float64 if example.dtype == torch.float64 else torch.float32
+    own = wide_dtype(example.dtype)
     return loss if m.output.dtype == own else call(cast_tensor, loss, dtype=m.output.dtype)
 
 

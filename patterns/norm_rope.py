@@ -17,7 +17,8 @@ import torch
 
 from fxopt.graph import vocabulary
 from fxopt.graph.arguments import same_shape
-from fxopt.kernels.norm_rope import MOST_ITEMS
+from fxopt.kernels.launch import wide_dtype
+from fxopt.kernels.norm_rope import fits
 from fxopt.kernels.norm_rope import norm_rope as fused_norm_rope
 from fxopt.kernels.rms_norm import rms_norm as fused_rms_norm
 from fxopt.kernels.rope import rope as fused_rope
@@ -79,7 +80,7 @@ def check(m: Match) -> Mismatch | None:
         return m.fail("k is turned without a norm before it, expected both or neither normed", "other")
     names = ("q",) if m["k"] is None else ("q", "k")
     q, norm_dtype = m.example("q"), m["norm_dtype"]
-    if norm_dtype not in (q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32):
+    if norm_dtype not in (q.dtype, wide_dtype(q.dtype)):
         return m.fail(f"the norm of {q.dtype} is rounded to {norm_dtype}, expected that or float32", "q")
     forms = {_is_per_head(m, name) for name in names}
     if None in forms:
@@ -90,7 +91,7 @@ def check(m: Match) -> Mismatch | None:
         if m.example(name).dtype != q.dtype:
             return m.fail(f"{name} is {m.example(name).dtype}, expected that of q {q.dtype}", name)
         heads = m.example(f"{name}_heads")
-        if False in forms and _round_up(heads.shape[-2]) * _round_up(heads.shape[-1]) > MOST_ITEMS:
+        if False in forms and not fits(heads.shape[-2], heads.shape[-1]):
             return m.fail(
                 f"a norm over {heads.shape[-2]} heads of {heads.shape[-1]} is more than a program holds", name
             )
@@ -115,10 +116,6 @@ def _is_per_head(m: Match, name: str) -> bool | None:
     if is_token_first and is_cut and same_shape(x[..., 0], heads[..., 0, 0]):
         return False if x.shape[-1] == heads.shape[-2] * heads.shape[-1] else None
     return None
-
-
-def _round_up(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def _is_like(first: Any, second: Any) -> bool:

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"coverage", "demo", "__init__", "errors", "report"},
 }
 APART = {
-    "patterns": {"logits", "rotations", "rope_cases", "norm_rope_cases"},
+    "patterns": {"logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
     "kernels": {"activations", "launch", "launcher", "rms_norm", "rope", "row_loss"},
 }
 """Folders whose files never import each other, but for the shared ones named; `__init__` gathers them.

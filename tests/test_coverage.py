@@ -226,6 +226,8 @@ def test_the_page_comes_from_the_json_alone() -> None:
     ]
     row.gradient_error, row.loss_error, row.saved_bytes, row.saved_bytes_stock = 1e-6, 0.0, 50, 100
     page = render_markdown(json.loads(render_json([row])))
+    assert "| pattern | found | rewritten | refused | unmatched | share |" in page
+    assert "| glu | 2 | 1 | 0 | 1 | 50.0% |" in page
     assert "| glu | 1 | 1 | a \\| b | llama m.py:1 |" in page
     assert "| llama | captured | glu 1/2 | 1.0e-06 | 0.50 |" in page
     assert summary_line([row]) == "1 models: 1 captured; 1 of 2 sites rewritten"

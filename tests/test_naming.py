@@ -19,6 +19,7 @@ NOT_A_FEATURE = {
     "row_loss",
     "logits",
     "rotations",
+    "attention_cases",
     "rope_cases",
     "norm_rope_cases",
 }

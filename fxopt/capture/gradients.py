@@ -14,16 +14,16 @@ import torch
 from torch import fx
 
 from fxopt.capture import torch_compat
+from fxopt.capture.lowering import Lowering
 from fxopt.errors import FxoptError
 from fxopt.graph.purity import mutated_inputs
-from fxopt.graph.view import find_subgraphs, is_tensor, tensors_of
+from fxopt.graph.view import find_subgraphs, is_tensor, results_of, tensors_of
 
-Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Reach = dict[int, frozenset[int]]
 """By the number of an input: the numbers of the outputs that its gradient can come from."""
 
 
-def keep_stock_gradients(lower: Lower, region: str) -> Lower:
+def keep_stock_gradients(lower: Lowering, region: str) -> Lowering:
     """Return `lower` so that what it compiles has gradients of None where stock has None.
 
     A second derivative, which AOTAutograd has none of, is an `FxoptError` that names `region`.
@@ -51,9 +51,7 @@ def find_partial_reach(gm: fx.GraphModule) -> Reach:
 
     What is not known to stand apart counts as reached: a graph that writes in place has no such input.
     """
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    results = output.args[0]
-    results = results if isinstance(results, tuple | list) else (results,)
+    results = results_of(gm)
     numbers = {
         number
         for number, node in enumerate(results)
@@ -65,7 +63,7 @@ def find_partial_reach(gm: fx.GraphModule) -> Reach:
     for number in numbers:
         reached[results[number]].add(number)
     for node in reversed(gm.graph.nodes):
-        if node is output or _stops_gradients(node):
+        if node.op == "output" or _stops_gradients(node):
             continue
         for source in node.all_input_nodes:
             reached[source] |= reached[node]

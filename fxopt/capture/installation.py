@@ -16,12 +16,13 @@ from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.lowering import Lowering
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.patched import find_patched
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
-from fxopt.capture.segments import Lower, compile_model_graph, find_segments
+from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.tail import cut_tail
 from fxopt.errors import FxoptError
 
@@ -41,7 +42,7 @@ class Installation:
     """fxopt in one model: its regions, what they compiled, and what happened while they ran."""
 
     def __init__(
-        self, model: nn.Module, options: Any, transform: Transform, lower: Lower, *, partial: bool
+        self, model: nn.Module, options: Any, transform: Transform, lower: Lowering, *, partial: bool
     ) -> None:
         self.model = model
         self.options = options

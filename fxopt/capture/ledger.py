@@ -32,10 +32,10 @@ class Ledger:
     lowerings: dict[str, None] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    _current: str = ""
-    _pieces: list[Capture] = dataclasses.field(default_factory=list)
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""
+    _current: str = ""
+    _pieces: list[Capture] = dataclasses.field(default_factory=list)
 
     @property
     def has_run(self) -> bool:

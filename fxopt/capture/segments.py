@@ -11,10 +11,9 @@ import torch
 from torch import fx
 
 from fxopt.capture.lazy import LazyLogits, LogitsSource
+from fxopt.capture.lowering import Lowering
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
-from fxopt.graph.view import location_of, requires_grad
-
-Lower = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+from fxopt.graph.view import location_of, requires_grad, results_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ def find_segments(gm: fx.GraphModule) -> Segments:
     costs no gradient of zeros; and at outputs that other outputs are computed from, so that the gradient of a
     loss flows through the logits that were returned with it.
     """
-    results = _output_nodes(gm)
+    results = results_of(gm)
     lazy = _find_lazy_nodes(gm)
     if not any(node in lazy for node in results):
         lazy = set()
@@ -126,12 +125,12 @@ def cut_piece(gm: fx.GraphModule, nodes: set[fx.Node], outputs: tuple[fx.Node, .
 
 
 def compile_model_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], lower: Lower, segments: Segments
+    gm: fx.GraphModule, example_inputs: list[Any], lower: Lowering, segments: Segments
 ) -> Callable[..., Any]:
     """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`."""
     if not segments.lazy and not segments.cuts:
         return lower(gm, example_inputs)
-    lazy, results = set(segments.lazy), _output_nodes(gm)
+    lazy, results = set(segments.lazy), results_of(gm)
     placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
     rest = {
         node: None
@@ -193,12 +192,6 @@ def _run_pieces(
 ) -> tuple[Any, ...]:
     values = _compute(pieces, placeholders, args)
     return tuple(values[node] if isinstance(node, fx.Node) else node for node in results)
-
-
-def _output_nodes(gm: fx.GraphModule) -> tuple[Any, ...]:
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    results = output.args[0]
-    return tuple(results) if isinstance(results, tuple | list) else (results,)
 
 
 def _computed_ancestors(node: fx.Node) -> set[fx.Node]:

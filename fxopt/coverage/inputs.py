@@ -51,26 +51,11 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "speech-seq2seq": ("whisper", "moonshine", "speech_to_text"),
     "ctc": ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "unispeech"),
-    "image": (
-        "vit",
-        "beit",
-        "dinov2",
-        "siglip",
-        "swin",
-        "convnext",
-        "ijepa",
-    ),
+    "image": ("vit", "beit", "dinov2", "siglip", "swin", "convnext", "ijepa"),
     "vision": ("dinov3_vit", "deit", "dinov2_with_registers", "pixtral"),
     "contrastive": ("clip", "siglip", "clipseg", "chinese_clip", "altclip", "metaclip_2"),
     "image-text": (
-        *(
-            "llava",
-            "paligemma",
-            "gemma3",
-            "qwen2_vl",
-            "qwen2_5_vl",
-            "qwen3_vl",
-        ),
+        *("llava", "paligemma", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
         *("idefics3", "smolvlm", "internvl", "mistral3", "mllama", "aya_vision", "glm4v", "cohere2_vision"),
     ),
 }

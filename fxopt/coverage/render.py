@@ -77,17 +77,13 @@ def _patterns(rows: Sequence[Row]) -> str:
             pattern,
             each["found"],
             each["rewritten"],
-            f"{each['rewritten'] / each['found']:.1%}",
             each["refused"],
             each["unmatched"],
+            f"{each['rewritten'] / each['found']:.1%}",
         ]
         for pattern, each in sorted(totals.items())
     ]
     return _table(["pattern", "found", "rewritten", "refused", "unmatched", "share"], lines)
-
-
-def _share(counts: collections.Counter[str]) -> str:
-    return f"{counts['rewritten'] / counts['found']:.1%}"
 
 
 def _left(rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.graph.storage import keys_of
-from fxopt.graph.view import find_subgraphs
+from fxopt.graph.view import find_subgraphs, results_of
 from fxopt.graph.vocabulary import contiguous
 
 NOTE = "orders_in_memory"
@@ -24,7 +24,7 @@ def note_orders(gm: fx.GraphModule) -> None:
     (output,) = gm.graph.find_nodes(op="output")
     output.meta[NOTE] = tuple(
         find_order(result.meta.get("example_value")) if isinstance(result, fx.Node) else None
-        for result in _results(output)
+        for result in results_of(gm)
     )
 
 
@@ -35,7 +35,7 @@ def restore_orders(gm: fx.GraphModule) -> None:
     in a slice, allow fewer views than none. Results that share memory with each other are left as they are.
     """
     (output,) = gm.graph.find_nodes(op="output")
-    results = list(_results(output))
+    results = list(results_of(gm))
     touched = _find_touched(gm)
     keys = [keys_of(node) if isinstance(node, fx.Node) else frozenset[int]() for node in results]
     for place, (node, order) in enumerate(zip(results, output.meta.get(NOTE, ()), strict=True)):
@@ -65,14 +65,9 @@ def find_order(value: Any) -> Order | None:
         return None
     single = [dim for dim, (size, _) in enumerate(known) if size == 1]
     others = [dim for dim, (size, _) in enumerate(known) if size != 1]
-    if others == sorted(others, key=lambda dim: -(known[dim][1] or 0)):
-        return tuple(range(value.dim()))
-    return (*single, *sorted(others, key=lambda dim: -(known[dim][1] or 0)))
-
-
-def _results(output: fx.Node) -> tuple[Any, ...]:
-    results: Any = output.args[0]
-    return tuple(results) if isinstance(results, tuple | list) else (results,)
+    by_stride = sorted(others, key=lambda dim: -(known[dim][1] or 0))
+    # A dim of one item lies anywhere: it makes no order of its own.
+    return tuple(range(value.dim())) if by_stride == others else (*single, *by_stride)
 
 
 def _find_touched(gm: fx.GraphModule) -> dict[fx.Node, bool]:

@@ -20,6 +20,7 @@ __all__ = [
     "module_of",
     "modules_of",
     "requires_grad",
+    "results_of",
     "shape_of",
     "tensors_of",
     "value_of",
@@ -67,6 +68,13 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors_in(item)
+
+
+def results_of(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """Return what `gm` returns, mostly nodes; one result that is not in a tuple is a tuple of one."""
+    (output,) = gm.graph.find_nodes(op="output")
+    results = output.args[0]
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
 
 
 def shape_of(node: fx.Node) -> tuple[Dim, ...] | None:

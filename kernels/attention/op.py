@@ -9,8 +9,8 @@ from torch import Tensor
 from fxopt.kernels.attention.call import Call, with_call
 from fxopt.kernels.attention.choice import fused_backward, fused_forward
 from fxopt.kernels.attention.masks import find_intervals
-from fxopt.kernels.attention.reference import plain_backward, plain_forward, wide_dtype
-from fxopt.kernels.launch import register_gradient, register_op
+from fxopt.kernels.attention.reference import plain_backward, plain_forward
+from fxopt.kernels.launch import register_gradient, register_op, wide_dtype
 
 
 def _new_heads_last(x: Tensor, width: Any = None) -> Tensor:
@@ -20,7 +20,7 @@ def _new_heads_last(x: Tensor, width: Any = None) -> Tensor:
 
 def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
     q = call.q
-    return _new_heads_last(q, call.v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide_dtype(q))
+    return _new_heads_last(q, call.v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype))
 
 
 def _fake_backward(

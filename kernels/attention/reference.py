@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.attention.call import Call
+from fxopt.kernels.launch import wide_dtype
 
 LOWEST = {torch.float16: -65504.0}
 LOWEST_OTHERWISE = -1e30  # such a value added to any score leaves nothing of the score
@@ -24,7 +25,7 @@ def attention_reference(
     safe: bool = True,
 ) -> Tensor:
     """Return the attention of `q` to `k` and `v`, differentiable, in plain torch: the specification."""
-    wide = wide_dtype(q)
+    wide = wide_dtype(q.dtype)
     logits, _ = compute_logits(Call(q, k, v, mask, None, None, sinks, causal, scale, softcap, safe))
     if sinks is not None:
         column = sinks.to(wide).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
@@ -35,17 +36,12 @@ def attention_reference(
     return times_values(weights[..., : k.shape[-2]], v.to(wide)).to(q.dtype)
 
 
-def wide_dtype(q: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic: float32, or float64 for float64 inputs."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def compute_logits(call: Call) -> tuple[Tensor, Tensor]:
     """Return what the softmax is taken of, [B, Hq, Sq, Sk], -inf where masked, and the scores behind it.
 
     In a row that an additive mask shuts throughout by the lowest finite number, all keys have the same logit.
     """
-    mask, wide = call.mask, wide_dtype(call.q)
+    mask, wide = call.mask, wide_dtype(call.q.dtype)
     q_groups, k_groups = in_groups(call.q.to(wide), call.k.shape[1]), call.k.to(wide).unsqueeze(2)
     scores = torch.matmul(q_groups, k_groups.transpose(-1, -2)).flatten(1, 2) * call.scale
     if call.softcap:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxopt.kernels.activations import activate, activate_backward
 from fxopt.kernels.glu.form import Form, split_pair
+from fxopt.kernels.launch import wide_dtype
 
 
 def glu_reference(gate: Tensor, up: Tensor | None = None, **attributes: Any) -> Tensor:
@@ -15,14 +16,9 @@ def glu_reference(gate: Tensor, up: Tensor | None = None, **attributes: Any) -> 
     form = Form(**attributes)
     gate, up = split_pair(gate, up, form)
     dtype = torch.promote_types(gate.dtype, up.dtype)
-    wide = wide_of(dtype)
+    wide = wide_dtype(dtype)
     gate, up = _enter(gate.to(wide), up.to(wide), form)
     return (activate(gate, form.act, form.alpha) * up * form.scale).to(dtype)
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that is computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _enter(gate: Tensor, up: Tensor, form: Form) -> tuple[Tensor, Tensor]:
@@ -46,7 +42,7 @@ def plain_backward(
     *values, need_gate, need_up = attributes
     form = Form(*values)
     first, second = split_pair(gate, up, form)
-    wide = wide_of(dy.dtype)
+    wide = wide_dtype(dy.dtype)
     dyf = dy.to(wide) * form.scale
     gatef, upf = first.to(wide), second.to(wide)
     entered, lifted = _enter(gatef, upf, form)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.layer_norm.launches import launch_backward, launch_forward
 from fxopt.kernels.layer_norm.reference import plain_backward, plain_forward
 
@@ -27,7 +27,7 @@ def _fused_backward(
 def _fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     return (
         x.new_empty(x.shape, dtype=out_dtype or x.dtype),
         x.new_empty((2, x.numel() // x.shape[-1]), dtype=wide),

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fxopt.kernels.launch import wide_dtype
+
 
 def layer_norm_reference(
     x: Tensor,
@@ -13,7 +15,7 @@ def layer_norm_reference(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the norm of `x`, differentiable, in plain torch: the specification."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     xf = x.to(wide)
     centred = xf - xf.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
@@ -29,7 +31,7 @@ def plain_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y and the statistics, in plain torch."""
     y = layer_norm_reference(x, weight, bias, eps=eps, out_dtype=out_dtype)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     rows = x.to(wide).reshape(-1, x.shape[-1])
     mean = rows.mean(-1)
     rstd = torch.rsqrt((rows - mean[:, None]).pow(2).mean(-1) + eps)

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import ceil_div
-from fxopt.kernels.row_loss import Shaping, find_divisor, find_z_weight, wide_dtype
+from fxopt.kernels.launch import ceil_div, wide_dtype
+from fxopt.kernels.row_loss import Shaping, find_divisor, find_z_weight
 
 CHUNK_BYTES = 512 * 2**20
 ROW_MULTIPLE = 128  # GEMM tiles are full in chunks of whole multiples
@@ -80,7 +80,7 @@ def run_chunks(
 ) -> Outputs:
     """Return the outputs; `run_rows` writes the losses of a chunk, and over its logits their gradient."""
     shaping = Shaping(scale, softcap, label_smoothing, z_loss, z_all)
-    wide, vocabulary = wide_dtype(h), weight.shape[0]
+    wide, vocabulary = wide_dtype(h.dtype), weight.shape[0]
     divisor = find_divisor(labels, denominator, ignore_index, mean, wide)
     divide_later = h.dtype == torch.float16
     row_divisor, later_divisor = torch.ones_like(divisor), torch.ones_like(divisor)

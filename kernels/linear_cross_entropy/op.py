@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, run_chunks
 from fxopt.kernels.linear_cross_entropy.kernels import launch_backward, launch_forward
 from fxopt.kernels.row_loss import (
@@ -22,7 +22,6 @@ from fxopt.kernels.row_loss import (
     plain_statistics,
     reference_loss,
     shape_plainly,
-    wide_dtype,
 )
 
 
@@ -108,7 +107,7 @@ def _fused_backward(
 
 def _fake_forward(h: Tensor, weight: Tensor, labels: Tensor, *rest: Any) -> Outputs:
     need_h, need_weight, need_bias = rest[-3:]
-    wide = wide_dtype(h)
+    wide = wide_dtype(h.dtype)
     return Outputs(
         h.new_empty((), dtype=wide),
         h.new_empty((), dtype=wide),

@@ -15,7 +15,7 @@ weights are summed in fp32, per program and then over programs, in a fixed order
 """
 
 from fxopt.kernels.norm_rope.launches import launch_backward, launch_forward
-from fxopt.kernels.norm_rope.op import MOST_ITEMS, norm_rope
+from fxopt.kernels.norm_rope.op import fits, norm_rope
 from fxopt.kernels.norm_rope.reference import Form, norm_rope_reference
 
-__all__ = ["MOST_ITEMS", "Form", "launch_backward", "launch_forward", "norm_rope", "norm_rope_reference"]
+__all__ = ["Form", "fits", "launch_backward", "launch_forward", "norm_rope", "norm_rope_reference"]

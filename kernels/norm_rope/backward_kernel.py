@@ -1,4 +1,4 @@
-"""The backward kernel, which walks blocks of heads, and the sum of its programs' parts of the gradients of weights."""
+"""The backward kernel, which walks tiles of heads, and the sum of its programs' parts of the gradients of weights."""
 
 from fxopt.kernels.launch import jit, tl
 from fxopt.kernels.norm_rope.forward_kernel import load_passed, load_tables, place_of, rstd_of, weights_at
@@ -49,11 +49,11 @@ def norm_rope_backward_kernel(
     table_token_stride,
     partial_row_stride,
     num_tokens,
-    token_blocks,
+    num_token_tiles,
     num_q_heads,
     num_k_heads,
-    num_q_blocks,
-    num_k_blocks,
+    num_q_tiles,
+    num_k_tiles,
     num_q_programs,
     eps,
     offset,
@@ -74,7 +74,7 @@ def norm_rope_backward_kernel(
     SPREAD: tl.constexpr,
     SPREAD_WEIGHT: tl.constexpr,
 ):
-    """Write the gradients of every n-th block of heads, and the program's part of the gradient of their weight.
+    """Write the gradients of every n-th tile of heads, and the program's part of the gradient of their weight.
 
     The first programs walk q, the others k. OUT_PAIRS is how dq_out and dk_out lie, IN_PAIRS how q and k do.
     """
@@ -82,10 +82,10 @@ def norm_rope_backward_kernel(
     is_q = tl.program_id(0) < num_q_programs
     first = tl.where(is_q, tl.program_id(0), tl.program_id(0) - num_q_programs)
     step = tl.where(is_q, num_q_programs, tl.num_programs(0) - num_q_programs)
-    num_blocks = tl.where(is_q, num_q_blocks, num_k_blocks)
+    num_tiles = tl.where(is_q, num_q_tiles, num_k_tiles)
     num_heads = tl.where(is_q, num_q_heads, num_k_heads)
     p_weight = tl.where(is_q, p_q_weight, p_k_weight)
-    # Over all heads, a tile has all of them; by head, all have one weight: either way it is that of every block.
+    # Over all heads, a tile has all of them; by head, all have one weight: either way it is that of every tile.
     b_slot = tl.arange(0, BLOCK_HEADS).to(tl.int64)[None, :, None]
     b_turn = tl.arange(0, BLOCK_TOKENS)[:, None, None]
     p_w, b_mask_w = weights_at(p_weight, b_turn, b_slot, num_heads, SIZE, PER_HEAD, SPREAD_WEIGHT)
@@ -98,9 +98,9 @@ def norm_rope_backward_kernel(
         if NUM_PASSED > 0:
             b_w, _b_place, _b_mask_place = load_passed(p_w, b_mask_w, START, HALF, NUM_PASSED, BLOCK_PASSED)
 
-    for block in tl.range(first, num_blocks, step, num_stages=1):
+    for tile in tl.range(first, num_tiles, step, num_stages=1):
         batch, start, b_token, b_head, b_is_token, b_mask = place_of(
-            block, token_blocks, num_tokens, num_heads, BLOCK_TOKENS, BLOCK_HEADS
+            tile, num_token_tiles, num_tokens, num_heads, BLOCK_TOKENS, BLOCK_HEADS
         )
         b_tokens = start + b_token
         p_dy = tl.where(is_q, p_dq_out, p_dk_out) + batch * tl.where(

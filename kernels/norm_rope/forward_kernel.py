@@ -6,20 +6,20 @@ from fxopt.kernels.rope.kernels import load_pairs, store_pairs, turn
 
 @jit
 def place_of(
-    block,
-    token_blocks,
+    tile,
+    num_token_tiles,
     num_tokens,
     num_heads,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
-    """Return batch item and first token of a block, its tokens and heads, and which of them exist."""
-    head_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
-    row = block // head_blocks
-    batch = (row // token_blocks).to(tl.int64)
-    start = ((row % token_blocks) * BLOCK_TOKENS).to(tl.int64)
+    """Return batch item and first token of a tile, its tokens and heads, and which of them exist."""
+    num_head_tiles = tl.cdiv(num_heads, BLOCK_HEADS)
+    row = tile // num_head_tiles
+    batch = (row // num_token_tiles).to(tl.int64)
+    start = ((row % num_token_tiles) * BLOCK_TOKENS).to(tl.int64)
     b_token = tl.arange(0, BLOCK_TOKENS).to(tl.int64)[:, None, None]
-    b_head = ((block % head_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[None, :, None]
+    b_head = ((tile % num_head_tiles) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[None, :, None]
     b_is_token = start + b_token < num_tokens
     return batch, start, b_token, b_head, b_is_token, b_is_token & (b_head < num_heads)
 
@@ -129,10 +129,10 @@ def norm_rope_forward_kernel(
     table_batch_stride,
     table_token_stride,
     num_tokens,
-    token_blocks,
+    num_token_tiles,
     num_q_heads,
     num_k_heads,
-    num_q_blocks,
+    num_q_tiles,
     eps,
     offset,
     IN_PAIRS: tl.constexpr,
@@ -155,11 +155,11 @@ def norm_rope_forward_kernel(
 ):
     """Normalize and turn BLOCK_HEADS heads of BLOCK_TOKENS tokens: of q in the first programs, of k in the others."""
     SIZE: tl.constexpr = 2 * HALF + NUM_PASSED
-    is_q = tl.program_id(0) < num_q_blocks
-    block = tl.where(is_q, tl.program_id(0), tl.program_id(0) - num_q_blocks)
+    is_q = tl.program_id(0) < num_q_tiles
+    tile = tl.where(is_q, tl.program_id(0), tl.program_id(0) - num_q_tiles)
     num_heads = tl.where(is_q, num_q_heads, num_k_heads)
     batch, start, b_token, b_head, b_is_token, b_mask = place_of(
-        block, token_blocks, num_tokens, num_heads, BLOCK_TOKENS, BLOCK_HEADS
+        tile, num_token_tiles, num_tokens, num_heads, BLOCK_TOKENS, BLOCK_HEADS
     )
     p_x = tl.where(is_q, p_q, p_k) + batch * tl.where(is_q, q_batch_stride, k_batch_stride)
     p_y = tl.where(is_q, p_q_out, p_k_out) + batch * tl.where(is_q, q_out_batch_stride, k_out_batch_stride)

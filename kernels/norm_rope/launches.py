@@ -100,12 +100,12 @@ def launch_forward(
         table_items = cos.shape[-1]
         tile = tile_of(heads, size, form.length, form.per_head, table_items, FORWARD_ELEMENTS)
         cos, sin = _same_strides(cos, sin)
-        token_blocks = ceil_div(tokens, tile["BLOCK_TOKENS"])
-        blocks = [batch * token_blocks * ceil_div(each, tile["BLOCK_HEADS"]) for each in heads]
+        num_token_tiles = ceil_div(tokens, tile["BLOCK_TOKENS"])
+        num_tiles = [batch * num_token_tiles * ceil_div(each, tile["BLOCK_HEADS"]) for each in heads]
         with on_device(x):
             launch(
                 norm_rope_forward_kernel,
-                (sum(blocks),),
+                (sum(num_tiles),),
                 x,
                 other,
                 x if weight is None else weight.contiguous(),
@@ -118,10 +118,10 @@ def launch_forward(
                 cos.stride(0) if cos.shape[0] > 1 else 0,
                 cos.stride(1),
                 tokens,
-                token_blocks,
+                num_token_tiles,
                 heads[0],
                 heads[-1],
-                blocks[0],
+                num_tiles[0],
                 form.eps,
                 form.offset,
                 **constants_of(form, size, table_items),
@@ -166,9 +166,11 @@ def launch_backward(
         table_items = cos.shape[-1]
         tile = tile_of(heads, size, form.length, form.per_head, table_items, BACKWARD_ELEMENTS)
         cos, sin = _same_strides(cos, sin)
-        token_blocks = ceil_div(tokens, tile["BLOCK_TOKENS"])
-        blocks = [batch * token_blocks * ceil_div(each, tile["BLOCK_HEADS"]) for each in heads]
-        programs = _programs_of(blocks, num_processors(x.device) * WARPS_PER_PROCESSOR // tile["num_warps"])
+        num_token_tiles = ceil_div(tokens, tile["BLOCK_TOKENS"])
+        num_tiles = [batch * num_token_tiles * ceil_div(each, tile["BLOCK_HEADS"]) for each in heads]
+        programs = _programs_of(
+            num_tiles, num_processors(x.device) * WARPS_PER_PROCESSOR // tile["num_warps"]
+        )
         columns = [each.numel() for each in dweights]
         partial = dx
         if need_weight:
@@ -193,11 +195,11 @@ def launch_backward(
                 cos.stride(1),
                 partial.stride(0),
                 tokens,
-                token_blocks,
+                num_token_tiles,
                 heads[0],
                 heads[-1],
-                blocks[0],
-                blocks[-1],
+                num_tiles[0],
+                num_tiles[-1],
                 programs[0],
                 form.eps,
                 form.offset,
@@ -234,10 +236,10 @@ def launch_backward(
     )
 
 
-def _programs_of(blocks: list[int], most: int) -> list[int]:
-    """Return how many programs walk the blocks of each tensor: as its share of them, at least one."""
-    most = min(max(most, len(blocks)), sum(blocks))
-    if len(blocks) == 1:
+def _programs_of(num_tiles: list[int], most: int) -> list[int]:
+    """Return how many programs walk the tiles of each tensor: as its share of them, at least one."""
+    most = min(max(most, len(num_tiles)), sum(num_tiles))
+    if len(num_tiles) == 1:
         return [most]
-    first = max(1, min(most - 1, round(most * blocks[0] / sum(blocks))))
+    first = max(1, min(most - 1, round(most * num_tiles[0] / sum(num_tiles))))
     return [first, most - first]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, next_power_of_two, register_gradient, register_op
+from fxopt.kernels.launch import can_launch, next_power_of_two, register_gradient, register_op, wide_dtype
 from fxopt.kernels.norm_rope.launches import launch_backward, launch_forward
 from fxopt.kernels.norm_rope.reference import Form, Four, plain_backward, plain_forward
 from fxopt.kernels.rms_norm.reference import promoted
@@ -16,6 +16,11 @@ from fxopt.kernels.rope.reference import Pair, new_like
 
 MOST_ITEMS = 8192
 """Of what is normalized together, its dims rounded up to powers of two: what a program of 16 warps holds."""
+
+
+def fits(heads: int, size: int) -> bool:
+    """Return whether a program holds what is normalized together where that is all heads of a token."""
+    return next_power_of_two(heads) * next_power_of_two(size) <= MOST_ITEMS
 
 
 def _fused_forward(q: Tensor, k: Tensor | None, *rest: Any) -> Pair:
@@ -136,7 +141,7 @@ def norm_rope(
     check_arguments("norm_rope", q, k, cos, sin, pairing, out_pairing, start, length, sign, heads)
     q_rows, k_rows = tokens_first(q, heads), None if k is None else tokens_first(k, heads)
     norm_dtype = norm_dtype or promoted(q, q_weight)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     if norm_dtype not in (q.dtype, wide):
         raise ValueError(f"norm_rope: norm_dtype, expected {q.dtype} or {wide}, got {norm_dtype}")
     for name, x, weight in (("q_weight", q_rows, q_weight), ("k_weight", k_rows, k_weight)):
@@ -179,7 +184,7 @@ def _check_weight(name: str, x: Tensor, weight: Tensor | None, first: Tensor | N
             f"norm_rope: {name}, expected shape {expected} in {first.dtype}, "
             f"got {tuple(weight.shape)} in {weight.dtype}"
         )
-    if not per_head and next_power_of_two(heads) * next_power_of_two(size) > MOST_ITEMS:
+    if not per_head and not fits(heads, size):
         raise ValueError(
             f"norm_rope: {heads} heads of {size}, expected at most {MOST_ITEMS} items of one norm, both "
             "rounded up to powers of two"

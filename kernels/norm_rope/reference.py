@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.kernels.launch import wide_dtype
 from fxopt.kernels.rms_norm.reference import plain_backward as plain_norm_backward
 from fxopt.kernels.rms_norm.reference import rms_norm_reference
 from fxopt.kernels.rope.reference import new_like, rope_reference, rotated
@@ -122,7 +123,7 @@ def plain_backward(
         dn = rotated(
             dy, cos, sin * form.sign, form.pairing, form.out_pairing, form.start, form.length, transposed=True
         )
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         rows, dn = x.to(wide), dn.to(wide)
         if not form.per_head:
             rows, dn = rows.flatten(-2), dn.flatten(-2)

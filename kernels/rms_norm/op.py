@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.rms_norm.launches import launch_backward, launch_forward
 from fxopt.kernels.rms_norm.reference import GATE_ACTIVATIONS, plain_backward, plain_forward, promoted
 
@@ -39,7 +39,7 @@ def _fake_forward(
     groups: int,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     rows = x.numel() // x.shape[-1]
     return (
         x.new_empty(x.shape, dtype=out_dtype or promoted(x, weight)),

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fxopt.kernels.launch import wide_dtype
+
 GATE_ACTIVATIONS = ("silu", "sigmoid")
 
 
@@ -21,7 +23,7 @@ def rms_norm_reference(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the norm of `x`, differentiable, in plain torch: the specification."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     factor = None if gate is None else activate(gate.to(wide), gate_act)
     normal = x.to(wide)
     if factor is not None and gate_before:
@@ -84,7 +86,7 @@ def plain_forward(
         groups=groups,
         out_dtype=out_dtype,
     )
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     values = x.to(wide)
     if gate is not None and gate_before:
         values = values * activate(gate.to(wide), gate_act)

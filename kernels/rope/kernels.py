@@ -95,7 +95,7 @@ def rope_kernel(
     table_batch_stride,
     table_token_stride,
     num_tokens,
-    token_blocks,
+    num_token_tiles,
     num_q_heads,
     num_heads,
     IN_PAIRS: tl.constexpr,
@@ -114,8 +114,8 @@ def rope_kernel(
 ):
     """Rotate BLOCK_HEADS heads, q's and then k's, of BLOCK_TOKENS tokens; TRANSPOSED is backward."""
     # A program's tokens are of one batch item: where it starts is a matter of scalars, not of every thread.
-    batch = (tl.program_id(0) // token_blocks).to(tl.int64)
-    start = ((tl.program_id(0) % token_blocks) * BLOCK_TOKENS).to(tl.int64)
+    batch = (tl.program_id(0) // num_token_tiles).to(tl.int64)
+    start = ((tl.program_id(0) % num_token_tiles) * BLOCK_TOKENS).to(tl.int64)
     b_token = tl.arange(0, BLOCK_TOKENS).to(tl.int64)[:, None, None]
     b_is_row = start + b_token < num_tokens
     b_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[None, :, None]

@@ -65,8 +65,8 @@ def _launch(
         tile = tile_of(num_heads, size, length, table_pairs)
         if cos.stride() != sin.stride() or cos.stride(-1) != 1:
             cos, sin = cos.contiguous(), sin.contiguous()
-        token_blocks = ceil_div(tokens, tile["BLOCK_TOKENS"])
-        grid = (batch * token_blocks, ceil_div(num_heads, tile["BLOCK_HEADS"]))
+        num_token_tiles = ceil_div(tokens, tile["BLOCK_TOKENS"])
+        grid = (batch * num_token_tiles, ceil_div(num_heads, tile["BLOCK_HEADS"]))
         with on_device(x):
             launch(
                 rope_kernel,
@@ -84,7 +84,7 @@ def _launch(
                 cos.stride(0) if cos.shape[0] > 1 else 0,
                 cos.stride(1),
                 tokens,
-                token_blocks,
+                num_token_tiles,
                 heads,
                 num_heads,
                 IN_PAIRS=out_pairing if transposed else pairing,

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.kernels.launch import wide_dtype
+
 PAIRINGS = ("half", "interleaved")
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -35,7 +37,7 @@ def rotated(
     transposed: bool,
 ) -> Tensor:
     """Return `x` with `length` items of each head turned, in fp32 or fp64; `transposed` is the way back."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     tables: list[Tensor] = []
     for table in (cos, sin):
         table = table.to(wide).unsqueeze(-2)

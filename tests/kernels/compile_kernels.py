@@ -35,7 +35,7 @@ from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^token_blocks$|^ignore_index$|^queries_per_row$")
+INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^queries_per_row$")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001

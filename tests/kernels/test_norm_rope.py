@@ -161,7 +161,7 @@ def test_strides(layout: str, head_major: bool, device: str, check: Any, gradien
         assert (value.transpose(1, 2) if is_head_major else value).is_contiguous()
 
 
-def test_programs_are_shared_out_and_walk_several_blocks() -> None:
+def test_programs_are_shared_out_and_walk_several_tiles() -> None:
     assert _programs_of([700, 100], 16) == [14, 2]
     assert _programs_of([1, 1], 16) == [1, 1]
     assert _programs_of([1000, 1], 4) == [3, 1]
