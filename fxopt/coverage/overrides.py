@@ -32,7 +32,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [2, 2, 2, 2]},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "deepseek_v4": {"head_dim": 32, "index_head_dim": 32},  # a rotary part of two pairs: of one, half and interleaved are the same
+    "deepseek_v4": {"head_dim": 32, "index_head_dim": 32},  # two rotary pairs: of one, pairings are equal
     "dots3_note": {"text_config": DOTS3},
     "dots3_note_text": DOTS3,
     "dots1": MOE_OF_DEEPSEEK,

@@ -178,7 +178,9 @@ def _read_forward(body: fx.Graph, given: list[Any]) -> tuple[dict[str, Any], int
         else:
             return None
     (output,) = body.find_nodes(op="output")
-    if len(products) != 1 or tuple(output.args[0][0]) != (products[0],):
+    # Some versions of torch let the function return what it saves as well: nobody reads it, as the caller checks.
+    first, *others = output.args[0][0]
+    if products != [first] or any(item not in sources for item in others):
         return None
     inner = arguments_of(products[0])
     tensors = [item for item in inner.values() if isinstance(item, fx.Node)]
