@@ -103,7 +103,7 @@ def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         queue = [value]
         while queue:
             item = queue.pop()
-            if type(item) in (tuple, list):
+            if type(item) in (tuple, list, torch.Size):
                 queue.extend(item)
             elif type(item) is dict or isinstance(item, collections.UserDict):  # one that layers share, say
                 queue.extend(item.values())

@@ -12,8 +12,9 @@ MOST_ERROR = 1e-4
 """Relative, of the loss and of each gradient in fp32: beyond it a row is judged by a float64 run."""
 MOST_RATIO = 3.0
 """By how much our distance to float64 may exceed stock's where the two differ beyond `MOST_ERROR`."""
-NOISE = 1e-5
-"""Gradients below this share of the largest are what rounding leaves of a zero, and count with that share's norm."""
+NOISE = 1e-3
+"""Gradients below this share of the largest count with that share's norm: `MOST_ERROR` is then two roundings of the
+largest, as what remains of a gradient that is zero in exact arithmetic (a key's bias) differs by."""
 
 
 @dataclasses.dataclass

@@ -209,3 +209,29 @@ def test_blocks_that_share_tensors_in_a_mapping_are_captured_and_trained_as_in_s
     report = fxopt.explain(model)
     assert all(fallback.region != "layers" for fallback in report.fallbacks), report.fallbacks
     assert report.regions[0].status == "captured"
+
+
+def test_blocks_that_take_the_size_of_an_image_are_captured() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+            return x + F.relu(self.linear(x)) / size[0]
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Sized() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, size=torch.Size((4, 2)))
+            return x.pow(2).mean()
+
+    model = fxopt.optimize(Images().train())
+    model(torch.randn(2, 8)).backward()
+    report = fxopt.explain(model)
+    assert report.regions[0].status == "captured"
+    assert report.fallbacks == ()
