@@ -36,13 +36,19 @@ PURE = frozenset(
         *("norm", "vector_norm", "linalg_vector_norm", "prod", "cumsum", "cumprod", "logsumexp", "softmax"),
         *("log_softmax", "topk", "sort", "argsort", "gather", "index_select", "take_along_dim", "one_hot"),
         *("diff", "numel", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "outer"),
-        *("conv1d", "cross_entropy", "nll_loss", "rms_norm", "layer_norm", "normalize", "group_norm"),
+        *("conv1d", "conv2d", "conv3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
+        *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "masked_scatter", "cross_entropy"),
+        *("nll_loss", "rms_norm", "layer_norm", "normalize", "group_norm"),
         *("cosine_similarity", "mse_loss"),
         # factories
         *("arange", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros"),
         *("new_ones", "new_full", "scalar_tensor", "eye", "linspace", "polar", "size", "dim", "finfo"),
     }
 )
+PURE_OVERLOADS = frozenset(
+    {torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default}
+)
+"""How Dynamo reads sizes that are not fixed."""
 TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "shape", "dtype", "device", "ndim", "is_cuda"})
 WRITING = frozenset({"batch_norm", "instance_norm", "embedding", "embedding_bag", "rrelu"})
 """Ops that may write to an argument though their name does not say so."""
@@ -76,6 +82,8 @@ def is_pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or "out" in node.kwargs or is_inplace(node):
         return False
     name = op_name(node)
+    if node.target in PURE_OVERLOADS:
+        return True
     if node.op == "call_function" and node.target in CANONICAL and name not in RANDOM:
         return True
     match name:

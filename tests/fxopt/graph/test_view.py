@@ -173,3 +173,13 @@ def test_the_vocabulary_has_one_target_per_name() -> None:
 def test_examples_in_docstrings(name) -> None:
     results = doctest.testmod(importlib.import_module(f"fxopt.graph.{name}"))
     assert results.failed == 0
+
+
+def test_pooling_and_sizes_that_are_not_fixed_are_pure(capture) -> None:
+    def function(x):
+        pooled = F.avg_pool2d(x, 2) + F.interpolate(x, scale_factor=0.5)
+        return pooled.reshape(x.shape[0], -1).masked_scatter(x.flatten(1)[:, :1] > 0, x)
+
+    gm = capture(function, torch.randn(3, 2, 4, 4), dynamic=True).gm
+    impure = [node.name for node in gm.graph.nodes if node.op.startswith("call") and not is_pure(node)]
+    assert impure == []
