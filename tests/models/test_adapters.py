@@ -88,7 +88,7 @@ CASES = {
     "nf4, blocks of 128": Case(base=in_four_bits(blocksize=128), **FOUR_BITS | {"decoded": 6}),
     "nf4, blocks of 4096": Case(base=in_four_bits(blocksize=4096), **FOUR_BITS),
     "fp4": Case(base=in_four_bits("fp4"), **FOUR_BITS),
-    "fp4, one scale": Case(base=in_four_bits("fp4", nested=False, blocksize=512), **FOUR_BITS),
+    "fp4, one scale": Case(base=in_four_bits("fp4", nested=False), **FOUR_BITS),
     "nf4, bias on the base": Case(arch="qwen2", base=in_four_bits(), **FOUR_BITS),
     "nf4, dropout": Case(base=in_four_bits(), options={"lora_dropout": 0.1}, **FOUR_BITS | {"joins": 2}),
     "nf4, two adapters": Case(base=in_four_bits(), change=add_second, **FOUR_BITS),
