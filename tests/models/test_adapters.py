@@ -84,8 +84,6 @@ CASES = {
     "dora": Case(options={"use_dora": True}, adapters=0, joins=0, reason="startswith"),
     "nf4": Case(base=in_four_bits(), **FOUR_BITS),
     "nf4, one scale": Case(base=in_four_bits(nested=False), **FOUR_BITS),
-    # bitsandbytes 0.50 decodes a weight wrongly on a CPU where a block is longer than a row: the proof says so.
-    "nf4, blocks of 128": Case(base=in_four_bits(blocksize=128), **FOUR_BITS | {"decoded": 6}),
     "nf4, blocks of 4096": Case(base=in_four_bits(blocksize=4096), **FOUR_BITS),
     "fp4": Case(base=in_four_bits("fp4"), **FOUR_BITS),
     "fp4, one scale": Case(base=in_four_bits("fp4", nested=False), **FOUR_BITS),
