@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import time
 import traceback
 import warnings
@@ -99,8 +100,34 @@ def build(case: Case, row: Row) -> tuple[Any, dict[str, Any]]:
     del shape
     torch.manual_seed(0)
     model = make(config).train()
+    has_experts = any(parameter.ndim == 3 for parameter in model.parameters())
+    if has_experts and hasattr(model, "set_experts_implementation") and not traces_grouped_products():
+        with contextlib.suppress(ValueError):  # not the experts it can choose for
+            model.set_experts_implementation("batched_mm")
+            row.notes.append(
+                "experts in batched products: the grouped ones here have no backward to trace in float32"
+            )
     randomize(model)
     return model, make_batch(model, model.config, case.task)
+
+
+@functools.cache
+def traces_grouped_products() -> bool:
+    """Return whether AOTAutograd can trace what stands for grouped products of experts in float32.
+
+    The backward of transformers' own op for them (before 5.23) reads sizes off the values of a tensor.
+    """
+    grouped: Any = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if grouped is None:
+        return True
+    rows, weights = torch.randn(4, 8, requires_grad=True), torch.randn(2, 8, 8, requires_grad=True)
+    ends = torch.tensor([2, 4], dtype=torch.int32)
+    try:
+        compiled = torch.compile(lambda *inputs: grouped(*inputs), backend="aot_eager", fullgraph=True)
+        compiled(rows, weights, ends).sum().backward()
+    except Exception:
+        return False
+    return True
 
 
 def randomize(model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import resource
@@ -159,6 +160,7 @@ def run_child(case: Case, pipe: Connection, seconds: float, most_bytes: int) -> 
     from fxopt.coverage.row import measure
 
     torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)  # torch logs each graph that it cannot trace; the row says why
     pipe.send(dataclasses.asdict(measure(case, on_stage=pipe.send)))
 
 
