@@ -145,7 +145,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients that are needed of xs, weights, biases, a and b, in this order."""
     form = Form(tuple(inputs), tuple(owners), tuple(scales), dys[0].dtype)
-    need_xs, need_weights, need_biases, need_a, need_b = _split_needs(needs, xs, weights, a, b)
+    need_xs, need_weights, need_biases, need_a, need_b = _split(needs, len(xs), len(weights))
     found: list[Tensor] = []
     with torch.autocast(xs[0].device.type, enabled=False):
         rows = [_rows(x) for x in xs]
@@ -193,15 +193,14 @@ def _input_gradient(
     return dx
 
 
-def _split_needs(
-    needs: list[bool], xs: Sequence[Any], weights: Sequence[Any], a: Sequence[Any], b: Sequence[Any]
-) -> list[list[bool]]:
-    parts: list[list[bool]] = []
+def _split(items: Sequence[Any], num_inputs: int, num_layers: int) -> list[list[Any]]:
+    """Return what there is for xs, weights, biases, a and b."""
+    lists: list[list[Any]] = []
     start = 0
-    for count in (len(xs), len(weights), len(weights), len(a), len(b)):
-        parts.append(needs[start : start + count])
+    for count in (num_inputs, num_layers, num_layers, num_inputs, len(items)):
+        lists.append(list(items[start : start + count]))
         start += count
-    return parts
+    return lists
 
 
 def _fake_forward(xs: list[Tensor], weights: list[Tensor], *arguments: Any) -> list[Tensor]:
@@ -246,18 +245,8 @@ _backward_op = register_op(
 
 
 def _run_forward(form: Form, num_inputs: int, num_layers: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    lists = _split_tensors(num_inputs, num_layers, tensors)
+    lists = _split(tensors, num_inputs, num_layers)
     return tuple(_forward_op(*lists, *map(list, form[:3]), form.out_dtype))
-
-
-def _split_tensors(num_inputs: int, num_layers: int, tensors: Sequence[Any]) -> list[list[Any]]:
-    """Return xs, weights, biases, a and b."""
-    lists: list[list[Any]] = []
-    start = 0
-    for count in (num_inputs, num_layers, num_layers, num_inputs, len(tensors)):
-        lists.append(list(tensors[start : start + count]))
-        start += count
-    return lists
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -267,7 +256,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
     needs = [bool(needed) for needed in ctx.needs_input_grad[3:]]
-    lists = _split_tensors(ctx.num_inputs, ctx.num_layers, ctx.saved_tensors)
+    lists = _split(ctx.saved_tensors, ctx.num_inputs, ctx.num_layers)
     found = iter(_backward_op(list(dys), *lists, *map(list, ctx.form[:3]), needs))
     return None, None, None, *(next(found) if needed else None for needed in needs)
 

@@ -57,40 +57,26 @@ def _qwen3(norm: Function = _llama_norm, embed: Function = _embed) -> Block:
     return apply
 
 
-def _gemma3(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_w: torch.Tensor,
-    k_w: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    pair = [_gemma_norm(_cut(x).transpose(1, 2), w) for x, w in ((q, q_w), (k, k_w))]
-    return tuple(_embed(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in pair)
+def _normed_first(norm: Function, heads: int = 1) -> Block:
+    """Return q and k normed, by a function that cuts them into heads as well, and then both turned."""
+
+    def apply(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_w: torch.Tensor,
+        k_w: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        pair = [norm(x, w) for x, w in ((q, q_w), (k, k_w))]
+        return tuple(_embed(x, cos.unsqueeze(heads), sin.unsqueeze(heads)) for x in pair)
+
+    return apply
 
 
-def _olmo2(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_w: torch.Tensor,
-    k_w: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    pair = [_cut(_llama_norm(x, w)).transpose(1, 2) for x, w in ((q, q_w), (k, k_w))]
-    return tuple(_embed(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in pair)
-
-
-def _tokens_first(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_w: torch.Tensor,
-    k_w: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    pair = [_llama_norm(x, w) for x, w in ((_cut(q), q_w), (_cut(k), k_w))]
-    return tuple(_embed(x, cos.unsqueeze(2), sin.unsqueeze(2)) for x in pair)
+_gemma3 = _normed_first(lambda x, w: _gemma_norm(_cut(x).transpose(1, 2), w))
+_olmo2 = _normed_first(lambda x, w: _cut(_llama_norm(x, w)).transpose(1, 2))
+_tokens_first = _normed_first(lambda x, w: _llama_norm(_cut(x), w), heads=2)
 
 
 def _alone(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -30,16 +30,9 @@ def walk(model: nn.Module, but: Container[nn.Module] = ()) -> dict[nn.Module, st
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     """Return the parameters and buffers of `model`, each once, in the order of its modules."""
     found: dict[int, torch.Tensor] = {}
-    stack: list[nn.Module | None] = [model]
-    seen: set[nn.Module] = set()
-    while stack:
-        module = stack.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
+    for module in walk(model):
         for own in (module._parameters, module._buffers):
             for value in own.values():
                 if value is not None:
                     found.setdefault(id(value), value)
-        stack.extend(reversed(module._modules.values()))
     return list(found.values())
