@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxopt.capture.joint_codes import read_codes
+
 NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
 REPLAYED_ARGUMENT = "xs"
@@ -24,6 +26,7 @@ LAYOUT_OPS = frozenset({"_to_copy", "convert_element_type", "view", "reshape", "
 
 def prepare_joint(graph: fx.Graph) -> None:
     """Run all passes over the joint graph."""
+    read_codes(graph)
     fold_skip_gradients(graph)
     replay_inputs(graph)
     mark_recomputed(graph)
