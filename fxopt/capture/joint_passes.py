@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxopt.capture.joint_codes import read_codes
+from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 
 NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
@@ -29,6 +30,7 @@ def prepare_joint(graph: fx.Graph) -> None:
     read_codes(graph)
     fold_skip_gradients(graph)
     replay_inputs(graph)
+    write_outputs_beside_gradients(graph)
     mark_recomputed(graph)
 
 

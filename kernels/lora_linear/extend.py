@@ -5,6 +5,7 @@ A program reads a tile of all columns of its rows, copies it, and multiplies it 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fxopt.kernels.launch import can_launch, ceil_div, jit, next_power_of_two, o
 from fxopt.kernels.launcher import launch
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)
 MOST_RANK = 256
 """The most columns of a factor whose products a program keeps in registers."""
 FEW_ROWS = 4096
@@ -126,4 +128,10 @@ def extend_rows(rows: Tensor, factor: Tensor, scale: float, copy: Tensor | None,
 
 def _has_kernel(rows: Tensor, factor: Tensor, products: Tensor) -> bool:
     fits = rows.dtype in SIXTEEN_BITS and max(factor.shape[1], products.shape[1]) <= MOST_RANK
-    return fits and rows.is_cuda and can_launch(rows, factor)
+    return fits and rows.is_cuda and can_launch(rows, factor) and _has_registers(rows.device)
+
+
+@functools.cache
+def _has_registers(device: torch.device) -> bool:
+    """Return whether tiles fit: before 8.0 their products would take all memory for their stack."""
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY

@@ -53,9 +53,10 @@ class Weight(NamedTuple):
         """Write the weight into the first columns of `out`, `tail` beside it from `tail_start` on, zeros elsewhere."""
         if self.coding:
             kind, block = self.coding.split(":")
-            decode_into(
-                out, self.stored, *self.code_tensors, self.in_width, int(block), kind, tail, tail_start
-            )
+            absmax, codebook, nested, offset = self.code_tensors
+            assert absmax is not None
+            codes = self.stored, absmax, codebook, nested, offset
+            decode_into(out, *codes, self.in_width, int(block), kind, tail, tail_start)
             return
         out[:, : self.in_width].copy_(self.stored)
         rest = out[:, self.in_width :]

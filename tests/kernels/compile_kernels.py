@@ -96,8 +96,9 @@ def glu_builds() -> Iterator[Build]:
         for block in (glu.BLOCKS[0], 512) if form.act == "sigmoid_alpha" else glu.BLOCKS[:1]:
             constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
             yield glu.glu_forward_kernel, constants, {}, warps, True
-            backward = constants | dict(NEED_GATE=True, NEED_UP=True)
-            yield glu.glu_backward_kernel, backward, {}, warps, True
+            for need_y in (False, True):
+                backward = constants | dict(NEED_GATE=True, NEED_UP=True, NEED_Y=need_y)
+                yield glu.glu_backward_kernel, backward, {}, warps, True
 
 
 def activation_builds() -> Iterator[Build]:
@@ -142,8 +143,8 @@ def dequantize_4bit_builds() -> Iterator[Build]:
                 yield dequantize_4bit.dequantize_4bit_kernel, form | rows, types, warps, False
 
 
-def lora_linear_builds(dtype: str) -> Iterator[Build]:
-    if dtype == "float32":  # plain torch there
+def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
+    if dtype == "float32" or arch < 80:  # plain torch there
         return
     for rows in (64, 8192):
         for rank in (16, 48, 256):
@@ -307,7 +308,7 @@ def main() -> None:
             *activation_builds(),
             *cross_entropy_builds(),
             *dequantize_4bit_builds(),
-            *lora_linear_builds(dtype),
+            *lora_linear_builds(int(arch), dtype),
             *rope_builds(),
             *norm_rope_builds(),
             *attention_builds(int(arch), dtype),
