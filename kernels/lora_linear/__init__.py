@@ -13,7 +13,8 @@ rounded once; scale x A^T is rounded as x A^T alone would be. Elsewhere the base
 part is added to it in fp32 within the product with B and the sum is rounded once. Stock also rounds the part before
 and after the factor.
 
-The A of all adapters that read one tensor are joined: one product reads it for all. Where adapters are wider than x,
+The A of all adapters that read one tensor are joined: one product reads it for all. Of a wide gradient, both scale dY B
+and dB come from one read (`one_read`), their sums in fp32 and in a fixed order. Where adapters are wider than x,
 rows are widened a chunk at a time, so no whole copy of an activation exists.
 """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxopt.kernels.lora_linear.extended import extended_backward, extends_backward
 from fxopt.kernels.lora_linear.form import Form, Weight, read_weights, split_lists
+from fxopt.kernels.lora_linear.one_read import launch_narrow_products, reads_once
 from fxopt.kernels.lora_linear.products import (
     add_product,
     as_rows,
@@ -46,13 +47,16 @@ def run_backward(
         dy_rows = [as_rows(dy).to(layer.dtype) for dy, layer in zip(dys, layers, strict=True)]
         places = list(form.places(b))
         outer: dict[int, Tensor] = {}
+        inner = inner_products(rows, a) if any(need_b) else []
+        sums: dict[int, Tensor] = {}
         dx: dict[int, Tensor] = {}
         if need_xs[0] and extends_backward(rows[0], dy_rows, layers, a[0], form):
             dx[0], outer[0] = extended_backward(dy_rows, layers, a[0], b, form)
         for source, needed in enumerate(zip(need_xs, need_a, strict=True)):
             if source not in outer and any(needed):
                 columns = [part if read == source else None for read, part in places]
-                outer[source] = _outer_products(dy_rows, a[source], b, columns, form)
+                left = inner[source] if inner else None
+                outer[source] = _outer_products(dy_rows, a[source], b, columns, form, left, sums)
         for source, x in enumerate(rows):
             if need_xs[source]:
                 if source not in dx:
@@ -67,22 +71,36 @@ def run_backward(
                 wide = torch.promote_types(dy.dtype, torch.float32)
                 found.append(as_rows(dy).sum(0, dtype=wide).to(bias.dtype))
         found += [sum_product(outer[g], rows[g]) for g, needed in enumerate(need_a) if needed]
-        if any(need_b):
-            inner = inner_products(rows, a)
-            for (source, columns), owner, scale, needed in zip(places, owners, scales, need_b, strict=True):
-                if needed:
-                    factor = sum_product(inner[source][:, columns], dy_rows[owner], scale)
-                    found.append(factor.t().contiguous())
+        for place, (source, columns) in enumerate(places):
+            if need_b[place] and place in sums:
+                found.append(sums[place])
+            elif need_b[place]:
+                factor = sum_product(inner[source][:, columns], dy_rows[owners[place]], scales[place])
+                found.append(factor.t().contiguous())
     return found
 
 
 def _outer_products(
-    dys: Sequence[Tensor], a: Tensor, b: Sequence[Tensor], columns: Sequence[slice | None], form: Form
+    dys: Sequence[Tensor],
+    a: Tensor,
+    b: Sequence[Tensor],
+    columns: Sequence[slice | None],
+    form: Form,
+    inner: Tensor | None,
+    sums: dict[int, Tensor],
 ) -> Tensor:
-    """Return scale dY B of the adapters that have columns, joined."""
+    """Return scale dY B of the adapters that have columns, joined.
+
+    inner: x A^T of these, where gradients of B are needed; `sums` takes those that one read of dY gives too.
+    """
     out = a.new_empty((dys[0].shape[0], a.shape[0]))
-    for part, owner, scale, factor in zip(columns, form.owners, form.scales, b, strict=True):
-        if part is not None:
+    parts = zip(columns, form.owners, form.scales, b, strict=True)
+    for place, (part, owner, scale, factor) in enumerate(parts):
+        if part is None:
+            continue
+        if inner is not None and reads_once(dys[owner], factor, inner[:, part]):
+            sums[place] = launch_narrow_products(dys[owner], factor, inner[:, part], scale, out[:, part])
+        else:
             write_product(out[:, part], dys[owner], factor, scale)
     return out
 

@@ -117,7 +117,7 @@ def extend_rows(rows: Tensor, factor: Tensor, scale: float, copy: Tensor | None,
     rows: [T, N]; factor: [N, r]; copy: [T, N] or None; products: [T, r or more]; all of one dtype, any row strides.
     """
     rank = factor.shape[1]
-    if rows.numel() == 0 or not _has_kernel(rows, factor, products):
+    if rows.numel() == 0 or not has_kernel(rows, factor, products):
         if copy is not None:
             copy.copy_(rows)
         torch.addmm(products[:, :rank], rows, factor, beta=0, alpha=scale, out=products[:, :rank])
@@ -126,7 +126,8 @@ def extend_rows(rows: Tensor, factor: Tensor, scale: float, copy: Tensor | None,
     launch_extend(rows if rows.stride(1) == 1 else rows.contiguous(), factor, scale, copy, products, rank)
 
 
-def _has_kernel(rows: Tensor, factor: Tensor, products: Tensor) -> bool:
+def has_kernel(rows: Tensor, factor: Tensor, products: Tensor) -> bool:
+    """Return whether narrow products of these run by a kernel: in 16 bits, of ranks that registers hold."""
     fits = rows.dtype in SIXTEEN_BITS and max(factor.shape[1], products.shape[1]) <= MOST_RANK
     return fits and rows.is_cuda and can_launch(rows, factor) and _has_registers(rows.device)
 

@@ -30,7 +30,7 @@ from fxopt.kernels.glu.form import Form
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
-from fxopt.kernels.lora_linear import extend
+from fxopt.kernels.lora_linear import extend, one_read
 from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
@@ -152,6 +152,11 @@ def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
                 tile = extend.tile_of(rows, rank)
                 launch = tile.pop("num_warps"), tile.pop("num_stages")
                 yield extend.extend_rows_kernel, tile | dict(COPY=copy), {}, launch, True
+    types = dict.fromkeys(("p_outer", "p_sums", "p_parts"), "*fp32")
+    for rank in (16, one_read.MOST_RANK):
+        tile = dict(BLOCK_ROWS=one_read.BLOCK_ROWS, BLOCK_COLUMNS=one_read.BLOCK_COLUMNS, BLOCK_RANK=rank)
+        yield one_read.narrow_products_kernel, tile, types, (one_read.NUM_WARPS, one_read.NUM_STAGES), True
+    yield one_read.narrow_sum_kernel, dict(BLOCK=one_read.SUM_BLOCK), types, 4, True
 
 
 def rope_builds() -> Iterator[Build]:

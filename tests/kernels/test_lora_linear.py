@@ -16,6 +16,7 @@ from fxopt.kernels.lora_linear import (
     forward,
     lora_linear,
     lora_linear_reference,
+    one_read,
     op,
     products,
 )
@@ -317,6 +318,60 @@ def test_rows_and_their_products_by_one_kernel(
         products = out[:, columns:]
         assert not products[:, rank:].any()
         check("products", products[:, :rank], 0.5 * (x @ factor), 0.5 * (x.double() @ factor.double()))
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 40, 1), (300, 1000, 16), (513, 264, 24)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_two_products_by_one_read(
+    rows: int, columns: int, rank: int, dtype: torch.dtype, device: str, check: Any
+) -> None:
+    if dtype == BF16 and device == "cpu":
+        pytest.skip(
+            "Triton's interpreter multiplies the bits of bfloat16 tiles as integers; the GPU variant runs"
+        )
+    torch.manual_seed(0)
+    dy, factor, left = (
+        torch.randn(shape, device=device).to(dtype) / 8
+        for shape in ((rows, columns), (columns, rank), (rows, rank + 3))
+    )
+    outer, part = torch.empty(rows, rank + 5, device=device, dtype=dtype)[:, 2 : 2 + rank], left[:, 3:]
+    sums = one_read.launch_narrow_products(dy, factor, part, 0.5, outer)
+    wide = [tensor.double() for tensor in (dy, factor, part)]
+    check("outer", outer, 0.5 * (dy @ factor), 0.5 * (wide[0] @ wide[1]))
+    check("sums", sums, 0.5 * (dy.t() @ part), 0.5 * (wide[0].t() @ wide[2]))
+
+
+@pytest.mark.parametrize("form", ["q, k, v", "two adapters", "an own input"])
+def test_gradients_by_one_read(form: str, device: str, check: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(backward, "reads_once", lambda rows, factor, left: True)
+    layers = dataclasses.replace(FORMS[form], **DTYPES["fp16"])
+    tensors = layers.tensors(device)
+    exact = gradients(layers.reference, tensors, torch.float64)
+    eager = gradients(layers.reference, tensors)
+    for place, (value, stock, truth) in enumerate(
+        zip(gradients(layers.run, tensors), eager, exact, strict=True)
+    ):
+        check(f"value {place}", value, stock, truth)
+
+
+@pytest.mark.gpu
+def test_wide_gradients_are_read_once(check: Any, monkeypatch: Any) -> None:
+    done: list[int] = []
+    run = one_read.launch_narrow_products
+    monkeypatch.setattr(
+        backward, "launch_narrow_products", lambda *arguments: (done.append(1), run(*arguments))[1]
+    )
+    adapters = ((0, 16, 2.0, False), (1, 16, 0.5, False))
+    form = Layers((8192, 8192, 16), adapters, in_width=256)
+    layers = dataclasses.replace(form, **DTYPES["bf16"])
+    tensors = layers.tensors("cuda", tokens=(2, 2048))
+    exact = gradients(layers.reference, tensors, torch.float64)
+    eager = gradients(layers.reference, tensors)
+    for place, (value, stock, truth) in enumerate(
+        zip(gradients(layers.run, tensors), eager, exact, strict=True)
+    ):
+        check(f"value {place}", value, stock, truth)
+    assert sum(done) == 2
 
 
 def test_no_tokens(op_device: str) -> None:
