@@ -22,7 +22,7 @@ FEW_ROWS = 4096
 """Below this, programs of few rows: otherwise most multiprocessors would have none."""
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def extend_rows_kernel(
     p_rows,
     p_factor,
