@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "options": {"errors"},
     "graph": {"errors", RECORDS},
-    "capture": {"graph", "options", "errors", "kernels.launch", RECORDS},
+    "capture": {"graph", "options", "errors", "kernels.launch", "kernels.launcher", RECORDS},
     "rewriting": {"graph", "options", "errors", RECORDS},
     "remat": {"graph", "options", "errors", RECORDS},
     "sites": {"capture", "rewriting", "graph", RECORDS},
