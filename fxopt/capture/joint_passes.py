@@ -32,6 +32,17 @@ def prepare_joint(graph: fx.Graph) -> None:
     replay_inputs(graph)
     write_outputs_beside_gradients(graph)
     mark_recomputed(graph)
+    forget_traced_inputs(graph)
+
+
+def forget_traced_inputs(graph: fx.Graph) -> None:
+    """Drop what fxopt's ops were traced with: Inductor lays inputs out as these were, also those that took their place.
+
+    Without it, it goes by the values of the nodes that are read.
+    """
+    for node in graph.nodes:
+        if _is_ours(node):
+            node.meta.pop("eager_input_vals", None)
 
 
 def replay_inputs(graph: fx.Graph) -> int:

@@ -238,6 +238,13 @@ def four_bits(width: int, in_width: int, device: str) -> list[Any]:
     return [packed, codes, codebook, nested, torch.tensor(0.3, device=device)]
 
 
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether both are equal; on a GPU, where products of other forms round elsewhere, to a rounding."""
+    if one.device.type == "cpu":
+        return torch.equal(one, other)
+    return bool((one.float() - other.float()).norm() <= torch.finfo(BF16).eps * other.float().norm())
+
+
 @pytest.mark.parametrize("longer", [True, False])
 def test_four_bit_weights_are_decoded_within_the_op(
     longer: bool, op_device: str, request: pytest.FixtureRequest
@@ -267,11 +274,11 @@ def test_four_bit_weights_are_decoded_within_the_op(
     for one, other in zip(
         ops.lora_linear([x], *dense, BF16), ops.lora_linear([x], *coded, BF16), strict=True
     ):
-        assert torch.equal(one, other)
+        assert is_same(one, other)
     dys = [torch.randn(3, 7, width, device=op_device).to(BF16) for width in widths]
     needs = [True, False, False, False, False, True, True, True]
     found = [ops.lora_linear_backward(dys, [x], *lists, needs) for lists in (dense, coded)]
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(is_same(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_the_inputs_gradient_reads_nothing_of_the_input(op_device: str) -> None:

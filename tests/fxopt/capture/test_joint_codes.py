@@ -10,7 +10,9 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
+from torch._inductor.utils import run_and_get_code
 
+from fxopt.capture import torch_compat
 from fxopt.capture.joint_codes import read_codes
 from fxopt.capture.joint_passes import mark_recomputed
 from fxopt.kernels.dequantize_4bit import dequantize_4bit
@@ -96,3 +98,19 @@ def test_a_weight_decoded_to_another_dtype_is_left() -> None:
         assert node.args[6] == (["nf4:64"] if expected else [""])
         graph.erase_node(next(iter(reversed(graph.nodes))))
         graph.erase_node(node)
+
+
+def test_inductor_reads_the_codes_where_they_lie() -> None:
+    """Codes took the place of a decoded weight, whose layout Inductor would otherwise make a copy of them in."""
+    packed = torch.randint(0, 256, (sum(WIDTHS) * IN_WIDTH // 2, 1), dtype=torch.uint8)
+    absmax = torch.rand(sum(WIDTHS) * IN_WIDTH // 64)
+    leaves = [
+        torch.randn(shape).requires_grad_() for shape in ((3, 5, IN_WIDTH), (4, IN_WIDTH), (max(WIDTHS), 4))
+    ]
+    torch._dynamo.reset()
+    compiled = torch.compile(layers, backend=torch_compat.inductor_backend, fullgraph=True)
+    y, code = run_and_get_code(compiled, *leaves, packed, absmax, False)
+    assert torch.allclose(y, layers(*leaves, packed, absmax, False))
+    text = "".join(code)
+    assert "fxopt.lora_linear" in text
+    assert not [line for line in text.splitlines() if "empty_strided" in line and "uint8" in line]
