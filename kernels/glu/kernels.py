@@ -47,6 +47,16 @@ def enter_tile(
 
 
 @jit
+def is_within(b_value, limit, PASSES_AT_LIMIT: tl.constexpr):
+    """Return where a gradient passes a limit."""
+    if PASSES_AT_LIMIT:
+        b_within = b_value <= limit
+    else:
+        b_within = b_value < limit
+    return b_within
+
+
+@jit
 def glu_forward_kernel(
     p_gate,
     p_up,
@@ -114,6 +124,7 @@ def glu_backward_kernel(
     GATE_FIRST: tl.constexpr,
     NEED_GATE: tl.constexpr,
     NEED_UP: tl.constexpr,
+    PASSES_AT_LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write BLOCK values of one row of the gradients; interleaved, `p_dgate` takes both."""
@@ -138,10 +149,10 @@ def glu_backward_kernel(
     b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
     b_dgate *= gate_scale
     if HAS_GATE_LIMIT:
-        b_dgate = tl.where(b_gate * gate_scale <= gate_limit, b_dgate, 0.0)
+        b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
     b_dup = b_dy * b_act
     if HAS_UP_LIMIT:
-        b_dup = tl.where(tl.abs(b_up) <= up_limit, b_dup, 0.0)
+        b_dup = tl.where(is_within(tl.abs(b_up), up_limit, PASSES_AT_LIMIT), b_dup, 0.0)
     if INTERLEAVED:
         if GATE_FIRST:
             b_pair = tl.join(b_dgate, b_dup)
