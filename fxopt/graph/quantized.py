@@ -181,9 +181,9 @@ def _read_forward(body: fx.Graph, given: list[Any]) -> tuple[dict[str, Any], int
         else:
             return None
     (output,) = body.find_nodes(op="output")
-    # Some versions of torch let the function return what it saves as well: nobody reads it, as the caller checks.
+    # Before torch 2.13 the function returns all it computes, numbers too: nobody reads these, as the caller checks.
     first, *others = output.args[0][0]
-    if products != [first] or any(item not in sources for item in others):
+    if products != [first] or any(is_tensor(item) and item not in sources for item in others):
         return None
     inner = arguments_of(products[0])
     tensors = [item for item in inner.values() if isinstance(item, fx.Node)]
