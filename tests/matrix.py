@@ -65,7 +65,7 @@ def run_pair(pair: Pair, folder: Path, pytest_arguments: list[str], say: Callabl
     """Make the venv of `pair` where it is missing, run the suite in it, and return what came out."""
     start = time.monotonic()
     place = folder / pair.name.replace("*", "x")
-    log = place.with_suffix(".log")
+    log = folder / f"{place.name}.log"
     python = place / "bin" / "python"
     steps: list[tuple[str, list[str]]] = []
     if not python.exists():

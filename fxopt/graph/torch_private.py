@@ -22,8 +22,8 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 REGISTERED = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 """The kinds of ops that are registered with torch, by torch itself or by a library."""
 
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
 SET_GRAD = torch._C._set_grad_enabled
 """The targets of nodes that change how all later nodes run."""
 
