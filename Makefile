@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo coverage check test test-slow test-all test-gpu bench clean
+.PHONY: help setup demo coverage check test test-slow test-all test-gpu matrix bench clean
 
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -48,6 +48,9 @@ test-all: test test-slow ## test, and the slow tests
 
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
+
+matrix: setup ## The fast tests under each supported pair of torch and transformers, in venvs below build/matrix
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 bench: setup ## Run each kernel's tests on a CUDA device, and time those that pass
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

@@ -200,7 +200,7 @@ def register_op(
     fused: Callable[..., Any],
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
-) -> torch._ops.OpOverload:
+) -> Any:
     """Define `fxopt::<schema>`, run by `plain` on a CPU, `fused` on CUDA, `fake` under FakeTensor; return the op.
 
     An op tagged `torch.Tag.pointwise` is computed again in the backward pass instead of saved. An op named
@@ -215,6 +215,21 @@ def register_op(
     LIBRARY.impl(name, fused, "CUDA")
     torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fxopt, name).default
+
+
+class _Refused(torch.autograd.Function):
+    """Passes gradients on, and raises where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return `values`."""
+        ctx.message = message
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        """Raise."""
+        raise RuntimeError(ctx.message)
 
 
 def register_gradient(
@@ -238,9 +253,9 @@ def register_gradient(
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled():
             return found
-        torch_c: Any = torch._C
-        refuse = torch_c._functions.DelayedError(message.encode(), len(found))
-        return refuse(*(None if value is None else value.detach().requires_grad_() for value in found))
+        return _Refused.apply(
+            message, *(None if value is None else value.detach().requires_grad_() for value in found)
+        )
 
     functions = {
         "forward": staticmethod(forward_op),

@@ -7,10 +7,13 @@ the files of one folder are apart from each other (`APART`).
 from __future__ import annotations
 
 import ast
+import collections
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT / "fxopt"}
@@ -164,6 +167,78 @@ def test_the_floors_have_no_cycle() -> None:
 
     for part in ALLOWED:
         visit(part, ())
+
+
+PRIVATE_OF_TORCH = {"capture.torch_compat", "graph.torch_private"}
+"""The only files that touch private parts of torch; a test of each says in plain words what a version moved."""
+UNPROVEN_PRIVATE = {"capture.joint_passes", "capture.joint_codes", "capture.joint_outputs"}
+"""They read `torch._ops.OpOverload` and schemas; `graph.torch_private` has both."""
+NOT_OF_TORCH = {
+    "_asdict": "a public method of named tuples",
+    "_getframe": "of sys, documented",
+    "_active_collector": "of transformers",
+    "_gradient_checkpointing_func": "of transformers",
+    "_model_mapping": "of transformers",
+    "_from_config": "of transformers",
+}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names(trees: dict[str, ast.Module]) -> set[str]:
+    """Return all names that fxopt itself defines or sets, attributes included."""
+    found: set[str] = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    return found
+
+
+def private_parts(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
+    """Yield the lines that name something private of another library, and what they name.
+
+    Ops of torch's registry, `torch.ops.aten._name`, are told by their schemas and are tested there.
+    """
+    stock = (torch.nn.Linear(1, 1), torch.Tensor, torch._C, torch)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            if not ast.unparse(node).startswith("torch.ops."):
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            source = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                dotted = [*source.split("."), *alias.name.split(".")]
+                if dotted[0] != "fxopt" and any(map(is_private, dotted)):
+                    yield node.lineno, ".".join(filter(None, dotted))
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and is_private(node.value)
+            and any(hasattr(holder, node.value) for holder in stock)
+        ):
+            yield node.lineno, node.value
+
+
+def test_private_parts_of_torch_are_touched_in_two_files() -> None:
+    trees = {name: ast.parse(path.read_text()) for name, path in modules()}
+    own = own_names(trees)
+    found = collections.defaultdict(list)
+    for name, tree in trees.items():
+        for line, part in private_parts(tree, own):
+            if part not in NOT_OF_TORCH:
+                found[name].append(f"{name}:{line}: {part}")
+    assert set(found) >= PRIVATE_OF_TORCH | UNPROVEN_PRIVATE, "a file is listed that touches nothing private"
+    others = [line for name in set(found) - PRIVATE_OF_TORCH - UNPROVEN_PRIVATE for line in found[name]]
+    assert others == [], (
+        "wrap these in fxopt/capture/torch_compat.py or fxopt/graph/torch_private.py, with a test"
+    )
 
 
 def folders_in(folder: Path) -> list[Path]:

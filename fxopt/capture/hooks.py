@@ -28,21 +28,16 @@ def has_hooks(module: nn.Module) -> bool:
 def find_hooks(module: nn.Module) -> Hooks:
     """Return the hooks on the modules inside `module`, not on `module` itself."""
     idle = False
-    stack = list(module._modules.values())
+    stack = list(torch_compat.children_of(module).values())
     while stack:
         inner = stack.pop()
         if inner is None:
             continue
-        if (
-            inner._forward_hooks
-            or inner._forward_pre_hooks
-            or inner._backward_hooks
-            or inner._backward_pre_hooks
-        ):
+        if torch_compat.carries_hooks(inner):
             if has_hooks(inner):
                 return Hooks(inner, idle)
             idle = True
-        stack.extend(inner._modules.values())
+        stack.extend(torch_compat.children_of(inner).values())
     return Hooks(None, idle)
 
 

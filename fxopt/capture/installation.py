@@ -24,9 +24,9 @@ from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.tail import cut_tail
+from fxopt.capture.torch_compat import SLOT
 from fxopt.errors import FxoptError
 
-SLOT = "_compiled_call_impl"
 RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
 
@@ -191,7 +191,7 @@ def find_caller(frame: types.FrameType) -> nn.Module | None:
 
     `nn.DataParallel` copies a module's attributes into its replicas, this slot among them; they run stock.
     """
-    caller = frame.f_locals.get("self") if frame.f_code.co_name == "_wrapped_call_impl" else None
+    caller = frame.f_locals.get("self") if frame.f_code.co_name == torch_compat.CALLER else None
     return caller if isinstance(caller, nn.Module) else None
 
 
@@ -235,7 +235,7 @@ def check_model(model: object) -> nn.Module:
             f"model: expected a torch.nn.Module, got {type(model).__name__}\n"
             "pass the model object itself, e.g. AutoModelForCausalLM.from_pretrained(...)"
         )
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if isinstance(model, torch_compat.OptimizedModule):
         raise FxoptError(
             "model: already under torch.compile, expected the model itself\n"
             "pass model._orig_mod, or use torch.compile(model, backend='fxopt') alone"
@@ -251,7 +251,7 @@ def check_uncompiled(model: nn.Module) -> None:
     """
     for module, path in walk(model).items():
         by = ""
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if isinstance(module, torch_compat.OptimizedModule):
             by = "torch.compile"
         elif module.__dict__.get(SLOT) is not None and _installation_in(module) is None:
             by = "module.compile()"

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from fxopt.capture import torch_compat
 from fxopt.errors import FxoptError, StaleLogitsError
+from fxopt.graph.torch_private import tree_leaves, tree_map_only
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 CURE = (
@@ -50,9 +51,10 @@ class LogitsSource:
         if self._values is None:
             for value, version in zip(self._inputs, self._versions, strict=True):
                 if _fingerprint(value) != version:
+                    written = torch_compat.version_of(value)
                     raise StaleLogitsError(
                         "logits: read after the head's weight changed, expected a read before the optimizer "
-                        f"step, got a weight of shape {tuple(value.shape)} at version {value._version}\n"
+                        f"step, got a weight of shape {tuple(value.shape)} at version {written}\n"
                         f"at {self._location}\nread outputs.logits before optimizer.step(), or call the model again"
                     )
             with torch.enable_grad():
@@ -76,7 +78,7 @@ class LogitsSource:
 def _fingerprint(value: Any) -> tuple[Any, ...] | None:
     if not isinstance(value, torch.Tensor):
         return None
-    return (value._version, tuple(value.shape), value.untyped_storage().size())
+    return (torch_compat.version_of(value), tuple(value.shape), value.untyped_storage().size())
 
 
 class LazyLogits(torch.Tensor):
@@ -101,29 +103,27 @@ class LazyLogits(torch.Tensor):
         step: Step | None = None,
     ) -> LazyLogits:
         """Return output `index` of `source` on `device`, or `step` of `parent`; `form` has shape, strides and dtype."""
-        lazy = torch.Tensor._make_wrapper_subclass(
-            LazyLogits, form.shape, strides=form.stride(), dtype=form.dtype, device=device
-        )
+        lazy = torch_compat.make_form(LazyLogits, form, device)
         lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
         lazy._parent, lazy._step, lazy._value = parent, step, None
         return lazy
 
     def materialize(self) -> torch.Tensor:
         """Return the plain tensor, the same one each time, computing it at the first read."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_compat.without_torch_function():
             if self._value is None:
                 parent, step = self._parent, self._step
                 if parent is None or step is None:
                     self._value = self._source.compute(self._index)
                 else:
-                    with torch._C._EnableTorchFunction():
+                    with torch_compat.with_torch_function():
                         self._value = step(parent.materialize())
             return self._value
 
     @property
     def is_lazy(self) -> bool:
         """Whether the values have not been computed yet."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_compat.without_torch_function():
             return not self._source.computed
 
     def __repr__(self, **_: Any) -> str:
@@ -150,16 +150,16 @@ class LazyLogits(torch.Tensor):
                     f"its gradient flows through\n{CURE}"
                 )
             if func in _READS_OF_FORM:
-                with torch._C.DisableTorchFunctionSubclass():
+                with torch_compat.without_torch_function():
                     return func(*args, **kwargs)
             if func == _READ_OF_REQUIRES_GRAD:
-                with torch._C.DisableTorchFunctionSubclass():
+                with torch_compat.without_torch_function():
                     return lazy._needs_grad
             if func in _LAZY_STEPS and not _holds_tensor(args[1:], kwargs):
                 return _extend(lazy, func, args[1:], kwargs)
         if func in (torch.autograd.grad, torch.autograd.backward):
             _check_gradient_flows(*args, **kwargs)
-        read_args, read_kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+        read_args, read_kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
         return func(*read_args, **read_kwargs)
 
     @classmethod
@@ -167,7 +167,7 @@ class LazyLogits(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Reached only where the caller switched __torch_function__ off: compute, as for any other read.
-        read_args, read_kwargs = pytree.tree_map_only(
+        read_args, read_kwargs = tree_map_only(
             LazyLogits, lambda lazy: lazy.materialize().detach(), (args, kwargs or {})
         )
         return func(*read_args, **read_kwargs)
@@ -212,11 +212,11 @@ _LAZY_STEPS = frozenset(
 
 def _check_gradient_flows(outputs: Any, given: Any = None, *_: Any, inputs: Any = None, **__: Any) -> None:
     """Raise where a gradient is asked for with respect to lazy logits that `outputs` were computed without."""
-    asked = [leaf for leaf in pytree.tree_leaves((given, inputs)) if isinstance(leaf, LazyLogits)]
+    asked = [leaf for leaf in tree_leaves((given, inputs)) if isinstance(leaf, LazyLogits)]
     seen: set[Any] = set()
     queue: list[Any] = [
         (leaf.materialize() if isinstance(leaf, LazyLogits) else leaf).grad_fn
-        for leaf in pytree.tree_leaves(outputs)
+        for leaf in tree_leaves(outputs)
         if isinstance(leaf, torch.Tensor)
     ]
     while queue:
@@ -233,22 +233,22 @@ def _check_gradient_flows(outputs: Any, given: Any = None, *_: Any, inputs: Any 
 
 
 def _holds_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
 
 
 def _extend(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def step(value: torch.Tensor) -> torch.Tensor:
         return func(value, *args, **kwargs)
 
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_compat.without_torch_function():
         form = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
         device, needs_grad = lazy.device, lazy._needs_grad
         source, index = lazy._source, lazy._index
-    places = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, str | torch.device)]
+    places = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, str | torch.device)]
     names_type = func is torch.Tensor.type and not (args and isinstance(args[0], torch.dtype))
     if names_type or any(torch.device(place) != device for place in places):
         return step(lazy.materialize())
-    on_meta: Any = pytree.tree_map_only((str, torch.device), lambda _: torch.device("meta"), (args, kwargs))
+    on_meta: Any = tree_map_only((str, torch.device), lambda _: torch.device("meta"), (args, kwargs))
     needs_grad = needs_grad and func not in (torch.Tensor.detach, torch.detach)
     form = func(form, *on_meta[0], **on_meta[1])
     return LazyLogits.make(source, index, form, device, needs_grad, parent=lazy, step=step)

@@ -163,7 +163,7 @@ class ModelCall:
         """
         self._checkpointed = frozenset(block for block in self.blocks if checkpoints_calls(block))
         for block in self.blocks:
-            block.__dict__["_call_impl"] = functools.partial(torch_compat.stock_call, block)
+            block.__dict__[torch_compat.CALL] = functools.partial(torch_compat.stock_call, block)
         for block in self._checkpointed:
             block.__dict__["gradient_checkpointing"] = False
         try:
@@ -173,7 +173,7 @@ class ModelCall:
                 block.__dict__["gradient_checkpointing"] = True
             self._checkpointed = frozenset()
             for block in self.blocks:
-                block.__dict__.pop("_call_impl", None)
+                block.__dict__.pop(torch_compat.CALL, None)
 
     def call_block(
         self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -7,6 +7,8 @@ from collections.abc import Container
 import torch
 from torch import nn
 
+from fxopt.capture import torch_compat
+
 
 def walk(model: nn.Module, but: Container[nn.Module] = ()) -> dict[nn.Module, str]:
     """Return `model` and the modules in it with their paths, as `named_modules` does; none of or below `but`.
@@ -22,7 +24,7 @@ def walk(model: nn.Module, but: Container[nn.Module] = ()) -> dict[nn.Module, st
             continue
         found[module] = path
         prefix = f"{path}." if path else ""
-        for name, child in reversed(module._modules.items()):
+        for name, child in reversed(torch_compat.children_of(module).items()):
             stack.append((prefix + name, child))
     return found
 
@@ -31,8 +33,6 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     """Return the parameters and buffers of `model`, each once, in the order of its modules."""
     found: dict[int, torch.Tensor] = {}
     for module in walk(model):
-        for own in (module._parameters, module._buffers):
-            for value in own.values():
-                if value is not None:
-                    found.setdefault(id(value), value)
+        for value in torch_compat.own_tensors(module):
+            found.setdefault(id(value), value)
     return list(found.values())

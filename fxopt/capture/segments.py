@@ -13,6 +13,7 @@ from torch import fx
 from fxopt.capture.lazy import LazyLogits, LogitsSource
 from fxopt.capture.lowering import Lowering
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
+from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import location_of, requires_grad, results_of
 
 
@@ -229,5 +230,5 @@ def _shapes_of(
 
 
 def _evaluate(size: torch.SymInt, known: dict[str, int]) -> int:
-    expression = size.node.expr
+    expression = expression_of(size)
     return int(expression.subs({symbol: known[str(symbol)] for symbol in expression.free_symbols}))

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
+from fxopt.graph.torch_private import tree_map_only
 
 
 class StandIns:
@@ -45,9 +45,7 @@ class StandIns:
         if key not in self._forms:
             self._forms[key] = self._run(mode, block, args, kwargs)
         form = self._forms[key]
-        return (
-            _like(form) if isinstance(form, torch.Tensor) else pytree.tree_map_only(torch.Tensor, _like, form)
-        )
+        return _like(form) if isinstance(form, torch.Tensor) else tree_map_only(torch.Tensor, _like, form)
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running = True

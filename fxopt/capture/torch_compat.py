@@ -45,6 +45,12 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (
 the user's own code at run time."""
 
 _COPIES = itertools.count()
+SLOT = "_compiled_call_impl"
+"""Where `module.compile()` keeps what `module(...)` runs in place of `stock_call`; copies and pickles drop it."""
+CALL = "_call_impl"
+"""The method that `stock_call` is; where a module has its own, Dynamo goes through the slot."""
+CALLER = "_wrapped_call_impl"
+"""The code that reads the slot."""
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
 
@@ -89,6 +95,48 @@ def compile_frame(
         return living.fxopt_backend(gm, example_inputs)
 
     return torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
+
+
+OptimizedModule = dynamo.OptimizedModule
+"""What torch.compile wraps around a module."""
+
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+"""A scope in which functions of torch do not go through the `__torch_function__` of a subclass."""
+with_torch_function = torch._C._EnableTorchFunction
+"""A scope within that one in which they do again."""
+
+
+def make_form(tensor_class: type[torch.Tensor], form: torch.Tensor, device: torch.device) -> Any:
+    """Return a `tensor_class` without values, of shape, strides and dtype of `form`, said to be on `device`."""
+    return torch.Tensor._make_wrapper_subclass(
+        tensor_class, form.shape, strides=form.stride(), dtype=form.dtype, device=device
+    )
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often `tensor` was written to."""
+    return tensor._version
+
+
+def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """Return the modules right inside `module` by name, without the generator that `named_children` is."""
+    return module._modules
+
+
+def own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the parameters and buffers of `module` itself."""
+    for own in (module._parameters, module._buffers):
+        yield from (value for value in own.values() if value is not None)
+
+
+def carries_hooks(module: torch.nn.Module) -> bool:
+    """Return whether any hook, idle ones too, is on `module` itself."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info_once", "warning_advice")

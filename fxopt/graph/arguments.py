@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import value_of
 
 KEYWORDS = {"input": "x", "self": "x", "axis": "dim", "axis0": "dim0", "axis1": "dim1"}
@@ -85,7 +86,7 @@ def from_last(dim: Any, rank: int) -> int | None:
 def same_size(a: Any, b: Any) -> bool:
     """Return whether two sizes are known to be equal; no guard is put on symbolic ones."""
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return a.node.expr == b.node.expr
+        return expression_of(a) == expression_of(b)
     return isinstance(a, int) and isinstance(b, int) and a == b
 
 

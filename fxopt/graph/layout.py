@@ -13,6 +13,7 @@ from fxopt.graph import vocabulary
 from fxopt.graph.arguments import Form, bind, from_last, is_integer, rank_of, same_size, sizes_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
+from fxopt.graph.names import op_name
 from fxopt.graph.view import is_tensor, shape_of
 
 EVERYTHING = slice(None)
@@ -108,9 +109,16 @@ def _t(node: fx.Node, editor: Editor) -> Form | None:
 
 def _tensor_attribute(node: fx.Node, editor: Editor) -> Form | None:
     x, name = node.args[:2]
-    if not isinstance(x, fx.Node) or not is_tensor(x):
-        return None
-    if name == "mT" or (name == "T" and rank_of(x) == 2):
+    return _attribute(x, name) if isinstance(name, str) else None
+
+
+def _attribute_as_op(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x")
+    return _attribute(bound["x"], op_name(node)) if bound else None
+
+
+def _attribute(x: Any, name: str) -> Form | None:
+    if is_tensor(x) and (name == "mT" or (name == "T" and rank_of(x) == 2)):
         return _swapped(x, -2, -1)
     return None
 
@@ -252,6 +260,8 @@ RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "t": _t,
     "getattr": _tensor_attribute,
+    "T": _attribute_as_op,
+    "mT": _attribute_as_op,
     "permute": _permute,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,

@@ -11,13 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-# Later ones win; torch._C._nn, whose type stub is missing, holds F.linear, F.gelu and F.pad.
-NAMESPACES = (torch.Tensor, torch.special, torch.linalg, torch, getattr(torch._C, "_nn"), F)  # noqa: B009
+from fxopt.graph.torch_private import NN_FUNCTIONS
+
+# Later ones win.
+NAMESPACES = (torch.Tensor, torch.special, torch.linalg, torch, NN_FUNCTIONS, F)
 OPERATORS = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "abs", "getitem"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "invert", "not_"),
     *("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "ifloordiv", "iand", "ior", "setitem"),
 )
+ATTRIBUTES = {
+    "T": torch.ops.aten.numpy_T,
+    "mT": torch.ops.aten.mT,
+    "H": torch.ops.aten.matrix_H,
+    "mH": torch.ops.aten.mH,
+}
+"""What torch from 2.14 on captures in place of reading these attributes of a tensor."""
 ALIASES = {
     "absolute": "abs",
     "concat": "cat",
@@ -39,7 +48,7 @@ def op_name(node: fx.Node) -> str:
     """Return the short name of the op that `node` calls, the same for all spellings; "" if not torch's.
 
     In-place forms keep their mark: "add_" for the method, "iadd" for the operator. A tensor attribute
-    (`x.T`) is named "getattr".
+    (`x.T`) is named "getattr", or like itself where it was captured as an op.
 
     >>> graph = fx.Graph()
     >>> x = graph.placeholder("x")
@@ -64,6 +73,7 @@ def _names() -> dict[Any, str]:
                 function = getattr(namespace, name, None)
                 if callable(function) and not isinstance(function, type):
                     names[function] = name
+    names.update({op: name for name, op in ATTRIBUTES.items()})
     # Operators are named without the underscore that Python's keywords force on them.
     names.update({getattr(operator, name): name.rstrip("_") for name in OPERATORS})
     return names

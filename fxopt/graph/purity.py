@@ -12,6 +12,15 @@ from torch import Tensor, fx
 from fxopt.graph import vocabulary
 from fxopt.graph.names import op_name
 from fxopt.graph.storage import UNKNOWN, keys_of
+from fxopt.graph.torch_private import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    SET_GRAD,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    schema_of,
+)
 
 PURE = frozenset(
     {
@@ -28,7 +37,22 @@ PURE = frozenset(
         *("to", "float", "half", "bfloat16", "double", "int", "long", "bool", "type", "type_as"),
         *("contiguous", "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "expand"),
         *("expand_as", "repeat", "transpose", "permute", "t", "unsqueeze", "squeeze", "movedim", "getitem"),
-        *("narrow", "select", "roll", "cat", "stack", "chunk", "split", "unbind", "flip", "pad"),
+        *(
+            "T",
+            "mT",
+            "H",
+            "mH",
+            "narrow",
+            "select",
+            "roll",
+            "cat",
+            "stack",
+            "chunk",
+            "split",
+            "unbind",
+            "flip",
+            "pad",
+        ),
         *("repeat_interleave", "broadcast_to", "tile", "clone", "detach", "tril", "triu", "diagonal"),
         *("view_as_complex", "view_as_real", "real", "imag"),
         # reductions and products
@@ -58,13 +82,7 @@ RANDOM = frozenset({"scaled_dot_product_attention"})
 """Canonical ops that draw random numbers if an argument says so."""
 CANONICAL = frozenset(op.target for op in vocabulary.OPS)
 INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "idiv", "ipow", "imatmul", "ifloordiv", "iand", "ior"})
-MODE_SWITCHES = frozenset(
-    {
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-        torch._C._set_grad_enabled,
-    }
-)
+MODE_SWITCHES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD})
 """Nodes that change how all later nodes run."""
 
 MAX_NORM_POSITION = 3
@@ -151,11 +169,11 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
 
 def _says_it_writes_nothing(node: fx.Node) -> bool:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return not target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return not any(getattr(target, name)._schema.is_mutable for name in target.overloads())
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload):
+        return not schema_of(target).is_mutable
+    if isinstance(target, OpOverloadPacket):
+        return not any(schema_of(getattr(target, name)).is_mutable for name in target.overloads())
+    if isinstance(target, HigherOrderOperator):
         owner = node.graph.owning_module
         held = [getattr(owner, str(i.target), None) for i in node.all_input_nodes if i.op == "get_attr"]
         bodies = [body for body in held if isinstance(body, fx.GraphModule)]

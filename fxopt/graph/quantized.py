@@ -16,6 +16,14 @@ from torch import fx
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
 from fxopt.graph.purity import is_pure
+from fxopt.graph.torch_private import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    SET_GRAD,
+    HigherOrderOperator,
+    OpOverload,
+    schema_of,
+)
 from fxopt.graph.view import is_tensor, requires_grad
 from fxopt.graph.vocabulary import NESTED_BLOCKSIZE, dequantize_4bit
 
@@ -23,10 +31,6 @@ PRODUCT, DECODING = "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
 NESTED_DECODING = "bitsandbytes::dequantize_blockwise"
 AROUND = frozenset({"view", "reshape", "to"})
 """What else the forward body may hold: views of the codes, casts of the scales' codebook."""
-ENTER_AUTOCAST, EXIT_AUTOCAST = (
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
 Autocast = tuple[bool, torch.dtype | None]
 
 
@@ -59,15 +63,14 @@ def unfold_quantized_products(gm: fx.GraphModule, editor: Editor) -> None:
 def op_of(node: fx.Node) -> str:
     """Return the registered name of the op that `node` calls, with its library; "" if it has none."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload | HigherOrderOperator):
         return target.name()
     return ""
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a registered op by name; those left out have their defaults."""
-    schema: Any = node.target._schema  # pyright: ignore
-    named = {argument.name: argument.default_value for argument in schema.arguments}
+    named = {argument.name: argument.default_value for argument in schema_of(node.target).arguments}
     names = list(named)
     return {**named, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
@@ -163,7 +166,7 @@ def _read_forward(body: fx.Graph, given: list[Any]) -> tuple[dict[str, Any], int
     sources = dict(places)
     products: list[fx.Node] = []
     for node in body.nodes:
-        if node.op in ("placeholder", "output") or node.target is torch._C._set_grad_enabled:
+        if node.op in ("placeholder", "output") or node.target is SET_GRAD:
             continue
         if not is_tensor(node) and is_pure(node):
             continue  # what is asked about sizes that are not fixed
@@ -178,9 +181,9 @@ def _read_forward(body: fx.Graph, given: list[Any]) -> tuple[dict[str, Any], int
         else:
             return None
     (output,) = body.find_nodes(op="output")
-    # Some versions of torch let the function return what it saves as well: nobody reads it, as the caller checks.
+    # Before torch 2.13 the function returns all it computes, numbers too: nobody reads these, as the caller checks.
     first, *others = output.args[0][0]
-    if products != [first] or any(item not in sources for item in others):
+    if products != [first] or any(is_tensor(item) and item not in sources for item in others):
         return None
     inner = arguments_of(products[0])
     tensors = [item for item in inner.values() if isinstance(item, fx.Node)]

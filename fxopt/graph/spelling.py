@@ -11,6 +11,7 @@ from fxopt.graph import arithmetic, functions, layout
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
+from fxopt.graph.torch_private import constant_of
 
 RULES: dict[str, Rule] = {**arithmetic.RULES, **layout.RULES, **functions.RULES}
 CONSTANT = (bool, int, float)
@@ -54,8 +55,6 @@ def _constant_of(node: fx.Node) -> Any:
 
 def _number_of(node: fx.Node) -> bool | int | float | None:
     value = node.meta.get("example_value")
-    if isinstance(value, torch.SymInt):
-        return value.node.maybe_as_int()
-    if isinstance(value, torch.SymFloat):
-        return value.node.maybe_as_float()
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return constant_of(value)
     return value if isinstance(value, CONSTANT) else None

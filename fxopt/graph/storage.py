@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from fxopt.graph.torch_private import storage_key
 from fxopt.graph.view import tensors_of
 
 UNKNOWN = -1
@@ -13,7 +14,7 @@ UNKNOWN = -1
 def key_of(value: Tensor) -> int:
     """Return what identifies the storage of one tensor: views of one tensor have it in common."""
     try:
-        return value.untyped_storage()._cdata
+        return storage_key(value)
     except (NotImplementedError, RuntimeError):
         return UNKNOWN
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.graph.storage import keys_of
+from fxopt.graph.torch_private import hint_of
 from fxopt.graph.view import find_subgraphs, results_of
 from fxopt.graph.vocabulary import contiguous
 
@@ -108,4 +109,4 @@ def _hint(size: Any) -> int | None:
     """Return a size as it was at capture; asked for otherwise, a symbolic one would become a guard."""
     if isinstance(size, int):
         return size
-    return size.node.hint if size.node.has_hint() else None
+    return hint_of(size)

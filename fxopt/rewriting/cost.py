@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph import torch_private
 from fxopt.graph.storage import UNKNOWN, key_of
 from fxopt.graph.view import tensors_of
 from fxopt.rewriting.pattern import Match, Mismatch
@@ -46,7 +47,7 @@ def hint_of(size: Any) -> int:
     """Return a size as a number: the one seen at capture where it is symbolic, 8 where none was seen."""
     if isinstance(size, int):
         return size
-    hint: Any = size.node.hint
+    hint = torch_private.hint_of(size)
     return 8 if hint is None else int(hint)
 
 

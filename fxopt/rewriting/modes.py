@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph.torch_private import ENTER_AUTOCAST, EXIT_AUTOCAST
 from fxopt.rewriting.pattern import Match
 
-_AUTOCAST: Any = torch.amp.autocast_mode
-ENTER_AUTOCAST, EXIT_AUTOCAST = _AUTOCAST._enter_autocast, _AUTOCAST._exit_autocast
 Autocast = tuple[str, torch.dtype | None, bool]
 
 

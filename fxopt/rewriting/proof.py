@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.graph import vocabulary
+from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.report.records import Proof
 from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxopt.graph import vocabulary
 from fxopt.graph.edit import PROVENANCE
+from fxopt.graph.torch_private import tree_leaves, tree_map_only
 from fxopt.rewriting.modes import autocast_scope
 from fxopt.rewriting.pattern import Call, Match
 
@@ -54,7 +54,7 @@ def evaluate_call(
     if not isinstance(item, Call):
         return item
     if id(item) not in known:
-        args, kwargs = pytree.tree_map_only(
+        args, kwargs = tree_map_only(
             (Call, fx.Node),
             lambda inner: evaluate_call(inner, value_of, scope, known),
             (item.args, dict(item.kwargs)),
@@ -75,7 +75,7 @@ def insert_call(
         return item
     if id(item) in inserted:
         return inserted[id(item)]
-    args, kwargs = pytree.tree_map_only(
+    args, kwargs = tree_map_only(
         Call,
         lambda inner: insert_call(graph, inner, match, examples, inserted),
         (item.args, dict(item.kwargs)),
@@ -108,14 +108,14 @@ def count_calls(outputs: Iterable[Any]) -> int:
 
 
 def _walk_calls(items: Iterable[Any]) -> Iterator[Call]:
-    for item in pytree.tree_leaves(list(items)):
+    for item in tree_leaves(list(items)):
         if isinstance(item, Call):
             yield item
             yield from _walk_calls((*item.args, *item.kwargs.values()))
 
 
 def _walk_nodes(items: Iterable[Any]) -> Iterator[fx.Node]:
-    for item in pytree.tree_leaves(list(items)):
+    for item in tree_leaves(list(items)):
         if isinstance(item, fx.Node):
             yield item
         elif isinstance(item, Call):

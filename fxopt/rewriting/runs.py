@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxopt.graph import vocabulary
+from fxopt.graph.torch_private import tree_map_only
 from fxopt.graph.view import requires_grad
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.replacement import evaluate_call
@@ -27,7 +27,7 @@ def stock_run(match: Match, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
     def run(inputs: Values) -> list[torch.Tensor]:
         known = dict(inputs)
         for node in match.nodes:
-            args, kwargs = pytree.tree_map_only(fx.Node, known.__getitem__, (node.args, dict(node.kwargs)))
+            args, kwargs = tree_map_only(fx.Node, known.__getitem__, (node.args, dict(node.kwargs)))
             args, kwargs = _resize((args, kwargs), node, sizes)
             if node.target is F.rms_norm and kwargs.get("eps") is None:
                 kwargs["eps"] = torch.finfo(node.args[0].meta["example_value"].dtype).eps  # pyright: ignore
@@ -57,9 +57,7 @@ def _resize(arguments: Any, stock: fx.Node | Call, sizes: Sizes) -> Any:
 def _recast(arguments: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         return arguments
-    return pytree.tree_map_only(
-        torch.dtype, lambda found: dtype if found.is_floating_point else found, arguments
-    )
+    return tree_map_only(torch.dtype, lambda found: dtype if found.is_floating_point else found, arguments)
 
 
 def replacement_run(replacement: Replacement, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
@@ -80,7 +78,7 @@ def _recast_call(item: Any, sizes: Sizes, dtype: torch.dtype | None, known: dict
     if not isinstance(item, Call):
         return item
     if id(item) not in known:
-        args, kwargs = pytree.tree_map_only(
+        args, kwargs = tree_map_only(
             Call, lambda inner: _recast_call(inner, sizes, dtype, known), (item.args, dict(item.kwargs))
         )
         args, kwargs = _recast(_resize((args, kwargs), item, sizes), dtype)

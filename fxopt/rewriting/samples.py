@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
+from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import is_tensor
 from fxopt.rewriting.cost import hint_of
 from fxopt.rewriting.pattern import Match
@@ -40,7 +41,7 @@ class Sizes:
         """Return the size that stands for `size`."""
         if isinstance(size, int):
             return self.numbers.get(size, size)
-        expression = size.node.expr
+        expression = expression_of(size)
         return int(expression.subs({symbol: self.symbols[symbol] for symbol in expression.free_symbols}))
 
     def of_shape(self, shape: Sequence[Any]) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ Saved for backward: gate and up, or the one tensor that holds both. Backward rec
 writes its gradients to new tensors.
 
 Numerics: all in fp32, rounded once at the end; stock models round act(gate) to their dtype before the product.
-NaN passes through clamps, and no gradient does where one cut something off, as in torch.
+NaN passes through clamps, and no gradient does where one cut something off, as in torch; where a
+value equals its limit, it depends on the version of torch whether one does.
 """
 
 from fxopt.kernels.glu.form import LAYOUTS, Form

@@ -1,6 +1,7 @@
 """What a unit computes besides its tensors, where its two inputs lie, and what it returns."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ class Form:
             self.up_offset,
             self.scale,
         )
+
+
+@functools.cache
+def passes_at_limit() -> bool:
+    """Return whether torch's clamp passes a gradient where a value equals its limit: before torch 2.14 it does.
+
+    Half-precision values meet their limit often, so the unit has to do as this torch does.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        value = torch.zeros((), requires_grad=True)
+        (gradient,) = torch.autograd.grad(value.clamp(max=0.0), value)
+    return bool(gradient)
 
 
 def split_pair(first: Tensor, second: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:

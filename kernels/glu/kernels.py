@@ -46,6 +46,16 @@ def enter_tile(
     return b_gate, b_up + up_offset
 
 
+@jit
+def is_within(b_value, limit, PASSES_AT_LIMIT: tl.constexpr):
+    """Return where a gradient passes a limit."""
+    if PASSES_AT_LIMIT:
+        b_within = b_value <= limit
+    else:
+        b_within = b_value < limit
+    return b_within
+
+
 @jit(do_not_specialize=["blocks_per_row"])
 def glu_forward_kernel(
     p_gate,
@@ -115,6 +125,7 @@ def glu_backward_kernel(
     GATE_FIRST: tl.constexpr,
     NEED_GATE: tl.constexpr,
     NEED_UP: tl.constexpr,
+    PASSES_AT_LIMIT: tl.constexpr,
     NEED_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -143,10 +154,10 @@ def glu_backward_kernel(
         tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_mask)
     b_dgate *= gate_scale
     if HAS_GATE_LIMIT:
-        b_dgate = tl.where(b_gate * gate_scale <= gate_limit, b_dgate, 0.0)
+        b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
     b_dup = b_dy * b_act
     if HAS_UP_LIMIT:
-        b_dup = tl.where(tl.abs(b_up) <= up_limit, b_dup, 0.0)
+        b_dup = tl.where(is_within(tl.abs(b_up), up_limit, PASSES_AT_LIMIT), b_dup, 0.0)
     if INTERLEAVED:
         if GATE_FIRST:
             b_pair = tl.join(b_dgate, b_dup)

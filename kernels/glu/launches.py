@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.kernels.glu.form import Form, new_gradients, new_output, split_pair
+from fxopt.kernels.glu.form import Form, new_gradients, new_output, passes_at_limit, split_pair
 from fxopt.kernels.glu.kernels import glu_backward_kernel, glu_forward_kernel
 from fxopt.kernels.launch import as_rows, ceil_div, on_device
 from fxopt.kernels.launcher import launch
@@ -121,6 +121,7 @@ def launch_backward(
             **form.constants(),
             NEED_GATE=need_gate,
             NEED_UP=need_up,
+            PASSES_AT_LIMIT=passes_at_limit(),
             NEED_Y=y is not None,
             BLOCK=block,
             num_warps=num_warps_for_block(block),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.activations import activate, activate_backward
-from fxopt.kernels.glu.form import Form, split_pair
+from fxopt.kernels.glu.form import Form, passes_at_limit, split_pair
 from fxopt.kernels.launch import wide_dtype
 
 
@@ -30,6 +30,11 @@ def _enter(gate: Tensor, up: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     return gate, up + form.up_offset
 
 
+def _is_within(value: Tensor, limit: float) -> Tensor:
+    """Return where a gradient passes a limit."""
+    return value <= limit if passes_at_limit() else value < limit
+
+
 def plain_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
     """Return the unit, contiguous, in plain torch."""
     return glu_reference(gate, up, **dataclasses.asdict(Form(*attributes))).contiguous()
@@ -50,12 +55,12 @@ def plain_backward(
     if need_gate or up is None:
         dgate = activate_backward(dyf * lifted, entered, form.act, form.alpha)
         if form.gate_limit is not None:
-            dgate = torch.where(gatef * form.gate_scale <= form.gate_limit, dgate, 0.0)
+            dgate = torch.where(_is_within(gatef * form.gate_scale, form.gate_limit), dgate, 0.0)
         dgate = (dgate * form.gate_scale).to(first.dtype).contiguous()
     if need_up or up is None:
         dup = dyf * activate(entered, form.act, form.alpha)
         if form.up_limit is not None:
-            dup = torch.where(upf.abs() <= form.up_limit, dup, 0.0)
+            dup = torch.where(_is_within(upf.abs(), form.up_limit), dup, 0.0)
         dup = dup.to(second.dtype).contiguous()
     if up is not None:
         return dgate, dup

@@ -26,7 +26,7 @@ from fxopt.kernels.attention import backward as attention_backward
 from fxopt.kernels.attention import forward as attention_forward
 from fxopt.kernels.attention import launches, masks
 from fxopt.kernels.glu import launches as glu
-from fxopt.kernels.glu.form import Form
+from fxopt.kernels.glu.form import Form, passes_at_limit
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
@@ -97,7 +97,9 @@ def glu_builds() -> Iterator[Build]:
             constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
             yield glu.glu_forward_kernel, constants, {}, warps, True
             for need_y in (False, True):
-                backward = constants | dict(NEED_GATE=True, NEED_UP=True, NEED_Y=need_y)
+                backward = constants | dict(
+                    NEED_GATE=True, NEED_UP=True, NEED_Y=need_y, PASSES_AT_LIMIT=passes_at_limit()
+                )
                 yield glu.glu_backward_kernel, backward, {}, warps, True
 
 

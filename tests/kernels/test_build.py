@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ KNOWN_STACK_BYTES = {
 }
 """What spills more, and is kept: two norms at rows of 16384 in fp32, whose gradient of the weight alone fills the
 registers (narrower rows do not spill), and two tiles of attention that fit on sm_90 and were not tuned on sm_100."""
+KNOWN_STACK_BYTES_FROM_TRITON_3_8 = {
+    ("layer_norm_backward_kernel", 90, "bfloat16"): 88,
+    ("attention_forward_kernel", 90, "bfloat16"): 144,
+    ("attention_backward_queries_kernel", 90, "bfloat16"): 104,
+}
+"""What its compiler spills where the one before did not: a norm at rows of 16384, and attention with a mask
+of values and a softcap at once."""
 SLOW = pytest.mark.slow
 TARGETS = [
     (75, "float16"),
@@ -79,4 +87,7 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
 
 
 def most_stack_bytes(line: dict[str, Any]) -> int:
-    return KNOWN_STACK_BYTES.get((line["kernel"], line["arch"], line["dtype"]), MOST_STACK_BYTES)
+    major, minor, *_ = metadata.version("triton").split(".")
+    newer = KNOWN_STACK_BYTES_FROM_TRITON_3_8 if (int(major), int(minor)) >= (3, 8) else {}
+    known = KNOWN_STACK_BYTES | newer
+    return known.get((line["kernel"], line["arch"], line["dtype"]), MOST_STACK_BYTES)

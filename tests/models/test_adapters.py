@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class Case:
     joins: int = 4
     """Of the captured blocks, which are two where the first one's input needs no gradient."""
     reason: str = ""
+    """A regular expression: how far a capture comes depends on the version of torch."""
     arch: str = "llama"
     base: dict[str, Any] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -81,7 +83,9 @@ CASES = {
         adapters=LAYERS,
         joins=0,
     ),
-    "dora": Case(options={"use_dora": True}, adapters=0, joins=0, reason="startswith"),
+    "dora": Case(
+        options={"use_dora": True}, adapters=0, joins=0, reason="startswith|keeps values in Python objects"
+    ),
     "nf4": Case(base=in_four_bits(), **FOUR_BITS),
     "nf4, one scale": Case(base=in_four_bits(nested=False), **FOUR_BITS),
     "nf4, blocks of 4096": Case(base=in_four_bits(blocksize=4096), **FOUR_BITS),
@@ -170,7 +174,7 @@ def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str
     assert counts["dequantize_4bit"] == case.decoded
     assert sum(rewrite.pattern == "join_lora_linear" for rewrite in report.rewrites) == case.joins
     reasons = " ".join(fallback.reason for fallback in report.fallbacks)
-    assert case.reason in reasons
+    assert re.search(case.reason, reasons)
     assert bool(case.reason) == bool(report.fallbacks)
 
 

@@ -249,7 +249,7 @@ def test_kept_logits_are_marked(capture: Callable[..., Any]) -> None:
 
 
 def test_a_relu_alone_is_left_with_a_reason(capture: Callable[..., Any]) -> None:
-    gm, result = rewrite(capture(make_model("opt"), (), **make_inputs()))
+    gm, result = rewrite(capture(make_model("opt").eval(), (), **make_inputs()))
     assert count(result) == {"layer_norm": 3, "attention": 1, "linear_cross_entropy": 1}
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.relu)
     miss = find_nearest_miss(gm, ALL, min(node.meta["origins"]))

@@ -17,6 +17,7 @@ from fxopt.graph.anchors.stock import (
     stock_name,
     tensors_read,
 )
+from fxopt.graph.torch_private import expression_of
 
 
 class Gates:
@@ -94,4 +95,6 @@ def _are_large_alike(a: Tensor, b: Tensor) -> bool:
 def _may_equal(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr
+    return (
+        isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and expression_of(a) == expression_of(b)
+    )

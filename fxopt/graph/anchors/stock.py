@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-NAMESPACES = (torch, torch.Tensor, torch.special, torch.linalg, getattr(torch._C, "_nn"), F)  # noqa: B009
+from fxopt.graph.torch_private import NN_FUNCTIONS, REGISTERED, registered_name
+
+NAMESPACES = (torch, torch.Tensor, torch.special, torch.linalg, NN_FUNCTIONS, F)
 RENAMED = {
     **dict.fromkeys(("truediv", "true_divide", "divide", "idiv", "itruediv"), "div"),
     **dict.fromkeys(("multiply", "imul"), "mul"),
@@ -26,6 +28,7 @@ RENAMED = {
     **dict.fromkeys(("linalg_vector_norm", "vector_norm", "linalg_norm"), "norm"),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm", "einsum", "imatmul"), "matmul"),
     **dict.fromkeys(("clip", "clamp_min", "clamp_max", "maximum", "minimum"), "clamp"),
+    **dict.fromkeys(("numpy_T", "mT", "matrix_H", "mH"), "transpose"),
     **dict.fromkeys(("float", "half", "bfloat16", "double", "type", "type_as"), "to"),
 }
 SCALING = frozenset({"add", "sub", "mul", "div", "neg"})
@@ -72,7 +75,7 @@ def stock_name(node: Any) -> str:
     if node.op == "call_method":
         name = str(node.target)
     else:
-        name = str(getattr(node.target, "__name__", "") or getattr(node.target, "_name", ""))
+        name = str(getattr(node.target, "__name__", "") or registered_name(node.target))
         if not _is_torch(node.target, name):
             return ""
     name = name.strip("_")
@@ -82,13 +85,13 @@ def stock_name(node: Any) -> str:
 def _is_torch(target: Any, name: str) -> bool:
     if getattr(operator, name, None) is target or name == "getattr":
         return True
-    registered = str(getattr(target, "_qualified_op_name", getattr(target, "_name", "")))
+    registered = registered_name(target)
     if "::" in registered:
         return registered.partition("::")[0] in ("aten", "prims")  # any other namespace is a library's own
     if any(getattr(namespace, name, None) is target for namespace in NAMESPACES):
         return True
     module = str(getattr(target, "__module__", ""))
-    return module == "torch" or module.startswith("torch.") or "torch._ops" in str(type(target))
+    return module == "torch" or module.startswith("torch.") or isinstance(target, REGISTERED)
 
 
 def tensors_read(node: fx.Node) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 
@@ -41,6 +42,65 @@ def test_modules_keep_their_hooks_where_we_look():
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert torch_compat.has_global_hooks(), "the process-wide hook dictionaries moved"
     handle.remove()
+
+
+def test_modules_hold_children_and_tensors_where_we_look():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    assert torch_compat.children_of(model) == dict(model.named_children()), "Module._modules moved"
+    ours = {id(tensor) for tensor in torch_compat.own_tensors(model[0])}
+    assert ours == {id(tensor) for tensor in (*model.parameters(), *model.buffers())}, (
+        "_parameters or _buffers moved"
+    )
+    assert not torch_compat.carries_hooks(model)
+    model.register_forward_hook(lambda *_: None)
+    assert torch_compat.carries_hooks(model)
+
+
+def test_the_method_that_reads_the_slot_has_the_name_we_look_for():
+    callers = []
+    module = torch.nn.Linear(2, 2)
+    module.__dict__[torch_compat.SLOT] = lambda x: callers.append(sys._getframe(1).f_code.co_name)
+    module(torch.ones(2))
+    assert callers == [torch_compat.CALLER], "Module.__call__ no longer reads the slot itself"
+
+
+def test_tensors_count_their_writes():
+    x = torch.ones(2)
+    before = torch_compat.version_of(x)
+    x.add_(1)
+    assert torch_compat.version_of(x) > before, "Tensor._version moved"
+
+
+def test_functions_leave_a_subclass_alone_within_the_scope():
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+        ):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+        @classmethod
+        def __torch_dispatch__(
+            cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+        ):
+            raise AssertionError("no value is read")
+
+    form = torch.ones(2, 3).t()
+    x = torch_compat.make_form(Watched, form, torch.device("cpu"))
+    with torch_compat.without_torch_function():
+        assert (x.shape, x.stride(), x.dtype) == (form.shape, form.stride(), form.dtype)
+        assert seen == [], "DisableTorchFunctionSubclass no longer keeps functions from a subclass"
+        with torch_compat.with_torch_function():
+            assert x.dim() == 2
+    assert seen, "_EnableTorchFunction no longer lets functions go to a subclass"
+
+
+def test_what_torch_compile_wraps_around_a_module_is_told_by_its_class():
+    compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    assert isinstance(compiled, torch_compat.OptimizedModule), "torch._dynamo.OptimizedModule moved"
 
 
 def test_dynamo_takes_a_patched_call_through_the_slot():

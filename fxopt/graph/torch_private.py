@@ -1,0 +1,75 @@
+"""Everything private of torch that reading a captured graph touches, in one place.
+
+What capture itself touches is in `fxopt/capture/torch_compat.py`. `tests/fxopt/graph/test_torch_private.py` fails in
+plain words when a torch version moves one of these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch.utils import _pytree
+
+NN_FUNCTIONS: Any = getattr(torch._C, "_nn")  # noqa: B009
+"""Holds what F.linear, F.gelu and F.pad are or call; its type stub is missing."""
+
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
+REGISTERED = (OpOverload, OpOverloadPacket, HigherOrderOperator)
+"""The kinds of ops that are registered with torch, by torch itself or by a library."""
+
+ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
+SET_GRAD = torch._C._set_grad_enabled
+"""The targets of nodes that change how all later nodes run."""
+
+unset_fake_temporarily = fake_tensor.unset_fake_temporarily
+"""A scope in which tensors are made as real ones, whatever capture is under way."""
+
+tree_leaves = _pytree.tree_leaves
+tree_map_only = _pytree.tree_map_only
+
+
+def registered_name(op: object) -> str:
+    """Return the name under which `op` is registered, with its library and overload; "" if it is not.
+
+    >>> registered_name(torch.ops.aten.add.Tensor), registered_name(torch.ops.aten.add), registered_name(torch.add)
+    ('aten::add.Tensor', 'aten::add', '')
+    """
+    if isinstance(op, OpOverload | HigherOrderOperator):
+        return op.name()
+    return op._qualified_op_name if isinstance(op, OpOverloadPacket) else ""
+
+
+def schema_of(op: Any) -> Any:
+    """Return the schema of an overload: its `name`, its `arguments`, and whether it `is_mutable`."""
+    return op._schema
+
+
+def expression_of(size: Any) -> Any:
+    """Return the sympy expression of a size that is not fixed; asking for it makes no guard."""
+    return size.node.expr
+
+
+def hint_of(size: Any) -> int | None:
+    """Return the value that a size which is not fixed had at capture, or None; asking for it makes no guard."""
+    return size.node.hint if size.node.has_hint() else None
+
+
+def constant_of(number: Any) -> int | float | None:
+    """Return a symbolic number as a constant where it can be no other, else None; no guard is made."""
+    node = number.node
+    return node.maybe_as_int() if isinstance(number, torch.SymInt) else node.maybe_as_float()
+
+
+def storage_key(value: Tensor) -> int:
+    """Return what identifies the storage of `value`, stand-ins included.
+
+    Raises:
+        NotImplementedError, RuntimeError: it has none.
+    """
+    return value.untyped_storage()._cdata

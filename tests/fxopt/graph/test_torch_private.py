@@ -1,0 +1,99 @@
+"""Fails in plain words when a torch version moves something private that reading a captured graph touches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fxopt.graph import torch_private
+from fxopt.graph.names import ATTRIBUTES, op_name
+
+
+def captured(function: Any, *args: Any, dynamic: bool | None = None) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(function, backend=keep, fullgraph=True, dynamic=dynamic)(*args)
+    (gm,) = graphs
+    return gm
+
+
+def symbolic_sizes() -> tuple[Any, Any]:
+    (x, *_) = captured(lambda x: x + 1, torch.ones(5, 7), dynamic=True).graph.nodes
+    x = next(node for node in x.graph.nodes if isinstance(node.meta.get("example_value"), Tensor))
+    rows, columns = x.meta["example_value"].shape
+    assert isinstance(rows, torch.SymInt), "a dynamic capture no longer has symbolic sizes"
+    return rows, columns
+
+
+def test_functions_of_torchs_own_name_space_have_names() -> None:
+    names = [
+        op_name(node) for node in captured(lambda x: F.gelu(F.pad(x, (1, 0))), torch.ones(2, 3)).graph.nodes
+    ]
+    assert [name for name in names if name] == ["pad", "gelu"], (
+        "torch._C._nn no longer holds what F.pad calls"
+    )
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_that_is_a_view_is_captured_as_its_read_or_as_its_op(name: str) -> None:
+    gm = captured(lambda x: getattr(x, name) + 1, torch.ones(2, 3))
+    first = next(node for node in gm.graph.nodes if node.op == "call_function")
+    assert op_name(first) in ("getattr", name), f"Dynamo captures Tensor.{name} as {first.target}"
+
+
+def test_registered_ops_have_names_and_schemas() -> None:
+    op = torch.ops.aten.add_.Tensor
+    assert torch_private.registered_name(op) == "aten::add_.Tensor", "OpOverload.name moved"
+    assert torch_private.registered_name(torch.ops.aten.add) == "aten::add", "_qualified_op_name moved"
+    schema = torch_private.schema_of(op)
+    assert schema.is_mutable
+    assert [argument.name for argument in schema.arguments] == ["self", "other", "alpha"], (
+        "OpOverload._schema moved"
+    )
+    assert isinstance(torch.ops.higher_order.cond, torch_private.HigherOrderOperator), "torch._ops moved"
+
+
+def test_mode_switches_arrive_as_the_nodes_we_know() -> None:
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return x @ x
+
+    targets = {node.target for node in captured(run, torch.ones(2, 2)).graph.nodes}
+    for switch in (torch_private.ENTER_AUTOCAST, torch_private.EXIT_AUTOCAST, torch_private.SET_GRAD):
+        assert switch in targets, f"Dynamo no longer puts {switch.__name__} into a graph"
+
+
+def test_sizes_that_are_not_fixed_have_expressions_and_hints() -> None:
+    rows, columns = symbolic_sizes()
+    assert (torch_private.hint_of(rows), torch_private.hint_of(columns)) == (5, 7), "SymNode.hint moved"
+    assert torch_private.expression_of(rows * 2) == torch_private.expression_of(rows) * 2, (
+        "SymNode.expr moved"
+    )
+    assert torch_private.constant_of(rows) is None
+    assert torch_private.constant_of(rows - rows + 3) == 3, "SymNode.maybe_as_int moved"
+    unknown = ShapeEnv().create_unbacked_symint()
+    assert torch_private.hint_of(unknown) is None, "SymNode.has_hint moved"
+
+
+def test_views_share_a_storage_also_among_stand_ins() -> None:
+    with FakeTensorMode():
+        x, other = torch.ones(4, 4), torch.ones(4, 4)
+    key = torch_private.storage_key(x)
+    assert torch_private.storage_key(x[1:]) == key, "UntypedStorage._cdata moved"
+    assert torch_private.storage_key(other) != key, "UntypedStorage._cdata moved"
+
+
+def test_real_tensors_can_be_made_within_a_capture() -> None:
+    with FakeTensorMode(), torch_private.unset_fake_temporarily():
+        assert torch.ones(2).sum().item() == 2, "unset_fake_temporarily no longer leaves the stand-ins' mode"
