@@ -46,6 +46,11 @@ class Ledger:
         """Record that a call of the block or model at `path` begins: what serves it is the next captures that run."""
         self._current, self._pieces = path, []
 
+    @property
+    def is_served(self) -> bool:
+        """Whether any capture ran for the call that began last."""
+        return bool(self._pieces)
+
     def serve(self, capture: Capture) -> None:
         """Record that `capture` ran for the call that began last; one call may take several, where a graph breaks."""
         self._pieces.append(capture)

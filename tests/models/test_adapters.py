@@ -174,6 +174,86 @@ def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str
     assert bool(case.reason) == bool(report.fallbacks)
 
 
+HALF: dict[str, dict[str, Any]] = {
+    "dense, fp32 adapters under autocast": {"base": "dense", "adapters": torch.float32},
+    "dense, bf16 adapters": {"base": "dense", "adapters": torch.bfloat16},
+    "nf4, fp32 adapters under autocast": {"base": "nf4", "adapters": torch.float32},
+    "nf4, bf16 adapters": {"base": "nf4", "adapters": torch.bfloat16},
+    "bias on the base, fp32 adapters under autocast": {"base": "bias on the base", "adapters": torch.float32},
+    "rank-stabilized, bf16 adapters": {"base": "rank-stabilized", "adapters": torch.bfloat16},
+    "two adapters, fp32, under autocast": {"base": "two adapters", "adapters": torch.float32},
+    "bias on B, bf16": {"base": "bias on B", "adapters": torch.bfloat16},
+}
+QUICK_HALF = ("nf4, fp32 adapters under autocast",)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_HALF else pytest.param(name, marks=pytest.mark.slow) for name in HALF]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_in_bf16_no_gradient_is_farther_from_fp32_than_stocks(name: str, tools: Any) -> None:
+    case, dtype = CASES[HALF[name]["base"]], HALF[name]["adapters"]
+    ours, stock, exact = (make_adapted(tools, case) for _ in range(3))
+    for model in (ours, stock):
+        lower(model, dtype)
+    fxopt.optimize(ours)
+    autocast = torch.bfloat16 if dtype == torch.float32 else None
+    gradients: list[float] = []
+    losses: list[float] = []
+    for seed in range(tools.draws):
+        redraw(seed, ours, stock, exact)
+        batch = tools.make_batch((2, 24), padded="left" if seed % 2 else "right", device="cpu")
+        reference = tools.run_step(exact, batch)
+        step, stock_step = (tools.run_step(model, batch, autocast) for model in (ours, stock))
+        assert step.gradients.keys() == reference.gradients.keys()
+        gradients.append(tools.gradient_excess(step, stock_step, reference))
+        errors = [tools.relative(each.loss, reference.loss) for each in (step, stock_step)]
+        losses.append(errors[0] - errors[1])
+    excess = tools.excess_of(gradients)
+    assert excess.standard_error < tools.most_standard_error
+    assert not excess.is_shown, excess
+    assert not tools.excess_of(losses).is_shown
+    report = fxopt.explain(ours)
+    assert report.fallbacks == ()
+    adapted = [site for site in report.sites if site.pattern == "lora_linear"]
+    assert {site.status for site in adapted} == {"rewritten"}
+
+
+def lower(model: Any, adapters: torch.dtype) -> None:
+    """Give the weights of the base bf16 and those of the adapters `adapters`."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(adapters if "lora" in name else torch.bfloat16)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.bfloat16
+
+
+def redraw(seed: int, *models: Any) -> None:
+    """Give all models the same new weights, which bf16 holds exactly, but for those in four bits."""
+    for named in zip(*(model.named_parameters() for model in models), strict=True):
+        name, first = named[0]
+        if not first.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, name)))
+        scale, middle = (0.1, 1.0) if "norm" in name else (0.05, 0.0)
+        drawn = (torch.randn(first.shape, generator=generator) * scale + middle).bfloat16()
+        for _, parameter in named:
+            parameter.data.copy_(drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_that_break_before_anything_is_captured_are_counted(tools: Any) -> None:
+    model = fxopt.optimize(make_adapted(tools, CASES["dora"]), partial=True)
+    tools.run_step(model, tools.make_batch((2, 24), padded="none", device="cpu"))
+    report = fxopt.explain(model)
+    (fallback,) = report.fallbacks
+    assert fallback.count == LAYERS
+    assert fallback.reason == "its graph breaks before a piece of it could be captured"
+    assert report.regions[0].status == "stock"
+
+
 HIDDEN, INNER, KEYS, TOKENS = 64, 128, 32, 48
 HEADS = 4
 SAVED_WIDTHS = {
