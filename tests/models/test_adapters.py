@@ -244,6 +244,36 @@ def redraw(seed: int, *models: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("verify", ["on", "off"])
+def test_weights_of_torchao_are_left_with_a_reason_and_train_as_stock(verify: str, tools: Any) -> None:
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    steps: list[Any] = []
+    for optimized in (True, False):
+        model = tools.make_model("llama")
+        torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+        torch.manual_seed(1)
+        options = {"r": 4, "target_modules": ALL_PROJECTIONS, "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, peft.LoraConfig(**options, init_lora_weights=False)).train()
+        if optimized:
+            fxopt.optimize(model, verify=verify)
+        batch = tools.make_batch((2, 24), padded="right", device="cpu")
+        steps.append(tools.run_step(model, batch))
+        if optimized:
+            report = fxopt.explain(model)
+            assert report.fallbacks == ()
+            sites = [site for site in report.sites if site.pattern == "lora_linear"]
+            assert sum(site.count for site in sites) == LAYERS * PROJECTIONS
+            assert all("is of class Int8Tensor" in site.reason for site in sites)
+            assert {site.status for site in report.sites if site not in sites} == {"rewritten"}
+    ours, theirs = steps
+    assert tools.relative(ours.loss, theirs.loss) < 1e-5
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        assert tools.relative(ours.gradients[name], gradient) < 1e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_blocks_that_break_before_anything_is_captured_are_counted(tools: Any) -> None:
     model = fxopt.optimize(make_adapted(tools, CASES["dora"]), partial=True)
     tools.run_step(model, tools.make_batch((2, 24), padded="none", device="cpu"))
