@@ -63,6 +63,7 @@ class BlockCalls:
         try:
             return self._run_compiled(path, block, idle_hooks, *args, **kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
+            self.ledger.progress.wipe()
             cause = torch_compat.cause_to_raise(error)
             if cause is not None:
                 raise cause from None
@@ -92,6 +93,8 @@ class BlockCalls:
 
     def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(path)
+        if not self.ledger.captures:
+            self.ledger.progress.show(path or self.region, "capturing")
         hidden = idle_hooks_hidden(block) if idle_hooks else contextlib.nullcontext()
         with hidden:
             output = self.compiled(block, self._count_eager, args, kwargs)

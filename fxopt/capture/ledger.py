@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
+from fxopt.capture.progress import Progress
 from fxopt.report.records import Fallback
 
 
@@ -34,6 +35,7 @@ class Ledger:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""
+    progress: Progress = dataclasses.field(default_factory=Progress)
     _current: str = ""
     _pieces: list[Capture] = dataclasses.field(default_factory=list)
 
@@ -69,6 +71,11 @@ class Ledger:
     def note(self, text: str) -> None:
         """Record something the user should know, once."""
         self.notes.setdefault(text)
+
+    @property
+    def num_recompiles(self) -> int:
+        """How many captures were made beyond the first of each region."""
+        return len(self.captures) - len({capture.region for capture in self.captures})
 
     def fallback_records(self) -> tuple[Fallback, ...]:
         """Return the fallbacks counted so far as records, most frequent first."""

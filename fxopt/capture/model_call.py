@@ -91,6 +91,7 @@ class ModelCall:
         try:
             return self._run_compiled(*args, **kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
+            self.ledger.progress.wipe()
             cause = torch_compat.cause_to_raise(error)
             if cause is not None:
                 raise cause from None
@@ -145,6 +146,8 @@ class ModelCall:
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(REGION)
+        if not self.ledger.captures and not self.ledger.refused:
+            self.ledger.progress.show("the model around its blocks", "capturing")
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:

@@ -81,3 +81,46 @@ def test_an_optimized_and_a_stock_model_train_side_by_side(flow: Any, tmp_path: 
     assert losses["ours"] == pytest.approx(losses["stock"], rel=1e-5)
     assert losses["ours"][-1] < losses["ours"][0]
     assert fxopt.explain(ours).fallbacks == ()
+
+
+def test_the_callback_logs_memory_fallbacks_and_recompiles(
+    flow: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = flow.make(optimized=True, verify="off")
+    trainer = Trainer(
+        model=model,
+        train_dataset=flow.tokens,
+        data_collator=DataCollatorForLanguageModeling(flow.tokenizer, mlm=False),
+        args=TrainingArguments(**flow.settings(tmp_path)),
+        callbacks=[fxopt.TrainerCallback()],
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["fxopt_fallbacks"] for row in logged] == [0, 0, 0]
+    assert [row["fxopt_recompiles"] for row in logged] == [1, 1, 1]  # the first block's input has no gradient
+    assert all(row["fxopt_peak_gib"] > 0.1 for row in logged)
+    block = model.base_model.model.model.layers[0]
+    handle = block.mlp.register_forward_hook(lambda module, inputs, output: None)
+    trainer.train()
+    handle.remove()
+    last = [row for row in trainer.state.log_history if "loss" in row][-1]
+    assert last["fxopt_fallbacks"] > 0
+    warned = [record.getMessage() for record in caplog.records if record.name == "fxopt"]
+    assert sum("ran stock so far: a hook sits on" in line for line in warned) == len(
+        {fallback.region for fallback in fxopt.explain(model).fallbacks}
+    )
+
+
+def test_the_callback_says_that_a_model_is_not_optimized(
+    flow: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(
+        model=flow.make(optimized=False),
+        train_dataset=flow.tokens,
+        data_collator=DataCollatorForLanguageModeling(flow.tokenizer, mlm=False),
+        args=TrainingArguments(**flow.settings(tmp_path, max_steps=1)),
+        callbacks=[fxopt.TrainerCallback()],
+    )
+    trainer.train()
+    assert "PeftModelForCausalLM is not optimized" in caplog.text
+    assert not any("fxopt_fallbacks" in row for row in trainer.state.log_history)
