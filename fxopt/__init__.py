@@ -1,5 +1,7 @@
 """fxopt: a compiler-style graph-rewriting optimizer for training Hugging Face models."""
 
+from typing import TYPE_CHECKING, Any
+
 from fxopt.errors import (
     FxoptError,
     ProofError,
@@ -12,6 +14,9 @@ from fxopt.pipeline import ALL, explain, optimize, restore
 from fxopt.report.records import Proof, Report, Site
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 
+if TYPE_CHECKING:
+    from fxopt.capture.callback import TrainerCallback
+
 __all__ = [
     "ALL",
     "FxoptError",
@@ -23,6 +28,7 @@ __all__ = [
     "Report",
     "Site",
     "StaleLogitsError",
+    "TrainerCallback",
     "UnknownNameError",
     "UnmatchedError",
     "VerifyError",
@@ -31,3 +37,12 @@ __all__ = [
     "restore",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `TrainerCallback`, and transformers' trainer with it, when it is first asked for."""
+    if name == "TrainerCallback":
+        from fxopt.capture.callback import TrainerCallback
+
+        return TrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,10 +16,10 @@ from fxopt.patterns.rope import ROPE
 
 ALL = (
     DEQUANTIZE_4BIT,
-    LORA_LINEAR,
-    JOIN_LORA_LINEAR,
     LAYER_NORM,
-    RMS_NORM,
+    RMS_NORM,  # before the layers that read its result: the cast that ends a norm is the norm's
+    LORA_LINEAR,  # before the sums that end in a norm: a norm may read an adapted layer's own sum
+    JOIN_LORA_LINEAR,
     ADD_RMS_NORM,
     ROPE,
     NORM_ROPE,

@@ -20,6 +20,8 @@ from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, cal
 from fxopt.rewriting.terms import Term, attribute, operation, tensor
 
 ATTRIBUTES = ("shape", "blocksize", "quant_type", "dtype")
+BLOCKSIZES = tuple(2**power for power in range(5, 13))
+"""Those that bitsandbytes knows; it raises for others when it decodes them."""
 OPERANDS = ("codebook", "nested_absmax", "offset")
 
 
@@ -38,8 +40,10 @@ def check(m: Match) -> Mismatch | None:
     """Refuse tables and blocks that the kernel does not know."""
     if m["quant_type"] not in TABLES:
         return m.fail(f"codes are {m['quant_type']}, expected one of {', '.join(TABLES)}", "packed")
-    if m["blocksize"] % 8:
-        return m.fail(f"blocks have {m['blocksize']} values, expected a multiple of 8", "packed")
+    if m["blocksize"] not in BLOCKSIZES:
+        return m.fail(
+            f"blocks have {m['blocksize']} values, expected a power of two from 32 to 4096", "packed"
+        )
     return None
 
 

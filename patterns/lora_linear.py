@@ -56,7 +56,7 @@ def search() -> Term:
     factor = tensor("B", "N R")
     part = named("part", either(linear(inner, factor, tensor("B_bias", "N")), linear(inner, factor)))
     part = maybe(cast, maybe(lambda part: part * number("scale"), part))
-    return maybe(cast, maybe(cast, base) + part)
+    return maybe(cast, named("sum", maybe(cast, base) + part))
 
 
 def check(m: Match) -> Mismatch | None:
@@ -74,6 +74,10 @@ def check(m: Match) -> Mismatch | None:
             return m.fail(f"{name} is {m.example(name).dtype}, expected floating-point numbers", name)
     if not m.output.is_floating_point():
         return m.fail(f"the sum is cast to {m.output.dtype}, expected floating-point numbers")
+    if m.output.dtype != m.example("sum").dtype and m.output.dtype == torch.promote_types(
+        m.output.dtype, m.example("sum").dtype
+    ):
+        return m.fail(f"the sum is widened to {m.output.dtype}, which is its reader's", "sum")
     if m["base_kind"] == "adapted":
         if len(m["weights"]) != 1:
             return m.fail("the op has several layers, expected the one that the adapter belongs to", "base")
@@ -193,6 +197,7 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "fp32 adapters", (_adapted(), _inputs(device, bf16, fp32))
     yield "fp32 adapters, wide sum", (_adapted(casts=False), _inputs(device, bf16, fp32))
     yield "fp32 adapters under autocast", (_under_autocast, _inputs(device, bf16, fp32))
+    yield "widened by its reader", (lambda *args: _adapted()(*args).float().tanh(), _inputs(device, bf16))
     yield "fp32 under autocast", (_under_autocast, _inputs(device, fp32, fp32))
 
 

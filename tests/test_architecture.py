@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "report",
     },
-    "__init__": {"pipeline", "rewriting", "options", "errors", "report"},
+    "__init__": {"pipeline", "capture.callback", "rewriting", "options", "errors", "report"},
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
     "cli": {"coverage", "demo", "__init__", "errors", "report"},

@@ -22,6 +22,7 @@ PUBLIC = {
     "Report",
     "Site",
     "StaleLogitsError",
+    "TrainerCallback",
     "UnknownNameError",
     "UnmatchedError",
     "VerifyError",

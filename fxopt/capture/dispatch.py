@@ -8,6 +8,7 @@ stock path by design. A training call that cannot be served runs the stock path 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from fxopt.capture.ledger import Ledger
 from fxopt.capture.reasons import reason_of
 
 PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+
+NO_PIECE = "its graph breaks before a piece of it could be captured"
 
 
 def block_entry(block: nn.Module, count_eager: Callable[[], None], args: Any, kwargs: Any) -> Any:
@@ -38,6 +41,7 @@ class BlockCalls:
         self.ledger = ledger
         self.region = region
         self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=not partial)
+        self.partial = partial
         self.stock_classes: dict[type, str] = {}
 
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,6 +63,7 @@ class BlockCalls:
         try:
             return self._run_compiled(path, block, idle_hooks, *args, **kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
+            self.ledger.progress.wipe()
             cause = torch_compat.cause_to_raise(error)
             if cause is not None:
                 raise cause from None
@@ -88,10 +93,15 @@ class BlockCalls:
 
     def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(path)
-        if idle_hooks:
-            with idle_hooks_hidden(block):
-                return self.compiled(block, self._count_eager, args, kwargs)
-        return self.compiled(block, self._count_eager, args, kwargs)
+        if not self.ledger.captures:
+            self.ledger.progress.show(path or self.region, "capturing")
+        hidden = idle_hooks_hidden(block) if idle_hooks else contextlib.nullcontext()
+        with hidden:
+            output = self.compiled(block, self._count_eager, args, kwargs)
+        if self.partial and not self.ledger.is_served:
+            self.ledger.count_fallback(self.region, NO_PIECE)
+            self.ledger.refused.setdefault(self.region, NO_PIECE)
+        return output
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

@@ -16,6 +16,7 @@ from fxopt.capture import torch_compat
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.libraries import find_doubts
 from fxopt.capture.lowering import Lowering
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
@@ -27,6 +28,7 @@ from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_compat import SLOT
 from fxopt.errors import FxoptError
 
+AFTER_BLOCKS = "what stands after the blocks"
 RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
 
@@ -48,7 +50,7 @@ class Installation:
         self.options = options
         self.regions: Regions = find_regions(model)
         self.ledger = Ledger()
-        for line in find_patched(model):
+        for line in (*find_patched(model), *find_doubts(model)):
             self.ledger.note(line)
         self._settings = torch_compat.make_capture_settings()
         self._transform = _unhooked(transform)
@@ -117,12 +119,22 @@ class Installation:
         return torch_compat.mark_leaf(call_block)
 
     def _block_backend(self, region: str) -> Callable[..., Any]:
+        stacks = {
+            stack.path: f"{stack.path or 'the blocks'} ({len(stack.paths)} blocks)"
+            for stack in self.regions.stacks
+        }
+        name, progress = stacks.get(region, region), self.ledger.progress
+
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            number = f"capture {1 + sum(capture.region == region for capture in self.ledger.captures)}"
+            progress.show(name, f"{number}, rewriting and proving")
             outcome = self._transform(gm, region=region, lazy_outputs=False)
             capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
             if torch_compat.changes_python_state():
                 self.ledger.changes_state = True
+            progress.show(name, f"{number}, compiling")
             compiled = keep_stock_gradients(self._lower, region)(gm, example_inputs)
+            progress.done(name)
             ledger = self.ledger
 
             def run(*args: Any) -> Any:
@@ -136,6 +148,8 @@ class Installation:
     def _compile_model(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         assert self.model_call is not None
         tail = cut_tail(gm, is_leaf)
+        progress = self.ledger.progress
+        progress.show(AFTER_BLOCKS, "rewriting and proving")
         outcome = self._transform(tail.graph, region=REGION, lazy_outputs=self.model.training)
         capture = self.ledger.add_capture(REGION, outcome)
         placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
@@ -145,7 +159,9 @@ class Installation:
         if segments.unkept:
             self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
         lower = keep_stock_gradients(self._lower, REGION)
+        progress.show(AFTER_BLOCKS, "compiling")
         call = compile_model_graph(tail.graph, examples, lower, segments)
+        progress.done(AFTER_BLOCKS)
         ledger = self.ledger
 
         def run(*args: Any) -> Any:

@@ -21,7 +21,19 @@ from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
 REPLAYED_ARGUMENT = "xs"
-LAYOUT_OPS = frozenset({"_to_copy", "convert_element_type", "view", "reshape", "_unsafe_view", "cat", "t"})
+LAYOUT_OPS = frozenset(
+    {
+        "_to_copy",
+        "convert_element_type",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "cat",
+        "t",
+        "transpose",
+        "permute",
+    }
+)
 """Ops between an op of ours and what it reads that cost next to nothing to do again."""
 
 
@@ -161,11 +173,29 @@ def mark_recomputed(graph: fx.Graph) -> None:
     """Mark fxopt's pointwise ops to be computed again in the backward pass instead of saved.
 
     Such an op reads what its own backward saves anyway, and its result is as large as they are: computing
-    it again costs one pass over memory, saving it costs its bytes until the block's backward.
+    it again costs one pass over memory, saving it costs its bytes until the block's backward. An op of several
+    outputs has its whole result computed again where its backward reads its inputs, and none of its outputs.
     """
     for node in graph.nodes:
         if _is_recomputed(node):
             _must_recompute(node)
+            for output in _repeatable_outputs(node):
+                _must_recompute(output)
+                for user in output.users:
+                    _mark_layout(user)
+
+
+def _repeatable_outputs(node: fx.Node) -> list[fx.Node]:
+    """Return the outputs of an op whose backward keeps all that they are computed from, and reads none of them."""
+    outputs = [user for user in node.users if user.target is operator.getitem]
+    name = f"{node.target._schema.name.partition('::')[2]}_backward"  # pyright: ignore
+    backward = getattr(getattr(torch.ops, NAMESPACE), name, None)
+    target = None if backward is None else backward.default
+    for value in (*node.all_input_nodes, *outputs):
+        is_read = any(user.target is target for user in value.users)
+        if is_read == (value in outputs) and value.op != "placeholder":
+            return []
+    return outputs
 
 
 def fold_skip_gradients(graph: fx.Graph) -> int:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
+from fxopt.capture.progress import Progress
 from fxopt.report.records import Fallback
 
 
@@ -34,6 +35,7 @@ class Ledger:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""
+    progress: Progress = dataclasses.field(default_factory=Progress)
     _current: str = ""
     _pieces: list[Capture] = dataclasses.field(default_factory=list)
 
@@ -45,6 +47,11 @@ class Ledger:
     def begin(self, path: str) -> None:
         """Record that a call of the block or model at `path` begins: what serves it is the next captures that run."""
         self._current, self._pieces = path, []
+
+    @property
+    def is_served(self) -> bool:
+        """Whether any capture ran for the call that began last."""
+        return bool(self._pieces)
 
     def serve(self, capture: Capture) -> None:
         """Record that `capture` ran for the call that began last; one call may take several, where a graph breaks."""
@@ -64,6 +71,11 @@ class Ledger:
     def note(self, text: str) -> None:
         """Record something the user should know, once."""
         self.notes.setdefault(text)
+
+    @property
+    def num_recompiles(self) -> int:
+        """How many captures were made beyond the first of each region."""
+        return len(self.captures) - len({capture.region for capture in self.captures})
 
     def fallback_records(self) -> tuple[Fallback, ...]:
         """Return the fallbacks counted so far as records, most frequent first."""

@@ -22,6 +22,7 @@ from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, take
 from fxopt.capture.hooks import find_hooks, has_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.reasons import reason_of
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
@@ -90,6 +91,7 @@ class ModelCall:
         try:
             return self._run_compiled(*args, **kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
+            self.ledger.progress.wipe()
             cause = torch_compat.cause_to_raise(error)
             if cause is not None:
                 raise cause from None
@@ -104,6 +106,8 @@ class ModelCall:
             self.obstacles[form_of(args, kwargs)] = reason
             self.ledger.refused[REGION] = reason
             self.ledger.count_fallback(REGION, reason)
+            for line in find_own_forwards(self.model):
+                self.ledger.note(line)
             return output
         except TailMismatch as error:
             self.ledger.count_fallback(REGION, str(error))
@@ -142,6 +146,8 @@ class ModelCall:
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(REGION)
+        if not self.ledger.captures and not self.ledger.refused:
+            self.ledger.progress.show("the model around its blocks", "capturing")
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:

@@ -1,12 +1,15 @@
-"""Which classes of a model run a forward that another package put into them."""
+"""Which classes and modules of a model run a forward that another package put into them."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
 from fxopt.capture.modules import walk
+
+OURS = "fxopt"
 
 
 def find_patched(model: nn.Module) -> tuple[str, ...]:
@@ -15,12 +18,31 @@ def find_patched(model: nn.Module) -> tuple[str, ...]:
     for kind in {type(module): None for module in walk(model)}:
         forward = inspect.unwrap(kind.forward)
         package = _package_of(getattr(forward, "__module__", None))
-        if package and package not in {_package_of(base.__module__) for base in kind.__mro__}:
+        if package and package not in _packages_of(kind):
             lines.setdefault(
                 f"{kind.__name__} was patched by {package} before fxopt saw it: "
                 "its forms count as the stock ones, and what they call may not be captured"
             )
     return tuple(lines)
+
+
+def find_own_forwards(model: nn.Module) -> tuple[str, ...]:
+    """Return one line per module of `model` that another package gave a forward of its own, as trainers do."""
+    lines: dict[str, None] = {}
+    for module in walk(model):
+        forward: Any = module.__dict__.get("forward")
+        function = getattr(forward, "__func__", forward)  # wrapped or not, what is called is this one
+        package = _package_of(getattr(function, "__globals__", {}).get("__name__"))
+        if package and package != OURS and package not in _packages_of(type(module)):
+            lines.setdefault(
+                f"{type(module).__name__}: {package} put a forward of its own on this model; what that "
+                "computes after the blocks is left as it is"
+            )
+    return tuple(lines)
+
+
+def _packages_of(kind: type) -> set[str]:
+    return {_package_of(base.__module__) for base in kind.__mro__}
 
 
 def _package_of(module: str | None) -> str:

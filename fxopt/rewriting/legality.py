@@ -15,6 +15,7 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
 from fxopt.graph.storage import UNKNOWN, keys_of
+from fxopt.graph.view import tensors_of
 from fxopt.rewriting.matcher import Bindings
 from fxopt.rewriting.modes import Mode, switched
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
@@ -104,6 +105,13 @@ def judge(
         exports,
         mode.autocast[-1] if mode.autocast else None,
     )
+    for node in match.inputs:
+        kind = find_own_arithmetic(node)
+        if kind:
+            reason = (
+                f"{node.name} is of class {kind}, which has arithmetic of its own, expected a plain tensor"
+            )
+            return Mismatch(pattern.name, reason, (node,), progress, True, True)
     at = find_insertion(match, state)
     if at is None:
         reason = f"a value is read before the last input of {outputs[-1].name} is computed"
@@ -114,6 +122,15 @@ def judge(
             reason = f"{node.name} is written to in place between the nodes of the match"
             return Mismatch(pattern.name, reason, (node,), progress, True, True)
     return match
+
+
+def find_own_arithmetic(node: fx.Node) -> str:
+    """Return the class of a tensor in the value of `node` that is made of others, as quantized ones are; "" if none.
+
+    Such a class says what each op does to it, and knows none of fxopt's.
+    """
+    made = (type(tensor).__name__ for tensor in tensors_of(node) if hasattr(tensor, "__tensor_flatten__"))
+    return next(made, "")
 
 
 def _may_be_written(keys: frozenset[int], written: frozenset[int]) -> bool:

@@ -71,6 +71,7 @@ forward_op = register_op(
     plain=plain_forward,
     fused=_fused_forward,
     fake=_fake_forward,
+    tags=(torch.Tag.pointwise,),
 )
 backward_op = register_op(
     f"norm_rope_backward(Tensor? dq, Tensor? dk, Tensor q, Tensor? k, {_TENSORS}, {_ATTRIBUTES}, bool need_weight) "

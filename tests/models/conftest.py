@@ -277,6 +277,9 @@ def tools() -> Any:
         run_step = staticmethod(run_step)
         relative = staticmethod(relative)
         measure_excess = staticmethod(measure_excess)
+        gradient_excess = staticmethod(gradient_excess)
+        excess_of = staticmethod(excess_of)
+        draws = DRAWS
         most_standard_error = MOST_STANDARD_ERROR
         saved_bytes = staticmethod(saved_bytes)
         layers = LAYERS

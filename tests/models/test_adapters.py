@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxopt
 
@@ -178,25 +179,146 @@ def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str
     assert bool(case.reason) == bool(report.fallbacks)
 
 
+HALF: dict[str, dict[str, Any]] = {
+    "dense, fp32 adapters under autocast": {"base": "dense", "adapters": torch.float32},
+    "dense, bf16 adapters": {"base": "dense", "adapters": torch.bfloat16},
+    "nf4, fp32 adapters under autocast": {"base": "nf4", "adapters": torch.float32},
+    "nf4, bf16 adapters": {"base": "nf4", "adapters": torch.bfloat16},
+    "bias on the base, fp32 adapters under autocast": {"base": "bias on the base", "adapters": torch.float32},
+    "rank-stabilized, bf16 adapters": {"base": "rank-stabilized", "adapters": torch.bfloat16},
+    "two adapters, fp32, under autocast": {"base": "two adapters", "adapters": torch.float32},
+    "bias on B, bf16": {"base": "bias on B", "adapters": torch.bfloat16},
+}
+QUICK_HALF = ("nf4, fp32 adapters under autocast",)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_HALF else pytest.param(name, marks=pytest.mark.slow) for name in HALF]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_in_bf16_no_gradient_is_farther_from_fp32_than_stocks(name: str, tools: Any) -> None:
+    case, dtype = CASES[HALF[name]["base"]], HALF[name]["adapters"]
+    ours, stock, exact = (make_adapted(tools, case) for _ in range(3))
+    for model in (ours, stock):
+        lower(model, dtype)
+    fxopt.optimize(ours)
+    autocast = torch.bfloat16 if dtype == torch.float32 else None
+    gradients: list[float] = []
+    losses: list[float] = []
+    for seed in range(tools.draws):
+        redraw(seed, ours, stock, exact)
+        batch = tools.make_batch((2, 24), padded="left" if seed % 2 else "right", device="cpu")
+        reference = tools.run_step(exact, batch)
+        step, stock_step = (tools.run_step(model, batch, autocast) for model in (ours, stock))
+        assert step.gradients.keys() == reference.gradients.keys()
+        gradients.append(tools.gradient_excess(step, stock_step, reference))
+        errors = [tools.relative(each.loss, reference.loss) for each in (step, stock_step)]
+        losses.append(errors[0] - errors[1])
+    excess = tools.excess_of(gradients)
+    assert excess.standard_error < tools.most_standard_error
+    assert not excess.is_shown, excess
+    assert not tools.excess_of(losses).is_shown
+    report = fxopt.explain(ours)
+    assert report.fallbacks == ()
+    adapted = [site for site in report.sites if site.pattern == "lora_linear"]
+    assert {site.status for site in adapted} == {"rewritten"}
+
+
+def lower(model: Any, adapters: torch.dtype) -> None:
+    """Give the weights of the base bf16 and those of the adapters `adapters`."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(adapters if "lora" in name else torch.bfloat16)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.bfloat16
+
+
+def redraw(seed: int, *models: Any) -> None:
+    """Give all models the same new weights, which bf16 holds exactly, but for those in four bits."""
+    for named in zip(*(model.named_parameters() for model in models), strict=True):
+        name, first = named[0]
+        if not first.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, name)))
+        scale, middle = (0.1, 1.0) if "norm" in name else (0.05, 0.0)
+        drawn = (torch.randn(first.shape, generator=generator) * scale + middle).bfloat16()
+        for _, parameter in named:
+            parameter.data.copy_(drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("verify", ["on", "off"])
+def test_weights_of_torchao_are_left_with_a_reason_and_train_as_stock(verify: str, tools: Any) -> None:
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    steps: list[Any] = []
+    for optimized in (True, False):
+        model = tools.make_model("llama")
+        torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+        torch.manual_seed(1)
+        options = {"r": 4, "target_modules": ALL_PROJECTIONS, "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, peft.LoraConfig(**options, init_lora_weights=False)).train()
+        if optimized:
+            fxopt.optimize(model, verify=verify)
+        batch = tools.make_batch((2, 24), padded="right", device="cpu")
+        steps.append(tools.run_step(model, batch))
+        if optimized:
+            report = fxopt.explain(model)
+            assert report.fallbacks == ()
+            sites = [site for site in report.sites if site.pattern == "lora_linear"]
+            assert sum(site.count for site in sites) == LAYERS * PROJECTIONS
+            assert all("is of class Int8Tensor" in site.reason for site in sites)
+            assert {site.status for site in report.sites if site not in sites} == {"rewritten"}
+    ours, theirs = steps
+    assert tools.relative(ours.loss, theirs.loss) < 1e-5
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        assert tools.relative(ours.gradients[name], gradient) < 1e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_that_break_before_anything_is_captured_are_counted(tools: Any) -> None:
+    model = fxopt.optimize(make_adapted(tools, CASES["dora"]), partial=True)
+    tools.run_step(model, tools.make_batch((2, 24), padded="none", device="cpu"))
+    report = fxopt.explain(model)
+    (fallback,) = report.fallbacks
+    assert fallback.count == LAYERS
+    assert fallback.reason == "its graph breaks before a piece of it could be captured"
+    assert report.regions[0].status == "stock"
+
+
 HIDDEN, INNER, KEYS, TOKENS = 64, 128, 32, 48
 HEADS = 4
+SAVED = {"block's input": HIDDEN, "q": HIDDEN, "k": KEYS, "v": KEYS, "attention": HIDDEN, "sum": HIDDEN}
+SAVED |= {"gate": INNER, "up": INNER}
+NORMED = {**SAVED, "attention's projection": HIDDEN, "MLP's result": HIDDEN}
 SAVED_WIDTHS = {
-    "block's input": HIDDEN,
-    "q": HIDDEN,
-    "k": KEYS,
-    "v": KEYS,
-    "attention": HIDDEN,
-    "sum": HIDDEN,
+    "dense": (SAVED, 2),
+    "nf4": (SAVED, 2),
+    "two adapters": (SAVED, 2),
+    "bias on the base": (SAVED, 2),
+    "qwen3": (SAVED, 2),
+    "olmo2": (NORMED, 2),
+    "gemma2": (NORMED, 4),
 }
-SAVED_WIDTHS |= {"gate": INNER, "up": INNER}
-"""What a block may save per token, in the dtype of the activations; and of each row of attention one fp32 number, of
-each norm one."""
+"""What a block may save per token, in bf16; and the norms of which each row saves one fp32 number, as each row of
+attention does. Blocks that norm the results of attention and MLP save what these norms read. q and k are saved once,
+before or after their norms and rotation."""
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        base if base in ("dense", "nf4") else pytest.param(base, marks=pytest.mark.slow)
+        for base in SAVED_WIDTHS
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
-    model = make_in_bf16(tools, base)
+    widths, norms = SAVED_WIDTHS[base]
+    model = make_in_bf16(tools, CASES[base] if base in CASES else Case(arch=base))
     batch = tools.make_batch((2, 24), padded="none", device="cpu")
     tools.run_step(model, batch, torch.bfloat16)
     (first, *_, last) = model.base_model.model.model.layers
@@ -204,18 +326,19 @@ def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for block in (first, last):
             totals[block] = saved_by_block(model, block, batch)
-    numbers = HEADS * TOKENS * 4 + 2 * TOKENS * 4
-    tables = 2 * 24 * 16 * 2  # cos and sin, which all blocks share
-    expected = sum(SAVED_WIDTHS.values()) * TOKENS * 2 + numbers + tables
+    expected = sum(widths.values()) * TOKENS * 2 + HEADS * TOKENS * 4 + norms * TOKENS * 4
     assert totals[last] == expected
-    assert (
-        totals[first] == expected - TOKENS * 4
-    )  # the model's input needs no gradient: no backward of its norm
+    if norms == 2 and widths is SAVED:  # the model's input needs no gradient: no backward of its norm
+        assert totals[first] == expected - TOKENS * 4
+    sites = [site for site in fxopt.explain(model).sites if site.pattern == "lora_linear"]
+    assert {site.status for site in sites} == {"rewritten"}
+    joins = [rewrite for rewrite in fxopt.explain(model).rewrites if rewrite.pattern == "join_lora_linear"]
+    assert len(joins) == 4  # q, k, v and gate, up, of two captured blocks
 
 
-def make_in_bf16(tools: Any, base: str) -> Any:
+def make_in_bf16(tools: Any, case: Case) -> Any:
     """Return an adapted, optimized model whose layers compute in bf16, its adapters in fp32."""
-    model = make_adapted(tools, dataclasses.replace(CASES[base], arch="llama"))
+    model = make_adapted(tools, case)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and "lora" not in name:
             parameter.data = parameter.data.bfloat16()
@@ -226,7 +349,7 @@ def make_in_bf16(tools: Any, base: str) -> Any:
 
 
 def saved_by_block(model: Any, block: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Return the bytes that one call of `block` saves, weights and their scales left out."""
+    """Return the bytes that one call of `block` saves, weights, their scales and what blocks share left out."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -247,6 +370,8 @@ def saved_by_block(model: Any, block: Any, batch: dict[str, torch.Tensor]) -> in
 
     def call(*args: Any, **kwargs: Any) -> Any:
         hooks.append(None)
+        shared = [item for item in pytree.tree_leaves((args[1:], kwargs)) if isinstance(item, torch.Tensor)]
+        own.update(tensor.untyped_storage().data_ptr() for tensor in shared)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             return stock_call(*args, **kwargs)
 

@@ -12,7 +12,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
 
 from fxopt.capture.joint_passes import fold_skip_gradients, mark_recomputed, replay_inputs
+from fxopt.kernels.add_rms_norm import add_rms_norm
 from fxopt.kernels.lora_linear import lora_linear
+from fxopt.kernels.norm_rope import norm_rope
 from fxopt.kernels.rms_norm import rms_norm
 
 
@@ -123,4 +125,63 @@ def test_a_norm_that_an_adapters_backward_reads_is_computed_again() -> None:
     assert "fxopt.rms_norm_output_0.default" not in forward
     assert "fxopt.rms_norm_output_0.default" in backward
     for value, stock in zip(ours, gradients(adapted, *inputs()), strict=True):
+        assert (value - stock).norm() <= 1e-5 * stock.norm()
+
+
+@torch._dynamo.allow_in_graph
+def turn_heads(*tensors: torch.Tensor, eps: float) -> Any:
+    return norm_rope(*tensors, eps=eps)
+
+
+def turned(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    heads = x.view(32, 1, 33, 64)
+    tables = [table.detach().expand(1, 1, 33, 64) for table in (torch.cos(w), torch.sin(w))]
+    q, k = turn_heads(heads, heads * 2, w, w, *tables, eps=1e-6)
+    return torch.sin(q) + torch.cos(k)
+
+
+def test_heads_that_were_normed_and_turned_are_computed_again_whole() -> None:
+    """Their op's backward keeps all that they are computed from; what reads them shall not keep them too."""
+    held: list[set[str]] = []
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        mark_recomputed(joint.graph)
+        joint.graph.lint()
+        return default_partition(joint, joint_inputs, **options)
+
+    def run_nodes(graph: fx.GraphModule, _: Any) -> Any:
+        held.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
+    ours = gradients(torch.compile(turned, backend=backend, fullgraph=True), *inputs())
+    forward, backward = held
+    assert "fxopt.norm_rope.default" in forward
+    assert "fxopt.norm_rope.default" in backward
+    for value, stock in zip(ours, gradients(turned, *inputs()), strict=True):
+        assert (value - stock).norm() <= 1e-5 * stock.norm()
+
+
+def test_a_sum_and_its_norm_are_not_computed_again_whole() -> None:
+    """Its op's backward reads the sum, which is saved anyway, and not the two that were added."""
+    held: list[set[str]] = []
+
+    def run_nodes(graph: fx.GraphModule, _: Any) -> Any:
+        held.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        mark_recomputed(joint.graph)
+        return default_partition(joint, joint_inputs, **options)
+
+    def summed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h, n = add_rms_norm(torch.tanh(x), x, w, eps=1e-6)
+        return h + torch.sin(n)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
+    ours = gradients(torch.compile(summed, backend=backend, fullgraph=True), *inputs())
+    assert "fxopt.add_rms_norm.default" not in held[1]
+    for value, stock in zip(ours, gradients(summed, *inputs()), strict=True):
         assert (value - stock).norm() <= 1e-5 * stock.norm()

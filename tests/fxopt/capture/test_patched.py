@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import torch
 from torch import nn
 
 import fxopt
-from fxopt.capture.patched import find_patched
+from fxopt.capture.patched import find_own_forwards, find_patched
 
 
 class Block(nn.Module):
@@ -44,3 +45,15 @@ def test_a_wrapped_forward_is_no_patch(monkeypatch) -> None:
 
     monkeypatch.setattr(Block, "forward", wrapped)
     assert find_patched(nn.Sequential(Block())) == ()
+
+
+def test_a_forward_on_the_object_is_named_with_the_package_that_put_it_there() -> None:
+    original = Block.forward
+    scope: dict = {"__name__": "a_trainer.utils"}
+    exec("def forward(self, x):\n    return self.linear(x)", scope)
+    foreign = functools.wraps(original)(scope["forward"])
+    model = nn.Sequential(Block(), Block())
+    assert find_own_forwards(model) == ()
+    model[1].forward = types.MethodType(foreign, model[1])
+    (line,) = find_own_forwards(model)
+    assert line.startswith("Block: a_trainer put a forward of its own on this model")

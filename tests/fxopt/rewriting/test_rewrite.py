@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
@@ -51,6 +52,19 @@ def apply(gm: fx.GraphModule, *patterns: Pattern, lazy: bool = False, prove: Any
 
 def targets(gm: fx.GraphModule) -> list[Any]:
     return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+
+def test_a_tensor_with_arithmetic_of_its_own_is_refused(builder: Any) -> None:
+    """As a quantized weight has: fxopt's ops would not know what to do with it."""
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    gm = builder.finish(builder.norm(x, w))
+    w.meta["example_value"] = TwoTensor(torch.ones(8), torch.ones(8))
+    assert apply(gm, NORM).rewrites == []
+    state, trace = read_state(gm.graph), Trace(NORM.name)
+    (root,) = gm.graph.find_nodes(op="output")[0].args[0]
+    assert find_match(NORM, root, root, state, False, trace) is None
+    assert trace.nearest is not None
+    assert "w is of class TwoTensor, which has arithmetic of its own" in trace.nearest.reason
 
 
 def test_a_match_becomes_one_call_that_knows_where_it_came_from(builder: Any) -> None:
