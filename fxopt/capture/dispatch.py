@@ -8,6 +8,7 @@ stock path by design. A training call that cannot be served runs the stock path 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -37,7 +38,9 @@ class BlockCalls:
     def __init__(self, ledger: Ledger, region: str, backend: Callable[..., Any], *, partial: bool) -> None:
         self.ledger = ledger
         self.region = region
-        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=not partial)
+        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
+        self.pieces = torch_compat.compile_frame(block_entry, backend, fullgraph=False) if partial else None
+        self.broken_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
 
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,21 +58,35 @@ class BlockCalls:
         return serve(*args, **kwargs)
 
     def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
-        """Run `block`'s forward compiled, or as it is where it cannot be captured."""
-        try:
-            return self._run_compiled(path, block, idle_hooks, *args, **kwargs)
-        except torch_compat.CAPTURE_ERRORS as error:
-            cause = torch_compat.cause_to_raise(error)
-            if cause is not None:
-                raise cause from None
-            reason = reason_of(error)
-        dtypes = [parameter.dtype for parameter in block.parameters()]
+        """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
+        kind, dtypes = type(block), [parameter.dtype for parameter in block.parameters()]
+
+        def is_same() -> bool:
+            # A call may cast a weight for good, as four-bit layers do with a bias: the next one can be captured.
+            return dtypes == [parameter.dtype for parameter in block.parameters()]
+
+        reason = ""
+        for compiled in (self.compiled, self.pieces):
+            if compiled is None or (compiled is self.compiled and kind in self.broken_classes):
+                continue
+            try:
+                output = self._run_compiled(compiled, path, block, idle_hooks, args, kwargs)
+            except torch_compat.CAPTURE_ERRORS as error:
+                cause = torch_compat.cause_to_raise(error)
+                if cause is not None:
+                    raise cause from None
+                reason = reason or reason_of(error)
+                if torch_compat.is_of_backend(error):
+                    break
+            else:
+                if compiled is self.pieces and is_same():
+                    self.broken_classes.add(kind)
+                return output
         output = block.forward(*args, **kwargs)  # a call that fails in stock too says nothing of the block
         self.ledger.count_fallback(self.region, f"capture failed: {reason}")
-        if dtypes == [parameter.dtype for parameter in block.parameters()]:
-            self.stock_classes[type(block)] = reason
+        if is_same():
+            self.stock_classes[kind] = reason
             self.ledger.refused[self.region] = reason
-        # Else the call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
         return output
 
     def find_obstacle(
@@ -86,12 +103,22 @@ class BlockCalls:
             return f"a hook sits on the {type(hooks.live).__name__} inside"
         return find_opaque(args, kwargs)
 
-    def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
+    def _run_compiled(
+        self,
+        compiled: Callable[..., Any],
+        path: str,
+        block: nn.Module,
+        idle_hooks: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         self.ledger.begin(path)
-        if idle_hooks:
-            with idle_hooks_hidden(block):
-                return self.compiled(block, self._count_eager, args, kwargs)
-        return self.compiled(block, self._count_eager, args, kwargs)
+        with contextlib.ExitStack() as scope:
+            if idle_hooks:
+                scope.enter_context(idle_hooks_hidden(block))
+            if compiled is self.pieces:
+                scope.enter_context(torch_compat.frames_of_pieces_captured())
+            return compiled(block, self._count_eager, args, kwargs)
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

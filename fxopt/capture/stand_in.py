@@ -12,12 +12,14 @@ from fxopt.capture import torch_compat
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
+from fxopt.capture.trial import try_on_values
 
 
 class StandIns:
     """Makes the stand-in values of one model's blocks; equal blocks on equal arguments are run once.
 
-    A block that keeps something in its attributes on the way cannot be stood in for: what it keeps would be a
+    A block that looks at values (experts in a loop) cannot run on stand-ins: it is run on random values of the same
+    sizes. One that keeps something in its attributes on the way cannot be stood in for: what it keeps would be a
     stand-in, and the model may read it.
     """
 
@@ -57,20 +59,30 @@ class StandIns:
                 name: torch_compat.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
-            with torch_compat.real_tensors_allowed(mode):
-                out = torch.func.functional_call(block, state, args, kwargs)
+            try:
+                with torch_compat.real_tensors_allowed(mode):
+                    out = torch.func.functional_call(block, state, args, kwargs)
+            except Exception as error:
+                _put_back(before)
+                out = try_on_values(block, args, kwargs)
+                if out is None:
+                    raise error from None
             changed = _find_change(before)
         except Exception as error:
             self.failed_in = frames_of(error)
             raise
         finally:
             self._running = False
-            for module, attributes in before.items():
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+            _put_back(before)
         if changed:
             raise TailRefusal(f"a block sets {changed} while it runs, which may be read after the blocks")
         return out
+
+
+def _put_back(before: dict[nn.Module, dict[str, Any]]) -> None:
+    for module, attributes in before.items():
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
 
 
 def _form_of(value: Any, fakes: list[torch.Tensor]) -> Any:

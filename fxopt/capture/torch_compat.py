@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch._dynamo as dynamo
+from torch._C._dynamo import eval_frame
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -131,6 +132,24 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def frames_of_pieces_captured() -> Iterator[None]:
+    """Let Dynamo capture the frames that a captured one calls within the scope.
+
+    It leaves these alone inside whatever was captured whole, as the model around its blocks is.
+    """
+    switches: Any = eval_frame
+    if hasattr(switches, "set_fullgraph_compiled_frame_count"):
+        change, free = switches.set_fullgraph_compiled_frame_count, -1
+    else:  # torch 2.11
+        change, free = switches.set_eval_frame_override, switches._EvalFrameOverride.NONE
+    previous = change(free)
+    try:
+        yield
+    finally:
+        change(previous)
+
+
 def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make Dynamo put a call of `function` into the graph as one node, without tracing into it."""
     dynamo.allow_in_graph(function)
@@ -165,12 +184,36 @@ def make_stand_in(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def real_tensors_allowed(mode: Any) -> Iterator[None]:
-    """Let ops of `mode` read real tensors beside stand-ins within the scope."""
+    """Let ops of `mode` read real tensors beside stand-ins within the scope, and drop the sizes made up in it.
+
+    A size that hangs on values is a new symbol; torch asks for each in what is returned, unless told otherwise.
+    """
     previous, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
-        yield
+        with mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext():
+            yield
     finally:
         mode.allow_non_fake_inputs = previous
+
+
+@contextlib.contextmanager
+def stand_ins_left() -> Iterator[None]:
+    """Compute with real tensors within the scope, while Dynamo traces with stand-ins around it."""
+    with fake_tensor.unset_fake_temporarily():
+        yield
+
+
+def size_seen(size: int | torch.SymInt) -> int:
+    """Return the number that a size had in the call that is being captured.
+
+    Raises:
+        ValueError: it hangs on the values of a tensor.
+    """
+    if isinstance(size, int):
+        return size
+    if not size.node.has_hint():
+        raise ValueError(f"the size {size} hangs on the values of a tensor")
+    return int(size.node.hint)
 
 
 def _named_parameters(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
