@@ -26,29 +26,50 @@ class StandIns:
     def __init__(self) -> None:
         self._forms: dict[Any, Any] = {}
         self._running = False
+        self.keys_put: tuple[tuple[Any, ...], ...] = ()
+        """By mapping among its arguments: the keys that the last block put values in for."""
+        self.values_put: tuple[Any, ...] = ()
         self.failed_in: list[tuple[str, int]] = []
         """Where the last block that failed on stand-ins did so: Dynamo tells its errors without their traceback."""
 
     def clear(self) -> None:
         """Forget all forms: they keep alive what the capture that made them held."""
         self._forms.clear()
-        self.failed_in = []
+        self.failed_in, self.keys_put, self.values_put = [], (), ()
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return stand-ins of the form `block` returns for these stand-in arguments."""
         if self._running:
             return torch_compat.stock_call(block, *args, **kwargs)
+        args = tuple(dict(value) if isinstance(value, dict) else value for value in args)
+        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         fakes: list[torch.Tensor] = []
         forms = _form_of((args, kwargs), fakes)
         mode = torch_compat.fake_mode_of(fakes[0])
         weights = tuple([(value.shape, value.dtype, value.requires_grad) for value in tensors_of(block)])
         modules = tuple([(path, type(module)) for module, path in walk(block).items()])
-        key = (modules, forms, weights, block.training, id(mode))
-        if key not in self._forms:
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
+        before = [dict(mapping) for mapping in mappings]
+        key = (modules, forms, weights, block.training, id(mode), id(block) if mappings else None)
+        if mappings or key not in self._forms:
             self._forms[key] = self._run(mode, block, args, kwargs)
+            self._note_put(mappings, before)
         form = self._forms[key]
         return (
             _like(form) if isinstance(form, torch.Tensor) else pytree.tree_map_only(torch.Tensor, _like, form)
+        )
+
+    def _note_put(self, mappings: list[dict[Any, Any]], before: list[dict[Any, Any]]) -> None:
+        """Note what a block has put into the mappings it was given."""
+        pairs = list(zip(mappings, before, strict=True))
+        if any(old.keys() - new.keys() for new, old in pairs):
+            raise TailRefusal("a block takes something out of a mapping it is given")
+        self.keys_put = tuple(
+            tuple(key for key, value in new.items() if key not in old or old[key] is not value)
+            for new, old in pairs
+        )
+        self.values_put = tuple(
+            new[key] for (new, _), keys in zip(pairs, self.keys_put, strict=True) for key in keys
         )
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

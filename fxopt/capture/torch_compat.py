@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import fake_tensor
 from torch.fx.experimental import symbolic_shapes
@@ -44,6 +46,8 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (
 """What Dynamo raises when it cannot capture, or lets through of the stand-in tensors it traces with; never an error of
 the user's own code at run time."""
 
+GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
+"""How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
 _COPIES = itertools.count()
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
@@ -246,14 +250,22 @@ def tensors_left_unlisted(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 def changes_python_state() -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 
-    To be asked by a backend, while Dynamo calls it.
+    To be asked by a backend, while Dynamo calls it. Mappings among its arguments do not count: what is put into
+    these is seen where the model is captured.
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     new = (AttributeMutationNew, ValueMutationNew)
     return any(
-        not isinstance(item.mutation_type, new) and effects.is_modified(item)
+        not isinstance(item.mutation_type, new) and effects.is_modified(item) and not _is_given_mapping(item)
         for item in effects.id_to_variable.values()
     )
+
+
+def _is_given_mapping(item: Any) -> bool:
+    if not isinstance(item, ConstDictVariable) or item.source is None:
+        return False
+    name = item.source.name() if callable(item.source.name) else item.source.name
+    return GIVEN.fullmatch(name) is not None
 
 
 def is_compiled_node(node: object) -> bool:
