@@ -76,7 +76,7 @@ class BlockCalls:
                 if cause is not None:
                     raise cause from None
                 reason = reason or reason_of(error)
-                if torch_compat.is_of_backend(error):
+                if torch_compat.is_of_backend(error) and not torch_compat.hangs_on_values(error):
                     break
             else:
                 if compiled is self.pieces and is_same():

@@ -316,6 +316,11 @@ def is_of_backend(error: BaseException) -> bool:
     return isinstance(error, dynamo_exc.BackendCompilerFailed)
 
 
+def hangs_on_values(error: BaseException) -> bool:
+    """Return whether `error` says that something could not be compiled since its sizes hang on values."""
+    return isinstance(root_cause(error), symbolic_shapes.GuardOnDataDependentSymNode)
+
+
 def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:
     """Return why `gm` ends before the frame it was captured from does, and the stack there, or None."""
     cause: Any = getattr(gm, "compile_subgraph_reason", None)
