@@ -59,35 +59,46 @@ class BlockCalls:
 
     def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
         """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
-        kind, dtypes = type(block), [parameter.dtype for parameter in block.parameters()]
-
-        def is_same() -> bool:
-            # A call may cast a weight for good, as four-bit layers do with a bias: the next one can be captured.
-            return dtypes == [parameter.dtype for parameter in block.parameters()]
-
-        reason = ""
-        for compiled in (self.compiled, self.pieces):
-            if compiled is None or (compiled is self.compiled and kind in self.broken_classes):
-                continue
+        broken = type(block) in self.broken_classes
+        compiled = self.pieces if broken and self.pieces is not None else self.compiled
+        try:
+            return self._run_compiled(compiled, path, block, idle_hooks, args, kwargs)
+        except torch_compat.CAPTURE_ERRORS as error:
+            reason = self._reason_of(error)
+            can_break = not torch_compat.is_of_backend(error) or torch_compat.hangs_on_values(error)
+        dtypes = [parameter.dtype for parameter in block.parameters()]
+        is_captured, output = False, None
+        if self.pieces is not None and not broken and can_break:
             try:
-                output = self._run_compiled(compiled, path, block, idle_hooks, args, kwargs)
+                output = self._run_compiled(self.pieces, path, block, idle_hooks, args, kwargs)
+                is_captured = True
             except torch_compat.CAPTURE_ERRORS as error:
-                cause = torch_compat.cause_to_raise(error)
-                if cause is not None:
-                    raise cause from None
-                reason = reason or reason_of(error)
-                if torch_compat.is_of_backend(error) and not torch_compat.hangs_on_values(error):
-                    break
-            else:
-                if compiled is self.pieces and is_same():
-                    self.broken_classes.add(kind)
-                return output
-        output = block.forward(*args, **kwargs)  # a call that fails in stock too says nothing of the block
-        self.ledger.count_fallback(self.region, f"capture failed: {reason}")
-        if is_same():
-            self.stock_classes[kind] = reason
+                self._reason_of(error)
+        if not is_captured:
+            output = block.forward(
+                *args, **kwargs
+            )  # a call that fails in stock too says nothing of the block
+            self.ledger.count_fallback(self.region, f"capture failed: {reason}")
+        if dtypes != [parameter.dtype for parameter in block.parameters()]:
+            # The call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
+            return output
+        if is_captured:
+            self.broken_classes.add(type(block))
+        else:
+            self.stock_classes[type(block)] = reason
             self.ledger.refused[self.region] = reason
         return output
+
+    def _reason_of(self, error: Exception) -> str:
+        """Return why a block could not be captured.
+
+        Raises:
+            FxoptError, VerifyError: `error` wraps a mistake of the user's or of a pass.
+        """
+        cause = torch_compat.cause_to_raise(error)
+        if cause is not None:
+            raise cause from None
+        return reason_of(error)
 
     def find_obstacle(
         self, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -121,3 +121,28 @@ def test_a_block_whose_results_sizes_hang_on_values_keeps_the_tail_stock(scale: 
     tail = fxopt.explain(model).regions[-1]
     assert tail.status == "stock"
     assert "test_pieces.py:" in tail.reason
+
+
+def test_a_number_read_before_the_blocks_and_used_after_them_is_read_at_each_call() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count = (x > 0).sum().item()
+            least = torch.tensor(0.5)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x).pow(2).sum() / torch.maximum(least, self.head.bias.abs().sum()) / count
+
+    torch.manual_seed(0)
+    model = Counting().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for shift in (0.0, 1.0, -1.0):
+        assert_trained_alike(model, stock, torch.randn(2, 5, 8) + shift)
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert [region.status for region in report.regions] == ["captured", "captured"]
