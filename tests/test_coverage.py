@@ -34,7 +34,7 @@ SAMPLE = (
         "nanochat",
         "minicpm3",
         "flex_olmo",
-        "axk2",
+        "qwen4_exp_text",
     ),
     *("gpt_oss", "deepseek_v4", "dots3_note_text", "minimax", "minimax_m3_vl_text", "mamba2", "zamba2"),
     *("bert:masked-lm", "nystromformer:masked-lm", "t5:seq2seq", "whisper:speech-seq2seq", "pixtral:vision"),
