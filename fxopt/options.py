@@ -31,7 +31,7 @@ class Options:
     lowering: str = "auto"
     verify: str = "on"
     strict: bool = False
-    partial: bool = False
+    partial: bool = True
 
     @property
     def active_patterns(self) -> tuple[Any, ...]:

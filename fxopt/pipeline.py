@@ -34,7 +34,7 @@ from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders, restore_orders
-from fxopt.graph.verify import note_placeholders, verify
+from fxopt.graph.verify import note_items, note_placeholders, verify
 from fxopt.graph.view import find_subgraphs
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
@@ -103,6 +103,7 @@ def run_passes(
         VerifyError: a pass left the graph invalid.
     """
     note_placeholders(gm)
+    note_items(gm)
     note_orders(gm)
     anchors = find_anchors(gm)
     before = snapshot(gm)
@@ -131,7 +132,7 @@ def optimize(
     lowering: str = "auto",
     verify: str = "on",
     strict: bool = False,
-    partial: bool = False,
+    partial: bool = True,
     example_inputs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make `model` train faster and with less memory, in place, and return the same object.
@@ -146,7 +147,7 @@ def optimize(
         verify: "on" proves every rewrite numerically before it is used; "off" skips the proofs.
         strict: raise where a known form was not rewritten, a proof failed or a region was not captured, as
             seen in one forward pass on small inputs, instead of reporting it.
-        partial: where a block cannot be captured in one graph, optimize its pieces.
+        partial: where a block cannot be captured in one graph, optimize its pieces; False leaves it stock.
         example_inputs: keyword arguments of the model's forward for that pass; by default fxopt makes
             `input_ids` and `labels` of 2 x 16 tokens.
 

@@ -34,7 +34,7 @@ SAMPLE = (
         "nanochat",
         "minicpm3",
         "flex_olmo",
-        "axk2",
+        "qwen4_exp_text",
     ),
     *("gpt_oss", "deepseek_v4", "dots3_note_text", "minimax", "minimax_m3_vl_text", "mamba2", "zamba2"),
     *("bert:masked-lm", "nystromformer:masked-lm", "t5:seq2seq", "whisper:speech-seq2seq", "pixtral:vision"),
@@ -261,9 +261,17 @@ def test_the_whole_run_reached_its_figures() -> None:
     causal = [row for row in rows if row.task == "causal-lm"]
     built = [row for row in causal if row.status != "not built"]
     assert len(built) >= 0.927 * len(causal)
-    assert sum(row.status in ("captured", "blocks captured") for row in built) >= 0.96 * len(built)
-    for pattern in ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "linear_cross_entropy"):
-        counts = [row.sites[pattern] for row in rows if pattern in row.sites]
-        assert sum(each["rewritten"] for each in counts) >= 0.95 * sum(each["found"] for each in counts), (
-            pattern
-        )
+    assert sum(row.status in ("captured", "blocks captured") for row in built) >= 0.97 * len(built)
+    # A block in pieces is another matter: in a loop over tokens each piece is a site with sizes that are not fixed.
+    whole = [row for row in rows if not any(region["breaks"] for region in row.regions)]
+    assert len(whole) >= 0.95 * len(rows)
+    kinds = ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "linear_cross_entropy")
+    assert share_of(rows, *kinds) >= 0.95
+    for pattern in kinds:
+        assert share_of(whole, pattern) >= 0.95, pattern
+
+
+def share_of(rows: list[Row], *patterns: str) -> float:
+    """Return the share of the sites of `patterns` that are rewritten."""
+    counts = [row.sites[pattern] for row in rows for pattern in patterns if pattern in row.sites]
+    return sum(each["rewritten"] for each in counts) / sum(each["found"] for each in counts)

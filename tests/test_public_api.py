@@ -38,7 +38,7 @@ PARAMETERS = {
         "lowering": "auto",
         "verify": "on",
         "strict": False,
-        "partial": False,
+        "partial": True,
         "example_inputs": None,
     },
     "explain": {"model": inspect.Parameter.empty, "example_inputs": None},

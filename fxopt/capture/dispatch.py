@@ -40,8 +40,9 @@ class BlockCalls:
     def __init__(self, ledger: Ledger, region: str, backend: Callable[..., Any], *, partial: bool) -> None:
         self.ledger = ledger
         self.region = region
-        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=not partial)
-        self.partial = partial
+        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
+        self.pieces = torch_compat.compile_frame(block_entry, backend, fullgraph=False) if partial else None
+        self.broken_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
 
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,23 +60,48 @@ class BlockCalls:
         return serve(*args, **kwargs)
 
     def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
-        """Run `block`'s forward compiled, or as it is where it cannot be captured."""
+        """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
+        broken = type(block) in self.broken_classes
+        compiled = self.pieces if broken and self.pieces is not None else self.compiled
         try:
-            return self._run_compiled(path, block, idle_hooks, *args, **kwargs)
+            return self._run_compiled(compiled, path, block, idle_hooks, args, kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
-            cause = torch_compat.cause_to_raise(error)
-            if cause is not None:
-                raise cause from None
-            reason = reason_of(error)
+            reason = self._reason_of(error)
+            can_break = not torch_compat.is_of_backend(error) or torch_compat.hangs_on_values(error)
         dtypes = [parameter.dtype for parameter in block.parameters()]
-        output = block.forward(*args, **kwargs)  # a call that fails in stock too says nothing of the block
-        self.ledger.count_fallback(self.region, f"capture failed: {reason}")
-        if dtypes == [parameter.dtype for parameter in block.parameters()]:
+        is_captured, output = False, None
+        if self.pieces is not None and not broken and can_break:
+            try:
+                output = self._run_compiled(self.pieces, path, block, idle_hooks, args, kwargs)
+                is_captured = True
+            except torch_compat.CAPTURE_ERRORS as error:
+                self._reason_of(error)
+        if not is_captured:
+            output = block.forward(
+                *args, **kwargs
+            )  # a call that fails in stock too says nothing of the block
+            self.ledger.count_fallback(self.region, f"capture failed: {reason}")
+        if dtypes != [parameter.dtype for parameter in block.parameters()]:
+            # The call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
+            return output
+        if is_captured:
+            self.broken_classes.add(type(block))
+        else:
             self.stock_classes[type(block)] = reason
             self.ledger.refused[self.region] = reason
-        # Else the call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
         return output
+
+    def _reason_of(self, error: Exception) -> str:
+        """Return why a block could not be captured.
+
+        Raises:
+            FxoptError, VerifyError: `error` wraps a mistake of the user's or of a pass.
+        """
+        cause = torch_compat.cause_to_raise(error)
+        if cause is not None:
+            raise cause from None
+        return reason_of(error)
 
     def find_obstacle(
         self, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -91,14 +117,26 @@ class BlockCalls:
             return f"a hook sits on the {type(hooks.live).__name__} inside"
         return find_opaque(args, kwargs)
 
-    def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
+    def _run_compiled(
+        self,
+        compiled: Callable[..., Any],
+        path: str,
+        block: nn.Module,
+        idle_hooks: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         self.ledger.begin(path)
         if not self.ledger.captures:
             self.ledger.progress.show(path or self.region, "capturing")
-        hidden = idle_hooks_hidden(block) if idle_hooks else contextlib.nullcontext()
-        with hidden:
-            output = self.compiled(block, self._count_eager, args, kwargs)
-        if self.partial and not self.ledger.is_served:
+        in_pieces = compiled is self.pieces
+        with contextlib.ExitStack() as scope:
+            if idle_hooks:
+                scope.enter_context(idle_hooks_hidden(block))
+            if in_pieces:
+                scope.enter_context(torch_compat.frames_of_pieces_captured())
+            output = compiled(block, self._count_eager, args, kwargs)
+        if in_pieces and not self.ledger.is_served:
             self.ledger.count_fallback(self.region, NO_PIECE)
             self.ledger.refused.setdefault(self.region, NO_PIECE)
         return output

@@ -24,6 +24,7 @@ from fxopt.capture.patched import find_patched
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
+from fxopt.capture.sharing import share_mappings
 from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_compat import SLOT
 from fxopt.errors import FxoptError
@@ -74,10 +75,20 @@ class Installation:
             for path, block in zip(stack.paths, stack.blocks, strict=True):
                 block.__dict__[SLOT] = self._make_leaf(self._calls[stack.path], path, block)
         if self.model_call is not None:
+            self.model_call.share = self._share_mappings
             root: Callable[..., Any] = self.model_call.run
         else:
             root = self._root_as_region
         self.model.__dict__[SLOT] = _Slot(self, root)
+
+    def _share_mappings(self) -> None:
+        """Make the leaves see through mappings that blocks hand on; each then costs guards of its own per call."""
+        assert self.model_call is not None
+        for _, block in self.regions.blocks:
+            if _installation_in(block) is self:
+                leaf = share_mappings(block.__dict__[SLOT], self.model_call.stand_ins)
+                leaf.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
+                block.__dict__[SLOT] = leaf
 
     def remove(self) -> None:
         """Empty the compile slots again, but for what others put there since; nothing else was changed."""
@@ -105,7 +116,7 @@ class Installation:
             return calls.run(path, block, args, kwargs)
 
         def call_block(*args: Any, **kwargs: Any) -> Any:
-            caller = find_caller(sys._getframe(1))
+            caller = find_caller(sys._getframe(1)) or find_caller(sys._getframe(2))
             if caller is not None and caller is not block:
                 return torch_compat.stock_call(caller, *args, **kwargs)
             if torch_compat.is_recorded():

@@ -62,6 +62,8 @@ class ModelCall:
             and any(accepts(inner.forward, "use_cache") for inner in self._around[1:])
         )
         self.stand_ins = StandIns()
+        self.share: Callable[[], None] | None = None
+        """Makes the leaves hand on mappings; called once, where the model cannot be captured without."""
         self._trunk = Trunk(model)
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
@@ -89,7 +91,7 @@ class ModelCall:
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
         try:
-            return self._run_compiled(*args, **kwargs)
+            return self._capture_and_run(*args, **kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
             cause = torch_compat.cause_to_raise(error)
@@ -143,6 +145,18 @@ class ModelCall:
             return kwargs
         self.ledger.note("training calls run with use_cache=False: a key/value cache is not read in training")
         return {**kwargs, "use_cache": False}
+
+    def _capture_and_run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward compiled; where it cannot be captured with plain leaves, try leaves that share mappings."""
+        try:
+            return self._run_compiled(*args, **kwargs)
+        except torch_compat.CAPTURE_ERRORS as error:
+            share, self.share = self.share, None
+            if share is None or torch_compat.cause_to_raise(error) is not None:
+                raise
+        share()
+        self.stand_ins.clear()
+        return self._run_compiled(*args, **kwargs)
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(REGION)

@@ -11,41 +11,64 @@ from fxopt.capture import torch_compat
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
+from fxopt.capture.trial import try_on_values
 from fxopt.graph.torch_private import tree_map_only
 
 
 class StandIns:
     """Makes the stand-in values of one model's blocks; equal blocks on equal arguments are run once.
 
-    A block that keeps something in its attributes on the way cannot be stood in for: what it keeps would be a
+    A block that looks at values (experts in a loop) cannot run on stand-ins: it is run on random values of the same
+    sizes. One that keeps something in its attributes on the way cannot be stood in for: what it keeps would be a
     stand-in, and the model may read it.
     """
 
     def __init__(self) -> None:
         self._forms: dict[Any, Any] = {}
         self._running = False
+        self.keys_put: tuple[tuple[Any, ...], ...] = ()
+        """By mapping among its arguments: the keys that the last block put values in for."""
+        self.values_put: tuple[Any, ...] = ()
         self.failed_in: list[tuple[str, int]] = []
         """Where the last block that failed on stand-ins did so: Dynamo tells its errors without their traceback."""
 
     def clear(self) -> None:
         """Forget all forms: they keep alive what the capture that made them held."""
         self._forms.clear()
-        self.failed_in = []
+        self.failed_in, self.keys_put, self.values_put = [], (), ()
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return stand-ins of the form `block` returns for these stand-in arguments."""
         if self._running:
             return torch_compat.stock_call(block, *args, **kwargs)
+        args = tuple(dict(value) if isinstance(value, dict) else value for value in args)
+        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         fakes: list[torch.Tensor] = []
         forms = _form_of((args, kwargs), fakes)
         mode = torch_compat.fake_mode_of(fakes[0])
         weights = tuple([(value.shape, value.dtype, value.requires_grad) for value in tensors_of(block)])
         modules = tuple([(path, type(module)) for module, path in walk(block).items()])
-        key = (modules, forms, weights, block.training, id(mode))
-        if key not in self._forms:
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
+        before = [dict(mapping) for mapping in mappings]
+        key = (modules, forms, weights, block.training, id(mode), id(block) if mappings else None)
+        if mappings or key not in self._forms:
             self._forms[key] = self._run(mode, block, args, kwargs)
+            self._note_put(mappings, before)
         form = self._forms[key]
         return _like(form) if isinstance(form, torch.Tensor) else tree_map_only(torch.Tensor, _like, form)
+
+    def _note_put(self, mappings: list[dict[Any, Any]], before: list[dict[Any, Any]]) -> None:
+        """Note what a block has put into the mappings it was given."""
+        pairs = list(zip(mappings, before, strict=True))
+        if any(old.keys() - new.keys() for new, old in pairs):
+            raise TailRefusal("a block takes something out of a mapping it is given")
+        self.keys_put = tuple(
+            tuple(key for key, value in new.items() if key not in old or old[key] is not value)
+            for new, old in pairs
+        )
+        self.values_put = tuple(
+            new[key] for (new, _), keys in zip(pairs, self.keys_put, strict=True) for key in keys
+        )
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running = True
@@ -55,20 +78,30 @@ class StandIns:
                 name: torch_compat.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
-            with torch_compat.real_tensors_allowed(mode):
-                out = torch.func.functional_call(block, state, args, kwargs)
+            try:
+                with torch_compat.real_tensors_allowed(mode):
+                    out = torch.func.functional_call(block, state, args, kwargs)
+            except Exception as error:
+                _put_back(before)
+                out = try_on_values(block, args, kwargs)
+                if out is None:
+                    raise error from None
             changed = _find_change(before)
         except Exception as error:
             self.failed_in = frames_of(error)
             raise
         finally:
             self._running = False
-            for module, attributes in before.items():
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+            _put_back(before)
         if changed:
             raise TailRefusal(f"a block sets {changed} while it runs, which may be read after the blocks")
         return out
+
+
+def _put_back(before: dict[nn.Module, dict[str, Any]]) -> None:
+    for module, attributes in before.items():
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
 
 
 def _form_of(value: Any, fakes: list[torch.Tensor]) -> Any:

@@ -59,6 +59,9 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
             )
     needed = _ancestors(nodes[-1], stop=set(leaf_nodes))
     last = nodes.index(leaf_nodes[-1])
+    for node in nodes:
+        if node in needed and _is_put(node):
+            raise TailRefusal("it reads what a block put into a mapping that it was given")
     for node in nodes[:last]:
         if node in needed and node not in leaf_nodes and not _repeatable(node):
             raise TailRefusal(
@@ -67,7 +70,7 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
             )
     _check_no_writes(captured.graph, nodes[:last], needed, set(leaf_nodes))
     for node in nodes[last:]:
-        if node not in needed and not _repeatable(node):
+        if node not in needed and not _repeatable(node) and not _is_put(node):
             needed.add(node)
             needed |= _ancestors(node, stop=set(leaf_nodes))
     graph = fx.Graph()
@@ -145,6 +148,11 @@ def _ancestors(node: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
                 seen.add(argument)
                 queue.append(argument)
     return seen
+
+
+def _is_put(node: fx.Node) -> bool:
+    """Return whether `node` takes what a block put into a mapping, for the blocks that follow."""
+    return getattr(node.target, "fxopt_put", False)
 
 
 def _repeatable(node: fx.Node) -> bool:

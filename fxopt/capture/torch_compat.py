@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 import torch._dynamo as dynamo
+from torch._C._dynamo import eval_frame
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import fake_tensor
 from torch.fx.experimental import symbolic_shapes
@@ -44,6 +47,8 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (
 """What Dynamo raises when it cannot capture, or lets through of the stand-in tensors it traces with; never an error of
 the user's own code at run time."""
 
+GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
+"""How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
 _COPIES = itertools.count()
 SLOT = "_compiled_call_impl"
 """Where `module.compile()` keeps what `module(...)` runs in place of `stock_call`; copies and pickles drop it."""
@@ -180,6 +185,24 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def frames_of_pieces_captured() -> Iterator[None]:
+    """Let Dynamo capture the frames that a captured one calls within the scope.
+
+    It leaves these alone inside whatever was captured whole, as the model around its blocks is.
+    """
+    switches: Any = eval_frame
+    if hasattr(switches, "set_fullgraph_compiled_frame_count"):
+        change, free = switches.set_fullgraph_compiled_frame_count, -1
+    else:  # torch 2.11
+        change, free = switches.set_eval_frame_override, switches._EvalFrameOverride.NONE
+    previous = change(free)
+    try:
+        yield
+    finally:
+        change(previous)
+
+
 def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make Dynamo put a call of `function` into the graph as one node, without tracing into it."""
     dynamo.allow_in_graph(function)
@@ -214,12 +237,36 @@ def make_stand_in(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def real_tensors_allowed(mode: Any) -> Iterator[None]:
-    """Let ops of `mode` read real tensors beside stand-ins within the scope."""
+    """Let ops of `mode` read real tensors beside stand-ins within the scope, and drop the sizes made up in it.
+
+    A size that hangs on values is a new symbol; torch asks for each in what is returned, unless told otherwise.
+    """
     previous, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
-        yield
+        with mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext():
+            yield
     finally:
         mode.allow_non_fake_inputs = previous
+
+
+@contextlib.contextmanager
+def stand_ins_left() -> Iterator[None]:
+    """Compute with real tensors within the scope, while Dynamo traces with stand-ins around it."""
+    with fake_tensor.unset_fake_temporarily():
+        yield
+
+
+def size_seen(size: int | torch.SymInt) -> int:
+    """Return the number that a size had in the call that is being captured.
+
+    Raises:
+        ValueError: it hangs on the values of a tensor.
+    """
+    if isinstance(size, int):
+        return size
+    if not size.node.has_hint():
+        raise ValueError(f"the size {size} hangs on the values of a tensor")
+    return int(size.node.hint)
 
 
 def _named_parameters(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -252,14 +299,22 @@ def tensors_left_unlisted(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 def changes_python_state() -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 
-    To be asked by a backend, while Dynamo calls it.
+    To be asked by a backend, while Dynamo calls it. Mappings among its arguments do not count: what is put into
+    these is seen where the model is captured.
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     new = (AttributeMutationNew, ValueMutationNew)
     return any(
-        not isinstance(item.mutation_type, new) and effects.is_modified(item)
+        not isinstance(item.mutation_type, new) and effects.is_modified(item) and not _is_given_mapping(item)
         for item in effects.id_to_variable.values()
     )
+
+
+def _is_given_mapping(item: Any) -> bool:
+    if not isinstance(item, ConstDictVariable) or item.source is None:
+        return False
+    name = item.source.name() if callable(item.source.name) else item.source.name
+    return GIVEN.fullmatch(name) is not None
 
 
 def is_compiled_node(node: object) -> bool:
@@ -308,6 +363,11 @@ def cause_to_raise(error: BaseException) -> BaseException | None:
 def is_of_backend(error: BaseException) -> bool:
     """Return whether `error` says that what Dynamo gave a captured graph to has failed."""
     return isinstance(error, dynamo_exc.BackendCompilerFailed)
+
+
+def hangs_on_values(error: BaseException) -> bool:
+    """Return whether `error` says that something could not be compiled since its sizes hang on values."""
+    return isinstance(root_cause(error), symbolic_shapes.GuardOnDataDependentSymNode)
 
 
 def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:

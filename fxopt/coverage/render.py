@@ -38,6 +38,8 @@ def render_markdown(document: dict[str, Any]) -> str:
         _patterns(rows),
         "## Sites left, by reason",
         _left(rows),
+        "## Captured in pieces",
+        _pieces(rows),
         "## Not captured, wrong or not built",
         _troubles(rows),
     ]
@@ -107,6 +109,16 @@ def _left(rows: Sequence[Row]) -> str:
 def _troubles(rows: Sequence[Row]) -> str:
     lines = [[row.case, row.status, row.reason] for row in rows if row.status != "captured"]
     return _table(["model", "status", "reason"], lines) if lines else "None."
+
+
+def _pieces(rows: Sequence[Row]) -> str:
+    lines = [
+        [row.case, region["module"], region["captures"], "; ".join(region["breaks"])]
+        for row in rows
+        for region in row.regions
+        if region.get("breaks")
+    ]
+    return _table(["model", "block", "captures", "where its graph breaks"], lines) if lines else "None."
 
 
 def _models(rows: Sequence[Row]) -> str:

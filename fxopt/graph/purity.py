@@ -63,10 +63,21 @@ PURE = frozenset(
         *("conv1d", "conv2d", "conv3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
         *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "masked_scatter", "cross_entropy"),
         *("nll_loss", "rms_norm", "layer_norm", "normalize", "group_norm"),
-        *("cosine_similarity", "mse_loss"),
+        *("cosine_similarity", "mse_loss", "item"),
         # factories
         *("arange", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros"),
-        *("new_ones", "new_full", "scalar_tensor", "eye", "linspace", "polar", "size", "dim", "finfo"),
+        *(
+            "new_ones",
+            "new_full",
+            "scalar_tensor",
+            "tensor",
+            "eye",
+            "linspace",
+            "polar",
+            "size",
+            "dim",
+            "finfo",
+        ),
     }
 )
 PURE_OVERLOADS = frozenset(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
 from fxopt.errors import VerifyError
@@ -15,6 +18,20 @@ def note_placeholders(gm: fx.GraphModule) -> None:
     """Note the placeholders of the stock graph `gm` and of its bodies, to which `verify` then holds passes."""
     for _, part in find_subgraphs(gm):
         part.meta[PLACEHOLDERS] = _placeholders_of(part)
+
+
+def note_items(gm: fx.GraphModule) -> None:
+    """Note the example values of items that Dynamo leaves without: those of a tensor's `tolist()`."""
+    for _, part in find_subgraphs(gm):
+        for node in part.graph.find_nodes(op="call_function", target=operator.getitem):
+            source, index = node.args
+            values = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+            if (
+                "example_value" not in node.meta
+                and isinstance(values, torch.Tensor)
+                and isinstance(index, int)
+            ):
+                node.meta["example_value"] = values.select(0, index)
 
 
 def verify(gm: fx.GraphModule, pass_name: str) -> None:

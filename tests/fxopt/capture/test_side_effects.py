@@ -207,8 +207,55 @@ def test_blocks_that_share_tensors_in_a_mapping_are_captured_and_trained_as_in_s
             if theirs.grad is not None:
                 torch.testing.assert_close(mine.grad, theirs.grad)
     report = fxopt.explain(model)
-    assert all(fallback.region != "layers" for fallback in report.fallbacks), report.fallbacks
-    assert report.regions[0].status == "captured"
+    assert report.fallbacks == ()
+    assert [region.status for region in report.regions] == ["captured", "captured"]
+
+
+@pytest.mark.parametrize("way", ["a mapping", "a list in a mapping", "a list"])
+def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way: str) -> None:
+    class Putting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, kept: Any) -> torch.Tensor:
+            side = self.linear(x).pow(2).mean()
+            if way == "a mapping":
+                kept["side"] = side
+            elif way == "a list in a mapping":
+                kept["sides"].append(side)
+            else:
+                kept.append(side)
+            return x + F.relu(self.linear(x))
+
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Putting() for _ in range(3))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept: Any = [] if way == "a list" else {"sides": []}
+            for layer in self.layers:
+                x = layer(x, kept)
+            sides = kept if way == "a list" else kept["sides"]
+            extra = kept["side"] if way == "a mapping" else sum(sides)
+            return self.head(x).pow(2).mean() + extra
+
+    torch.manual_seed(0)
+    model = Reading().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    x = torch.randn(2, 5, 8)
+    for _ in range(2):
+        ours, theirs = model(x), stock(x)
+        torch.testing.assert_close(ours, theirs)
+        for each, loss in ((model, ours), (stock, theirs)):
+            each.zero_grad()
+            loss.backward()
+        for mine, other in zip(model.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+    assert fxopt.explain(model).fallbacks, "the tail was served although it reads what blocks put in"
 
 
 def test_blocks_that_take_the_size_of_an_image_are_captured() -> None:

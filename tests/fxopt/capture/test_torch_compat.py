@@ -191,3 +191,31 @@ def test_modules_whose_tensors_are_left_unlisted_list_them_as_ever():
         assert dict(model.named_buffers(recurse=True)) == buffers
         assert len(list(model.parameters())) == 4
     assert not {"named_parameters", "named_buffers"}.intersection(model.__dict__)
+
+
+def test_what_a_whole_capture_calls_may_itself_be_captured_in_pieces():
+    graphs: list[torch.fx.GraphModule] = []
+
+    def note(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    def inner(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    def entry(x):
+        return inner(x)
+
+    pieces = torch_compat.compile_frame(entry, note, fullgraph=False)
+
+    def run_pieces(gm, inputs):
+        def run(*args):
+            with torch_compat.frames_of_pieces_captured():
+                pieces(torch.ones(2))
+            return gm(*args)
+
+        return run
+
+    assert torch_compat.compile_frame(lambda x: x * 2, run_pieces, fullgraph=True)(torch.ones(2)).sum() == 4
+    assert graphs, "Dynamo's switch for frames inside a whole capture moved"

@@ -1,0 +1,148 @@
+"""Blocks that look at values: captured in pieces, their results stood in for by what random values give."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+
+
+class Experts(nn.Module):
+    """A residual layer of experts in a loop over those that were hit; `calls` counts as a buffer does."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.RMSNorm(8), nn.Linear(8, 4)
+        self.experts = nn.ParameterList(nn.Parameter(torch.randn(8, 8) * 0.3) for _ in range(4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        normed = self.norm(x)
+        weights = self.router(normed).softmax(-1)
+        chosen = weights.argmax(-1)
+        out = torch.zeros_like(x)
+        for hit in torch.bincount(chosen.flatten(), minlength=4).nonzero():
+            expert = int(hit.item())
+            rows = torch.where(chosen == expert)
+            out[rows] += F.silu(normed[rows] @ self.experts[expert]) * weights[rows][:, expert, None]
+        return x + out
+
+
+class Shortened(nn.Module):
+    """A layer that keeps the tokens its values choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = (x.sum((0, 2)) > x.sum((0, 2)).median()).nonzero().flatten()
+        return self.linear(x[:, kept[: 1 + int(x.sum().abs().item()) % 3]])
+
+
+class Net(nn.Module):
+    """Three layers and a head."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(3))
+        self.norm, self.head = nn.RMSNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x)).pow(2).mean()
+
+
+def assert_trained_alike(model: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
+    for each in (model, stock):
+        each.zero_grad()
+        torch.manual_seed(3)
+        each(x).backward()
+    assert torch.equal(torch.rand(1), (torch.manual_seed(3), torch.rand(1))[1])
+    for (name, mine), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+    for mine, theirs in zip(model.buffers(), stock.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_loop_over_experts_is_captured_in_pieces_and_so_is_what_follows_the_blocks() -> None:
+    torch.manual_seed(0)
+    model = Net(Experts).train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for tokens in (5, 5, 7, 9):  # the later ones are captured with symbolic sizes
+        assert_trained_alike(model, stock, torch.randn(2, tokens, 8))
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert [region.status for region in report.regions] == ["captured", "captured"]
+    (broken,) = report.regions[0].breaks
+    assert "test_pieces.py:" in broken
+    assert [(site.pattern, site.status, site.count) for site in report.sites] == [
+        ("rms_norm", "rewritten", 3),
+        ("rms_norm", "rewritten", 1),
+    ]
+
+
+def test_random_states_are_left_alone_by_the_first_step() -> None:
+    model = fxopt.optimize(Net(Experts).train())
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    model(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_with_partial_off_such_a_block_stays_stock() -> None:
+    model = fxopt.optimize(Net(Experts).train(), partial=False)
+    model(torch.randn(2, 5, 8)).backward()
+    report = fxopt.explain(model)
+    assert report.regions[0].status == "stock"
+    assert "test_pieces.py:" in report.regions[0].reason
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_block_whose_results_sizes_hang_on_values_keeps_the_tail_stock(scale: float) -> None:
+    torch.manual_seed(0)
+    model = Net(Shortened).train()
+    model.layers = model.layers[:2]
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    assert_trained_alike(model, stock, torch.randn(2, 9, 8) * scale)
+    tail = fxopt.explain(model).regions[-1]
+    assert tail.status == "stock"
+    assert "test_pieces.py:" in tail.reason
+
+
+def test_a_number_read_before_the_blocks_and_used_after_them_is_read_at_each_call() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count = (x > 0).sum().item()
+            least = torch.tensor(0.5)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x).pow(2).sum() / torch.maximum(least, self.head.bias.abs().sum()) / count
+
+    torch.manual_seed(0)
+    model = Counting().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for shift in (0.0, 1.0, -1.0):
+        assert_trained_alike(model, stock, torch.randn(2, 5, 8) + shift)
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert [region.status for region in report.regions] == ["captured", "captured"]
