@@ -8,7 +8,7 @@ from fxopt.errors import (
     UnmatchedError,
     VerifyError,
 )
-from fxopt.pipeline import ALL, explain, optimize, restore
+from fxopt.pipeline import ALL, explain, optimize, restore, trace
 from fxopt.report.records import Proof, Report, Site
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 
@@ -29,5 +29,6 @@ __all__ = [
     "explain",
     "optimize",
     "restore",
+    "trace",
 ]
 __version__ = "0.1.0"

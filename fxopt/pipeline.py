@@ -24,6 +24,7 @@ from fxopt.capture.installation import (
     slots_emptied,
 )
 from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
+from fxopt.capture.model_call import REGION
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
@@ -32,6 +33,8 @@ from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
+from fxopt.graph.node_records import node_records
+from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_placeholders, verify
@@ -39,6 +42,7 @@ from fxopt.graph.view import find_subgraphs
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
+from fxopt.report.figures import render_code
 from fxopt.report.records import GraphRecord, PassRecord, Report
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover
@@ -105,21 +109,31 @@ def run_passes(
     note_placeholders(gm)
     note_orders(gm)
     anchors = find_anchors(gm)
-    before = snapshot(gm)
+    before, nodes_before = snapshot(gm), node_records(gm)
     job = Job(options, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in PASSES:
-        start, nodes_before = time.perf_counter(), len(gm.graph.nodes)
+        start, num_before = time.perf_counter(), len(gm.graph.nodes)
         run(gm, job)
         elapsed_ms = (time.perf_counter() - start) * 1e3
         verify(gm, name)
-        records.append(PassRecord(name, round(elapsed_ms, 2), nodes_before, len(gm.graph.nodes)))
+        records.append(PassRecord(name, round(elapsed_ms, 2), num_before, len(gm.graph.nodes)))
     gm.recompile()
     sites, mismatches, backends = find_sites(
         gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
     )
     rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
-    graph = GraphRecord(region, 0, before, snapshot(gm), rewrites, tuple(records))
+    graph = GraphRecord(
+        region,
+        0,
+        before,
+        snapshot(gm),
+        rewrites,
+        tuple(records),
+        nodes_before=nodes_before,
+        nodes_after=node_records(gm),
+        code=to_python(gm, "tail" if region == REGION else "block"),
+    )
     return Outcome(sites, mismatches, graph, backends)
 
 
@@ -247,6 +261,30 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     check_uncompiled(model)
     options = installation.options if installation is not None else _default_options()
     return _report_on_small_inputs(model, options, example_inputs)
+
+
+def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:
+    """Return the canonical graphs of `model`'s regions, which patterns match, as Python that runs.
+
+    One function per distinct block, and `tail` for what stands after the blocks, with shapes and lines of the model's
+    source. Inputs are made as by `explain`.
+
+    Raises:
+        FxoptError: not a module, or no inputs could be made for it.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    >>> print(fxopt.trace(model, {"input": torch.randn(2, 4)}))
+    import torch
+    import torch.nn.functional as F
+    ...
+        relu_ = F.relu(linear_)  # f32[2, 4], activation.py:...
+    ...
+    """
+    model = check_model(model)
+    check_uncompiled(model)
+    report = _report_on_small_inputs(model, Options(patterns=()), example_inputs)
+    return render_code(report)
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT 
 RECORDS = "report.records"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "report": set(),
+    "report": {"errors"},
     "kernels": set(),
     "options": {"errors"},
     "graph": {"errors", RECORDS},
@@ -58,7 +58,7 @@ TERMINAL = {"rich", "typer"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "options": {"torch"},
-    "report": set(),
+    "report": {"jinja2"},
     "kernels": {"torch", "triton"},
     "graph": {"torch"},
     "capture": {"torch", "functorch", "triton", *HUGGING_FACE},

@@ -42,11 +42,12 @@ def folder_of(package: str) -> Path:
 
 
 def source_files() -> set[str]:
-    """Return the path in the wheel of every Python file of every package."""
+    """Return the path in the wheel of every Python file of every package, and of the data beside them."""
     found = set[str]()
     for name in packages_on_disk():
         found |= {f"{name.replace('.', '/')}/{path.name}" for path in folder_of(name).glob("*.py")}
-    return found | {"fxopt/py.typed"}
+    assets = {f"fxopt/report/assets/{path.name}" for path in (ROOT / "fxopt/report/assets").iterdir()}
+    return found | assets | {"fxopt/py.typed"}
 
 
 def copy_sources(target: Path, *, links: bool) -> None:

@@ -28,6 +28,7 @@ PUBLIC = {
     "explain",
     "optimize",
     "restore",
+    "trace",
 }
 PARAMETERS = {
     "optimize": {
@@ -42,6 +43,7 @@ PARAMETERS = {
     },
     "explain": {"model": inspect.Parameter.empty, "example_inputs": None},
     "restore": {"model": inspect.Parameter.empty},
+    "trace": {"model": inspect.Parameter.empty, "example_inputs": None},
 }
 
 
