@@ -1,5 +1,6 @@
 """fxopt: a compiler-style graph-rewriting optimizer for training Hugging Face models."""
 
+from fxopt.bisection import Culprits, bisect
 from fxopt.errors import (
     FxoptError,
     ProofError,
@@ -14,6 +15,7 @@ from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 
 __all__ = [
     "ALL",
+    "Culprits",
     "FxoptError",
     "Match",
     "Mismatch",
@@ -26,6 +28,7 @@ __all__ = [
     "UnknownNameError",
     "UnmatchedError",
     "VerifyError",
+    "bisect",
     "explain",
     "optimize",
     "restore",

@@ -133,6 +133,19 @@ def diff(
 
 
 @app.command()
+def bisect(
+    script: Annotated[Path, typer.Argument(help="A Python file that defines `model` and `check(model)`.")],
+) -> None:
+    """Find the rewrites that make a check fail; exit with 1 where there are any."""
+    from fxopt.bisection import bisect, load_script
+
+    found = bisect(*load_script(script))
+    print(found)
+    if found.rewrites:
+        raise typer.Exit(1)
+
+
+@app.command()
 def coverage(
     arch: Annotated[
         list[str] | None,

@@ -57,6 +57,7 @@ class Job:
     """One graph on its way through the passes: what they may read, and where they leave their records."""
 
     options: Options
+    region: str
     lazy_outputs: bool
     prover: Prover | None
     result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
@@ -69,7 +70,8 @@ def canonicalize_pass(gm: fx.GraphModule, job: Job) -> None:
 
 def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     """Replace each proven match of a pattern by its semantic op."""
-    context = MatchContext(lazy_outputs=job.lazy_outputs, prove=job.prover and job.prover.prove)
+    select = job.options.select and functools.partial(job.options.select, job.region)
+    context = MatchContext(job.lazy_outputs, job.prover and job.prover.prove, select)
     if job.prover is not None and is_on_gpu(gm):
         _rehearse_rewrites(gm, job, job.prover)
     job.result = apply_patterns(gm, job.options.active_patterns, context)
@@ -110,7 +112,7 @@ def run_passes(
     note_orders(gm)
     anchors = find_anchors(gm)
     before, nodes_before = snapshot(gm), node_records(gm)
-    job = Job(options, lazy_outputs, prover)
+    job = Job(options, region, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in PASSES:
         start, num_before = time.perf_counter(), len(gm.graph.nodes)
@@ -201,7 +203,7 @@ def optimize(
         log.warning("%s was optimized %s: restored, optimized anew", type(model).__name__, how)
         installed.remove()
         installed = find_installation(model)
-    installation = _new_installation(model, options)
+    installation = new_installation(model, options)
     for note in installation.ledger.notes:
         log.warning("%s", note)
     installation.install()
@@ -313,9 +315,11 @@ def _make_transform(options: Options) -> Callable[..., Outcome]:
     return functools.partial(run_passes, options=options, prover=prover)
 
 
-def _new_installation(
+def new_installation(
     model: nn.Module, options: Options, lower: Callable[..., Any] | None = None
 ) -> Installation:
+    """Return what `install()` puts into `model`; graphs are compiled by `lower`, else as the options say."""
+
     def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         lowering, reason = choose_lowering(options.lowering, gm)
         if reason:
@@ -333,7 +337,7 @@ def _report_on_small_inputs(
     model: nn.Module, options: Options, example_inputs: dict[str, Any] | None
 ) -> Report:
     with slots_emptied(model):
-        probe = _new_installation(model, options, run_uncompiled)
+        probe = new_installation(model, options, run_uncompiled)
         probe.install()
         try:
             run_on_small_inputs(model, example_inputs)

@@ -39,10 +39,11 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "report",
     },
-    "__init__": {"pipeline", "rewriting", "options", "errors", "report"},
+    "bisection": {"pipeline", "capture", "graph", "rewriting", "options", "errors"},
+    "__init__": {"bisection", "pipeline", "rewriting", "options", "errors", "report"},
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "cli": {"coverage", "demo", "__init__", "errors", "report"},
+    "cli": {"coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {
     "patterns": {"logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
@@ -67,6 +68,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "sites": {"torch"},
     "patterns": {"torch"},
     "pipeline": {"torch"},
+    "bisection": {"torch"},
     "__init__": set(),
     "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
     "coverage": {"torch", "tqdm", *HUGGING_FACE},

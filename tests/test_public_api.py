@@ -13,6 +13,7 @@ import fxopt
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "ALL",
+    "Culprits",
     "FxoptError",
     "Match",
     "Mismatch",
@@ -25,6 +26,7 @@ PUBLIC = {
     "UnknownNameError",
     "UnmatchedError",
     "VerifyError",
+    "bisect",
     "explain",
     "optimize",
     "restore",
