@@ -11,6 +11,7 @@ from fxopt.errors import (
 )
 from fxopt.pipeline import ALL, explain, optimize, restore, trace
 from fxopt.report.records import Proof, Report, Site
+from fxopt.rewriting.authoring import pattern
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "bisect",
     "explain",
     "optimize",
+    "pattern",
     "restore",
     "trace",
 ]

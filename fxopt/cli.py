@@ -145,6 +145,45 @@ def bisect(
         raise typer.Exit(1)
 
 
+@app.command("check-pattern")
+def check_pattern(
+    file: Annotated[Path, typer.Argument(help="A Python file that defines patterns.")],
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE", help="Also say what it matches in this model type; several times, or `all`."
+        ),
+    ] = None,
+) -> None:
+    """Run the proofs of the patterns in a file; exit with 1 where one fails."""
+    from fxopt.authoring.check import check_pattern, load_patterns
+    from fxopt.authoring.reach import find_reach
+
+    patterns = load_patterns(file)
+    failed = False
+    for pattern in patterns:
+        print(pattern)
+        for finding in check_pattern(pattern):
+            print(f"  {finding}")
+            failed |= not finding.holds
+    for line in find_reach(patterns, over or ()):
+        print(line)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("new-pattern")
+def new_pattern(
+    name: Annotated[str, typer.Argument(help="The pattern's name, in lower case.")],
+    out: Annotated[Path, typer.Option(help="The folder in which its own folder is made.")] = Path("."),
+) -> None:
+    """Write the skeleton of a pattern: kernel, pattern, test, benchmark and page; its tests pass as written."""
+    from fxopt.authoring.skeleton import write_skeleton
+
+    for path in write_skeleton(name, out):
+        print(f"fxopt new-pattern: wrote {path}")
+
+
 @app.command()
 def coverage(
     arch: Annotated[

@@ -197,7 +197,7 @@ def optimize(
     if installed is not None and installed.model is model and installed.options == options:
         return model
     if options.strict:
-        _check_strictly(_report_on_small_inputs(model, options, example_inputs))
+        _check_strictly(report_on_small_inputs(model, options, example_inputs))
     while installed is not None:
         how = "with other options" if installed.model is model else f"as {type(installed.model).__name__}"
         log.warning("%s was optimized %s: restored, optimized anew", type(model).__name__, how)
@@ -262,7 +262,7 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
         return build_report(installation)
     check_uncompiled(model)
     options = installation.options if installation is not None else _default_options()
-    return _report_on_small_inputs(model, options, example_inputs)
+    return report_on_small_inputs(model, options, example_inputs)
 
 
 def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:
@@ -285,7 +285,7 @@ def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str
     """
     model = check_model(model)
     check_uncompiled(model)
-    report = _report_on_small_inputs(model, Options(patterns=()), example_inputs)
+    report = report_on_small_inputs(model, Options(patterns=()), example_inputs)
     return render_code(report)
 
 
@@ -333,9 +333,10 @@ def new_installation(
     return installation
 
 
-def _report_on_small_inputs(
+def report_on_small_inputs(
     model: nn.Module, options: Options, example_inputs: dict[str, Any] | None
 ) -> Report:
+    """Return the report of one forward pass of `model` with `options`; the model stays as it is."""
     with slots_emptied(model):
         probe = new_installation(model, options, run_uncompiled)
         probe.install()

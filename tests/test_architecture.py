@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"bisection", "pipeline", "rewriting", "options", "errors", "report"},
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "cli": {"coverage", "demo", "__init__", "bisection", "errors", "report"},
+    "authoring": {"coverage", "pipeline", "rewriting", "graph", "options", "errors"},
+    "cli": {"authoring", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {
     "patterns": {"logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
@@ -72,6 +73,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "__init__": set(),
     "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
     "coverage": {"torch", "tqdm", *HUGGING_FACE},
+    "authoring": {"torch", "tqdm"},
     "cli": TERMINAL,
 }
 

@@ -46,8 +46,9 @@ def source_files() -> set[str]:
     found = set[str]()
     for name in packages_on_disk():
         found |= {f"{name.replace('.', '/')}/{path.name}" for path in folder_of(name).glob("*.py")}
-    assets = {f"fxopt/report/assets/{path.name}" for path in (ROOT / "fxopt/report/assets").iterdir()}
-    return found | assets | {"fxopt/py.typed"}
+    for folder in ("fxopt/report/assets", "fxopt/authoring/skeleton"):
+        found |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
+    return found | {"fxopt/py.typed"}
 
 
 def copy_sources(target: Path, *, links: bool) -> None:

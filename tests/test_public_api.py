@@ -29,6 +29,7 @@ PUBLIC = {
     "bisect",
     "explain",
     "optimize",
+    "pattern",
     "restore",
     "trace",
 }
