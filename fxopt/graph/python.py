@@ -128,6 +128,8 @@ class _Writer:
         """Return what `target` is called by, and remember the import it needs."""
         if isinstance(target, torch._ops.OpOverload):
             return f"torch.ops.{target}"
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            return f"torch.ops.{target._qualified_op_name.replace('::', '.')}"
         if isinstance(target, torch._ops.HigherOrderOperator):
             return f"torch.ops.higher_order.{target._name}"
         name = getattr(target, "__name__", "")

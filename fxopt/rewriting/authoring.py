@@ -85,7 +85,7 @@ def pattern(
     first = cases[0]
     gm, order = _capture(search, first, subject)
     terms = _Terms(gm, [names[place] for place in order], _marks(first, names), subject).terms()
-    outputs = len(terms)
+    outputs, op = len(terms), _named(replacement, name)
     bound = {key for term in terms for key in _names_in(term)}
     unread = [
         key
@@ -99,7 +99,7 @@ def pattern(
 
     def replace(match: Match) -> Call | tuple[Call, ...]:
         values = [match[key] if key in bound else value for key, value in zip(names, first, strict=True)]
-        result = call(replacement, *values)
+        result = call(op, *values)
         if outputs == 1:
             return result
         return tuple(call(operator.getitem, result, place) for place in range(outputs))
@@ -336,6 +336,18 @@ def _compare(search: Callable[..., Any], replacement: Callable[..., Any], case: 
             f"expected {', '.join(expected)}, got {', '.join(got)}\n"
             "return tensors of the same number, shapes and dtypes"
         )
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return `function`, under `name` where it has none that a graph can call it by."""
+    if getattr(function, "__name__", "").isidentifier():
+        return function
+
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    run.__name__ = run.__qualname__ = name
+    return run
 
 
 def _place(function: Callable[..., Any]) -> str:

@@ -104,8 +104,10 @@ def find_near(mismatch: Mismatch) -> list[fx.Node]:
     if not centre:
         return []
     near = _around(centre)
-    computed = (node for node in centre[0].graph.nodes if node.op not in ("placeholder", "get_attr"))
-    return [node for node in computed if node in near]
+    shown = (
+        node for node in centre[0].graph.nodes if node.op not in ("placeholder", "get_attr") or node in centre
+    )
+    return [node for node in shown if node in near]
 
 
 def _around(centre: Iterable[fx.Node]) -> set[fx.Node]:
