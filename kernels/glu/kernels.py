@@ -46,7 +46,7 @@ def enter_tile(
     return b_gate, b_up + up_offset
 
 
-@jit
+@jit(do_not_specialize=["blocks_per_row"])
 def glu_forward_kernel(
     p_gate,
     p_up,
@@ -87,7 +87,7 @@ def glu_forward_kernel(
     tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_at < num_left)
 
 
-@jit
+@jit(do_not_specialize=["blocks_per_row"])
 def glu_backward_kernel(
     p_dy,
     p_gate,

@@ -255,7 +255,7 @@ def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
             signature[name] = types.get(name, f"*{TYPES[dtype]}")
         else:
             signature[name] = "i32" if INTEGERS.match(name) else "fp32"
-        if signature[name] not in ("constexpr", "fp32"):
+        if signature[name] not in ("constexpr", "fp32") and not kernel.params[index].do_not_specialize:
             attributes[index,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
