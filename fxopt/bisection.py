@@ -161,8 +161,9 @@ class _Bisection:
     def _try(self, names: tuple[str, ...] | None) -> str:
         self._num_runs += 1
         devices = sorted({tensor.device.index or 0 for tensor, _ in self._state if tensor.is_cuda})
+        random: Any = torch.random
         try:
-            with torch.random.fork_rng(devices=devices):
+            with random.fork_rng(devices=devices):
                 held = self._check(self._model)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]

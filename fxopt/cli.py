@@ -156,7 +156,8 @@ def check_pattern(
     ] = None,
 ) -> None:
     """Run the proofs of the patterns in a file; exit with 1 where one fails."""
-    from fxopt.authoring.check import check_pattern, load_patterns
+    from fxopt.authoring.check import check_pattern
+    from fxopt.authoring.files import load_patterns
     from fxopt.authoring.reach import find_reach
 
     patterns = load_patterns(file)

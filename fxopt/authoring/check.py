@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,11 @@ import torch
 from torch import fx
 
 from fxopt.authoring.variants import mutations, spellings
-from fxopt.errors import FxoptError
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
 from fxopt.graph.verify import note_placeholders, verify
 from fxopt.pipeline import ALL
-from fxopt.rewriting.authoring import capture
+from fxopt.rewriting.functions import capture
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Example, Mismatch, Pattern
 from fxopt.rewriting.proof import Prover
@@ -253,46 +249,3 @@ def _place(function: Any) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     name = getattr(function, "__name__", type(function).__name__)
     return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name
-
-
-def load_patterns(path: Path) -> tuple[Pattern, ...]:
-    """Return the patterns that a Python file defines at its top level.
-
-    Raises:
-        FxoptError: no such file, it cannot be imported, or it defines none.
-    """
-    if not path.is_file():
-        raise FxoptError(f"{path}: no such Python file\ngive a file that defines patterns with fxopt.pattern")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise FxoptError(f"{path}: not a Python file, expected one whose name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except FxoptError:
-        raise
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        own = [
-            f
-            for f in traceback.extract_tb(error.__traceback__)
-            if Path(f.filename).resolve() == path.resolve()
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else own[-1].lineno if own else 0
-        raise FxoptError(
-            f"{path}:{line}: cannot be imported: {type(error).__name__}: {error}\n"
-            f"mend the file; python {path} shows more"
-        ) from error
-    finally:
-        sys.path.remove(folder)
-    found = {id(value): value for value in vars(module).values() if isinstance(value, Pattern)}
-    if not found:
-        raise FxoptError(
-            f"{path}: defines no pattern, expected at least one at its top level\n"
-            "write MINE = fxopt.pattern(search, replacement, examples=[...])"
-        )
-    return tuple(found.values())

@@ -16,12 +16,13 @@ from fxopt.graph.view import is_tensor, value_of
 OPERATOR_OF = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
 IN_PLACE = {name for name in OPERATORS if name.startswith("i")}
 COMMUTATIVE = ("add", "mul")
+EVERYTHING: Any = (...,)
 IDENTITIES: tuple[tuple[str, Callable[[fx.Graph, fx.Node], fx.Node]], ...] = (
     ("times one", lambda graph, node: graph.call_function(operator.mul, (node, 1))),
     ("minus zero", lambda graph, node: graph.call_function(operator.sub, (node, 0))),
     ("contiguous", lambda graph, node: graph.call_method("contiguous", (node,))),
     ("same dtype", lambda graph, node: graph.call_method("to", (node, value_of(node).dtype))),
-    ("as it is", lambda graph, node: graph.call_function(operator.getitem, (node, (...,)))),
+    ("as it is", lambda graph, node: graph.call_function(operator.getitem, (node, EVERYTHING))),
 )
 """What the canonicalizer takes away, because it returns its input or an exact copy."""
 

@@ -7,10 +7,8 @@ are free, and numbers that are arguments may be any.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,13 @@ import torch
 from torch import fx
 
 from fxopt.errors import FxoptError
-from fxopt.graph import vocabulary
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.verify import note_placeholders
-from fxopt.graph.view import results_of
+from fxopt.rewriting.functions import bind_numbers, capture
+from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
-from fxopt.rewriting.terms import Operation, Term, downcast, maybe, number, operation, tensor, upcast
+from fxopt.rewriting.terms import Operation, Term, items_of
 
-FREE = {vocabulary.reshape: "shape", vocabulary.expand: "shape"}
-"""Attributes that hold sizes: a pattern fits any."""
 FIRST_MARK, STEP = 0.7390851332151607, 0.0137
 """What stands for a number while the function is captured: nobody writes these."""
 
@@ -84,7 +80,7 @@ def pattern(
         _compare(search, replacement, case, name)
     first = cases[0]
     gm, order = _capture(search, first, subject)
-    terms = _Terms(gm, [names[place] for place in order], _marks(first, names), subject).terms()
+    terms = GraphTerms(gm, [names[place] for place in order], _marks(first, names), subject).terms()
     outputs, op = len(terms), _named(replacement, name)
     bound = {key for term in terms for key in _names_in(term)}
     unread = [
@@ -126,58 +122,6 @@ def pattern(
     )
 
 
-def bind_numbers(function: Callable[..., Any], case: Arguments, device: torch.device) -> Example:
-    """Return `function` as one of tensors alone, and these on `device`; floats need a gradient."""
-    places = [place for place, value in enumerate(case) if isinstance(value, torch.Tensor)]
-    tensors = tuple(
-        case[place].detach().to(device).requires_grad_(case[place].is_floating_point()) for place in places
-    )
-
-    @functools.wraps(function)
-    def run(*given: torch.Tensor) -> Any:
-        values = list(case)
-        for place, value in zip(places, given, strict=True):
-            values[place] = value
-        return function(*values)
-
-    return run, tensors
-
-
-class _Captured(Exception):
-    """Carries what the captured graph was called with."""
-
-
-def capture(
-    function: Callable[..., Any], inputs: Sequence[torch.Tensor]
-) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """Return the one graph that `function` is captured as, and the value that each of its placeholders has.
-
-    Raises:
-        Exception: Dynamo's, where there is no such graph.
-    """
-    graphs: list[fx.GraphModule] = []
-
-    def remember(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(gm)
-
-        def leave(*args: Any) -> Any:
-            raise _Captured(args)
-
-        return leave
-
-    def entry(*given: torch.Tensor) -> Any:
-        return function(*given)
-
-    # A code object of its own: Dynamo's limits count by code.
-    own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "entry", None, entry.__closure__)
-    compiled: Any = torch.compile(own, backend=remember, fullgraph=True, dynamic=False)
-    try:
-        compiled(*inputs)
-    except _Captured as reached:
-        return graphs[-1], reached.args[0]
-    raise RuntimeError("it computes nothing from its tensors")
-
-
 def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple[fx.GraphModule, list[int]]:
     """Return the canonical graph of `search` and the place among the arguments of each placeholder."""
     places = [place for place, value in enumerate(case) if isinstance(value, torch.Tensor)]
@@ -206,80 +150,6 @@ def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple
             "pass it as one more argument"
         )
     return gm, [place_of[id(value)] for value in values]
-
-
-class _Terms:
-    """Turns a canonical graph into terms; a node that is read twice is one term."""
-
-    def __init__(
-        self, gm: fx.GraphModule, names: Sequence[str], marks: dict[float, str], subject: str
-    ) -> None:
-        self._gm, self._marks, self._subject = gm, marks, subject
-        holes = gm.graph.find_nodes(op="placeholder")
-        self._terms: dict[fx.Node, Term] = {
-            node: tensor(name) for node, name in zip(holes, names, strict=True)
-        }
-        self._found: set[str] = set()
-
-    def terms(self) -> tuple[Term, ...]:
-        """Return one term per output.
-
-        Raises:
-            FxoptError: an output is an input, an op is one that patterns cannot see, a number was computed with.
-        """
-        outputs = tuple(self._value(result) for result in results_of(self._gm))
-        for output in outputs:
-            if not isinstance(output, Term) or not output.heads:
-                raise FxoptError(
-                    f"{self._subject}: returns something that no op computes, expected results of ops only\n"
-                    "return what is computed"
-                )
-        for name in self._marks.values():
-            if name not in self._found:
-                raise FxoptError(
-                    f"{self._subject}: computes with the number {name} before an op reads it, "
-                    "expected it as it stands\n"
-                    f"write the number that the op reads as an argument, or {name} as an int to fix it"
-                )
-        return outputs
-
-    def _value(self, item: Any) -> Any:
-        match item:
-            case fx.Node():
-                if item not in self._terms:
-                    self._terms[item] = self._operation(item)
-                return self._terms[item]
-            case tuple() | list():
-                return tuple(map(self._value, item))
-            case float() if item in self._marks:
-                self._found.add(self._marks[item])
-                return number(self._marks[item])
-            case _:
-                return item
-
-    def _operation(self, node: fx.Node) -> Term:
-        if node.op != "call_function":
-            raise FxoptError(
-                f"{self._subject}: .{node.target}() has no canonical form, expected ops of torch\n"
-                "call it as a function of torch instead of a method"
-            )
-        args = tuple(map(self._value, node.args))
-        if node.target is vocabulary.cast:
-            return _optional_cast(node, args[0])
-        attributes = {
-            key: ... if FREE.get(node.target) == key else self._value(value)
-            for key, value in node.kwargs.items()
-        }
-        return operation(node.target, *args, **attributes)
-
-
-def _optional_cast(node: fx.Node, inner: Term) -> Term:
-    """Return a term for a cast that models of other dtypes do without, or for one that changes the kind of value."""
-    before, after = node.args[0].meta["example_value"].dtype, node.kwargs["dtype"]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
-    if not (before.is_floating_point and after.is_floating_point):  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue, reportOptionalMemberAccess]
-        return operation(vocabulary.cast, inner, dtype=after)
-    is_wider = torch.promote_types(before, after) == after  # pyright: ignore[reportUnknownArgumentType, reportArgumentType]
-    return maybe(upcast if is_wider else downcast, inner)
 
 
 def _marks(case: Arguments, names: Sequence[str]) -> dict[float, str]:
@@ -313,14 +183,14 @@ def _compare(search: Callable[..., Any], replacement: Callable[..., Any], case: 
     for function in (search, replacement):
         try:
             with torch.no_grad():
-                found = function(*case)
+                found: Any = function(*case)
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             raise FxoptError(
                 f"{name}: {_place(function)} raised {type(error).__name__} on an example: {text}\n"
                 "both functions take the same arguments; give examples that they accept"
             ) from error
-        results.append(found if isinstance(found, tuple) else (found,))
+        results.append(items_of(found))
     expected, got = (
         [
             f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.authoring.check import Finding, check_pattern, load_patterns
+from fxopt.authoring.check import Finding, check_pattern
+from fxopt.authoring.files import load_patterns
 from fxopt.authoring.skeleton import write_skeleton
 from fxopt.cli import main
 from fxopt.errors import FxoptError
