@@ -210,5 +210,9 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
         breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))
-        records.append(RegionRecord(kind, module, count, status, captures[region], refused, breaks))
+        records.append(
+            RegionRecord(
+                kind, module, count, status, captures[region], refused, breaks, installation.guards_of(region)
+            )
+        )
     return tuple(records)

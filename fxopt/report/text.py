@@ -179,16 +179,17 @@ def _render_layers(report: Report) -> list[str]:
 def _render_regions(report: Report) -> list[str]:
     if not report.regions:
         return []
-    rows: list[tuple[str, ...]] = [("kind", "module", "copies", "status", "captures")]
+    rows: list[tuple[str, ...]] = [("kind", "module", "copies", "status", "captures", "guards")]
     reasons: list[str] = []
     for region in report.regions:
         module = region.module or "(whole model)"
-        rows.append((region.kind, module, str(region.count), region.status, str(region.captures)))
+        numbers = (str(region.captures), str(len(region.guards)))
+        rows.append((region.kind, module, str(region.count), region.status, *numbers))
         if region.reason:
             reasons += wrap(f"{region.module or region.kind}: {region.reason}", 6)
         for broken in region.breaks:
             reasons += wrap(f"{region.module or region.kind} breaks into pieces: {broken}", 6)
-    return ["Regions", *_table(rows, right=(2, 4)), *reasons]
+    return ["Regions", *_table(rows, right=(2, 4, 5)), *reasons]
 
 
 def _render_fallbacks(report: Report) -> list[str]:

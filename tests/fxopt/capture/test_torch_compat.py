@@ -131,3 +131,12 @@ def test_modules_whose_tensors_are_left_unlisted_list_them_as_ever():
         assert dict(model.named_buffers(recurse=True)) == buffers
         assert len(list(model.parameters())) == 4
     assert not {"named_parameters", "named_buffers"}.intersection(model.__dict__)
+
+
+def test_guards_of_a_captured_frame_can_be_read() -> None:
+    """Moved if this fails: `torch._dynamo.eval_frame._debug_get_cache_entry_list`, or how guards print."""
+    compiled = torch_compat.compile_frame(lambda x: x.exp(), lambda gm, inputs: gm.forward, fullgraph=True)
+    assert torch_compat.guards_of(compiled) == ()
+    compiled(torch.ones(2, 3))
+    found = torch_compat.guards_of(compiled)
+    assert any(guard.startswith("TENSOR_MATCH: ") and "size=[2, 3]" in guard for guard in found), found
