@@ -206,6 +206,8 @@ def register_op(
     An op tagged `torch.Tag.pointwise` is computed again in the backward pass instead of saved. An op named
     `<op>_output_<n>` computes output n of `<op>` alone from arguments of that op, found by name, and from
     `output_<m>`, its output m: what a backward op of ours reads by an argument `xs` is computed so in backward.
+    `<op>_backward_output` is `<op>_backward` (its first argument the gradient, then the arguments of `<op>`) that also
+    returns the value of `<op>`, last: for what needs that value no sooner than its gradient.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))

@@ -15,6 +15,9 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxopt.capture.joint_codes import read_codes
+from fxopt.capture.joint_outputs import write_outputs_beside_gradients
+
 NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
 REPLAYED_ARGUMENT = "xs"
@@ -24,8 +27,10 @@ LAYOUT_OPS = frozenset({"_to_copy", "convert_element_type", "view", "reshape", "
 
 def prepare_joint(graph: fx.Graph) -> None:
     """Run all passes over the joint graph."""
+    read_codes(graph)
     fold_skip_gradients(graph)
     replay_inputs(graph)
+    write_outputs_beside_gradients(graph)
     mark_recomputed(graph)
 
 

@@ -358,4 +358,4 @@ class JointPasses(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""
-        return b"fxopt.JointPasses.2"
+        return b"fxopt.JointPasses.4"
