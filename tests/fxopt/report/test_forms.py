@@ -73,6 +73,18 @@ def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
     assert "def block(" in text
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+def test_text_fits_its_columns(report_of: Explained, name: str) -> None:
+    assert max(map(len, str(report_of(name)).splitlines())) <= WIDTH == 100
+
+
+def test_guards_and_captures_are_told(report_of: Explained) -> None:
+    block, model = report_of("llama").regions
+    assert block.captures == model.captures == 1
+    assert any("requires_grad" in guard for guard in block.guards)
+    assert all(f"{len(region.guards)}" in str(report_of("llama")) for region in (block, model))
+
+
 def test_a_notebook_shows_it(report_of: Explained) -> None:
     assert (
         report_of("llama")._repr_html_().startswith('<iframe title="fxopt report: LlamaForCausalLM" srcdoc="')
