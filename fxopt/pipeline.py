@@ -280,8 +280,11 @@ def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str
     import torch
     import torch.nn.functional as F
     ...
-        relu_ = F.relu(linear_)  # f32[2, 4], activation.py:...
-    ...
+        input_1 = F.linear(l_kwargs_input, v_0_weight, v_0_bias)  # f32[2, 4]
+        # 1
+        input_2 = F.relu(input_1)  # f32[2, 4]
+        return (input_2,)
+    <BLANKLINE>
     """
     model = check_model(model)
     check_uncompiled(model)

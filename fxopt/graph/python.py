@@ -63,7 +63,9 @@ def to_python(gm: fx.GraphModule, name: str = "block") -> str:
     """
     parts = (part for part in gm.modules() if isinstance(part, fx.GraphModule))
     called = (node.target for part in parts for node in part.graph.nodes if node.op == "call_function")
-    writer = _Writer(frozenset(getattr(target, "__name__", "") for target in called))
+    # What is imported by its bare name must not be hidden by a value of that name.
+    bare = (target for target in called if not _find_namespace(target))
+    writer = _Writer(frozenset(getattr(target, "__name__", "") for target in bare))
     body = "\n".join(writer.function(gm, name, ""))
     return "\n".join(["import torch", *sorted(writer.imports - {"import torch"})]) + f"\n\n\n{body}\n"
 
@@ -133,11 +135,11 @@ class _Writer:
         if isinstance(target, torch._ops.HigherOrderOperator):
             return f"torch.ops.higher_order.{target._name}"
         name = getattr(target, "__name__", "")
-        for namespace, prefix in NAMESPACES:
-            if name and getattr(namespace, name, None) is target:
-                if prefix == "F":
-                    self.imports.add("import torch.nn.functional as F")
-                return f"{prefix}.{name}"
+        prefix = _find_namespace(target)
+        if prefix == "F":
+            self.imports.add("import torch.nn.functional as F")
+        if prefix:
+            return f"{prefix}.{name}"
         module, path = getattr(target, "__module__", "") or "", getattr(target, "__qualname__", name)
         if target.__class__ is type(len) and hasattr(operator, name):
             module, path = "operator", name
@@ -195,6 +197,12 @@ def _identifiers(graph: fx.Graph, called: frozenset[str]) -> dict[fx.Node, str]:
         taken.add(name)
         names[node] = name
     return names
+
+
+def _find_namespace(target: Any) -> str:
+    """Return by what prefix torch's own function `target` is called, "" for what is none."""
+    name = getattr(target, "__name__", "")
+    return next((prefix for space, prefix in NAMESPACES if name and getattr(space, name, None) is target), "")
 
 
 def _is_body(caller: fx.Node, item: Any) -> bool:
