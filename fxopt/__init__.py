@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fxopt.bisection import Culprits, bisect
 from fxopt.errors import (
     FxoptError,
     ProofError,
@@ -10,8 +11,9 @@ from fxopt.errors import (
     UnmatchedError,
     VerifyError,
 )
-from fxopt.pipeline import ALL, explain, optimize, restore
+from fxopt.pipeline import ALL, explain, optimize, restore, trace
 from fxopt.report.records import Proof, Report, Site
+from fxopt.rewriting.authoring import pattern
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL",
+    "Culprits",
     "FxoptError",
     "Match",
     "Mismatch",
@@ -32,9 +35,12 @@ __all__ = [
     "UnknownNameError",
     "UnmatchedError",
     "VerifyError",
+    "bisect",
     "explain",
     "optimize",
+    "pattern",
     "restore",
+    "trace",
 ]
 __version__ = "0.1.0"
 

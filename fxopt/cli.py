@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -85,23 +85,104 @@ def report(
         str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one HTML file instead of printing.")] = None,
 ) -> None:
     """Print what fxopt would do to a model, from its config alone: no weights are loaded."""
-    if (source is None) == (arch is None):
-        got = "neither" if arch is None else f"both, {source!r} and --arch {arch}"
-        raise FxoptError(
-            f"report: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
-            "try fxopt report --arch llama"
-        )
     import fxopt
-    from fxopt.demo.models import build_meta_model, default_config, load_config
 
-    config = default_config(arch) if arch is not None else load_config(str(source))
-    found = fxopt.explain(build_meta_model(config))
+    found = fxopt.explain(_build("report", source, arch))
+    if html is not None:
+        _write(html, found.save_html)
+        print(f"fxopt report: wrote {html}")
     if json:
         print(found.to_json())
+    elif html is not None:
+        return
     else:
         _print_report(_console(), str(found))
+
+
+@app.command()
+def trace(
+    source: Annotated[
+        str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
+    ] = None,
+) -> None:
+    """Print the canonical graph of each distinct block, as patterns see it, as Python that runs."""
+    import fxopt
+
+    print(fxopt.trace(_build("trace", source, arch)), end="")
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A report as JSON, before.")],
+    second: Annotated[Path, typer.Argument(help="A report as JSON, after.")],
+) -> None:
+    """Compare two reports; exit with 1 where a rewrite, a capture or a served call was lost."""
+    from fxopt.report.diff import diff_reports
+    from fxopt.report.load import load_report
+
+    found = diff_reports(load_report(first), load_report(second))
+    _print_report(_console(), str(found).rstrip("\n"))
+    if found.lost:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bisect(
+    script: Annotated[Path, typer.Argument(help="A Python file that defines `model` and `check(model)`.")],
+) -> None:
+    """Find the rewrites that make a check fail; exit with 1 where there are any."""
+    from fxopt.bisection import bisect, load_script
+
+    found = bisect(*load_script(script))
+    print(found)
+    if found.rewrites:
+        raise typer.Exit(1)
+
+
+@app.command("check-pattern")
+def check_pattern(
+    file: Annotated[Path, typer.Argument(help="A Python file that defines patterns.")],
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE", help="Also say what it matches in this model type; several times, or `all`."
+        ),
+    ] = None,
+) -> None:
+    """Run the proofs of the patterns in a file; exit with 1 where one fails."""
+    from fxopt.authoring.check import check_pattern
+    from fxopt.authoring.files import load_patterns
+    from fxopt.authoring.reach import find_reach
+
+    patterns = load_patterns(file)
+    failed = False
+    for pattern in patterns:
+        print(pattern)
+        for finding in check_pattern(pattern):
+            print(f"  {finding}")
+            failed |= not finding.holds
+    for line in find_reach(patterns, over or ()):
+        print(line)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("new-pattern")
+def new_pattern(
+    name: Annotated[str, typer.Argument(help="The pattern's name, in lower case.")],
+    out: Annotated[Path, typer.Option(help="The folder in which its own folder is made.")] = Path("."),
+) -> None:
+    """Write the skeleton of a pattern: kernel, pattern, test, benchmark and page; its tests pass as written."""
+    from fxopt.authoring.skeleton import write_skeleton
+
+    for path in write_skeleton(name, out):
+        print(f"fxopt new-pattern: wrote {path}")
 
 
 @app.command()
@@ -132,6 +213,26 @@ def coverage(
         for problem in problems:
             print(f"fxopt coverage: {problem}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _build(command: str, source: str | None, arch: str | None) -> Any:
+    """Return the model that `source` or `arch` names, on the meta device."""
+    if (source is None) == (arch is None):
+        got = "neither" if arch is None else f"both, {source!r} and --arch {arch}"
+        raise FxoptError(
+            f"{command}: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
+            f"try fxopt {command} --arch llama"
+        )
+    from fxopt.demo.models import build_meta_model, default_config, load_config
+
+    return build_meta_model(default_config(arch) if arch is not None else load_config(str(source)))
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    try:
+        save(path)
+    except OSError as error:
+        raise FxoptError(f"{path}: cannot be written: {error.strerror}\ngive another file") from error
 
 
 def _console() -> Console:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from fxopt.errors import FxoptError, UnknownNameError
@@ -24,7 +24,10 @@ class NamedPattern(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of `fxopt.optimize`; equal options mean that optimizing again changes nothing."""
+    """The options of `fxopt.optimize`; equal options mean that optimizing again changes nothing.
+
+    `select(region, match)` returns why a match is left out, or "": what bisecting chooses by.
+    """
 
     patterns: tuple[Any, ...]
     disable: frozenset[str] = frozenset()
@@ -32,6 +35,7 @@ class Options:
     verify: str = "on"
     strict: bool = False
     partial: bool = True
+    select: Callable[[str, Any], str] | None = None
 
     @property
     def active_patterns(self) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from fxopt.capture.installation import (
     slots_emptied,
 )
 from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
+from fxopt.capture.model_call import REGION
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
@@ -32,6 +33,8 @@ from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
+from fxopt.graph.node_records import node_records
+from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
@@ -39,6 +42,7 @@ from fxopt.graph.view import find_subgraphs
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
+from fxopt.report.figures import render_code
 from fxopt.report.records import GraphRecord, PassRecord, Report
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover
@@ -53,6 +57,7 @@ class Job:
     """One graph on its way through the passes: what they may read, and where they leave their records."""
 
     options: Options
+    region: str
     lazy_outputs: bool
     prover: Prover | None
     result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
@@ -65,7 +70,8 @@ def canonicalize_pass(gm: fx.GraphModule, job: Job) -> None:
 
 def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     """Replace each proven match of a pattern by its semantic op."""
-    context = MatchContext(lazy_outputs=job.lazy_outputs, prove=job.prover and job.prover.prove)
+    select = job.options.select and functools.partial(job.options.select, job.region)
+    context = MatchContext(job.lazy_outputs, job.prover and job.prover.prove, select)
     if job.prover is not None and is_on_gpu(gm):
         _rehearse_rewrites(gm, job, job.prover)
     job.result = apply_patterns(gm, job.options.active_patterns, context)
@@ -106,21 +112,31 @@ def run_passes(
     note_items(gm)
     note_orders(gm)
     anchors = find_anchors(gm)
-    before = snapshot(gm)
-    job = Job(options, lazy_outputs, prover)
+    before, nodes_before = snapshot(gm), node_records(gm)
+    job = Job(options, region, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in PASSES:
-        start, nodes_before = time.perf_counter(), len(gm.graph.nodes)
+        start, num_before = time.perf_counter(), len(gm.graph.nodes)
         run(gm, job)
         elapsed_ms = (time.perf_counter() - start) * 1e3
         verify(gm, name)
-        records.append(PassRecord(name, round(elapsed_ms, 2), nodes_before, len(gm.graph.nodes)))
+        records.append(PassRecord(name, round(elapsed_ms, 2), num_before, len(gm.graph.nodes)))
     gm.recompile()
     sites, mismatches, backends = find_sites(
         gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
     )
     rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
-    graph = GraphRecord(region, 0, before, snapshot(gm), rewrites, tuple(records))
+    graph = GraphRecord(
+        region,
+        0,
+        before,
+        snapshot(gm),
+        rewrites,
+        tuple(records),
+        nodes_before=nodes_before,
+        nodes_after=node_records(gm),
+        code=to_python(gm, "tail" if region == REGION else "block"),
+    )
     return Outcome(sites, mismatches, graph, backends)
 
 
@@ -182,13 +198,13 @@ def optimize(
     if installed is not None and installed.model is model and installed.options == options:
         return model
     if options.strict:
-        _check_strictly(_report_on_small_inputs(model, options, example_inputs))
+        _check_strictly(report_on_small_inputs(model, options, example_inputs))
     while installed is not None:
         how = "with other options" if installed.model is model else f"as {type(installed.model).__name__}"
         log.warning("%s was optimized %s: restored, optimized anew", type(model).__name__, how)
         installed.remove()
         installed = find_installation(model)
-    installation = _new_installation(model, options)
+    installation = new_installation(model, options)
     for note in installation.ledger.notes:
         log.warning("%s", note)
     installation.install()
@@ -247,7 +263,34 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
         return build_report(installation)
     check_uncompiled(model)
     options = installation.options if installation is not None else _default_options()
-    return _report_on_small_inputs(model, options, example_inputs)
+    return report_on_small_inputs(model, options, example_inputs)
+
+
+def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:
+    """Return the canonical graphs of `model`'s regions, which patterns match, as Python that runs.
+
+    One function per distinct block, and `tail` for what stands after the blocks, with shapes and lines of the model's
+    source. Inputs are made as by `explain`.
+
+    Raises:
+        FxoptError: not a module, or no inputs could be made for it.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    >>> print(fxopt.trace(model, {"input": torch.randn(2, 4)}))
+    import torch
+    import torch.nn.functional as F
+    ...
+        input_1 = F.linear(l_kwargs_input, v_0_weight, v_0_bias)  # f32[2, 4]
+        # 1
+        input_2 = F.relu(input_1)  # f32[2, 4]
+        return (input_2,)
+    <BLANKLINE>
+    """
+    model = check_model(model)
+    check_uncompiled(model)
+    report = report_on_small_inputs(model, Options(patterns=()), example_inputs)
+    return render_code(report)
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -276,9 +319,11 @@ def _make_transform(options: Options) -> Callable[..., Outcome]:
     return functools.partial(run_passes, options=options, prover=prover)
 
 
-def _new_installation(
+def new_installation(
     model: nn.Module, options: Options, lower: Callable[..., Any] | None = None
 ) -> Installation:
+    """Return what `install()` puts into `model`; graphs are compiled by `lower`, else as the options say."""
+
     def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         lowering, reason = choose_lowering(options.lowering, gm)
         if reason:
@@ -292,11 +337,12 @@ def _new_installation(
     return installation
 
 
-def _report_on_small_inputs(
+def report_on_small_inputs(
     model: nn.Module, options: Options, example_inputs: dict[str, Any] | None
 ) -> Report:
+    """Return the report of one forward pass of `model` with `options`; the model stays as it is."""
     with slots_emptied(model):
-        probe = _new_installation(model, options, run_uncompiled)
+        probe = new_installation(model, options, run_uncompiled)
         probe.install()
         try:
             run_on_small_inputs(model, example_inputs)

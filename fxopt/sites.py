@@ -18,6 +18,7 @@ from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Repo
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
+from fxopt.rewriting.small_graphs import find_near, render_found, render_wanted
 
 Backend = Callable[[], str] | None
 
@@ -64,7 +65,11 @@ def find_sites(
             miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
         reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
         sites.append(_site(anchor, "unmatched", "", reason, None))
-        mismatches.append(MismatchRecord(miss.pattern, miss.reason, anchor.module, anchor.location))
+        mismatches.append(_miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind))
+        own = [pattern for pattern in patterns if pattern.name == anchor.kind != miss.pattern]
+        if own and anchor.kind not in disabled:  # what the pattern of that very form came to
+            nearest = find_nearest_miss(gm, own, anchor.node, lazy_outputs)
+            mismatches.append(_miss_record(nearest, own, anchor.module, anchor.location, anchor.kind))
     known = {anchor.node for anchor in anchors}
     for refusal in result.refused:
         if known.isdisjoint(refusal.origins):
@@ -93,7 +98,18 @@ def _nearest_of(gm: fx.GraphModule, pattern: Any, lazy_outputs: bool) -> list[Mi
     if not near:
         return []
     miss, node = max(near, key=lambda item: item[0].nearness)
-    return [MismatchRecord(miss.pattern, miss.reason, module_of(node), location_of(node))]
+    return [_miss_record(miss, (pattern,), module_of(node), location_of(node))]
+
+
+def _miss_record(
+    miss: Mismatch, patterns: Sequence[Any], module: str, location: str, anchor: str = ""
+) -> MismatchRecord:
+    """Return `miss` as a record with the two small graphs that show it."""
+    pattern = next((pattern for pattern in patterns if pattern.name == miss.pattern), None)
+    near = find_near(miss)
+    wanted = render_wanted(pattern, near) if pattern is not None and near else ""
+    found = render_found(near, miss.nodes)
+    return MismatchRecord(miss.pattern, miss.reason, module, location, miss.progress, anchor, wanted, found)
 
 
 def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal) -> MismatchRecord:
@@ -118,8 +134,14 @@ def build_report(installation: Installation) -> Report:
         for capture in ledger.served.get(path, ())
     ]
     used = tuple({id(capture): capture for _, capture in served}.values())
+    layers = collections.Counter(id(capture) for _, capture in served)
     graphs = tuple(
-        dataclasses.replace(capture.outcome.graph, region=capture.region, capture=capture.number)
+        dataclasses.replace(
+            capture.outcome.graph,
+            region=capture.region,
+            capture=capture.number,
+            layers=layers[id(capture)],
+        )
         for capture in used
     )
     return Report(
@@ -133,6 +155,7 @@ def build_report(installation: Installation) -> Report:
         fallbacks=ledger.fallback_records(),
         notes=(*ledger.notes, *_notes_on_slots(installation)),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
+        patterns=tuple(pattern.name for pattern in installation.options.patterns),
     )
 
 
@@ -187,5 +210,9 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
         breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))
-        records.append(RegionRecord(kind, module, count, status, captures[region], refused, breaks))
+        records.append(
+            RegionRecord(
+                kind, module, count, status, captures[region], refused, breaks, installation.guards_of(region)
+            )
+        )
     return tuple(records)

@@ -21,7 +21,7 @@ FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT 
 RECORDS = "report.records"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "report": set(),
+    "report": {"errors"},
     "kernels": set(),
     "options": {"errors"},
     "graph": {"errors", RECORDS},
@@ -42,10 +42,12 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "report",
     },
-    "__init__": {"pipeline", "capture.callback", "rewriting", "options", "errors", "report"},
+    "bisection": {"pipeline", "capture", "graph", "rewriting", "options", "errors"},
+    "__init__": {"bisection", "pipeline", "capture.callback", "rewriting", "options", "errors", "report"},
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "cli": {"coverage", "demo", "__init__", "errors", "report"},
+    "authoring": {"coverage", "pipeline", "rewriting", "graph", "options", "errors"},
+    "cli": {"authoring", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {
     "patterns": {"logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
@@ -62,7 +64,7 @@ TERMINAL = {"rich", "typer"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "options": {"torch"},
-    "report": set(),
+    "report": {"jinja2"},
     "kernels": {"torch", "triton"},
     "graph": {"torch"},
     "capture": {"torch", "functorch", "triton", *HUGGING_FACE},
@@ -71,9 +73,11 @@ THIRD_PARTY: dict[str, set[str]] = {
     "sites": {"torch"},
     "patterns": {"torch"},
     "pipeline": {"torch"},
+    "bisection": {"torch"},
     "__init__": set(),
     "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
     "coverage": {"torch", "tqdm", *HUGGING_FACE},
+    "authoring": {"torch", "tqdm"},
     "cli": TERMINAL,
 }
 

@@ -82,6 +82,6 @@ def test_docstring_examples_run(name: str) -> None:
     assert results.failed == 0, f"{name}: {results.failed} of {results.attempted} examples failed"
 
 
-@pytest.mark.parametrize("name", ["optimize", "explain", "restore"])
+@pytest.mark.parametrize("name", ["optimize", "explain", "restore", "trace"])
 def test_public_functions_have_an_example(name: str) -> None:
     assert ">>>" in (inspect.getdoc(getattr(fxopt, name)) or ""), f"fxopt.{name} shows no example"

@@ -42,10 +42,12 @@ def folder_of(package: str) -> Path:
 
 
 def source_files() -> set[str]:
-    """Return the path in the wheel of every Python file of every package."""
+    """Return the path in the wheel of every Python file of every package, and of the data beside them."""
     found = set[str]()
     for name in packages_on_disk():
         found |= {f"{name.replace('.', '/')}/{path.name}" for path in folder_of(name).glob("*.py")}
+    for folder in ("fxopt/report/assets", "fxopt/authoring/skeleton"):
+        found |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
     return found | {"fxopt/py.typed"}
 
 

@@ -13,6 +13,7 @@ import fxopt
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "ALL",
+    "Culprits",
     "FxoptError",
     "Match",
     "Mismatch",
@@ -26,9 +27,12 @@ PUBLIC = {
     "UnknownNameError",
     "UnmatchedError",
     "VerifyError",
+    "bisect",
     "explain",
     "optimize",
+    "pattern",
     "restore",
+    "trace",
 }
 PARAMETERS = {
     "optimize": {
@@ -43,6 +47,7 @@ PARAMETERS = {
     },
     "explain": {"model": inspect.Parameter.empty, "example_inputs": None},
     "restore": {"model": inspect.Parameter.empty},
+    "trace": {"model": inspect.Parameter.empty, "example_inputs": None},
 }
 
 

@@ -96,6 +96,11 @@ class Installation:
             if _installation_in(module) is self:
                 del module.__dict__[SLOT]
 
+    def guards_of(self, region: str) -> tuple[str, ...]:
+        """Return the conditions under which the captures of `region` hold."""
+        calls = self._calls.get(region) or self.model_call
+        return torch_compat.guards_of(calls.compiled) if calls is not None else ()
+
     def find_replaced(self) -> tuple[str, ...]:
         """Return the paths of the blocks, "" for the model, whose compile slot somebody else has filled since."""
         return tuple(

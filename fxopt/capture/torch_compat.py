@@ -99,7 +99,22 @@ def compile_frame(
         living: Any = alive()
         return living.fxopt_backend(gm, example_inputs)
 
-    return torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
+    compiled: Any = torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
+    compiled.fxopt_code = frame.__code__
+    return compiled
+
+
+GUARD = re.compile(r"\+- ([A-Z][A-Z_]+): (.+?)(?:\s{2,}# .*)?$")
+
+
+def guards_of(compiled: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the conditions under which what `compile_frame` made runs its captures, each once, in Dynamo's words."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    code = getattr(compiled, "fxopt_code", None)
+    entries = _debug_get_cache_entry_list(code) if code is not None else ()
+    lines = (line for entry in entries for line in str(entry.guard_manager).splitlines())
+    return tuple(dict.fromkeys(f"{found[1]}: {found[2]}" for line in lines if (found := GUARD.search(line))))
 
 
 OptimizedModule = dynamo.OptimizedModule

@@ -197,7 +197,9 @@ def saved_bytes(model: Any, batch: dict[str, Any]) -> int:
 
 def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> None:
     """Write what the report says into `row`: regions, sites, what was left and why, status and reason."""
-    row.regions = [dataclasses.asdict(region) for region in report.regions]
+    row.regions = [dataclasses.asdict(dataclasses.replace(each, guards=())) for each in report.regions]
+    for region in row.regions:
+        del region["guards"]
     row.captures = sum(region.captures for region in report.regions)
     row.fallbacks = [f"{each.region or 'model'}: {each.reason}" for each in report.fallbacks]
     row.notes += [note for note in report.notes if "use_cache" not in note]

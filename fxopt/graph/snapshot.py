@@ -45,8 +45,8 @@ def snapshot(gm: fx.GraphModule, *, numbered: bool = False, locations: bool = Fa
         if prefix:
             lines.append(f"{prefix.rstrip('/')}:")
         indent = "  " * prefix.count("/")
-        names = _names(part.graph, numbered)
-        lines.extend(indent + _line(node, names, locations) for node in part.graph.nodes)
+        names = readable_names(part.graph, numbered)
+        lines.extend(indent + line_of(node, names, locations) for node in part.graph.nodes)
     return "\n".join(lines)
 
 
@@ -68,7 +68,8 @@ def short_name(node: fx.Node) -> str:
     return name or str(getattr(node.target, "__name__", node.target))
 
 
-def _names(graph: fx.Graph, numbered: bool) -> dict[fx.Node, str]:
+def readable_names(graph: fx.Graph, numbered: bool = False) -> dict[fx.Node, str]:
+    """Return a name for each node, those of lifted parameters as the model has them, each name once."""
     if numbered:
         return {node: f"%{place}" for place, node in enumerate(graph.nodes)}
     names: dict[fx.Node, str] = {}
@@ -85,10 +86,11 @@ def _lifted_name(name: str) -> str:
     return HOLDER.sub(".", LIFTED.sub("", name)).lstrip(".")
 
 
-def _line(node: fx.Node, names: dict[fx.Node, str], locations: bool) -> str:
+def line_of(node: fx.Node, names: dict[fx.Node, str], locations: bool = False) -> str:
+    """Return one node as snapshots print it; `names` come from `readable_names`."""
     if node.op == "output":
         return f"return {_text(node.args[0], names)}"
-    kind = _type(node.meta.get("example_value"))
+    kind = type_text(node.meta.get("example_value"))
     head = f"{names[node]}: {kind}" if kind else names[node]
     if node.op == "placeholder":
         return f"{head} = placeholder"
@@ -118,7 +120,12 @@ def _text(item: Any, names: dict[fx.Node, str]) -> str:
     return repr(item)
 
 
-def _type(value: Any) -> str:
+def type_text(value: Any) -> str:
+    """Return "f32[2, 16]" for an example value, a list of these for several tensors, "" for what has no form.
+
+    >>> type_text(torch.ones(2, 3)), type_text((torch.ones(1), 4))
+    ('f32[2, 3]', '')
+    """
     if isinstance(value, Tensor):
         dtype = SHORT_DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
         return f"{dtype}[{', '.join(map(str, value.shape))}]"

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, Literal
+
+SCHEMA = 1
+"""The version of the JSON form; raised where a field goes or changes its meaning, not where one comes."""
 
 Status = Literal["rewritten", "refused", "unmatched"]
 
@@ -68,12 +72,20 @@ class RewriteRecord:
 
 @dataclasses.dataclass(frozen=True)
 class MismatchRecord:
-    """A "no": which pattern came nearest to an anchor and the first constraint that failed."""
+    """A "no": which pattern came nearest to an anchor and the first constraint that failed.
+
+    `matched` nodes fitted before it did; `wanted` is the pattern as a small graph, `found` the model's own around
+    the place, the nodes that did not fit marked with ">". `anchor` is the kind of site it was at, "" at none.
+    """
 
     pattern: str
     reason: str
     module: str
     location: str
+    matched: int = 0
+    anchor: str = ""
+    wanted: str = ""
+    found: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +99,33 @@ class PassRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class NodeRecord:
+    """One node of a graph.
+
+    `kind` is "input", "output", "op" (it computes into memory of its own), "view" (it does not), or "lazy" (it runs
+    only where somebody reads what it leads to); `bytes` are those an op writes. `pattern` names the rewrite that
+    brought it in, "" for a node of the model's; `origins` are the stock nodes that it stands for.
+    """
+
+    name: str
+    label: str
+    op: str
+    kind: str
+    inputs: tuple[str, ...]
+    type: str
+    bytes: int
+    module: str
+    location: str
+    pattern: str
+    origins: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class GraphRecord:
-    """One capture of a region: its graph before and after, as `graph.snapshot` writes it, and what each pass did."""
+    """One capture of a region: its graph before and after, as `graph.snapshot` writes it, and what each pass did.
+
+    `layers` is how many blocks it serves, `code` the rewritten graph as Python that runs.
+    """
 
     region: str
     capture: int
@@ -96,6 +133,10 @@ class GraphRecord:
     after: str
     rewrites: tuple[RewriteRecord, ...]
     passes: tuple[PassRecord, ...]
+    layers: int = 1
+    nodes_before: tuple[NodeRecord, ...] = ()
+    nodes_after: tuple[NodeRecord, ...] = ()
+    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +144,7 @@ class RegionRecord:
     """One thing fxopt compiles: `kind` "block" or "model", `module` the first path, `count` its copies.
 
     `status` is "captured", "stock" (with `reason`), or "pending" before the first step. `breaks` says for each
-    place where its graph breaks into pieces why and where.
+    place where its graph breaks into pieces why and where, `guards` under which conditions its captures hold.
     """
 
     kind: str
@@ -113,6 +154,7 @@ class RegionRecord:
     captures: int
     reason: str = ""
     breaks: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +171,7 @@ class Report:
     """What fxopt found and did in one model; `print(report)` is the graph diff as text.
 
     `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
-    asked for where none is compiled yet.
+    asked for where none is compiled yet; `patterns` are the names of those in use.
     """
 
     model: str
@@ -142,10 +184,32 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
     lowering: str = ""
+    patterns: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Return the whole report as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Return the whole report as JSON text, of the form that `docs/report.md` describes."""
+        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=2)
+
+    def why_not(self, name: str) -> str:
+        """Return why sites of the form `name` were left as they are: per place the nearest miss and both graphs.
+
+        Raises:
+            UnknownNameError: neither a pattern in use nor a form in the report.
+        """
+        from fxopt.report.why_not import render_why_not
+
+        return render_why_not(self, name)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the report to `path` as one HTML file that needs no network and no other file."""
+        from fxopt.report.html import save_html
+
+        save_html(self, path)
+
+    def _repr_html_(self) -> str:
+        from fxopt.report.html import render_notebook
+
+        return render_notebook(self)
 
     def __str__(self) -> str:
         """Return the report as text, as `report.text.render_text` formats it."""

@@ -11,9 +11,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from fxopt.report.figures import layer_figures, readable_bytes
 from fxopt.report.records import GraphRecord, PassRecord, Proof, Report, Site, Status
 
-WIDTH = 110
+WIDTH = 100
 DIFF_CONTEXT = 2
 USUAL_ORACLE = "float64"
 STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
@@ -39,6 +40,7 @@ def render_text(report: Report) -> str:
         _render_misses(report),
         _render_proofs(report.sites),
         _render_backends(report.sites),
+        _render_layers(report),
         _render_regions(report),
         _render_fallbacks(report),
         _render_list("Notes", report.notes),
@@ -58,7 +60,7 @@ def _render_headline(report: Report) -> list[str]:
     counts = {status: _count_sites(report.sites, status) for status in STATUSES}
     parts = [f"{counts['rewritten']} of {total} sites rewritten"]
     parts += [f"{counts[status]} {status}" for status in STATUSES[1:] if counts[status]]
-    return [*_wrap(title), ", ".join(parts)]
+    return [*wrap(title), ", ".join(parts)]
 
 
 def _count_sites(sites: Iterable[Site], status: Status) -> int:
@@ -94,20 +96,22 @@ def _render_misses(report: Report) -> list[str]:
     for site in report.sites:
         if site.status == "rewritten":
             continue
-        lines += _wrap(
-            f"{site.pattern}{_times(site.count)} {site.status} {_place(site.module, site.location)}", 2
+        lines += wrap(
+            f"{site.pattern}{times(site.count)} {site.status} {place_of(site.module, site.location)}", 2
         )
-        lines += _wrap(site.reason or "no reason was recorded", 6)
+        lines += wrap(site.reason or "no reason was recorded", 6)
         if site.proof is not None:
-            lines += _wrap(f"proof: {_proof_figures(site.proof)}", 6)
+            lines += wrap(f"proof: {_proof_figures(site.proof)}", 6)
     told = {(site.location, site.reason) for site in report.sites}
     for miss in report.mismatches:
+        if miss.anchor:
+            continue  # told with its site
         reasons = {(miss.location, miss.reason), (miss.location, f"{miss.pattern}: {miss.reason}")}
         if reasons & told:
             continue
         told |= reasons
-        lines += _wrap(f"{miss.pattern} did not match {_place(miss.module, miss.location)}", 2)
-        lines += _wrap(miss.reason, 6)
+        lines += wrap(f"{miss.pattern} did not match {place_of(miss.module, miss.location)}", 2)
+        lines += wrap(miss.reason, 6)
     return ["Not rewritten", *lines] if lines else []
 
 
@@ -159,19 +163,33 @@ def _render_backends(sites: Sequence[Site]) -> list[str]:
     return ["Backends", *_table([("op", "sites", "served by"), *rows], right=(1,))]
 
 
+def _render_layers(report: Report) -> list[str]:
+    figures = layer_figures(report)
+    if not figures:
+        return []
+    rows: list[tuple[str, ...]] = [("region", "layers", "ops before", "after", "bytes before", "after")]
+    for figure in figures:
+        name = f"{figure.region or 'the model'}, capture {figure.capture}"
+        ops = (str(figure.ops_before), str(figure.ops_after))
+        sizes = (readable_bytes(figure.bytes_before), readable_bytes(figure.bytes_after))
+        rows.append((name, str(figure.layers), *ops, *sizes))
+    return ["Per layer (ops that compute, and the bytes they write)", *_table(rows, right=(1, 2, 3, 4, 5))]
+
+
 def _render_regions(report: Report) -> list[str]:
     if not report.regions:
         return []
-    rows: list[tuple[str, ...]] = [("kind", "module", "copies", "status", "captures")]
+    rows: list[tuple[str, ...]] = [("kind", "module", "copies", "status", "captures", "guards")]
     reasons: list[str] = []
     for region in report.regions:
         module = region.module or "(whole model)"
-        rows.append((region.kind, module, str(region.count), region.status, str(region.captures)))
+        numbers = (str(region.captures), str(len(region.guards)))
+        rows.append((region.kind, module, str(region.count), region.status, *numbers))
         if region.reason:
-            reasons += _wrap(f"{region.module or region.kind}: {region.reason}", 6)
+            reasons += wrap(f"{region.module or region.kind}: {region.reason}", 6)
         for broken in region.breaks:
-            reasons += _wrap(f"{region.module or region.kind} breaks into pieces: {broken}", 6)
-    return ["Regions", *_table(rows, right=(2, 4)), *reasons]
+            reasons += wrap(f"{region.module or region.kind} breaks into pieces: {broken}", 6)
+    return ["Regions", *_table(rows, right=(2, 4, 5)), *reasons]
 
 
 def _render_fallbacks(report: Report) -> list[str]:
@@ -179,14 +197,14 @@ def _render_fallbacks(report: Report) -> list[str]:
         return ["Fallbacks: none"]
     lines = [f"Fallbacks: {sum(fallback.count for fallback in report.fallbacks)} calls ran the stock path"]
     for fallback in report.fallbacks:
-        lines += _wrap(f"{fallback.count} x {fallback.region or 'the blocks'}: {fallback.reason}", 2)
+        lines += wrap(f"{fallback.count} x {fallback.region or 'the blocks'}: {fallback.reason}", 2)
     return lines
 
 
 def _render_list(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
-    return [title, *(line for item in items for line in _wrap(item, 2, bullet="- "))]
+    return [title, *(line for item in items for line in wrap(item, 2, bullet="- "))]
 
 
 def _render_passes(report: Report) -> list[str]:
@@ -213,15 +231,15 @@ def _render_graphs(graphs: Sequence[GraphRecord]) -> list[list[str]]:
         title = f"Graph of {graph.region or 'the model'}, capture {graph.capture}"
         key = (graph.region, tuple(diff))
         if key in shown:
-            sections.append(_wrap(f"{title}: the same changes as capture {shown[key]}"))
+            sections.append(wrap(f"{title}: the same changes as capture {shown[key]}"))
             continue
         shown[key] = graph.capture
-        lines = _wrap(f"{title}: {len(graph.rewrites)} rewrite{'' if len(graph.rewrites) == 1 else 's'}")
+        lines = wrap(f"{title}: {len(graph.rewrites)} rewrite{'' if len(graph.rewrites) == 1 else 's'}")
         for rewrite in graph.rewrites:
             attributes = ", ".join(f"{name}={value!r}" for name, value in rewrite.attributes.items())
             place = f" at {rewrite.location}" if rewrite.location else ""
             nodes = f"{len(rewrite.before)} nodes -> {len(rewrite.after)}"
-            lines += _wrap(f"{rewrite.pattern} -> {rewrite.op}({attributes}){place}, {nodes}", 2)
+            lines += wrap(f"{rewrite.pattern} -> {rewrite.op}({attributes}){place}, {nodes}", 2)
         sections.append(lines + (diff or ["  no change"]))
     return sections
 
@@ -245,11 +263,13 @@ def _diff(before: str, after: str) -> list[str]:
     return rendered
 
 
-def _times(count: int) -> str:
+def times(count: int) -> str:
+    """Return " x 28" for a count of layers, "" for one."""
     return f" x {count}" if count > 1 else ""
 
 
-def _place(module: str, location: str) -> str:
+def place_of(module: str, location: str) -> str:
+    """Return "at <module> (<file>:<line>)"."""
     place = f"at {module or '(the model itself)'}"
     return f"{place} ({location})" if location else place
 
@@ -263,12 +283,12 @@ def _table(rows: Sequence[Sequence[str]], right: tuple[int, ...]) -> list[str]:
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        lines += _wrap("  ".join(cells).rstrip(), 2, keep_spaces=True)
+        lines += wrap("  ".join(cells).rstrip(), 2, keep_spaces=True)
     return lines
 
 
-def _wrap(text: str, indent: int = 0, *, bullet: str = "", keep_spaces: bool = False) -> list[str]:
-    """Return `text` in lines of at most `WIDTH`, continuation lines four columns further in."""
+def wrap(text: str, indent: int = 0, *, bullet: str = "", keep_spaces: bool = False) -> list[str]:
+    """Return `text` in lines of at most `WIDTH` columns, continuation lines four columns further in."""
     margin = " " * indent
     lines: list[str] = []
     for number, paragraph in enumerate(text.splitlines() or [""]):

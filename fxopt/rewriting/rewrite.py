@@ -39,11 +39,13 @@ Prove = Callable[[Match, Replacement], Proof]
 class MatchContext:
     """What holds around a graph: whether values that only feed its output are lazy, and the prover.
 
-    `prove(match, replacement)` is None where proofs are switched off.
+    `prove(match, replacement)` is None where proofs are switched off; `select(match)` returns why a match is to be
+    left out, or "".
     """
 
     lazy_outputs: bool = False
     prove: Prove | None = None
+    select: Callable[[Match], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,10 @@ class _Rewriter:
     def _replace(self, match: Match, state: GraphState) -> bool:
         """Replace `match` and record it; return False where it was refused."""
         name, proof = match.pattern.name, None
+        if self._context.select is not None and (left_out := self._context.select(match)):
+            self._refused.add((name, match.outputs[0]))
+            self._result.refused.append(Refusal(name, left_out, match.origins))
+            return False
         replacement = match.pattern.replace(match)
         outputs = replacement if isinstance(replacement, tuple) else (replacement,)
         examples = check_progress(match, outputs) or evaluate_examples(match, outputs)

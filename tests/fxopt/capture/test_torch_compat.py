@@ -219,3 +219,12 @@ def test_what_a_whole_capture_calls_may_itself_be_captured_in_pieces():
 
     assert torch_compat.compile_frame(lambda x: x * 2, run_pieces, fullgraph=True)(torch.ones(2)).sum() == 4
     assert graphs, "Dynamo's switch for frames inside a whole capture moved"
+
+
+def test_guards_of_a_captured_frame_can_be_read() -> None:
+    """Moved if this fails: `torch._dynamo.eval_frame._debug_get_cache_entry_list`, or how guards print."""
+    compiled = torch_compat.compile_frame(lambda x: x.exp(), lambda gm, inputs: gm.forward, fullgraph=True)
+    assert torch_compat.guards_of(compiled) == ()
+    compiled(torch.ones(2, 3))
+    found = torch_compat.guards_of(compiled)
+    assert any(guard.startswith("TENSOR_MATCH: ") and "size=[2, 3]" in guard for guard in found), found

@@ -1,0 +1,251 @@
+"""The proofs of a pattern, run: examples, gradients, near misses, spelling variants and mutations."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.authoring.variants import mutations, spellings
+from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.edit import copy_of
+from fxopt.graph.verify import note_placeholders, verify
+from fxopt.pipeline import ALL
+from fxopt.rewriting.functions import capture
+from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.pattern import Example, Mismatch, Pattern
+from fxopt.rewriting.proof import Prover
+from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
+
+DEVICE = torch.device("cpu")
+MOST_EPS, MOST_EPS_FLOAT32 = 4, 16
+"""By how many epsilons of a graph's coarsest dtype rewritten and stock values may differ, as a ratio of norms: what
+the library's own patterns are held to, where 1.9 in bfloat16 and 4.0 in float32 were measured at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was checked: its kind, what of, whether it holds, and the figures or what is wrong."""
+
+    kind: str
+    subject: str
+    holds: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{'ok    ' if self.holds else 'FAILED'} {self.kind}, {self.subject}: {self.detail}"
+
+
+def check_pattern(pattern: Pattern) -> tuple[Finding, ...]:
+    """Return what the proofs of `pattern` found, on the CPU.
+
+    An example must be rewritten once, and equal stock in outputs and all gradients; a near miss must be left alone
+    for its reason. Of each example, every other spelling by the canonicalizer's laws must be rewritten too, and every
+    mutation be left alone or computed as it stands.
+    """
+    return tuple(_find_all(pattern))
+
+
+def _find_all(pattern: Pattern) -> Iterator[Finding]:
+    seen = False
+    for name, example in pattern.examples(DEVICE):
+        seen = True
+        yield from _check_example(pattern, name, example)
+    if not seen:
+        yield Finding(
+            "example", pattern.name, False, "expected at least one example, got none; give examples"
+        )
+    for name, example, reason in pattern.near_misses(DEVICE):
+        yield _check_near_miss(pattern, name, example, reason)
+    for name, (function, inputs) in pattern.mutations(DEVICE):
+        stock, values = capture(function, inputs)
+        yield _check_mutations(pattern, f"its own, {name}", [(name, stock)], values)
+
+
+def _check_example(pattern: Pattern, name: str, example: Example) -> Iterator[Finding]:
+    function, inputs = example
+    try:
+        stock, values = capture(function, inputs)
+    except Exception as error:
+        text = next((line for line in str(error).splitlines() if line.strip()), "")
+        yield Finding(
+            "example", name, False, f"{_place(function)}: cannot be captured: {type(error).__name__}: {text}"
+        )
+        return
+    gm, result = _rewrite(stock, pattern)
+    done = [rewrite for rewrite in result.rewrites if rewrite.match.pattern is pattern]
+    if len(done) != 1:
+        yield Finding("example", name, False, _why_not_once(pattern, function, stock, gm, result, len(done)))
+        return
+    proof = done[0].proof
+    assert proof is not None
+    yield Finding(
+        "example", name, True, f"rewritten once, error {proof.error:.1e}, stock's own {proof.stock_error:.1e}"
+    )
+    gradients = [compared for compared in proof.compared if "gradient" in compared]
+    shown = ", ".join(dict.fromkeys(each.removesuffix(" in float32") for each in gradients))
+    yield Finding("gradients", name, True, f"{shown or 'none to compare'}; worst {proof.worst}")
+    error = _difference(stock, gm, values)
+    yield Finding("whole", name, not error, error or "outputs and gradients equal stock's")
+    yield _check_spellings(pattern, name, stock, values)
+    yield _check_mutations(pattern, name, list(mutations(stock)), values)
+
+
+def _why_not_once(
+    pattern: Pattern,
+    function: Any,
+    stock: fx.GraphModule,
+    gm: fx.GraphModule,
+    result: RewriteResult,
+    number: int,
+) -> str:
+    where = _place(function)
+    if number:
+        return f"{where}: expected one rewrite, got {number}; give an example that holds the form once"
+    refused = [refusal.reason for refusal in result.refused if refusal.pattern == pattern.name]
+    if refused:
+        return f"{where}: it matches, and the proof refuses it: {refused[0]}; mend the replacement"
+    reason = next((miss.reason for miss in _misses(pattern, stock, gm)), "it computes nothing")
+    return f"{where}: expected one rewrite, got none: {reason}; mend the search, or give another example"
+
+
+def _misses(pattern: Pattern, stock: fx.GraphModule, gm: fx.GraphModule) -> list[Mismatch]:
+    """Return why `pattern` did not match at each of the stock nodes, the nearest first."""
+    names = [node.name for node in stock.graph.nodes if node.op.startswith("call_")]
+    found = [find_nearest_miss(gm, (pattern,), name, lazy_outputs=False) for name in names]
+    return sorted(found, key=lambda miss: miss.nearness, reverse=True)
+
+
+def _check_near_miss(pattern: Pattern, name: str, example: Example, reason: str) -> Finding:
+    function, inputs = example
+    stock, _ = capture(function, inputs)
+    gm, result = _rewrite(stock, pattern)
+    if any(rewrite.match.pattern is pattern for rewrite in result.rewrites):
+        wrong = f"{_place(function)}: expected to be left alone, got rewritten; narrow the search, or give a check"
+        return Finding("near miss", name, False, wrong)
+    told = [refusal.reason for refusal in result.refused]
+    told += [miss.reason for miss in _misses(pattern, stock, gm)]
+    found = next((text for text in told if reason in text), None)
+    if found is None:
+        got = repr(told[0]) if told else "none"
+        wrong = (
+            f"{_place(function)}: left alone, expected the reason {reason!r}, got {got}; state what it says"
+        )
+        return Finding("near miss", name, False, wrong)
+    return Finding("near miss", name, True, found)
+
+
+def _check_spellings(
+    pattern: Pattern, name: str, stock: fx.GraphModule, values: Sequence[torch.Tensor]
+) -> Finding:
+    missed: list[str] = []
+    number = 0
+    for law, variant in spellings(stock):
+        try:
+            if _difference(stock, variant, values):
+                continue
+        except Exception:  # no program at all
+            continue
+        number += 1
+        _, result = _rewrite(variant, pattern)
+        if not any(rewrite.match.pattern is pattern for rewrite in result.rewrites):
+            missed.append(law)
+    if missed:
+        wrong = f"{len(missed)} of {number} are not rewritten: {'; '.join(missed[:5])}"
+        return Finding(
+            "spellings", name, False, f"{wrong}; a bit of theirs may differ: name both with either(...)"
+        )
+    return Finding("spellings", name, True, f"{number} other spellings rewritten too")
+
+
+def _check_mutations(
+    pattern: Pattern, name: str, broken: Sequence[tuple[str, fx.GraphModule]], values: Sequence[torch.Tensor]
+) -> Finding:
+    rewritten = number = 0
+    for what, variant in broken:
+        try:
+            _run(variant, values)
+        except Exception:  # no program at all
+            continue
+        number += 1
+        gm, result = _rewrite(variant, pattern)
+        rewritten += bool(result.rewrites)
+        error = _difference(variant, gm, values) if result.rewrites else ""
+        if error:
+            return Finding(
+                "mutations", name, False, f"{what}: rewritten, and no longer what it computes: {error}"
+            )
+    return Finding(
+        "mutations",
+        name,
+        True,
+        f"{number} broken variants: {number - rewritten} left alone, {rewritten} computed as they stand",
+    )
+
+
+def _rewrite(stock: fx.GraphModule, pattern: Pattern) -> tuple[fx.GraphModule, RewriteResult]:
+    """Return a rewritten copy of the stock graph, and what was done."""
+    gm = copy_of(stock)
+    for new, old in zip(gm.graph.nodes, stock.graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    note_placeholders(gm)
+    canonicalize(gm)
+    built_on = {target.__name__ for target in pattern.targets if "fxopt.kernels" in target.__module__}
+    used = [*(other for other in ALL if other.name in built_on and other is not pattern), pattern]
+    result = apply_patterns(gm, used, MatchContext(prove=Prover().prove))
+    verify(gm, "rewrite")
+    return gm, result
+
+
+def _run(gm: fx.GraphModule, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the outputs of `gm` and the gradients of its inputs, under fixed gradients of the outputs."""
+    leaves = [value.detach().clone().requires_grad_(value.requires_grad) for value in values]
+    found = fx.Interpreter(gm).run(*leaves)
+    outputs = [
+        out
+        for out in (found if isinstance(found, tuple | list) else (found,))
+        if isinstance(out, torch.Tensor)
+    ]
+    roots = [out for out in outputs if out.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in roots]
+    gradients = torch.autograd.grad(roots, wanted, seeds, allow_unused=True) if roots and wanted else ()
+    filled = [
+        torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=bool(gradients))
+    ]
+    return [*(out.detach() for out in outputs), *filled]
+
+
+def _difference(stock: fx.GraphModule, gm: fx.GraphModule, values: Sequence[torch.Tensor]) -> str:
+    """Return how `gm` differs from `stock` on these inputs, "" where it does not."""
+    examples = (node.meta.get("example_value") for node in stock.graph.nodes)
+    floats = (v for v in examples if isinstance(v, torch.Tensor) and v.is_floating_point())
+    eps = max((torch.finfo(value.dtype).eps for value in floats), default=0.0)
+    allowed = eps * (MOST_EPS_FLOAT32 if eps <= torch.finfo(torch.float32).eps else MOST_EPS)
+    before, after = _run(stock, values), _run(gm, values)
+    if len(before) != len(after):
+        return f"expected {len(before)} values, got {len(after)}"
+    for place, (old, new) in enumerate(zip(before, after, strict=True)):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            return f"value {place}: expected {old.dtype}{list(old.shape)}, got {new.dtype}{list(new.shape)}"
+        if not old.is_floating_point():
+            if not torch.equal(old, new):
+                return f"value {place} differs"
+            continue
+        wide, other = old.double().nan_to_num(), new.double().nan_to_num()
+        error = ((wide - other).norm() / wide.norm().clamp_min(1e-30)).item()
+        if not error <= allowed:
+            return f"value {place} is off by {error:.1e}, expected at most {allowed:.1e}"
+    return ""
+
+
+def _place(function: Any) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name

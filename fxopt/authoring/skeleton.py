@@ -1,0 +1,52 @@
+"""The files to start a pattern from; as written they are whole, and their tests pass."""
+
+from __future__ import annotations
+
+import importlib.resources
+import keyword
+from pathlib import Path
+
+from fxopt.errors import FxoptError
+from fxopt.pipeline import ALL
+
+FILES = {
+    "kernel.py.txt": "{name}_kernel.py",
+    "pattern.py.txt": "{name}_pattern.py",
+    "test.py.txt": "test_{name}.py",
+    "benchmark.py.txt": "{name}_benchmark.py",
+    "page.md.txt": "{name}.md",
+}
+
+
+def write_skeleton(name: str, out: Path) -> list[Path]:
+    """Write the files of a pattern called `name` to the folder `out/name`, which must not exist; return their paths.
+
+    Raises:
+        FxoptError: not a name, one of the library's, or the folder is there already or cannot be made.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+        raise FxoptError(
+            f"new-pattern: expected a name in lower case that Python can import, got {name!r}\n"
+            "try fxopt new-pattern my_norm"
+        )
+    if name in {pattern.name for pattern in ALL}:
+        raise FxoptError(
+            f"new-pattern: {name} is a pattern of the library already, expected a new name\nuse another name"
+        )
+    folder = out / name
+    try:
+        folder.mkdir(parents=True)
+        texts = importlib.resources.files("fxopt.authoring") / "skeleton"
+        paths: list[Path] = []
+        for source, target in FILES.items():
+            paths.append(folder / target.format(name=name))
+            paths[-1].write_text((texts / source).read_text(encoding="utf-8").replace("NAME", name))
+    except FileExistsError as error:
+        raise FxoptError(
+            f"new-pattern: {folder} is there already, expected a new folder\ngive another --out"
+        ) from error
+    except OSError as error:
+        raise FxoptError(
+            f"new-pattern: {folder} cannot be written: {error.strerror}\ngive another --out"
+        ) from error
+    return paths

@@ -1,0 +1,208 @@
+"""Which rewrites make a user's check fail: as few of them as do, found by running the check with some left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.installation import check_model, check_uncompiled, find_installation
+from fxopt.errors import FxoptError
+from fxopt.graph.view import location_of, module_of
+from fxopt.options import Options
+from fxopt.pipeline import ALL, new_installation
+from fxopt.rewriting.pattern import Match
+
+Check = Callable[[nn.Module], object]
+LEFT_OUT = "left out while bisecting"
+
+
+@dataclasses.dataclass(frozen=True)
+class Culprits:
+    """The `rewrites` that make a check fail together, none of which can be left out, and how it failed with them.
+
+    Each is named "pattern in region: module (file:line)" and stands for all layers that it was made in. Empty where
+    the check holds with all of them.
+    """
+
+    rewrites: tuple[str, ...]
+    failure: str
+    num_rewrites: int
+    num_runs: int
+
+    def __str__(self) -> str:
+        """Return the result as text."""
+        tried = f"{self.num_rewrites} rewrites, {self.num_runs} runs of the check"
+        if not self.rewrites:
+            return f"the check holds with all rewrites ({tried})"
+        plural = "s make" if len(self.rewrites) > 1 else " makes"
+        lines = [f"{len(self.rewrites)} rewrite{plural} the check fail ({tried}):"]
+        return "\n".join([*lines, *(f"  {name}" for name in self.rewrites), f"it fails with: {self.failure}"])
+
+
+def bisect(
+    model: nn.Module,
+    check: Check,
+    *,
+    patterns: Sequence[Any] = ALL,
+    on_progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Culprits:
+    """Return the rewrites that make `check(model)` fail, found by running it with some of them left out.
+
+    `check` runs a training step or more; it fails where it raises or returns something false other than None. Weights,
+    buffers and random states are the same before each run, and as they were at the end; the model is left stock, or
+    optimized as it came.
+
+    Raises:
+        FxoptError: the check fails on the stock model, or made no training call.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    >>> def check(model):
+    ...     assert model(torch.randn(2, 4)).sum().backward() is None
+    >>> print(fxopt.bisect(model, check, on_progress=lambda line: None))
+    the check holds with all rewrites (1 rewrites, 2 runs of the check)
+    """
+    model = check_model(model)
+    installed = find_installation(model)
+    options = installed.options if installed is not None else Options(tuple(patterns))
+    if installed is not None:
+        installed.remove()
+    check_uncompiled(model)
+    try:
+        return _Bisection(model, check, options, on_progress).run()
+    finally:
+        if installed is not None:
+            new_installation(model, options).install()
+
+
+class _Bisection:
+    """The runs of one check; what the model holds is put back after each."""
+
+    def __init__(
+        self, model: nn.Module, check: Check, options: Options, on_progress: Callable[[str], None]
+    ) -> None:
+        self._model, self._check, self._options, self._on_progress = model, check, options, on_progress
+        tensors = (*model.parameters(), *model.buffers())
+        self._state = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+        self._num_runs = 0
+        self._seen: dict[str, None] = {}
+        self._failure = ""
+
+    def run(self) -> Culprits:
+        """Return the culprits."""
+        failure = self._try(None)
+        if failure:
+            raise FxoptError(
+                f"check: fails on the stock model, expected it to hold there: {failure}\n"
+                "give a check that the model passes before fxopt.optimize"
+            )
+        failure = self._try_with(None)
+        names = tuple(self._seen)
+        if not names:
+            raise FxoptError(
+                "check: no rewrite was made while it ran, expected a training step of a model that has some\n"
+                "run forward and backward in the check, with gradients switched on"
+            )
+        found = self._reduce(names, failure) if failure else ()
+        return Culprits(found, self._failure if found else "", len(names), self._num_runs)
+
+    def _reduce(self, names: tuple[str, ...], failure: str) -> tuple[str, ...]:
+        """Return a part of `names` that fails and of which no single one can be left out (delta debugging)."""
+        self._failure = failure
+        pieces = 2
+        while len(names) > 1:
+            size = -(-len(names) // pieces)
+            parts = [names[start : start + size] for start in range(0, len(names), size)]
+            complements = (
+                [tuple(n for n in names if n not in part) for part in parts] if len(parts) > 2 else []
+            )
+            for candidate in (*parts, *complements):
+                failure = self._try_with(candidate)
+                if failure:
+                    self._failure = failure
+                    pieces = 2 if candidate in parts else max(pieces - 1, 2)
+                    names = candidate
+                    break
+            else:
+                if len(parts) == len(names):
+                    break
+                pieces = min(2 * pieces, len(names))
+        return names
+
+    def _try_with(self, names: tuple[str, ...] | None) -> str:
+        """Return how the check fails with the rewrites `names`, all where None, or ""."""
+        allowed = None if names is None else frozenset(names)
+
+        def select(region: str, match: Match) -> str:
+            node = match.outputs[0]
+            name = f"{match.pattern.name} in {region}: {module_of(node) or '(itself)'} ({location_of(node)})"
+            self._seen.setdefault(name)
+            return "" if allowed is None or name in allowed else LEFT_OUT
+
+        installation = new_installation(self._model, dataclasses.replace(self._options, select=select))
+        installation.install()
+        try:
+            failure = self._try(names)
+        finally:
+            installation.remove()
+        shown = "all rewrites" if names is None else f"{len(names)} of {len(self._seen)} rewrites"
+        verdict = f"fails: {failure}" if failure else "holds"
+        self._on_progress(f"fxopt bisect: run {self._num_runs}, {shown}: the check {verdict}")
+        return failure
+
+    def _try(self, names: tuple[str, ...] | None) -> str:
+        self._num_runs += 1
+        devices = sorted({tensor.device.index or 0 for tensor, _ in self._state if tensor.is_cuda})
+        random: Any = torch.random
+        try:
+            with random.fork_rng(devices=devices):
+                held = self._check(self._model)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = next(iter(str(error).splitlines()), "")
+            return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+        finally:
+            self._model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for tensor, saved in self._state:
+                    tensor.copy_(saved)
+        return "" if held is None or held else f"it returned {held!r}"
+
+
+def load_script(path: Path) -> tuple[nn.Module, Check]:
+    """Return what a script for `fxopt bisect` defines: `model`, a module or a function that makes one, and `check`.
+
+    Raises:
+        FxoptError: it cannot be run, or lacks one of them.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FxoptError(
+            f"{path}: no such Python file\ngive a .py file that defines `model` and `check(model)`"
+        )
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = f":{lines[-1].lineno}" if lines else ""
+        raise FxoptError(f"{path}{line}: cannot be run: {type(error).__name__}: {error}") from error
+    made, check = getattr(module, "model", None), getattr(module, "check", None)
+    if made is None or not callable(check):
+        missing = "model" if made is None else "check"
+        raise FxoptError(
+            f"{path}: defines no `{missing}`, expected `model` (a module, or a function that returns one) and "
+            "`check(model)`\nsee docs/report.md"
+        )
+    if not isinstance(made, nn.Module) and callable(made):
+        made = made()
+    return check_model(made), check

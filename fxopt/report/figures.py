@@ -1,0 +1,94 @@
+"""Figures that every form of the report shows, computed from the records alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from fxopt.report.records import GraphRecord, NodeRecord, Report
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFigures:
+    """What one capture runs per layer: how many ops compute into memory of their own, and the bytes they write."""
+
+    region: str
+    capture: int
+    layers: int
+    ops_before: int
+    ops_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+def layer_figures(report: Report) -> tuple[LayerFigures, ...]:
+    """Return the figures of each capture that has node records, in the report's order."""
+    return tuple(_figures_of(graph) for graph in report.graphs if graph.nodes_before)
+
+
+def _figures_of(graph: GraphRecord) -> LayerFigures:
+    before, after = graph.nodes_before, graph.nodes_after
+    ops = (_count_ops(before), _count_ops(after))
+    return LayerFigures(
+        graph.region, graph.capture, graph.layers, *ops, _sum_bytes(before), _sum_bytes(after)
+    )
+
+
+def _count_ops(nodes: Sequence[NodeRecord]) -> int:
+    return sum(node.kind == "op" for node in nodes)
+
+
+def _sum_bytes(nodes: Sequence[NodeRecord]) -> int:
+    return sum(node.bytes for node in nodes)
+
+
+def readable_bytes(number: float) -> str:
+    """Return a number of bytes with a unit.
+
+    >>> readable_bytes(512), readable_bytes(1536), readable_bytes(5 * 2**30)
+    ('512 B', '1.5 KiB', '5.0 GiB')
+    """
+    if abs(number) < 1024:
+        return f"{number:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        number /= 1024
+        if abs(number) < 1024:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1024:.1f} TiB"
+
+
+def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:
+    """Return the graphs to show: of captures of one region with the same text before and after, the first.
+
+    Its `layers` are those of all of them together.
+    """
+    found: dict[tuple[str, str, str], GraphRecord] = {}
+    for graph in report.graphs:
+        key = (graph.region, graph.before, graph.after)
+        known = found.get(key)
+        found[key] = (
+            graph if known is None else dataclasses.replace(known, layers=known.layers + graph.layers)
+        )
+    return tuple(found.values())
+
+
+def render_code(report: Report) -> str:
+    """Return the graphs of `report` as one Python source; functions of the same name are numbered."""
+    counts: dict[str, int] = {}
+    parts: list[str] = []
+    for graph in distinct_graphs(report):
+        name = re.search(r"^def (\w+)\(", graph.code, re.MULTILINE)
+        if name is None:
+            continue
+        counts[name[1]] = counts.get(name[1], 0) + 1
+        number = counts[name[1]]
+        code = (
+            graph.code
+            if number == 1
+            else graph.code.replace(f"def {name[1]}(", f"def {name[1]}_{number}(", 1)
+        )
+        imports, _, body = code.partition("\n\n\n")
+        layers = f", {graph.layers} layers" if graph.layers > 1 else ""
+        parts.append(f"{imports}\n\n\n# {graph.region or 'model'}, capture {graph.capture}{layers}\n{body}")
+    return "\n\n".join(parts)

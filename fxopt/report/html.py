@@ -1,0 +1,116 @@
+"""A report as one self-contained HTML file: pure formatting of records.
+
+The template stands in `assets/`, with its style, its script and dagre, which lays the graphs out in the browser.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib.resources
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fxopt.report.alignment import align
+from fxopt.report.figures import distinct_graphs, layer_figures, readable_bytes
+from fxopt.report.records import GraphRecord, NodeRecord, Report
+
+NUM_COLOURS = 12
+"""How many colours the style sheet has for patterns; more patterns use them again."""
+
+
+def render_html(report: Report) -> str:
+    """Return `report` as one HTML document that needs no network and no other file.
+
+    >>> "Tiny &lt;b&gt;" in render_html(Report("Tiny <b>"))
+    True
+    """
+    graphs = distinct_graphs(report)
+    patterns = sorted({node.pattern for graph in graphs for node in graph.nodes_after if node.pattern})
+    return _template().render(
+        report=report,
+        headline=_headline(report),
+        readable_bytes=readable_bytes,
+        figures=layer_figures(report),
+        graphs=graphs,
+        patterns=patterns,
+        colours={name: place % NUM_COLOURS for place, name in enumerate(patterns)},
+        proofs=[site for site in report.sites if site.proof is not None and site.proof.device != "meta"],
+        data={"graphs": [_graph_data(graph) for graph in graphs], "patterns": patterns},
+        style=_asset("report.css"),
+        script=_asset("report.js"),
+        dagre=_asset("dagre.min.js"),
+    )
+
+
+def _headline(report: Report) -> dict[str, int]:
+    """Return the number of sites in all and of each status, and of calls that fell back."""
+    counts: Counter[str] = Counter()
+    for site in report.sites:
+        counts[site.status] += site.count
+    return {
+        "total": sum(counts.values()),
+        **{status: counts[status] for status in ("rewritten", "refused", "unmatched")},
+        "fallbacks": sum(fallback.count for fallback in report.fallbacks),
+    }
+
+
+def save_html(report: Report, path: str | Path) -> None:
+    """Write `report` to `path` as HTML."""
+    Path(path).write_text(render_html(report), encoding="utf-8")
+
+
+def render_notebook(report: Report) -> str:
+    """Return `report` for the output cell of a notebook: the document in a frame of its own."""
+    document = html.escape(render_html(report), quote=True)
+    title = html.escape(f"fxopt report: {report.model}", quote=True)
+    return (
+        f'<iframe title="{title}" srcdoc="{document}" sandbox="allow-scripts" '
+        'style="width:100%;height:900px;border:1px solid #8884"></iframe>'
+    )
+
+
+def _graph_data(graph: GraphRecord) -> dict[str, Any]:
+    """Return what the script draws one graph from."""
+    aligned = align(graph)
+    cells = [
+        {
+            "id": cell.id,
+            "pattern": cell.pattern,
+            "before": _node_data(cell.before),
+            "after": _node_data(cell.after),
+        }
+        for cell in aligned.cells
+    ]
+    return {"cells": cells, "before": aligned.edges_before, "after": aligned.edges_after}
+
+
+def _node_data(node: NodeRecord | None) -> dict[str, Any] | None:
+    if node is None:
+        return None
+    return {
+        "name": node.name,
+        "title": node.op or ("return" if node.kind == "output" else node.label),
+        "kind": node.kind,
+        "type": node.type,
+        "bytes": readable_bytes(node.bytes) if node.bytes else "",
+        "module": node.module,
+        "at": node.location,
+        "origins": list(node.origins),
+    }
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_asset("report.html.j2"))
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (importlib.resources.files("fxopt.report") / "assets" / name).read_text(encoding="utf-8")

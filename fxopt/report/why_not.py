@@ -1,0 +1,84 @@
+"""Why a form was left as it was: per place the nearest miss, how far it came, and both graphs side by side."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Iterable
+
+from fxopt.errors import UnknownNameError
+from fxopt.report.records import MismatchRecord, Report, Site
+from fxopt.report.text import WIDTH, place_of, times, wrap
+
+COLUMN = (WIDTH - 5) // 2
+
+
+def render_why_not(report: Report, name: str) -> str:
+    """Return why sites of the form `name`, or the pattern of that name, were not rewritten.
+
+    Raises:
+        UnknownNameError: neither a pattern in use nor a form in the report.
+    """
+    known = sorted({*report.patterns, *(site.pattern for site in report.sites)})
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
+        raise UnknownNameError(
+            f"why_not: unknown name {name!r}, expected one of {', '.join(nearest) or '(no pattern is in use)'}"
+        )
+    sites = [site for site in report.sites if site.pattern == name]
+    left = [site for site in sites if site.status != "rewritten"]
+    all_misses = [miss for miss in report.mismatches if name in (miss.anchor, miss.pattern)]
+    # What the form's own pattern came to says most; captures of equal layers say the same.
+    all_misses.sort(key=lambda miss: miss.pattern != name)
+    distinct = {(miss.anchor, miss.module, miss.location, miss.reason): miss for miss in reversed(all_misses)}
+    misses = list(reversed(distinct.values()))
+    done = sum(site.count for site in sites if site.status == "rewritten")
+    lines = [f"{name}: {done} of {sum(site.count for site in sites)} sites rewritten"]
+    if not left and not misses:
+        lines.append(
+            "nothing was left out" if done else "no site of this form is in the model, and nothing came near"
+        )
+    for site in left:
+        miss = (
+            next((miss for miss in misses if _is_at(miss, site)), None)
+            if site.status == "unmatched"
+            else None
+        )
+        lines += ["", *wrap(f"{site.status} {place_of(site.module, site.location)}{times(site.count)}")]
+        if miss is None:
+            lines += wrap(site.reason, 2)
+            continue
+        misses = [other for other in misses if not _is_at(other, site)]
+        lines += _render_miss(miss)
+    for miss in misses:
+        lines += ["", *wrap(f"nearest {place_of(miss.module, miss.location)}"), *_render_miss(miss)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_at(miss: MismatchRecord, site: Site) -> bool:
+    is_inside = not miss.module or site.module == miss.module or site.module.endswith(f".{miss.module}")
+    return miss.location == site.location and is_inside
+
+
+def _render_miss(miss: MismatchRecord) -> list[str]:
+    nearest = f"nearest is {miss.pattern}" if miss.pattern else "no pattern has an op of this place"
+    lines = wrap(f"{nearest}, {miss.matched} node{'' if miss.matched == 1 else 's'} matched, then:", 2)
+    lines += wrap(miss.reason, 4)
+    if miss.wanted or miss.found:
+        lines += _side_by_side("what the pattern wants", miss.wanted, "what the model has", miss.found)
+    return lines
+
+
+def _side_by_side(left_title: str, left: str, right_title: str, right: str) -> list[str]:
+    rows = [(left_title, right_title), ("-" * len(left_title), "-" * len(right_title))]
+    columns = [list(_fold(text.splitlines())) for text in (left, right)]
+    for place in range(max(map(len, columns))):
+        rows.append(tuple(column[place] if place < len(column) else "" for column in columns))  # pyright: ignore[reportArgumentType]
+    return [f"  {first:<{COLUMN}} | {second}".rstrip() for first, second in rows]
+
+
+def _fold(lines: Iterable[str]) -> Iterable[str]:
+    for line in lines:
+        yield from textwrap.wrap(
+            line, COLUMN, subsequent_indent="      ", break_on_hyphens=False, replace_whitespace=False
+        ) or [""]

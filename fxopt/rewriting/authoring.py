@@ -1,0 +1,227 @@
+"""Patterns from plain PyTorch: a function to find, a function to put in its place, and arguments to try both on.
+
+The function to find is captured and brought to canonical form, as models are, and its graph becomes the pattern:
+operands may stand in either order, every known spelling is the same, casts that it writes are there or not, sizes
+are free, and numbers that are arguments may be any.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.errors import FxoptError
+from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.verify import note_placeholders
+from fxopt.rewriting.functions import bind_numbers, capture
+from fxopt.rewriting.graph_terms import GraphTerms
+from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
+from fxopt.rewriting.terms import Operation, Term, items_of
+
+FIRST_MARK, STEP = 0.7390851332151607, 0.0137
+"""What stands for a number while the function is captured: nobody writes these."""
+
+Arguments = Sequence[Any]
+NearMiss = tuple[Callable[..., Any], Arguments, str]
+
+
+def pattern(
+    search: Callable[..., Any],
+    replacement: Callable[..., Any],
+    examples: Iterable[Arguments],
+    *,
+    name: str = "",
+    near_misses: Iterable[NearMiss] = (),
+    check: Callable[[Match], Mismatch | None] | None = None,
+) -> Pattern:
+    """Return the pattern that finds what `search` computes and puts a call of `replacement` there.
+
+    Both take the same arguments. Those that are tensors in the examples may be any tensor, those that are floats any
+    number; all others are fixed as they are in the first example. `replacement` may be any differentiable function:
+    an op, a `torch.autograd.Function`, a kernel behind `torch.library`; it gets autograd's backward or has its own,
+    and is proven with it wherever it is used.
+
+    Args:
+        search: the eager code to find, of torch ops; returns a tensor or a tuple of tensors.
+        replacement: what comes in its place, with outputs of the same number, shapes and dtypes.
+        examples: tuples of arguments, small ones; the first is what `search` is captured on.
+        name: what reports and `disable` call it; the name of `search` otherwise.
+        near_misses: functions that resemble `search` and must be left alone, arguments, a part of the reason.
+        check: returns None, or `match.fail(reason, name)` where the form fits and the replacement does not serve it.
+
+    Raises:
+        FxoptError: `search` cannot be captured as one graph, a number does not reach an op as it stands, or
+            `replacement` returns something else.
+
+    >>> def growth(x):
+    ...     return torch.exp(x) - 1
+    >>> print(pattern(growth, torch.expm1, [(torch.randn(4),)]))
+    growth: sub(exp(x), 1)
+    """
+    name = name or getattr(search, "__name__", "")
+    cases = [tuple(case) for case in examples]
+    subject = f"{name}: {_place(search)}"
+    if not name.isidentifier():
+        raise FxoptError(
+            f"{name or 'pattern'}: expected a name that is an identifier, got {name!r}\ngive name='my_pattern'"
+        )
+    if not cases:
+        raise FxoptError(
+            f"{subject}: no examples, expected at least one tuple of arguments\ngive examples=[(x, ...)]"
+        )
+    names = _parameters(search, cases, subject)
+    for case in cases:
+        _compare(search, replacement, case, name)
+    first = cases[0]
+    gm, order = _capture(search, first, subject)
+    terms = GraphTerms(gm, [names[place] for place in order], _marks(first, names), subject).terms()
+    outputs, op = len(terms), _named(replacement, name)
+    bound = {key for term in terms for key in _names_in(term)}
+    unread = [
+        key
+        for key, value in zip(names, first, strict=True)
+        if isinstance(value, torch.Tensor) and key not in bound
+    ]
+    if unread:
+        raise FxoptError(
+            f"{subject}: does not read {unread[0]}, expected every tensor to be used\ntake the argument away"
+        )
+
+    def replace(match: Match) -> Call | tuple[Call, ...]:
+        values = [match[key] if key in bound else value for key, value in zip(names, first, strict=True)]
+        result = call(op, *values)
+        if outputs == 1:
+            return result
+        return tuple(call(operator.getitem, result, place) for place in range(outputs))
+
+    near = [(function, tuple(inputs), reason) for function, inputs, reason in near_misses]
+
+    def yield_examples(device: torch.device) -> Iterator[tuple[str, Example]]:
+        for place, case in enumerate(cases):
+            yield f"example {place}", bind_numbers(search, case, device)
+
+    def yield_near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
+        for function, inputs, reason in near:
+            yield getattr(function, "__name__", "near miss"), bind_numbers(function, inputs, device), reason
+
+    optional: dict[str, Any] = {} if check is None else {"check": check}
+    return Pattern(
+        name,
+        search=lambda: terms if outputs > 1 else terms[0],
+        replace=replace,
+        examples=yield_examples,
+        near_misses=yield_near_misses,
+        source=_place(search),
+        **optional,
+    )
+
+
+def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple[fx.GraphModule, list[int]]:
+    """Return the canonical graph of `search` and the place among the arguments of each placeholder."""
+    places = [place for place, value in enumerate(case) if isinstance(value, torch.Tensor)]
+    given = [FIRST_MARK + STEP * i if isinstance(value, float) else value for i, value in enumerate(case)]
+    function, inputs = bind_numbers(search, given, torch.device("cpu"))
+    floats = {value.dtype for value in inputs if value.is_floating_point()}
+    if floats == {torch.float32}:  # casts show themselves in a narrow dtype only
+        inputs = tuple(
+            value.detach().bfloat16().requires_grad_() if value.is_floating_point() else value
+            for value in inputs
+        )
+    try:
+        gm, values = capture(function, inputs)
+    except Exception as error:
+        text = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise FxoptError(
+            f"{subject}: cannot be captured, expected one graph of torch ops, got {type(error).__name__}: {text}\n"
+            "leave out data-dependent branches, prints and calls into other libraries"
+        ) from error
+    note_placeholders(gm)
+    canonicalize(gm)
+    place_of = {id(value): place for value, place in zip(inputs, places, strict=True)}
+    if any(id(value) not in place_of for value in values):
+        raise FxoptError(
+            f"{subject}: reads a tensor that is no argument, expected all tensors as arguments\n"
+            "pass it as one more argument"
+        )
+    return gm, [place_of[id(value)] for value in values]
+
+
+def _marks(case: Arguments, names: Sequence[str]) -> dict[float, str]:
+    floats = (place for place, value in enumerate(case) if isinstance(value, float))
+    return {FIRST_MARK + STEP * place: names[place] for place in floats}
+
+
+def _names_in(term: Term) -> set[str]:
+    return {
+        name
+        for inner in walk(term)
+        if (name := getattr(inner, "name", "")) and not isinstance(inner, Operation)
+    }
+
+
+def _parameters(search: Callable[..., Any], cases: Sequence[Arguments], subject: str) -> list[str]:
+    """Return the names of the arguments of `search`; every example must give as many."""
+    names = list(inspect.signature(search).parameters)
+    for place, case in enumerate(cases):
+        if len(case) != len(names):
+            raise FxoptError(
+                f"{subject}: example {place} gives {len(case)} arguments, expected {len(names)} ({', '.join(names)})\n"
+                "give a value for each argument, defaults too"
+            )
+    return names
+
+
+def _compare(search: Callable[..., Any], replacement: Callable[..., Any], case: Arguments, name: str) -> None:
+    """Raise unless `replacement` returns what `search` does, in number, shape and dtype."""
+    results: list[tuple[Any, ...]] = []
+    for function in (search, replacement):
+        try:
+            with torch.no_grad():
+                found: Any = function(*case)
+        except Exception as error:
+            text = next(iter(str(error).splitlines()), "")
+            raise FxoptError(
+                f"{name}: {_place(function)} raised {type(error).__name__} on an example: {text}\n"
+                "both functions take the same arguments; give examples that they accept"
+            ) from error
+        results.append(items_of(found))
+    expected, got = (
+        [
+            f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
+            if isinstance(v, torch.Tensor)
+            else repr(v)
+            for v in r
+        ]
+        for r in results
+    )
+    if expected != got:
+        raise FxoptError(
+            f"{name}: {_place(replacement)} returns other values than {_place(search)}, "
+            f"expected {', '.join(expected)}, got {', '.join(got)}\n"
+            "return tensors of the same number, shapes and dtypes"
+        )
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return `function`, under `name` where it has none that a graph can call it by."""
+    if getattr(function, "__name__", "").isidentifier():
+        return function
+
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """Return "name (file:line)" of a function, its name alone where it has no source."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name

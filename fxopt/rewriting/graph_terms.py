@@ -1,0 +1,95 @@
+"""A canonical graph as the terms that find it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.errors import FxoptError
+from fxopt.graph import vocabulary
+from fxopt.graph.view import results_of
+from fxopt.rewriting.terms import Term, downcast, items_of, maybe, number, operation, tensor, upcast
+
+FREE = frozenset({"shape", "normalized_shape"})
+"""Attributes and operands that hold sizes: a pattern fits any."""
+
+
+class GraphTerms:
+    """Turns a canonical graph into terms; a node that is read twice is one term."""
+
+    def __init__(
+        self, gm: fx.GraphModule, names: Sequence[str], marks: dict[float, str], subject: str
+    ) -> None:
+        self._gm, self._marks, self._subject = gm, marks, subject
+        holes = gm.graph.find_nodes(op="placeholder")
+        self._terms: dict[fx.Node, Term] = {
+            node: tensor(name) for node, name in zip(holes, names, strict=True)
+        }
+        self._found: set[str] = set()
+
+    def terms(self) -> tuple[Term, ...]:
+        """Return one term per output.
+
+        Raises:
+            FxoptError: an output is an input, an op is one that patterns cannot see, a number was computed with.
+        """
+        outputs = tuple(self._value(result) for result in results_of(self._gm))
+        for output in outputs:
+            if not isinstance(output, Term) or not output.heads:
+                raise FxoptError(
+                    f"{self._subject}: returns something that no op computes, expected results of ops only\n"
+                    "return what is computed"
+                )
+        for name in self._marks.values():
+            if name not in self._found:
+                raise FxoptError(
+                    f"{self._subject}: computes with the number {name} before an op reads it, "
+                    "expected it as it stands\n"
+                    f"write the number that the op reads as an argument, or {name} as an int to fix it"
+                )
+        return outputs
+
+    def _value(self, item: Any) -> Any:
+        match item:
+            case fx.Node():
+                if item not in self._terms:
+                    self._terms[item] = self._operation(item)
+                return self._terms[item]
+            case tuple() | list():
+                return tuple(map(self._value, items_of(item)))
+            case float() if item in self._marks:
+                self._found.add(self._marks[item])
+                return number(self._marks[item])
+            case _:
+                return item
+
+    def _operation(self, node: fx.Node) -> Term:
+        if node.op != "call_function":
+            raise FxoptError(
+                f"{self._subject}: .{node.target}() has no canonical form, expected ops of torch\n"
+                "call it as a function of torch instead of a method"
+            )
+        target: Any = node.target
+        if target is vocabulary.cast:
+            return _optional_cast(node, self._value(node.args[0]))
+        operands = vocabulary.BY_TARGET[target].operands if target in vocabulary.BY_TARGET else ()
+        names = (*operands, *[""] * len(node.args))
+        args = tuple(
+            ... if name in FREE else self._value(item) for name, item in zip(names, node.args, strict=False)
+        )
+        attributes = {key: ... if key in FREE else self._value(value) for key, value in node.kwargs.items()}
+        return operation(target, *args, **attributes)
+
+
+def _optional_cast(node: fx.Node, inner: Term) -> Term:
+    """Return a term for a cast that models of other dtypes do without, or for one that changes the kind of value."""
+    source: Any = node.args[0]
+    before: torch.dtype = source.meta["example_value"].dtype
+    after: torch.dtype = node.meta["example_value"].dtype
+    if not (before.is_floating_point and after.is_floating_point):
+        return operation(vocabulary.cast, inner, dtype=after)
+    is_wider = torch.promote_types(before, after) == after
+    return maybe(upcast if is_wider else downcast, inner)

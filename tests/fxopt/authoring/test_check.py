@@ -1,0 +1,185 @@
+"""The proofs of a pattern as a command, its bad input, and the skeleton."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.authoring.check import Finding, check_pattern
+from fxopt.authoring.files import load_patterns
+from fxopt.authoring.skeleton import write_skeleton
+from fxopt.cli import main
+from fxopt.errors import FxoptError
+from fxopt.patterns import CROSS_ENTROPY, GLU
+
+ROOT = Path(__file__).parents[3]
+
+
+def growth(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x) - 1
+
+
+def decay(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x) - 2
+
+
+def failures(pattern: fxopt.Pattern) -> list[Finding]:
+    return [finding for finding in check_pattern(pattern) if not finding.holds]
+
+
+X = (torch.randn(4, 8),)
+GOOD = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(decay, X, "expected 1, got 2")])
+
+
+def test_a_good_pattern_passes_and_every_kind_is_checked() -> None:
+    findings = check_pattern(GOOD)
+    assert [str(finding) for finding in findings if not finding.holds] == []
+    kinds = [finding.kind for finding in findings]
+    assert kinds == ["example", "gradients", "whole", "spellings", "mutations", "near miss"]
+    (spelled,) = [finding.detail for finding in findings if finding.kind == "spellings"]
+    assert int(spelled.split()[0]) > 8
+
+
+def test_a_near_miss_that_matches_is_told() -> None:
+    mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(growth, X, "anything")])
+    (failed,) = failures(mine)
+    assert re.search(
+        r"growth \(test_check.py:\d+\): expected to be left alone, got rewritten; narrow", failed.detail
+    )
+
+
+def test_a_near_miss_of_another_reason_is_told() -> None:
+    mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(decay, X, "the moon")])
+    (failed,) = failures(mine)
+    assert "expected the reason 'the moon', got 'expected 1, got 2'" in failed.detail
+
+
+def test_an_example_that_does_not_match_is_told() -> None:
+    mine = dataclasses.replace(GOOD, examples=lambda device: [("other", (decay, X))])
+    failed = failures(mine)[0]
+    assert re.search(
+        r"decay \(test_check.py:\d+\): expected one rewrite, got none: .*expected 1, got 2; mend",
+        failed.detail,
+    )
+
+
+def test_a_wrong_rewrite_of_a_mutation_fails() -> None:
+    """Without proofs to refuse it, a pattern whose search is too wide would be caught here."""
+    wide = fxopt.Pattern("wide", GOOD.search, lambda match: fxopt_call(match), examples=GOOD.examples)
+    assert failures(wide)
+
+
+def fxopt_call(match: fxopt.Match) -> object:
+    from fxopt.rewriting.pattern import call
+
+    return call(torch.exp, match["x"])
+
+
+@pytest.mark.parametrize("pattern", [GLU, CROSS_ENTROPY], ids=lambda pattern: pattern.name)
+def test_the_librarys_own_examples_are_rewritten(pattern: fxopt.Pattern) -> None:
+    findings = check_pattern(pattern)
+    wanted = ("example", "whole", "near miss", "mutations")
+    assert [str(f) for f in findings if f.kind in wanted and not f.holds] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import torch\nraise ValueError('no')", r"mine.py:2: cannot be imported: ValueError: no\nmend"),
+        ("def (", r"mine.py:1: cannot be imported: SyntaxError: .*\nmend"),
+        ("import no_such_module", r"mine.py:1: cannot be imported: ModuleNotFoundError"),
+        ("x = 1", r"mine.py: defines no pattern, expected at least one at its top level\nwrite MINE"),
+    ],
+)
+def test_bad_files_are_told(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["check-pattern", str(path)])
+    assert exit_info.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_that_is_not_there_is_told() -> None:
+    with pytest.raises(FxoptError, match=r"gone\.py: no such Python file"):
+        load_patterns(Path("gone.py"))
+
+
+def test_the_skeleton_passes_its_own_tests(tmp_path: Path) -> None:
+    paths = write_skeleton("soft_size", tmp_path)
+    assert {path.name for path in paths} == {
+        "soft_size_kernel.py", "soft_size_pattern.py", "test_soft_size.py", "soft_size_benchmark.py", "soft_size.md",
+    }  # fmt: skip
+    ruff = subprocess.run(
+        ["ruff", "check", "--isolated", "--select=F,E9", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ruff.returncode == 0, ruff.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "soft_size")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        command, cwd=tmp_path / "soft_size", env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_the_skeletons_kernels_equal_its_reference_in_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the skeleton's own tests run the kernels on the device")
+    write_skeleton("other_size", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "other_size"))
+    import importlib
+
+    kernel = importlib.import_module("other_size_kernel")
+    x, dy = torch.randn(2, 3, 700)
+    torch.testing.assert_close(kernel.launch_forward(x, 0.7), kernel.other_size_reference(x, 0.7))
+    torch.testing.assert_close(kernel.launch_backward(dy, x, 0.7), kernel.plain_backward(dy, x, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Bad-Name", r"got 'Bad-Name'\ntry"),
+        ("class", r"got 'class'\ntry"),
+        ("glu", r"glu is a pattern of the library already"),
+    ],
+)
+def test_bad_names_are_told(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(FxoptError, match=message):
+        write_skeleton(name, tmp_path)
+    write_skeleton("mine", tmp_path)
+    with pytest.raises(FxoptError, match=r"is there already, expected a new folder\ngive"):
+        write_skeleton("mine", tmp_path)
+
+
+def test_the_reach_over_model_types_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch, fxopt\n"
+        "def rotate(x):\n    half = x.shape[-1] // 2\n"
+        "    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)\n"
+        "def mean_square(x):\n    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)\n"
+        "MINE = fxopt.pattern(mean_square, lambda x: mean_square(x), [(torch.randn(4, 8),)])\n"
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        main(["check-pattern", str(path), "--over", "llama", "--over", "gpt2"])
+    assert exit_info.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert re.search(r"llama: mean_square x 9 \(modeling_llama.py:\d+\)", printed)
+    assert "gpt2: mean_square x 0" in printed
+    assert "mean_square: found in 1 of 2 model types" in printed

@@ -1,0 +1,199 @@
+"""Patterns from plain PyTorch: what they match, and what each mistake gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.authoring.check import check_pattern
+from fxopt.errors import FxoptError
+
+
+def soft_size(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.abs().mean(-1, keepdim=True) + eps)).to(x.dtype) * w
+
+
+class SoftSize(torch.autograd.Function):
+    sign = 1
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        h = x.float()
+        root = torch.rsqrt(h.abs().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, w, root)
+        return (h * root).to(x.dtype) * w
+
+    @classmethod
+    def backward(cls, ctx: Any, dy: torch.Tensor) -> Any:
+        x, w, root = ctx.saved_tensors
+        h, d = x.float(), (dy * w).float()
+        slope = (d * h).sum(-1, keepdim=True) * -0.5 * root**3 * h.sign() / h.shape[-1]
+        dw = (dy * (h * root)).flatten(0, -2).sum(0)
+        return (d * root + cls.sign * slope).to(x.dtype), dw.to(w.dtype), None
+
+
+class WrongBackward(SoftSize):
+    sign = -1
+
+
+def fused(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    return SoftSize.apply(x, w, eps)  # pyright: ignore[reportReturnType]
+
+
+def wrong(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    return WrongBackward.apply(x, w, eps)  # pyright: ignore[reportReturnType]
+
+
+EXAMPLES = [(torch.randn(2, 4, 8), torch.randn(8), 1e-5)]
+
+
+class Tower(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(8, 8, dtype=dtype), nn.Parameter(torch.randn(8, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        wide = y.to(torch.float32)
+        return self.gain * torch.mul(
+            torch.rsqrt(0.25 + torch.mean(torch.abs(wide), dim=-1, keepdim=True)), wide
+        ).type_as(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("replacement", [fused, soft_size])
+def test_other_spellings_numbers_and_dtypes_are_found(
+    dtype: torch.dtype, replacement: Callable[..., Any]
+) -> None:
+    mine = fxopt.pattern(soft_size, replacement, EXAMPLES)
+    model = Tower(dtype)
+    x = torch.randn(3, 5, 8, dtype=dtype)
+    stock = model(x)
+    stock.sum().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    fxopt.optimize(model, patterns=[*fxopt.patterns.ALL, mine])
+    found = model(x)
+    found.sum().backward()
+    report = fxopt.explain(model)
+    assert [rewrite.pattern for rewrite in report.rewrites] == ["soft_size"]
+    assert report.fallbacks == ()
+    tolerance = dict(rtol=0.02, atol=0.02) if dtype is torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, stock, **tolerance)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, **tolerance)
+
+
+def test_a_wrong_backward_is_refused_by_the_proof() -> None:
+    mine = fxopt.pattern(soft_size, wrong, EXAMPLES)
+    model = fxopt.optimize(Tower(), patterns=[mine])
+    model(torch.randn(3, 8)).sum().backward()
+    report = fxopt.explain(model)
+    assert report.rewrites == ()
+    assert any("gradient" in miss.reason for miss in report.mismatches)
+    (failed,) = [finding for finding in check_pattern(mine) if not finding.holds]
+    assert "the proof refuses it: gradient of" in failed.detail
+
+
+def test_a_pattern_of_several_outputs() -> None:
+    def both(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        root = torch.sqrt(x.abs() + y.abs())
+        return x / root, y / root
+
+    mine = fxopt.pattern(both, lambda x, y: both(x, y), [(torch.randn(4) + 3, torch.randn(4) + 3)])
+    assert [str(finding) for finding in check_pattern(mine) if not finding.holds] == []
+
+
+def branching(x: torch.Tensor) -> torch.Tensor:
+    return x.exp() - 1 if x.sum() > 0 else x
+
+
+def doubled(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.sqrt(x.abs() + 2 * eps)
+
+
+def growth(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x) - 1
+
+
+def idle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x)
+
+
+def nothing(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+X = torch.randn(4)
+
+
+def closed_over(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x) * X
+
+
+PLACE = r"\(test_pattern.py:\d+\)"
+MISTAKES: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: fxopt.pattern(branching, growth, [(X,)]),
+        rf"branching {PLACE}: cannot be captured, expected one graph of torch ops, got \w+: .*\nleave out",
+    ),
+    (
+        lambda: fxopt.pattern(doubled, doubled, [(X, 0.1)]),
+        rf"doubled {PLACE}: computes with the number eps before .*, expected it as it stands\nwrite",
+    ),
+    (
+        lambda: fxopt.pattern(growth, lambda x: x.double(), [(X,)]),
+        rf"growth: <lambda> {PLACE} returns other values than growth {PLACE}, "
+        r"expected float32\[4\], got float64\[4\]\nreturn",
+    ),
+    (
+        lambda: fxopt.pattern(growth, lambda x: x[:2], [(X,)]),
+        r"expected float32\[4\], got float32\[2\]",
+    ),
+    (
+        lambda: fxopt.pattern(growth, lambda x: (x, x), [(X,)]),
+        r"expected float32\[4\], got float32\[4\], float32\[4\]",
+    ),
+    (
+        lambda: fxopt.pattern(growth, lambda y, x: x, [(X,)]),
+        rf"<lambda> {PLACE} raised TypeError on an example: .*\nboth functions take the same",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, []),
+        rf"growth {PLACE}: no examples, expected at least one.*\ngive examples",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(X, 1)]),
+        r"example 0 gives 2 arguments, expected 1 \(x\)\ngive a value",
+    ),
+    (
+        lambda: fxopt.pattern(idle, lambda x, y: torch.exp(x), [(X, X)]),
+        rf"idle {PLACE}: does not read y, expected every tensor to be used\ntake",
+    ),
+    (
+        lambda: fxopt.pattern(closed_over, closed_over, [(X,)]),
+        rf"closed_over {PLACE}: reads a tensor that is no argument, expected all tensors as arguments\npass it",
+    ),
+    (
+        lambda: fxopt.pattern(nothing, lambda x: x, [(X,)]),
+        rf"nothing {PLACE}: (returns something that no op computes|cannot be captured, .* it computes nothing)",
+    ),
+    (
+        lambda: fxopt.pattern(lambda x: x.exp(), torch.exp, [(X,)]),
+        r"expected a name that is an identifier, got '<lambda>'\ngive name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MISTAKES)
+def test_mistakes_name_function_line_expected_got_and_cure(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(FxoptError) as error:
+        make()
+    assert re.search(message, str(error.value)), str(error.value)

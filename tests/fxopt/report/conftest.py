@@ -1,0 +1,51 @@
+"""Reports of small models, each explained once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.coverage.shrink import tiny_config
+from fxopt.demo.models import build_meta_model
+from fxopt.report.records import Report
+
+
+def four_bit_with_adapters() -> nn.Module:
+    """Return a tiny llama whose layers are in four bits, with adapters on all of them."""
+    library: Any = pytest.importorskip("bitsandbytes").nn
+    peft: Any = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and "lm_head" not in name:
+            new = library.Linear4bit(
+                layer.in_features, layer.out_features, False, compute_dtype=torch.float32
+            )
+            new.weight = library.Params4bit(
+                layer.weight.data, requires_grad=False, module=new, quant_type="nf4", compress_statistics=True
+            )
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+
+
+@functools.cache
+def explained(name: str) -> Report:
+    if name == "qlora":
+        return fxopt.explain(four_bit_with_adapters())
+    return fxopt.explain(build_meta_model(tiny_config(name)))
+
+
+@pytest.fixture(scope="session")
+def report_of() -> Callable[[str], Report]:
+    """Return a function that explains a model type, "qlora" for one in four bits with adapters."""
+    return explained

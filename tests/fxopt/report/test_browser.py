@@ -1,0 +1,180 @@
+"""The HTML report in a real Chromium: what is drawn, where, and what keys and clicks do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.report.records import Report
+
+NAMES = ("llama", "gemma2", "qwen3_moe", "qlora")
+SHOTS = os.environ.get("FXOPT_SHOTS")
+"""A folder; where it is given, each report is also saved there as a picture."""
+
+OVERLAPS = """() => {
+  const found = [];
+  for (const side of ["before", "after"]) {
+    const boxes = [...document.querySelectorAll(`#${side} .node rect`)].map((rect) => rect.getBoundingClientRect());
+    boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b) => {
+      if (a.left < b.right - 0.5 && b.left < a.right - 0.5 && a.top < b.bottom - 0.5 && b.top < a.bottom - 0.5)
+        found.push([side, a.x, a.y, b.x, b.y]);
+    }));
+  }
+  return found;
+}"""
+TOO_LONG = """() => [...document.querySelectorAll("#before .node, #after .node")].filter((node) => {
+  const width = node.querySelector("rect").width.baseVal.value;
+  return [...node.querySelectorAll("text")].some((text) => text.getComputedTextLength() + 9 > width);
+}).map((node) => node.textContent)"""
+STACKED = """() => {
+  const boxes = [...document.querySelectorAll("header, main > section")].map((part) => part.getBoundingClientRect());
+  return boxes.slice(1).every((box, i) => box.top >= boxes[i].bottom - 0.5);
+}"""
+WIDER_THAN_PAGE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        if path is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("no Chromium here: neither on the path nor playwright's own")
+        started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(params=NAMES)
+def page(
+    request: pytest.FixtureRequest,
+    browser: Any,
+    report_of: Callable[[str], Report],
+    tmp_path: Path,
+) -> Iterator[Any]:
+    """Open the report of one model from disk, with the network cut; errors of the page fail the test."""
+    path = tmp_path / "report.html"
+    report_of(request.param).save_html(path)
+    context = browser.new_context(viewport={"width": 1500, "height": 1000}, offline=True)
+    opened = context.new_page()
+    problems: list[str] = []
+    opened.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.goto(path.as_uri())
+    yield opened
+    if SHOTS:
+        opened.screenshot(path=str(Path(SHOTS) / f"report_{request.param}.png"))
+    context.close()
+    assert problems == []
+
+
+def count(page: Any, selector: str) -> int:
+    return page.locator(selector).count()
+
+
+def test_everything_is_drawn_and_nothing_overlaps(page: Any) -> None:
+    for place in range(count(page, "#graph option")):
+        page.select_option("#graph", str(place))
+        graph = f"JSON.parse(document.getElementById('data').textContent).graphs[{place}]"
+        for side in ("before", "after"):
+            expected = page.evaluate(f"() => {graph}.cells.filter((cell) => cell.{side}).length")
+            assert expected > 3
+            assert count(page, f"#{side} .node") == expected
+            assert count(page, f"#{side} .edge") == len(page.evaluate(f"() => {graph}.{side}"))
+        assert page.evaluate(OVERLAPS) == []
+        assert page.evaluate(TOO_LONG) == []
+    assert page.evaluate(STACKED)
+    assert not page.evaluate(WIDER_THAN_PAGE)
+    page.select_option("#graph", "0")
+
+
+def test_data_flows_from_left_to_right(page: Any) -> None:
+    backwards = page.evaluate(
+        """() => [...document.querySelectorAll("#before .edge")].filter((edge) => {
+          const x = (id) => document.querySelector(`#before [data-box="${id}"]`).getBoundingClientRect().left;
+          return x(edge.dataset.from) >= x(edge.dataset.to);
+        }).length"""
+    )
+    assert backwards == 0
+
+
+def test_both_panels_show_the_same_place_and_what_stayed_stands_still(page: Any) -> None:
+    places = """(side) => Object.fromEntries([...document.querySelectorAll(`#${side} .node`)]
+      .map((node) => [node.dataset.box, node.getAttribute("transform")]))"""
+    before, after = page.evaluate(places, "before"), page.evaluate(places, "after")
+    shared = before.keys() & after.keys()
+    assert len(shared) > 3
+    assert all(before[box] == after[box] for box in shared)
+    page.click("#zoom-in")
+    boxes = [page.get_attribute(f"#{side}", "viewBox") for side in ("before", "after")]
+    assert boxes[0] == boxes[1]
+
+
+def test_search_finds_and_dims(page: Any) -> None:
+    page.locator("body").press("/")
+    page.keyboard.type("linear")
+    hits = count(page, "#before .node.hit")
+    assert 0 < hits < count(page, "#before .node")
+    assert page.inner_text("#found").endswith("found")
+    page.keyboard.press("Enter")
+    assert count(page, "#before .node.selected") + count(page, "#after .node.selected") > 0
+    page.fill("#search", "nothing is called so")
+    assert page.inner_text("#found") == "0 found"
+
+
+def test_a_module_folds_and_unfolds(page: Any) -> None:
+    whole = count(page, "#before .node")
+    chip = page.locator("#modules button", has_text="mlp").first
+    chip.click()
+    assert count(page, "#before .node.fold") == 1
+    folded = count(page, "#before .node")
+    assert folded < whole
+    assert page.evaluate(OVERLAPS) == []
+    page.locator("#before").focus()
+    page.keyboard.press("Enter")  # the fold is selected
+    assert count(page, "#before .node") == whole
+
+
+def test_keys_walk_and_zoom(page: Any) -> None:
+    page.locator("#before").focus()
+    page.keyboard.press("ArrowRight")
+    first = page.get_attribute("#before .node.selected", "data-box")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".node.selected").first.get_attribute("data-box") != first
+    assert page.inner_text("#detail")
+    before = page.get_attribute("#before", "viewBox")
+    page.keyboard.press("+")
+    assert page.get_attribute("#before", "viewBox") != before
+    assert page.evaluate("() => document.activeElement.id") == "before"
+
+
+def test_pointing_at_a_node_tells_its_form_and_source(page: Any) -> None:
+    page.locator("#before .node.op").first.hover()
+    tip = page.inner_text("#tip")
+    assert "form: " in tip
+    assert "source: " in tip
+    assert ".py:" in tip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_themes(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    colours = page.evaluate(
+        """() => ["color", "backgroundColor"].map((name) => getComputedStyle(document.body)[name]
+          .match(/[0-9]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765)"""
+    )
+    assert abs(colours[0] - colours[1]) > 0.6
+    assert (colours[1] > 0.5) == (scheme == "light")
+
+
+def test_print_shows_the_whole_graph_and_all_code(page: Any) -> None:
+    page.emulate_media(media="print")
+    page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    assert not page.locator(".tools").is_visible()
+    assert page.pdf()[:4] == b"%PDF"

@@ -1,0 +1,264 @@
+"""The other forms of a report: HTML without a browser, JSON and back, differences, reasons, graphs as Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.cli import main
+from fxopt.errors import FxoptError, UnknownNameError
+from fxopt.report import records
+from fxopt.report.alignment import align
+from fxopt.report.diff import diff_reports
+from fxopt.report.figures import layer_figures
+from fxopt.report.html import render_html, render_notebook
+from fxopt.report.load import load_report, parse_report
+from fxopt.report.records import Fallback, RegionRecord, Report, Site
+from fxopt.report.text import WIDTH
+
+Explained = Callable[[str], Report]
+EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
+
+
+def evil(record: object) -> object:
+    """Return a record whose every text is hostile."""
+    if isinstance(record, str):
+        return EVIL
+    if isinstance(record, tuple):
+        return tuple(map(evil, record))
+    if isinstance(record, dict):
+        return {f"{EVIL}{place}": evil(value) for place, value in enumerate(record.values())}
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        kept = {"status", "kind", "oracle_dtype"}
+        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        return dataclasses.replace(record, **{k: v if k in kept else evil(v) for k, v in values.items()})
+    return record
+
+
+def test_the_file_is_self_contained_and_small(report_of: Explained, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report_of("llama").save_html(path)
+    text = path.read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|[\w./-]+\.(js|css|png))""", text)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket", text)
+    assert len(text) < 300_000
+
+
+def test_all_texts_are_escaped(report_of: Explained) -> None:
+    report = evil(report_of("gemma2"))
+    assert isinstance(report, Report)
+    text = render_html(report)
+    assert "<script>alert(" not in text
+    assert "<img src=x" not in text
+    assert text.count("</script>") == 3
+    assert "<img src=x" not in render_notebook(report)
+
+
+def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
+    report = report_of("gemma2")
+    text = render_html(report)
+    for site in report.sites:
+        assert site.location in text
+    for figure in layer_figures(report):
+        assert f"{figure.ops_before} → {figure.ops_after}" in text
+        assert re.search(rf"{figure.layers} +{figure.ops_before} +{figure.ops_after} ", str(report))
+    assert "def block(" in text
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+def test_text_fits_its_columns(report_of: Explained, name: str) -> None:
+    assert max(map(len, str(report_of(name)).splitlines())) <= WIDTH == 100
+
+
+def test_guards_and_captures_are_told(report_of: Explained) -> None:
+    block, model = report_of("llama").regions
+    assert block.captures == model.captures == 1
+    assert any("requires_grad" in guard for guard in block.guards)
+    assert all(f"{len(region.guards)}" in str(report_of("llama")) for region in (block, model))
+
+
+def test_a_notebook_shows_it(report_of: Explained) -> None:
+    assert (
+        report_of("llama")._repr_html_().startswith('<iframe title="fxopt report: LlamaForCausalLM" srcdoc="')
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+def test_json_comes_back_whole(report_of: Explained, name: str) -> None:
+    report = report_of(name)
+    again = parse_report(report.to_json())
+    assert again == report
+    assert str(again) == str(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"a.json: not JSON at line 1: .*\ngive a file"),
+        ("[]", r"a.json: expected a report of schema 1, got no report\nwrite"),
+        ('{"schema": 99}', r"expected a report of schema 1, got 99"),
+        ('{"schema": 1, "model": "m", "colour": 1}', r"not a whole report: .*colour"),
+    ],
+)
+def test_bad_json_is_told(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(FxoptError, match=message):
+        load_report(path)
+    with pytest.raises(FxoptError, match=r"cannot be read"):
+        load_report(tmp_path / "gone.json")
+
+
+def test_the_page_names_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "report.md").read_text()
+    kinds = [
+        kind for kind in vars(records).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert len(kinds) > 8
+    assert sorted(name for name in names if f"`{name}`" not in page) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+def test_alignment_is_by_provenance(report_of: Explained, name: str) -> None:
+    for graph in report_of(name).graphs:
+        aligned = align(graph)
+        assert [cell.before for cell in aligned.cells if cell.before] == list(graph.nodes_before)
+        after = [cell.after for cell in aligned.cells if cell.after]
+        assert sorted(after, key=lambda n: n.name) == sorted(graph.nodes_after, key=lambda n: n.name)
+        for cell in aligned.cells:
+            if cell.before and cell.after:
+                origins = (*cell.after.origins, cell.after.name)
+                assert cell.before.name in origins
+        assert {cell.pattern for cell in aligned.cells} - {""} == {
+            node.pattern for node in graph.nodes_after
+        } - {""}
+
+
+def test_figures_count_what_computes(report_of: Explained) -> None:
+    graph = next(graph for graph in report_of("llama").graphs if graph.region != "model")
+    by_name = {node.name: node for node in graph.nodes_before}
+    linears = [node for node in by_name.values() if node.op == "linear"]
+    assert len(linears) == 7
+    assert all(node.kind == "op" for node in linears)
+    query = linears[0]
+    assert query.type == "f32[2, 16, 64]"
+    assert query.bytes == 2 * 16 * 64 * 4
+    views = [node for node in by_name.values() if node.op in (".view", ".transpose")]
+    assert views
+    assert all(node.kind == "view" and node.bytes == 0 for node in views)
+
+
+class Odd(nn.Module):
+    """What a norm would divide is another tensor than what it measures; the gate is a usual one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.tanh() * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def test_why_not_shows_how_far_it_came_and_both_graphs() -> None:
+    report = fxopt.explain(nn.Sequential(Odd(), Odd()), {"input": torch.randn(2, 3, 8)})
+    text = report.why_not("rms_norm")
+    assert text.startswith("rms_norm: 0 of 2 sites rewritten\n")
+    assert re.search(r"unmatched at 0 \(test_forms.py:\d+\) x 2", text)
+    assert re.search(r"nearest is rms_norm, [2-9] nodes matched, then:\n +x: expected .*, got ", text), text
+    assert re.search(r"mean1 = mean\(pow1.* \| ", text), text
+    assert re.search(r" \| > \w+", text), text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "nothing was left out" in report.why_not("glu")
+    assert "no site of this form" in report.why_not("rope")
+    with pytest.raises(UnknownNameError, match=r"why_not: unknown name 'rop', expected one of .*rope"):
+        report.why_not("rop")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_code_of_graphs_runs(report_of: Explained, name: str) -> None:
+    for graph in report_of(name).graphs:
+        namespace: dict[str, object] = {}
+        exec(graph.code, namespace)
+        assert "not_importable" not in graph.code
+        assert callable(namespace["tail" if graph.region == "model" else "block"])
+
+
+def test_traced_code_computes_the_same() -> None:
+    model = nn.Sequential(Odd(), Odd()).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    namespace: dict[str, object] = {}
+    exec(fxopt.trace(model, {"input": x}), namespace)
+    block = namespace["block"]
+    assert callable(block)
+    (y,) = block(x, *model[0].parameters())  # in the order of use, which is that of the modules
+    torch.testing.assert_close(y, model[0](x))
+
+
+def site(pattern: str, status: str = "rewritten", count: int = 2, module: str = "layers.0.x") -> Site:
+    op = pattern if status == "rewritten" else ""
+    return Site(pattern, op, count, status, module, "f.py:1", "" if op else "no reason")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_diff_tells_lost_gained_and_changed() -> None:
+    first = Report(
+        "Tiny", (site("glu"), site("rope")), regions=(RegionRecord("model", "", 1, "captured", 1),)
+    )
+    second = Report(
+        "Tiny",
+        (site("glu", "unmatched"), site("rope"), site("rms_norm")),
+        regions=(RegionRecord("model", "", 1, "stock", 0, "a reason"),),
+        fallbacks=(Fallback("model", "a cache", 3),),
+    )
+    found = diff_reports(first, second)
+    assert found.lost == (
+        "glu x 2 at layers.0.x: rewritten to glu before, unmatched at f.py:1: no reason",
+        "model (whole model): captured -> stock, a reason",
+        "calls that fell back to stock: 0 -> 3 (a cache)",
+    )
+    assert found.gained == ("rms_norm x 2 at layers.0.x: rewritten to rms_norm, before not found",)
+    back = diff_reports(second, first)
+    assert len(back.lost) == 1
+    assert len(back.gained) == 3
+    assert str(diff_reports(first, first)) == "no difference\n"
+
+
+def test_the_command_exits_with_1_where_something_was_lost(
+    tmp_path: Path, report_of: Explained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = report_of("llama")
+    less = dataclasses.replace(whole, sites=whole.sites[1:])
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, report in zip(paths, (whole, less), strict=True):
+        path.write_text(report.to_json())
+    codes: list[object] = []
+    for pair in (paths, paths[::-1], (paths[0], paths[0])):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["diff", *map(str, pair)])
+        codes.append(exit_info.value.code or 0)
+    assert codes == [1, 0, 0]
+    printed = capsys.readouterr().out
+    assert "Lost" in printed
+    assert "\x1b[" not in printed, "no colour without a terminal"
+
+
+def test_the_command_writes_html(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpt2.html"
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", "--arch", "gpt2", "--html", str(path)])
+    assert not exit_info.value.code
+    assert capsys.readouterr().out == f"fxopt report: wrote {path}\n"
+    assert "GPT2LMHeadModel" in path.read_text()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", "--arch", "gpt2", "--html", str(tmp_path / "no" / "such.html")])
+    assert exit_info.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err

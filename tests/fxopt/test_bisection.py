@@ -1,0 +1,116 @@
+"""Bisecting: the rewrites that make a check fail, and what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.bisection import load_script
+from fxopt.cli import main
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(8), nn.RMSNorm(8)
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return self.last(x + self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(Block(), Block())
+
+
+def step(model: nn.Module) -> set[str]:
+    """Run a training step and return the patterns that were rewritten in it."""
+    model(torch.randn(2, 3, 8)).sum().backward()
+    try:
+        return {rewrite.pattern for rewrite in fxopt.explain(model).rewrites}
+    except fxopt.FxoptError:  # no inputs for the stock model
+        return set()
+
+
+def quiet(line: str) -> None:
+    assert line.startswith("fxopt bisect: run ")
+
+
+@pytest.mark.parametrize("guilty", [{"glu"}, {"layer_norm"}, {"glu", "rms_norm"}])
+def test_the_culprits_are_found_and_none_can_be_left_out(guilty: set[str]) -> None:
+    model = make_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def check(model: nn.Module) -> None:
+        if guilty <= step(model):
+            raise ValueError("planted")
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+
+    found = fxopt.bisect(model, check, on_progress=quiet)
+    assert {name.split()[0] for name in found.rewrites} == guilty
+    assert len(found.rewrites) == len(guilty)
+    assert found.failure.startswith("ValueError: planted (test_bisection.py:")
+    assert all(map(torch.equal, before, model.parameters()))
+    assert step(model) == set(), "the model is left stock"
+
+
+def test_a_check_that_holds_has_no_culprits() -> None:
+    found = fxopt.bisect(make_model(), lambda model: bool(step(model)) or True, on_progress=quiet)
+    assert found.rewrites == ()
+    assert "holds" in str(found)
+
+
+def test_an_optimized_model_is_optimized_again_afterwards() -> None:
+    model = fxopt.optimize(make_model(), disable=("glu",))
+    seen: list[set[str]] = []
+    fxopt.bisect(model, lambda model: seen.append(step(model)), on_progress=quiet)
+    assert seen[-1] == step(model)
+    assert "rms_norm" in seen[-1]
+    assert "glu" not in seen[-1]
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(
+        fxopt.FxoptError, match=r"check: fails on the stock model, .*: it returned False\ngive"
+    ):
+        fxopt.bisect(make_model(), lambda model: False, on_progress=quiet)
+    with pytest.raises(fxopt.FxoptError, match=r"check: no rewrite was made while it ran, expected .*\nrun"):
+        fxopt.bisect(make_model(), lambda model: None, on_progress=quiet)
+
+
+def test_a_script_is_bisected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, fxopt\nfrom torch import nn\n"
+        "def model():\n    return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))\n"
+        "def check(model):\n    model(torch.randn(2, 4)).sum().backward()\n"
+        "    assert model._compiled_call_impl is None or not fxopt.explain(model).rewrites, 'rewritten'\n"
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bisect", str(script)])
+    assert exit_info.value.code == 1
+    assert "1 rewrite makes the check fail" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise ValueError('no')", r"script.py:1: cannot be run: ValueError: no"),
+        ("model = 1", r"script.py: defines no `check`, expected .*\nsee"),
+        ("def check(model): pass", r"script.py: defines no `model`, expected"),
+    ],
+)
+def test_bad_scripts_are_told(tmp_path: Path, text: str, message: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    with pytest.raises(fxopt.FxoptError, match=message):
+        load_script(script)
+    with pytest.raises(fxopt.FxoptError, match="no such Python file"):
+        load_script(tmp_path / "gone.py")
