@@ -8,7 +8,8 @@ from fxopt.errors import (
     UnmatchedError,
     VerifyError,
 )
-from fxopt.pipeline import ALL, explain, optimize, restore
+from fxopt.pipeline import ALL, explain, optimize, plan, restore
+from fxopt.remat.records import Plan
 from fxopt.report.records import Proof, Report, Site
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 
@@ -18,6 +19,7 @@ __all__ = [
     "Match",
     "Mismatch",
     "Pattern",
+    "Plan",
     "Proof",
     "ProofError",
     "Report",
@@ -28,6 +30,7 @@ __all__ = [
     "VerifyError",
     "explain",
     "optimize",
+    "plan",
     "restore",
 ]
 __version__ = "0.1.0"

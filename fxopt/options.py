@@ -32,6 +32,8 @@ class Options:
     verify: str = "on"
     strict: bool = False
     partial: bool = False
+    memory_budget: Any = "auto"
+    plan: Any = None
 
     @property
     def active_patterns(self) -> tuple[Any, ...]:
@@ -48,6 +50,8 @@ def check_options(
     verify: str,
     strict: bool,
     partial: bool,
+    memory_budget: Any = "auto",
+    plan: Any = None,
 ) -> Options:
     """Return checked options; `patterns` may hold names of `known` patterns and patterns of the user's own.
 
@@ -80,7 +84,7 @@ def check_options(
     _check_name("verify", verify, VERIFY)
     _check_flag("strict", strict)
     _check_flag("partial", partial)
-    return Options(tuple(chosen), disabled, lowering, verify, strict, partial)
+    return Options(tuple(chosen), disabled, lowering, verify, strict, partial, memory_budget, plan)
 
 
 def _check_flag(subject: str, value: object) -> None:

@@ -17,6 +17,7 @@ PUBLIC = {
     "Match",
     "Mismatch",
     "Pattern",
+    "Plan",
     "Proof",
     "ProofError",
     "Report",
@@ -27,6 +28,7 @@ PUBLIC = {
     "VerifyError",
     "explain",
     "optimize",
+    "plan",
     "restore",
 }
 PARAMETERS = {
@@ -38,9 +40,17 @@ PARAMETERS = {
         "verify": "on",
         "strict": False,
         "partial": False,
+        "memory_budget": "auto",
+        "plan": None,
         "example_inputs": None,
     },
     "explain": {"model": inspect.Parameter.empty, "example_inputs": None},
+    "plan": {
+        "model": inspect.Parameter.empty,
+        "memory_budget": "auto",
+        "example_inputs": None,
+        "lowering": "auto",
+    },
     "restore": {"model": inspect.Parameter.empty},
 }
 

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.hooks import Hooks, find_hooks, has_hooks, idle_hooks_hidden
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
 
 PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -31,13 +33,30 @@ def block_entry(block: nn.Module, count_eager: Callable[[], None], args: Any, kw
     return block.forward(*args, **kwargs)
 
 
-class BlockCalls:
-    """Makes the calls of one stack's blocks; all blocks of a stack share their captures."""
+MakeBackend = Callable[[Mark | None], Callable[..., Any]]
 
-    def __init__(self, ledger: Ledger, region: str, backend: Callable[..., Any], *, partial: bool) -> None:
+
+class BlockCalls:
+    """Makes the calls of one stack's blocks; all blocks of a stack with one plan share their captures."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        region: str,
+        make_backend: MakeBackend,
+        checkpointing: Checkpointing,
+        *,
+        partial: bool,
+        planner: Planner | None = None,
+    ) -> None:
         self.ledger = ledger
         self.region = region
-        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=not partial)
+        self._make_backend = make_backend
+        self._checkpointing = checkpointing
+        self._partial = partial
+        self._planner = planner
+        self._call = Call(1, False)
+        self._compiled: dict[int | None, Callable[..., Any]] = {}
         self.stock_classes: dict[type, str] = {}
 
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,7 +67,7 @@ class BlockCalls:
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
-            return torch_compat.stock_call(block, *args, **kwargs)
+            return self._checkpointing.run_stock(block, args, kwargs)
         serve = functools.partial(self._serve, path, block, hooks.idle)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)
@@ -88,10 +107,32 @@ class BlockCalls:
 
     def _run_compiled(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(path)
+        compiled = self._find_compiled(path, block, args, kwargs)
         if idle_hooks:
             with idle_hooks_hidden(block):
-                return self.compiled(block, self._count_eager, args, kwargs)
-        return self.compiled(block, self._count_eager, args, kwargs)
+                return compiled(block, self._count_eager, args, kwargs)
+        return compiled(block, self._count_eager, args, kwargs)
+
+    def _find_compiled(
+        self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """Return the frame of the variant that serves this call; each variant has captures of its own."""
+        variant = None
+        if self._planner is not None:
+            self._call = call_of(args, kwargs, block in self._checkpointing.taken)
+            variant = self._planner.find_variant(path, self._call)
+        if variant not in self._compiled:
+            backend = self._make_backend(
+                None if variant is None else Mark(functools.partial(self._show, variant))
+            )
+            self._compiled[variant] = torch_compat.compile_frame(
+                block_entry, backend, fullgraph=not self._partial
+            )
+        return self._compiled[variant]
+
+    def _show(self, variant: int, graph: fx.Graph, held: frozenset[int]) -> str:
+        assert self._planner is not None
+        return self._planner.mark_block(self.ledger.current, variant, self._call, graph, held)
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import types
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
@@ -20,6 +22,7 @@ from fxopt.capture.lowering import Lowering
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.patched import find_patched
+from fxopt.capture.planning import Mark, Planner, note_held, with_mark
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
@@ -42,7 +45,14 @@ class Installation:
     """fxopt in one model: its regions, what they compiled, and what happened while they ran."""
 
     def __init__(
-        self, model: nn.Module, options: Any, transform: Transform, lower: Lowering, *, partial: bool
+        self,
+        model: nn.Module,
+        options: Any,
+        transform: Transform,
+        lower: Lowering,
+        *,
+        partial: bool,
+        planner: Planner | None = None,
     ) -> None:
         self.model = model
         self.options = options
@@ -53,17 +63,24 @@ class Installation:
         self._settings = torch_compat.make_capture_settings()
         self._transform = _unhooked(transform)
         self._lower = lower
+        self.planner = planner
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
+        checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
         if blocks:
-            self.model_call: ModelCall | None = ModelCall(self.ledger, model, blocks, self._compile_model)
-            for stack in self.regions.stacks:
-                backend = self._block_backend(stack.path)
-                self._calls[stack.path] = BlockCalls(self.ledger, stack.path, backend, partial=partial)
+            self.model_call: ModelCall | None = ModelCall(
+                self.ledger, model, blocks, self._compile_model, checkpointing
+            )
         else:
             self.model_call = None
-            self._calls[REGION] = BlockCalls(
-                self.ledger, REGION, self._block_backend(REGION), partial=partial
+        for region in [stack.path for stack in self.regions.stacks] or [REGION]:
+            self._calls[region] = BlockCalls(
+                self.ledger,
+                region,
+                functools.partial(self._block_backend, region),
+                checkpointing,
+                partial=partial,
+                planner=planner,
             )
 
     def install(self) -> None:
@@ -116,17 +133,21 @@ class Installation:
         call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
         return torch_compat.mark_leaf(call_block)
 
-    def _block_backend(self, region: str) -> Callable[..., Any]:
+    def _block_backend(self, region: str, mark: Mark | None) -> Callable[..., Any]:
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             outcome = self._transform(gm, region=region, lazy_outputs=False)
             capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
             if torch_compat.changes_python_state():
                 self.ledger.changes_state = True
-            compiled = keep_stock_gradients(self._lower, region)(gm, example_inputs)
-            ledger = self.ledger
+            note_held(gm, example_inputs, self.model)
+            compiled = keep_stock_gradients(with_mark(self._lower, mark), region)(gm, example_inputs)
+            ledger, planner = self.ledger, None if mark is None else self.planner
+            form = None if planner is None else planner.form_of(ledger.current)
 
             def run(*args: Any) -> Any:
                 ledger.serve(capture)
+                if planner is not None:
+                    planner.note_form(ledger.current, form)
                 return compiled(*args)
 
             return run
@@ -144,7 +165,9 @@ class Installation:
         segments = find_segments(tail.graph)
         if segments.unkept:
             self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
-        lower = keep_stock_gradients(self._lower, REGION)
+        note_held(tail.graph, examples, self.model)
+        mark = None if self.planner is None else Mark(self.planner.read_tail, decides=False)
+        lower = keep_stock_gradients(with_mark(self._lower, mark), REGION)
         call = compile_model_graph(tail.graph, examples, lower, segments)
         ledger = self.ledger
 
