@@ -134,6 +134,7 @@ def facts_of(model: nn.Module, paths: tuple[str, ...], lowering: str, named: Dev
         gradient_bytes=trained,
         update_bytes=trained,
         free_bytes=free,
+        workspaces=launch.WORKSPACES,
     )
 
 

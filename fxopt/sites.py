@@ -133,6 +133,7 @@ def build_report(installation: Installation) -> Report:
         fallbacks=ledger.fallback_records(),
         notes=(*ledger.notes, *_notes_on_slots(installation)),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
+        plans=() if installation.planner is None else installation.planner.plans,
     )
 
 

@@ -228,6 +228,28 @@ def _fake_backward(
     ]
 
 
+def _forward_flops(
+    xs: list[Tensor], weights: list[Tensor], biases: Any, a: list[Tensor], b: list[Tensor], *_: Any
+) -> int:
+    """Count the products with the weights and with both factors of each adapter."""
+    rows = xs[0].numel() // xs[0].shape[-1]
+    return 2 * rows * sum(factor.numel() for factor in (*weights, *a, *b))
+
+
+def _backward_flops(
+    dys: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    biases: Any,
+    a: list[Tensor],
+    b: list[Tensor],
+    *_: Any,
+) -> int:
+    """Count one product per weight, and per factor one for its own gradient and one for its input's; x A^T again."""
+    rows = xs[0].numel() // xs[0].shape[-1]
+    return 2 * rows * sum(factor.numel() for factor in (*weights, *a, *a, *a, *b, *b))
+
+
 _TENSORS = "Tensor[] xs, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b"
 _ATTRIBUTES = "int[] inputs, int[] owners, float[] scales"
 _forward_op = register_op(
@@ -235,12 +257,14 @@ _forward_op = register_op(
     plain=_forward,
     fused=_forward,
     fake=_fake_forward,
+    flops=_forward_flops,
 )
 _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",
     plain=_backward,
     fused=_backward,
     fake=_fake_backward,
+    flops=_backward_flops,
 )
 
 

@@ -39,6 +39,11 @@ class Call:
 class Planner(Protocol):
     """Decides per block what is saved for backward; None stands for what is done where nobody plans."""
 
+    @property
+    def plans(self) -> tuple[Any, ...]:
+        """The plans carried out so far, as records."""
+        ...
+
     def find_variant(self, path: str, call: Call) -> int | None:
         """Return the number of the variant that serves the block at `path`, or None."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def flops_of(node: fx.Node) -> int:
     args = fx.map_arg(node.args, _value_of)
     kwargs = fx.map_arg(node.kwargs, _value_of)
     return int(hint(formula(*args, **kwargs, out_val=node.meta.get("val"))))
+
+
+def workspace_of(node: fx.Node, count: Callable[..., int]) -> int:
+    """Return what `count` says that the op of `node` holds for itself while it runs, in bytes."""
+    return int(hint(count(*fx.map_arg(node.args, _value_of), **fx.map_arg(node.kwargs, _value_of))))
 
 
 def op_of(node: fx.Node) -> Any:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt.graph.storage import key_of
-from fxopt.remat.cost import cost_of, hint, is_fusible, op_of, tensors_in
+from fxopt.remat.cost import cost_of, hint, is_fusible, op_of, tensors_in, workspace_of
 from fxopt.remat.dag import Dag, Value
 from fxopt.remat.devices import Device
 
 ROUNDING = 512
 """Torch's CUDA allocator gives out whole blocks of this many bytes."""
+Workspaces = Mapping[Any, Callable[..., int]]
 INPUT = "input"
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
@@ -45,6 +46,7 @@ class Joint:
     results: tuple[fx.Node, ...]
     gradients: tuple[fx.Node, ...]
     fused: frozenset[fx.Node]
+    workspaces: dict[fx.Node, int]
     compute_cost: int
 
     @property
@@ -54,13 +56,19 @@ class Joint:
 
 
 def read_joint(
-    graph: fx.Graph, held: Collection[int], device: Device, *, fuses: bool, last: bool = False
+    graph: fx.Graph,
+    held: Collection[int],
+    device: Device,
+    *,
+    fuses: bool,
+    last: bool = False,
+    workspaces: Workspaces | None = None,
 ) -> Joint:
     """Return `graph` as the planner reads it.
 
     `held` are the numbers of the graph's inputs that are the model's own tensors; `fuses` whether pointwise
     ops are computed within the kernels that read them. A block hands on a value of the form it was given; with `last`,
-    of a piece after the blocks, every input is its own.
+    of a piece after the blocks, every input is its own. `workspaces` say what ops hold for themselves.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
     backward = _find_backward(nodes)
@@ -72,6 +80,7 @@ def read_joint(
     sizes = {storage: size for node in nodes for storage, size in _sizes_of(node).items()}
     inputs = [node for node in forward if node.op == "placeholder"]
     own = [node for number, node in enumerate(inputs) if number not in held]
+    workspaces = workspaces or {}
     forms = {_form(node) for node in results}
     chained = frozenset(s for node in own if last or _form(node) in forms for s in storages[node])
     inner = {_form(node) for node in own if last or _form(node) in forms}
@@ -110,6 +119,7 @@ def read_joint(
         results,
         gradients,
         fused,
+        {node: workspace_of(node, workspaces[node.target]) for node in nodes if node.target in workspaces},
         sum(_run_cost(node, storages, device, fused) for node in nodes if REPLAYS not in node.meta),
     )
 

@@ -95,7 +95,7 @@ def _peak(
             new = set(joint.storages[node]) - living - joint.held
             living |= new
             total += _sum(joint, new)
-            most = max(most, total)
+            most = max(most, total + rounded(joint.workspaces.get(node, 0)))
         gone = living.intersection(dying.get(number, ()))
         living -= gone
         total -= _sum(joint, gone)

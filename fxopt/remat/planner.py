@@ -19,7 +19,7 @@ from fxopt.remat.budget import Budget, format_bytes
 from fxopt.remat.choice import choose_decisions, find_smallest, time_of
 from fxopt.remat.decide import Menu, find_choice, make_decision, make_menu, read_tagged
 from fxopt.remat.devices import Device
-from fxopt.remat.joint import Joint, read_joint
+from fxopt.remat.joint import Joint, Workspaces, read_joint
 from fxopt.remat.records import Decision, Plan
 from fxopt.remat.step import Around, find_peak, simulate_step
 
@@ -57,6 +57,7 @@ class Facts:
     gradient_bytes: int
     update_bytes: int
     free_bytes: int | None
+    workspaces: Workspaces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +132,7 @@ class StepPlanner:
 
     def _read_block(self, path: str, call: Call, graph: fx.Graph, held: frozenset[int]) -> tuple[Joint, Any]:
         """Return the joint graph as the planner reads it, and its form; its menu is made where that is new."""
-        facts = self._look()
-        joint = read_joint(graph, held, facts.device, fuses=facts.lowering == "inductor")
+        joint = self._read(graph, held)
         form = self._forms.setdefault(joint.key, joint.key)
         if form not in self._menus:
             given = self._given
@@ -142,6 +142,11 @@ class StepPlanner:
         self._form_of[path] = form
         self._seen.add(path)
         return joint, form
+
+    def _read(self, graph: fx.Graph, held: frozenset[int], *, last: bool = False) -> Joint:
+        facts = self._look()
+        fuses = facts.lowering == "inductor"
+        return read_joint(graph, held, facts.device, fuses=fuses, last=last, workspaces=facts.workspaces)
 
     def form_of(self, path: str) -> Any:
         """Return what tells the captured form of the block at `path` from others, None before it was seen."""
@@ -162,8 +167,7 @@ class StepPlanner:
 
     def read_tail(self, graph: fx.Graph, held: frozenset[int]) -> str:
         """Note what a piece after the blocks needs in memory; it is not planned."""
-        facts = self._look()
-        joint = read_joint(graph, held, facts.device, fuses=facts.lowering == "inductor", last=True)
+        joint = self._read(graph, held, last=True)
         self._tail.setdefault(joint.key, make_decision(joint, read_tagged(joint)))
         return ""
 

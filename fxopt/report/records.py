@@ -129,7 +129,8 @@ class Report:
     """What fxopt found and did in one model; `print(report)` is the graph diff as text.
 
     `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
-    asked for where none is compiled yet.
+    asked for where none is compiled yet. `plans` say what the blocks save for backward, each a record whose `str` is
+    its table.
     """
 
     model: str
@@ -142,6 +143,7 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
     lowering: str = ""
+    plans: tuple[Any, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole report as JSON text."""
