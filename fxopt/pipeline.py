@@ -23,6 +23,7 @@ from fxopt.capture.installation import (
     find_installation,
     slots_emptied,
 )
+from fxopt.capture.ledger import Ledger
 from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.segments import compile_model_graph, find_segments
@@ -43,6 +44,7 @@ from fxopt.patterns import ALL
 from fxopt.planning import check_inputs, check_plan, finish_plan, make_planner, make_survey
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import Device
+from fxopt.remat.planner import Survey
 from fxopt.remat.records import Plan
 from fxopt.report.records import GraphRecord, PassRecord, Report
 from fxopt.rewriting.pattern import Pattern
@@ -237,23 +239,14 @@ def plan(
     >>> fxopt.plan(model, None, {"input": torch.randn(2, 4)}).residual_bytes
     64
     """
-    options = check_options(
-        ALL,
-        patterns=ALL,
-        disable=(),
-        lowering=lowering,
-        verify="off",
-        strict=False,
-        partial=False,
-        memory_budget=check_budget(memory_budget),
-    )
-    return plan_on(None, check_model(model), options, example_inputs)
+    options = options_for_plan(memory_budget, lowering)
+    return finish_plan(*survey_model(check_model(model), options, example_inputs))
 
 
-def plan_on(
-    device: Device | None, model: nn.Module, options: Options, example_inputs: dict[str, Any] | None
-) -> Plan:
-    """Return the plan of `model` for `device`, or for its own where that is None."""
+def survey_model(
+    model: nn.Module, options: Options, example_inputs: dict[str, Any] | None, device: Device | None = None
+) -> tuple[Survey, Ledger]:
+    """Return what was seen of the joint graphs of `model`, for `device` or its own, and what happened meanwhile."""
     check_inputs(model, example_inputs)
     survey = make_survey(model, options, device)
     trace = functools.partial(trace_joint, decomposed=survey.lowering == "inductor")
@@ -264,7 +257,21 @@ def plan_on(
             run_on_small_inputs(model, example_inputs)
         finally:
             probe.remove()
-    return finish_plan(survey, probe.ledger)
+    return survey, probe.ledger
+
+
+def options_for_plan(memory_budget: object, lowering: str = "auto") -> Options:
+    """Return the options of a plan; its rewrites are not proven, as nothing is trained."""
+    return check_options(
+        ALL,
+        patterns=ALL,
+        disable=(),
+        lowering=lowering,
+        verify="off",
+        strict=False,
+        partial=False,
+        memory_budget=check_budget(memory_budget),
+    )
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"pipeline", "rewriting", "remat", "options", "errors", "report"},
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "cli": {"coverage", "demo", "__init__", "errors", "report"},
+    "offline": {"demo", "pipeline", "planning", "remat", "errors"},
+    "cli": {"offline", "coverage", "demo", "__init__", "errors", "report"},
 }
 APART = {
     "patterns": {"logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
@@ -73,6 +74,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "__init__": set(),
     "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
     "coverage": {"torch", "tqdm", *HUGGING_FACE},
+    "offline": {"torch", "matplotlib", *HUGGING_FACE},
     "cli": TERMINAL,
 }
 

@@ -55,7 +55,7 @@ class BlockCalls:
         self._checkpointing = checkpointing
         self._partial = partial
         self._planner = planner
-        self._call = Call(1, False)
+        self._asked: list[Call] = [Call(1, False)]
         self._compiled: dict[int | None, Callable[..., Any]] = {}
         self.stock_classes: dict[type, str] = {}
 
@@ -119,20 +119,25 @@ class BlockCalls:
         """Return the frame of the variant that serves this call; each variant has captures of its own."""
         variant = None
         if self._planner is not None:
-            self._call = call_of(args, kwargs, block in self._checkpointing.taken)
-            variant = self._planner.find_variant(path, self._call)
+            self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
+            variant = self._planner.find_variant(path, self._asked[0])
         if variant not in self._compiled:
-            backend = self._make_backend(
-                None if variant is None else Mark(functools.partial(self._show, variant))
-            )
+            backend = self._make_backend(self._make_mark(variant))
             self._compiled[variant] = torch_compat.compile_frame(
                 block_entry, backend, fullgraph=not self._partial
             )
         return self._compiled[variant]
 
-    def _show(self, variant: int, graph: fx.Graph, held: frozenset[int]) -> str:
-        assert self._planner is not None
-        return self._planner.mark_block(self.ledger.current, variant, self._call, graph, held)
+    def _make_mark(self, variant: int | None) -> Mark | None:
+        """Return what shows the planner a joint graph; torch may keep it for good, so it holds no block."""
+        planner, ledger, asked = self._planner, self.ledger, self._asked
+        if planner is None or variant is None:
+            return None
+
+        def show(graph: fx.Graph, held: frozenset[int]) -> str:
+            return planner.mark_block(ledger.current, variant, asked[0], graph, held)
+
+        return Mark(show)
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

@@ -259,8 +259,8 @@ class StepPlanner:
         tail = tuple(_scaled(decision, scale) for decision in self._tail.values())
         return Around(facts.static_bytes, tail, facts.gradient_bytes, facts.update_bytes)
 
-    def _describe(self, goal: Goal, numbers: tuple[int, ...]) -> Plan:
-        facts, menus = self._look(), self._offered(goal)
+    def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
+        facts, menus = facts or self._look(), self._offered(goal)
         around = self._around(goal, facts)
         limit = None if self._given is not None else find_limit(goal, facts, menus, around)
         smallest = find_smallest(facts.paths, menus, around)
@@ -295,12 +295,24 @@ class Survey(StepPlanner):
         return ""
 
     def make_plan(self) -> Plan | None:
-        """Return the plan for what was seen, or None where no block was captured."""
-        facts = self._look()
-        if any(path not in self._form_of for path in facts.paths):
+        """Return the plan for what was seen, or None where a block was not captured."""
+        if any(path not in self._form_of for path in self._look().paths):
             return None
-        goal = Goal(self._call.tokens, self._budget)
-        return self._describe(goal, self._decide(goal, facts, None))
+        return self._plan_for(self._budget)
+
+    def trace_curve(self, num_points: int) -> tuple[Plan, ...]:
+        """Return plans from the smallest peak to the fastest step, at equal distances of bytes."""
+        smallest, fastest = self._plan_for("min"), self._plan_for(None)
+        low, high = smallest.peak_bytes, fastest.peak_bytes
+        limits = [low + (high - low) * step // (num_points - 1) for step in range(1, num_points - 1)]
+        return smallest, *(self._plan_for(limit, bounded=False) for limit in limits), fastest
+
+    def _plan_for(self, budget: Budget, *, bounded: bool = True) -> Plan:
+        facts = self._look()
+        if not bounded:  # a curve goes on beyond what the device has
+            facts = dataclasses.replace(facts, device=dataclasses.replace(facts.device, bounded=False))
+        goal = Goal(self._call.tokens, budget)
+        return self._describe(goal, self._decide(goal, facts, None), facts)
 
 
 def find_limit(goal: Goal, facts: Facts, menus: list[tuple[Decision, ...]], around: Around) -> int | None:
