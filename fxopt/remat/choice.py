@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fxopt.remat.knapsack import Option, find_front
 from fxopt.remat.records import Decision
-from fxopt.remat.step import Around, find_peak, simulate_step
+from fxopt.remat.step import Around, peak_bytes
 
 PAIRS = 64
 """So many combinations of menus with two options each are tried; beyond it only neighbours on the hull are paired."""
@@ -15,6 +17,8 @@ WORTHWHILE = 0.002
 """What one more form of the last block must save of a step's time: it costs a capture."""
 
 Menu = tuple[Decision, ...]
+"""Blocks of one form have the same menu: the same object."""
+Offer = tuple[int, ...]
 
 
 def choose_decisions(
@@ -44,8 +48,7 @@ def find_smallest(paths: Sequence[str], menus: Sequence[Menu], around: Around) -
 
 def peak_of(paths: Sequence[str], menus: Sequence[Menu], numbers: Sequence[int], around: Around) -> int:
     """Return the simulated peak of a step in which each block takes the decision of its number."""
-    decisions = [menu[number] for menu, number in zip(menus, numbers, strict=True)]
-    return find_peak(simulate_step(paths, decisions, around)).bytes
+    return peak_bytes([menu[number] for menu, number in zip(menus, numbers, strict=True)], around)
 
 
 def time_of(menus: Sequence[Menu], numbers: Sequence[int]) -> float:
@@ -55,36 +58,38 @@ def time_of(menus: Sequence[Menu], numbers: Sequence[int]) -> float:
 
 def _candidates(menus: Sequence[Menu]) -> Iterator[tuple[int, ...]]:
     """Yield choices for all blocks: every sum of the knapsack that none beats, for each pair of options per menu."""
-    forms = list(dict.fromkeys(menus))
-    pairs = [list(itertools.combinations(range(len(form)), 2)) or [(0, 0)] for form in forms]
-    if _product(len(pair) for pair in pairs) > PAIRS:
-        pairs = [list(itertools.pairwise(range(len(form)))) or [(0, 0)] for form in forms]
-    for chosen in itertools.product(*pairs):
+    forms = {id(menu): menu for menu in menus}
+    counts = Counter(map(id, menus))
+    offers = {
+        key: _offers(range(len(form)), counts[key], itertools.combinations) for key, form in forms.items()
+    }
+    if math.prod(map(len, offers.values())) > PAIRS:
+        offers = {key: _offers(range(len(form)), counts[key], _neighbours) for key, form in forms.items()}
+    for chosen in itertools.product(*offers.values()):
         offered = dict(zip(forms, chosen, strict=True))
-        options = [
-            tuple(
-                Option(menu[number].saved_bytes, round(menu[number].recompute_ms * 1e9))
-                for number in offered[menu]
-            )
-            for menu in menus
-        ]
-        for picked in find_front(options):
-            numbers = [offered[menu][number] for menu, number in zip(menus, picked, strict=True)]
+        options = {
+            key: [Option(form[n].saved_bytes, round(form[n].recompute_ms * 1e9)) for n in offered[key]]
+            for key, form in forms.items()
+        }
+        for picked in find_front([options[id(menu)] for menu in menus]):
+            numbers = [offered[id(menu)][number] for menu, number in zip(menus, picked, strict=True)]
             yield _ordered(menus, numbers)
 
 
-def _product(sizes: Iterator[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+def _offers(numbers: range, count: int, pair: Callable[[range, int], Iterable[Offer]]) -> list[Offer]:
+    """Return which options to offer to a form's blocks at a time: two of them, or all to one block alone."""
+    return [tuple(numbers)] if count == 1 or len(numbers) == 1 else list(pair(numbers, 2))
+
+
+def _neighbours(numbers: range, _: int) -> Iterable[Offer]:
+    return itertools.pairwise(numbers)
 
 
 def _ordered(menus: Sequence[Menu], numbers: Sequence[int]) -> tuple[int, ...]:
     """Return `numbers` so that of equal blocks the later save more: what they save is freed first."""
     result = list(numbers)
-    for form in set(menus):
-        places = [place for place, menu in enumerate(menus) if menu is form or menu == form]
+    for key, form in {id(menu): menu for menu in menus}.items():
+        places = [place for place, menu in enumerate(menus) if id(menu) == key]
         ordered = sorted((numbers[place] for place in places), key=lambda number: form[number].saved_bytes)
         for place, number in zip(places, ordered, strict=True):
             result[place] = number

@@ -43,6 +43,23 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
     return tuple(instants)
 
 
+def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
+    """Return the most bytes of `simulate_step`, without naming its instants."""
+    regions = (*decisions, *around.tail)
+    held = around.static_bytes
+    most = held + around.gradient_bytes + around.update_bytes
+    before: list[int] = []
+    for decision in regions:
+        before.append(held)
+        most = max(most, held + decision.forward_bytes)
+        held += decision.saved_bytes
+    gradients = 0
+    for decision, held in zip(reversed(regions), reversed(before), strict=True):
+        most = max(most, held + gradients + decision.backward_bytes)
+        gradients += decision.gradient_bytes
+    return most
+
+
 def find_peak(instants: Sequence[Instant]) -> Instant:
     """Return the instant at which most lives."""
     return max(instants, key=lambda instant: instant.bytes)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fxopt.remat.choice import choose_decisions, find_smallest, peak_of, time_of
 from fxopt.remat.records import Decision
-from fxopt.remat.step import Around, find_peak, simulate_step
+from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
 
 
 def decision(saved: int, recompute_ms: float, extra: int = 0, gradients: int = 0) -> Decision:
@@ -90,3 +90,10 @@ def test_a_step_is_simulated_instant_by_instant():
         ("optimizer", 306),
     ]
     assert find_peak(instants).name == "optimizer"
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus(), st.integers(0, 500))
+def test_the_peak_is_that_of_the_simulated_step(menu, update):
+    around = Around(50, (decision(7, 0.0, 4),), 12, update)
+    assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
