@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -21,32 +22,41 @@ Menu = tuple[Decision, ...]
 Offer = tuple[int, ...]
 
 
-def choose_decisions(
-    paths: Sequence[str], menus: Sequence[Menu], around: Around, limit: int | None
-) -> tuple[int, ...] | None:
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The choices worth a look for blocks with these menus, the fastest first; they serve any limit."""
+
+    menus: tuple[Menu, ...]
+    numbers: tuple[tuple[int, ...], ...]
+
+
+def find_candidates(menus: Sequence[Menu]) -> Candidates:
+    """Return what `choose_decisions` chooses from."""
+    found = sorted(set(_candidates(menus)), key=lambda numbers: time_of(menus, numbers))
+    return Candidates(tuple(menus), tuple(found))
+
+
+def choose_decisions(candidates: Candidates, around: Around, limit: int | None) -> tuple[int, ...] | None:
     """Return the number of each block's decision: the least time whose peak is at most `limit`, or None.
 
     Blocks with one menu share two decisions at most, since each costs a capture; the last block may have a third:
     it is the first that backward meets, and what it would compute again lives at that instant anyway.
     """
+    menus = candidates.menus
     if limit is None:
         return (0,) * len(menus)
-    best: tuple[float, tuple[int, ...]] | None = None
-    for numbers in _candidates(menus):
-        cost = time_of(menus, numbers)
-        if best is not None and cost >= best[0]:
-            continue
-        if peak_of(paths, menus, numbers, around) <= limit:
-            best = cost, numbers
-    return best and _spare_the_last(paths, menus, best[1], around, limit)
+    for numbers in candidates.numbers:
+        if peak_of(menus, numbers, around) <= limit:
+            return _spare_the_last(menus, numbers, around, limit)
+    return None
 
 
-def find_smallest(paths: Sequence[str], menus: Sequence[Menu], around: Around) -> int:
+def find_smallest(candidates: Candidates, around: Around) -> int:
     """Return the lowest peak that any choice reaches."""
-    return min(peak_of(paths, menus, numbers, around) for numbers in _candidates(menus))
+    return min(peak_of(candidates.menus, numbers, around) for numbers in candidates.numbers)
 
 
-def peak_of(paths: Sequence[str], menus: Sequence[Menu], numbers: Sequence[int], around: Around) -> int:
+def peak_of(menus: Sequence[Menu], numbers: Sequence[int], around: Around) -> int:
     """Return the simulated peak of a step in which each block takes the decision of its number."""
     return peak_bytes([menu[number] for menu, number in zip(menus, numbers, strict=True)], around)
 
@@ -97,13 +107,13 @@ def _ordered(menus: Sequence[Menu], numbers: Sequence[int]) -> tuple[int, ...]:
 
 
 def _spare_the_last(
-    paths: Sequence[str], menus: Sequence[Menu], numbers: tuple[int, ...], around: Around, limit: int
+    menus: Sequence[Menu], numbers: tuple[int, ...], around: Around, limit: int
 ) -> tuple[int, ...]:
     """Return `numbers` with a faster decision for the last block, where the peak allows it and it is worth it."""
     total = sum(menu[number].compute_ms for menu, number in zip(menus, numbers, strict=True))
     for faster in range(numbers[-1]):
         gain = menus[-1][numbers[-1]].recompute_ms - menus[-1][faster].recompute_ms
         spared = (*numbers[:-1], faster)
-        if gain > WORTHWHILE * total and peak_of(paths, menus, spared, around) <= limit:
+        if gain > WORTHWHILE * total and peak_of(menus, spared, around) <= limit:
             return spared
     return numbers

@@ -16,7 +16,7 @@ from torch import fx
 from fxopt.errors import FxoptError
 from fxopt.remat.apply import apply_choice
 from fxopt.remat.budget import Budget, format_bytes
-from fxopt.remat.choice import choose_decisions, find_smallest, time_of
+from fxopt.remat.choice import Candidates, choose_decisions, find_candidates, find_smallest, time_of
 from fxopt.remat.decide import Menu, find_choice, make_decision, make_menu, read_tagged
 from fxopt.remat.devices import Device
 from fxopt.remat.joint import Joint, Workspaces, read_joint
@@ -90,6 +90,8 @@ class StepPlanner:
         self._tail: dict[Any, Decision] = {}
         self._carried_out: dict[tuple[int, Any], int] = {}
         self._goals: dict[Goal, Variants] = {}
+        self._scaled: dict[tuple[int, int], tuple[Decision, ...]] = {}
+        self._candidates: Candidates | None = None
         self._num_variants = 0
         self._facts: Facts | None = None
 
@@ -240,19 +242,30 @@ class StepPlanner:
             menus.append(offered if settled is None else (offered[settled],))
             fixed.append(settled)
         around = self._around(goal, facts)
-        limit = None if self._given is not None else find_limit(goal, facts, menus, around)
-        picked = choose_decisions(facts.paths, menus, _without_update(goal, around), limit)
+        candidates = self._candidates_of(menus)
+        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        picked = choose_decisions(candidates, _without_update(goal, around), limit)
         assert picked is not None, "the smallest plan does not fit in its own peak"
         return tuple(n if settled is None else settled for n, settled in zip(picked, fixed, strict=True))
 
     def _offered(self, goal: Goal) -> list[tuple[Decision, ...]]:
         """Return the menu of each block for the tokens of `goal`."""
-        menus = [self._menus[self._form_of[path]] for path in self._look().paths]
-        scaled = {
-            id(menu): tuple(_scaled(decision, goal.tokens / menu.tokens) for decision in menu.decisions)
-            for menu in menus
-        }
-        return [scaled[id(menu)] for menu in menus]
+        offered: list[tuple[Decision, ...]] = []
+        for path in self._look().paths:
+            menu = self._menus[self._form_of[path]]
+            key = id(menu), goal.tokens
+            if key not in self._scaled:
+                scale = goal.tokens / menu.tokens
+                self._scaled[key] = tuple(_scaled(decision, scale) for decision in menu.decisions)
+            offered.append(self._scaled[key])
+        return offered
+
+    def _candidates_of(self, menus: list[tuple[Decision, ...]]) -> Candidates:
+        """Return the choices from `menus`; the last ones found serve all limits asked for."""
+        last = self._candidates
+        if last is None or [id(menu) for menu in last.menus] != [id(menu) for menu in menus]:
+            last = self._candidates = find_candidates(menus)
+        return last
 
     def _around(self, goal: Goal, facts: Facts) -> Around:
         scale = goal.tokens / next(iter(self._menus.values())).tokens
@@ -262,8 +275,9 @@ class StepPlanner:
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal)
         around = self._around(goal, facts)
-        limit = None if self._given is not None else find_limit(goal, facts, menus, around)
-        smallest = find_smallest(facts.paths, menus, around)
+        candidates = self._candidates_of(menus)
+        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        smallest = find_smallest(candidates, around)
         return make_plan(facts, goal, limit, smallest, menus, numbers, around)
 
     def _given_number(self, given: Plan, menu: Menu, place: int, goal: Goal) -> int:
@@ -315,16 +329,16 @@ class Survey(StepPlanner):
         return self._describe(goal, self._decide(goal, facts, None), facts)
 
 
-def find_limit(goal: Goal, facts: Facts, menus: list[tuple[Decision, ...]], around: Around) -> int | None:
+def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
     """Return the most bytes that a step of `goal` may allocate, None where nothing limits it.
 
     Raises:
-        FxoptError: no choice from `menus` needs so little.
+        FxoptError: no choice needs so little.
     """
     budget, device = goal.budget, facts.device
     if budget is None:
         return None
-    smallest = find_smallest(facts.paths, menus, _without_update(goal, around))
+    smallest = find_smallest(candidates, _without_update(goal, around))
     if budget == "min":
         return smallest
     if budget == "auto":

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.remat.choice import choose_decisions, find_smallest, peak_of, time_of
+from fxopt.remat.choice import choose_decisions, find_candidates, find_smallest, peak_of, time_of
 from fxopt.remat.records import Decision
 from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
 
@@ -37,18 +37,18 @@ AROUND = Around(50, (decision(7, 0.0, 4),), 12, 2)
 @given(menus(), st.integers(0, 300))
 def test_never_over_the_budget_and_no_mix_of_two_is_faster(menu, limit):
     offered = (menu,) * len(PATHS)
-    chosen = choose_decisions(PATHS, offered, AROUND, limit)
+    chosen = choose_decisions(find_candidates(offered), AROUND, limit)
     fitting = [
         numbers
         for numbers in itertools.product(range(len(menu)), repeat=len(PATHS))
         if list(numbers) == sorted(numbers, reverse=True)
         and len(set(numbers)) <= 2
-        and peak_of(PATHS, offered, numbers, AROUND) <= limit
+        and peak_of(offered, numbers, AROUND) <= limit
     ]
     if chosen is None:
         assert not fitting
         return
-    assert peak_of(PATHS, offered, chosen, AROUND) <= limit
+    assert peak_of(offered, chosen, AROUND) <= limit
     assert time_of(offered, chosen) <= min(time_of(offered, numbers) for numbers in fitting)
 
 
@@ -56,27 +56,27 @@ def test_never_over_the_budget_and_no_mix_of_two_is_faster(menu, limit):
 @given(menus(), menus())
 def test_more_budget_is_never_slower(first, rest):
     offered = (first, rest, rest, rest)
-    smallest = find_smallest(PATHS, offered, AROUND)
-    assert choose_decisions(PATHS, offered, AROUND, smallest - 1) is None
+    smallest = find_smallest(find_candidates(offered), AROUND)
+    assert choose_decisions(find_candidates(offered), AROUND, smallest - 1) is None
     times = []
     for limit in range(smallest, smallest + 120, 7):
-        chosen = choose_decisions(PATHS, offered, AROUND, limit)
+        chosen = choose_decisions(find_candidates(offered), AROUND, limit)
         assert chosen is not None
-        assert peak_of(PATHS, offered, chosen, AROUND) <= limit
+        assert peak_of(offered, chosen, AROUND) <= limit
         times.append(time_of(offered, chosen))
     assert times == sorted(times, reverse=True)
 
 
 def test_without_a_limit_nothing_is_computed_again():
     menu = (decision(40, 0.0), decision(10, 3.0))
-    assert choose_decisions(PATHS, (menu,) * 4, AROUND, None) == (0, 0, 0, 0)
+    assert choose_decisions(find_candidates((menu,) * 4), AROUND, None) == (0, 0, 0, 0)
 
 
 def test_the_last_block_is_spared_where_its_own_recomputation_would_live_at_that_instant():
     menu = (decision(40, 0.0), decision(10, 30.0, extra=40))
     around = Around(0)
-    smallest = find_smallest(PATHS, (menu,) * 4, around)
-    assert choose_decisions(PATHS, (menu,) * 4, around, smallest) == (1, 1, 1, 0)
+    smallest = find_smallest(find_candidates((menu,) * 4), around)
+    assert choose_decisions(find_candidates((menu,) * 4), around, smallest) == (1, 1, 1, 0)
 
 
 def test_a_step_is_simulated_instant_by_instant():
