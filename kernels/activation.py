@@ -50,7 +50,7 @@ BLOCK = 4096
 NUM_WARPS = 8  # 16 elements a thread: two loads of 16 bytes
 
 
-@jit
+@jit(do_not_specialize=["blocks_per_row"])
 def activation_forward_kernel(
     p_x, p_y, x_row_stride, num_columns, blocks_per_row, alpha, ACT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -65,7 +65,7 @@ def activation_forward_kernel(
     tl.store(p_y + (row * num_columns + start) + b_at, b_act.to(p_y.dtype.element_ty), mask=b_mask)
 
 
-@jit
+@jit(do_not_specialize=["blocks_per_row"])
 def activation_backward_kernel(
     p_dy,
     p_x,

@@ -169,7 +169,7 @@ def cross_entropy_forward_kernel(
     tl.store(p_lse + tl.num_programs(0) + row, rest)
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "blocks_per_row"])
 def cross_entropy_backward_kernel(
     p_dloss,
     p_divisor,

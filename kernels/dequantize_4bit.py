@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, ceil_div, jit, on_device, register_op, tl
+from fxopt.kernels.launch import can_launch, ceil_div, jit, next_power_of_two, on_device, register_op, tl
 from fxopt.kernels.launcher import launch
 
 NESTED_BLOCKSIZE = 256
@@ -41,6 +41,8 @@ TABLES = {
 WORDS = 1024
 """Words of eight codes that a program decodes: at 128 threads eight loads of a word are in flight in each."""
 NUM_WARPS = 4
+TAIL_ROWS = 128
+"""Rows of a weight beside which a program writes."""
 
 
 @functools.cache
@@ -83,7 +85,31 @@ def plain_dequantize(
 
 
 @jit
-def dequantize_4bit_kernel(
+def write_tail(
+    p_tail,
+    p_out,
+    first,
+    num_rows,
+    tail_start,
+    tail_width,
+    ROW_WORDS: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    TAIL_ROWS: tl.constexpr,
+):
+    """Write what stands beside TAIL_ROWS rows of values: the tail from its first column on, zeros around it."""
+    b_row = (first + tl.arange(0, TAIL_ROWS)).to(tl.int64)[:, None]
+    b_column = tl.arange(0, BLOCK_TAIL)[None, :]
+    b_from = b_column - tail_start
+    b_inside = (b_row < num_rows) & (b_column < PADDING)
+    b_mask = b_inside & (b_from >= 0) & (b_from < tail_width)
+    b_tail = tl.load(p_tail + b_row * tail_width + b_from, mask=b_mask, other=0.0)
+    b_at = b_row * (ROW_WORDS * 8 + PADDING) + ROW_WORDS * 8 + b_column
+    tl.store(p_out + b_at, b_tail.to(p_out.dtype.element_ty), mask=b_inside)
+
+
+@jit
+def write_values(
     p_packed,
     p_absmax,
     p_codebook,
@@ -91,19 +117,22 @@ def dequantize_4bit_kernel(
     p_offset,
     p_table,
     p_out,
+    program,
     num_values,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     HAS_NESTED: tl.constexpr,
     IN_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     """Write 8 * WORDS values; `p_packed` points at words of 32 bits, or at bytes where these are not aligned.
 
     A thread takes words that are WORDS / 8 apart, not four side by side as Triton would: its eight values are
     then one store of 16 bytes, next to its neighbour's, and nothing is exchanged between threads.
     """
-    start = tl.program_id(0).to(tl.int64) * WORDS
+    start = program.to(tl.int64) * WORDS
     num_left = num_values - start * 8
     b_at = tl.max_contiguous(tl.arange(0, WORDS), 1)
     b_k = tl.arange(0, 8)
@@ -128,7 +157,75 @@ def dequantize_4bit_kernel(
     b_table = tl.load(p_table + tl.arange(0, 16))
     b_value = tl.reshape(tl.gather(b_table, tl.reshape(b_code, (WORDS * 8,)), 0), (WORDS, 8))
     b_value = b_value * b_scale[:, None]
+    if PADDING:
+        # One division of 64 bits a program; within it a word is at most WORDS words on.
+        row = start // ROW_WORDS
+        b_row = ((start - row * ROW_WORDS).to(tl.int32) + b_at) // ROW_WORDS
+        p_out += row * PADDING
+        b_out_at += (b_row * PADDING)[:, None]
     tl.store(p_out + start * 8 + b_out_at, b_value.to(p_out.dtype.element_ty), mask=b_out_mask)
+
+
+@jit
+def dequantize_4bit_kernel(
+    p_packed,
+    p_absmax,
+    p_codebook,
+    p_nested,
+    p_offset,
+    p_table,
+    p_tail,
+    p_out,
+    num_values,
+    num_value_programs,
+    num_rows,
+    tail_start,
+    tail_width,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    HAS_NESTED: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    TAIL_ROWS: tl.constexpr,
+):
+    """Write the values of a weight; with PADDING columns beside each row of ROW_WORDS words, these too."""
+    program = tl.program_id(0)
+    if PADDING and program >= num_value_programs:
+        first = (program - num_value_programs) * TAIL_ROWS
+        write_tail(
+            p_tail,
+            p_out,
+            first,
+            num_rows,
+            tail_start,
+            tail_width,
+            ROW_WORDS,
+            PADDING,
+            BLOCK_TAIL,
+            TAIL_ROWS,
+        )
+    else:
+        write_values(
+            p_packed,
+            p_absmax,
+            p_codebook,
+            p_nested,
+            p_offset,
+            p_table,
+            p_out,
+            program,
+            num_values,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            HAS_NESTED,
+            IN_WORDS,
+            WORDS,
+            ROW_WORDS,
+            PADDING,
+        )
 
 
 def launch_dequantize(
@@ -144,34 +241,97 @@ def launch_dequantize(
 ) -> Tensor:
     """Return the decoded weight by the kernel, in one launch."""
     out = packed.new_empty(shape, dtype=dtype)
-    num_values = out.numel()
-    if num_values == 0:
-        return out
+    launch_into(out, packed, absmax, codebook, nested_absmax, offset, out.numel(), blocksize, quant_type)
+    return out
+
+
+def launch_into(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    in_width: int,
+    blocksize: int,
+    quant_type: str,
+    tail: Tensor | None = None,
+    tail_start: int = 0,
+) -> None:
+    """Write rows of `in_width` values into `out`, contiguous, by the kernel; where its rows are wider, what is beside.
+
+    tail: [rows, columns], contiguous, written from column in_width + tail_start on; zeros stand around it.
+    """
+    if out.numel() == 0:
+        return
     # A view of the storage, whatever dtype it is kept in.
     codes = packed.contiguous().view(-1).view(torch.uint8)
     in_words = codes.data_ptr() % 16 == 0 and codes.numel() % 4 == 0
     has_nested = codebook is not None
+    padding = out.shape[-1] - in_width if out.shape[-1] > in_width else 0
+    num_rows = out.shape[0] if padding else 1
+    num_values = num_rows * in_width if padding else out.numel()
+    num_programs = ceil_div(num_values, 8 * WORDS)
     with on_device(packed):
         launch(
             dequantize_4bit_kernel,
-            (ceil_div(num_values, 8 * WORDS),),
+            (num_programs + (ceil_div(num_rows, TAIL_ROWS) if padding else 0),),
             codes.view(torch.int32) if in_words else codes,
             absmax,
             codebook if has_nested else absmax,
             nested_absmax if has_nested else absmax,
             offset if has_nested else absmax,
             table_of(quant_type, packed.device),
+            out if tail is None else tail,
             out,
             num_values,
+            num_programs,
+            num_rows,
+            tail_start,
+            0 if tail is None else tail.shape[1],
             BLOCKSIZE=blocksize,
             NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
             HAS_NESTED=has_nested,
             IN_WORDS=in_words,
             WORDS=WORDS,
+            ROW_WORDS=in_width // 8 if padding else 0,
+            PADDING=padding,
+            BLOCK_TAIL=next_power_of_two(padding),
+            TAIL_ROWS=TAIL_ROWS,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds the offset
         )
-    return out
+
+
+def decode_into(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    in_width: int,
+    blocksize: int,
+    quant_type: str,
+    tail: Tensor | None = None,
+    tail_start: int = 0,
+) -> None:
+    """Write the weight into the first `in_width` columns of `out`, contiguous, by the kernel or by plain torch.
+
+    Wider rows hold `tail` from column in_width + tail_start on, and zeros around it.
+    """
+    nested = (codebook, nested_absmax, offset)
+    scale = absmax if nested_absmax is None else nested_absmax
+    is_whole = out.shape[1] == in_width or in_width % 8 == 0
+    if packed.is_cuda and is_whole and can_launch(scale, tail, out_dtype=out.dtype):
+        tail = None if tail is None else tail.contiguous()
+        launch_into(out, packed, absmax, *nested, in_width, blocksize, quant_type, tail, tail_start)
+        return
+    shape = [out.shape[0], in_width]
+    out[:, :in_width] = plain_dequantize(packed, absmax, *nested, shape, blocksize, quant_type, out.dtype)
+    out[:, in_width:].zero_()
+    if tail is not None:
+        out[:, in_width + tail_start : in_width + tail_start + tail.shape[1]] = tail
 
 
 def _fused(packed: Tensor, absmax: Tensor, *arguments: Any) -> Tensor:

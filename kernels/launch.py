@@ -11,7 +11,7 @@ without it a kernel is an object that cannot be launched.
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,12 @@ INTERPRETED = False
 if TYPE_CHECKING:
     import triton.language as tl
 
-    def jit(function: Callable[..., Any]) -> Any:
-        """Return `function` as a Triton kernel, or as a part of one."""
+    def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+        """Return `function` as a Triton kernel, or as a part of one.
+
+        Numbers that only bound a kernel, counts of rows say, are not specialized: a proof with few rows then runs
+        the very variant that training runs, and another length compiles nothing.
+        """
 elif HAS_TRITON:
     import triton.language as tl
     from triton import jit, knobs
@@ -34,9 +38,9 @@ elif HAS_TRITON:
 else:
     tl = SimpleNamespace(constexpr=lambda value=None: value)
 
-    def jit(function):
+    def jit(function=None, **options):
         """Return `function`: nothing can launch it."""
-        return function
+        return function or (lambda decorated: decorated)
 
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -207,6 +211,8 @@ def register_op(
     An op tagged `torch.Tag.pointwise` is computed again in the backward pass instead of saved. An op named
     `<op>_output_<n>` computes output n of `<op>` alone from arguments of that op, found by name, and from
     `output_<m>`, its output m: what a backward op of ours reads by an argument `xs` is computed so in backward.
+    `<op>_backward_output` is `<op>_backward` (its first argument the gradient, then the arguments of `<op>`) that also
+    returns the value of `<op>`, last: for what needs that value no sooner than its gradient.
     `flops` and `workspace` return, from the op's arguments, its floating-point operations (torch's own counter
     knows them then), and the most bytes that it holds for itself while it runs.
     """

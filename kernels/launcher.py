@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ _variants: dict[Any, dict[Form, Variant]] = {}
 _pending: dict[tuple[Any, Form], Future[Variant]] = {}
 _rehearsing: set[int] = set()
 """Threads whose launches only compile: what others train meanwhile is launched."""
+_reading = threading.Lock()
+_call: Any = operator.call
 
 
 def launch(
@@ -61,7 +64,7 @@ def launch(
         return
     device = arguments[0].device.index
     options = num_warps, enable_fp_fusion, num_stages
-    form = (device, *options, *constants.values(), *map(form_of, arguments))
+    form = (device, *options, *constants.values(), *map(_call, _readers_of(kernel), arguments))
     variants = _variants.setdefault(kernel, {})
     variant = variants.get(form)
     if _rehearsing and is_rehearsal():
@@ -93,7 +96,22 @@ def form_of(argument: Any) -> Any:
 
 @functools.lru_cache(KEPT_INTEGERS)
 def _form_of_integer(number: int) -> Any:
-    return 1 if number == 1 else (number % ALIGNMENT == 0, -MOST_INT32 <= number < MOST_INT32)
+    return 1 if number == 1 else (number % ALIGNMENT == 0, fits_int32(number))
+
+
+def fits_int32(number: int) -> bool:
+    """Return the form of a number that a kernel is not specialized on.
+
+    >>> fits_int32(1), fits_int32(2**40)
+    (True, False)
+    """
+    return -MOST_INT32 <= number < MOST_INT32
+
+
+@functools.cache
+def _readers_of(kernel: Any) -> tuple[Callable[[Any], Any], ...]:
+    """Return what reads the form of each argument of `kernel`."""
+    return tuple(fits_int32 if parameter.do_not_specialize else form_of for parameter in kernel.params)
 
 
 def is_rehearsal() -> bool:
@@ -152,10 +170,19 @@ def _compile(
     options: tuple[int, bool, int | None],
     constants: dict[str, Any],
 ) -> Variant:
+    read_triton()
     compiled = kernel.warmup(*arguments, grid=(1,), **_options(*options), **constants)
     _ = compiled[1, 1, 1]  # loads the binary and builds its launcher
     names = kernel.arg_names[len(arguments) :]
     return Variant(compiled, tuple(constants[name] for name in names))
+
+
+def read_triton() -> None:
+    """Have Triton read itself once for the names of its cache: 1 s, which threads side by side would take each."""
+    from triton.runtime.cache import triton_key
+
+    with _reading:
+        triton_key()
 
 
 def _options(num_warps: int, enable_fp_fusion: bool, num_stages: int | None) -> dict[str, Any]:

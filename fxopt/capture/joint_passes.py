@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxopt.capture.joint_codes import read_codes
+from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 from fxopt.capture.planning import Mark
 
 NAMESPACE = "fxopt"
@@ -26,11 +28,15 @@ LAYOUT_OPS = frozenset({"_to_copy", "convert_element_type", "view", "reshape", "
 
 def prepare_joint(graph: fx.Graph, mark: Mark | None = None, held: frozenset[int] = frozenset()) -> str:
     """Run all passes over the joint graph and return what tells its plan apart, "" where nobody plans."""
+    read_codes(graph)
     fold_skip_gradients(graph)
-    if mark is not None and mark.decides:
+    decides = mark is not None and mark.decides
+    if decides:
         replay_all(graph)
     else:
         replay_inputs(graph)
+    write_outputs_beside_gradients(graph)
+    if not decides:
         mark_recomputed(graph)
     return "" if mark is None else mark.show(graph, held)
 

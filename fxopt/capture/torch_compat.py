@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -347,16 +348,27 @@ def _with_gradient(value: Any, node: Any) -> Any:
     return value.detach().requires_grad_(example.requires_grad)
 
 
+def share_kernel_cache(device: torch.device) -> None:
+    """Name the folder of compiled kernels that Inductor will name, unless the user did.
+
+    Inductor does so at its first kernel: what was compiled before would be in another folder, and compiled again in
+    each process.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
+
+
 def load_inductor() -> None:
-    """Load Inductor's modules, start its compiling processes, and Triton's driver for the current device."""
+    """Load Triton's driver for the current device and Inductor's modules, and start its compiling processes."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
     import torch._inductor.compile_fx as compile_fx
     from torch._inductor.async_compile import AsyncCompile
-    from triton.runtime import cache, driver
 
     assert callable(compile_fx.compile_fx)
     AsyncCompile.wakeup()
-    driver.active.get_current_target()
-    cache.triton_key()
 
 
 def inductor_backend(
@@ -390,4 +402,4 @@ class JointPasses(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""
-        return f"fxopt.JointPasses.3{self._plan}".encode()
+        return f"fxopt.JointPasses.5{self._plan}".encode()

@@ -122,18 +122,25 @@ def prove(match: Match, replacement: Replacement) -> Proof:
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Generator[None]:
-    """Run the body with gradients, without autocast, in full float32; all is as before afterwards."""
+    """Run the body with gradients, without autocast, in full float32; all is as before afterwards.
+
+    Stock attention runs without cuDNN, which builds a plan for each shape in 0.8 s a pass: whichever of torch's
+    implementations computes it, it is the stock arithmetic.
+    """
     devices = [device] if device.type == "cuda" else []
     off = torch.autocast(device.type, enabled=False)
     matmul: Any = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
+    with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     random: Any = torch.random
     with unset_fake_temporarily(), random.fork_rng(devices=devices), torch.enable_grad(), off:
         matmul.fp32_precision = "ieee"
+        torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             yield
         finally:
             matmul.fp32_precision = precision
+            torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
 
 
 def _fingerprints(inputs: dict[fx.Node, Any]) -> dict[str, Any]:

@@ -5,12 +5,15 @@ mask tensor, softcap, sinks), and elsewhere the Triton kernels with each of thei
 call that torch serves took 20 s of a first step on an H100, for nothing. All are timed, forward and backward, on random
 inputs of the shapes, strides and mask of the call; one whose results differ from the first one's is left out. A call
 in a CUDA graph capture cannot be timed: there the first candidate that serves runs, until a call outside has measured.
+Small calls, as proofs make them, are not timed: there is nothing to win, and cuDNN builds a plan of each shape in 0.8 s
+a pass. It keeps plans by thread, so the backward passes are timed in the thread that will run them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,7 @@ from fxopt.kernels.launcher import is_rehearsal
 
 ROUNDS = 5
 AGREEMENT = 0.03  # relative; rounding in 16-bit dtypes stays below 0.01, a wrong mask is above 0.1
+SMALL = 2**24  # products of a query with a key, times the width: a few microseconds on any GPU
 NOT_YET = "chosen at the first call"
 
 
@@ -53,6 +57,12 @@ class Kind(NamedTuple):
     sinks: bool
     device: int | None
     deterministic: bool
+
+    @property
+    def is_small(self) -> bool:
+        """Whether backends cannot differ by much."""
+        batch, queries, keys = self.batch or 1, self.queries or 1, self.keys or 1
+        return batch * self.heads * queries * keys * max(self.width, self.value_width) <= SMALL
 
     @property
     def length_text(self) -> str:
@@ -187,7 +197,10 @@ def choose(call: Call) -> Backend:
         for backend in candidates:
             _run(backend, call)  # compiles its kernels; there are no results to compare
         return candidates[0]
-    _choices[kind] = Choice(PLAIN, {}, {}) if candidates == [PLAIN] else measure(call, candidates)
+    if kind.is_small or candidates == [PLAIN]:
+        _choices[kind] = Choice(FLASH if FLASH in candidates else candidates[0], {}, {})
+    else:
+        _choices[kind] = measure(call, candidates)
     return _choices[kind].backend
 
 
@@ -241,10 +254,37 @@ def _run(backend: Backend, call: Call) -> tuple[float, list[Tensor]]:
     begin.record()
     out, lse = backend.forward(call)
     needs = [True, True, True, call.sinks is not None]
-    gradients = backend.backward(call, out, lse, _gradient_like(out), needs)
-    end.record()
+    results = [out]
+
+    def run_backward() -> None:
+        gradients = backend.backward(call, out, lse, _gradient_like(out), needs)
+        results.extend(value for value in gradients if value is not None)
+        end.record()
+
+    _run_as_backward(run_backward, out.device)
     end.synchronize()
-    return begin.elapsed_time(end), [out, *(value for value in gradients if value is not None)]
+    return begin.elapsed_time(end), results
+
+
+class _Backward(torch.autograd.Function):
+    """A node whose backward pass is a function of the caller's."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, run: Callable[[], None]) -> Tensor:
+        ctx.run = run
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.run()
+        return None, None
+
+
+def _run_as_backward(run: Callable[[], None], device: torch.device) -> None:
+    """Call `run` in the thread in which autograd runs the backward passes of `device`."""
+    with torch.enable_grad():
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        torch.autograd.grad(_Backward.apply(anchor, run), anchor, allow_unused=True)
 
 
 def _gradient_like(out: Tensor) -> Tensor:

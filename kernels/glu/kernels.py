@@ -46,7 +46,7 @@ def enter_tile(
     return b_gate, b_up + up_offset
 
 
-@jit
+@jit(do_not_specialize=["blocks_per_row"])
 def glu_forward_kernel(
     p_gate,
     p_up,
@@ -87,13 +87,14 @@ def glu_forward_kernel(
     tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_at < num_left)
 
 
-@jit
+@jit(do_not_specialize=["blocks_per_row"])
 def glu_backward_kernel(
     p_dy,
     p_gate,
     p_up,
     p_dgate,
     p_dup,
+    p_y,
     dy_row_stride,
     gate_row_stride,
     up_row_stride,
@@ -114,9 +115,10 @@ def glu_backward_kernel(
     GATE_FIRST: tl.constexpr,
     NEED_GATE: tl.constexpr,
     NEED_UP: tl.constexpr,
+    NEED_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write BLOCK values of one row of the gradients; interleaved, `p_dgate` takes both."""
+    """Write BLOCK values of one row of the gradients, and of the unit if NEED_Y; interleaved, `p_dgate` takes both."""
     program = tl.program_id(0)
     row = (program // blocks_per_row).to(tl.int64)
     start = (program % blocks_per_row).to(tl.int64) * BLOCK
@@ -136,6 +138,9 @@ def glu_backward_kernel(
         b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
     )
     b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
+    if NEED_Y:
+        b_y = (b_act * b_lifted * scale).to(p_y.dtype.element_ty)
+        tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_mask)
     b_dgate *= gate_scale
     if HAS_GATE_LIMIT:
         b_dgate = tl.where(b_gate * gate_scale <= gate_limit, b_dgate, 0.0)

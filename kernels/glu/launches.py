@@ -76,9 +76,12 @@ def launch_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
 
 
 def launch_backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any, y: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients that are needed, by the kernel; of one tensor that holds both, as the first."""
+    """Return the gradients that are needed, by the kernel; of one tensor that holds both, as the first.
+
+    y: contiguous memory that the unit itself is written to, or None.
+    """
     *values, need_gate, need_up = attributes
     form = Form(*values)
     dgate, dup = new_gradients(dy, gate, up, *attributes)
@@ -106,6 +109,7 @@ def launch_backward(
             up_rows,
             dgate_rows,
             dup_rows,
+            dy_rows if y is None else y,
             dy_rows.stride(0),
             gate_rows.stride(0),
             up_rows.stride(0),
@@ -117,6 +121,7 @@ def launch_backward(
             **form.constants(),
             NEED_GATE=need_gate,
             NEED_UP=need_up,
+            NEED_Y=y is not None,
             BLOCK=block,
             num_warps=num_warps_for_block(block),
             enable_fp_fusion=True,  # as in forward

@@ -42,6 +42,36 @@ backward_op = register_op(
 )
 
 
+def _fused_backward_output(
+    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    if not can_launch(dy, gate, up):
+        return _plain_backward_output(dy, gate, up, *attributes)
+    y = new_output(gate, up)
+    return *launch_backward(dy, gate, up, *attributes, y=y), y
+
+
+def _plain_backward_output(
+    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    return *plain_backward(dy, gate, up, *attributes), plain_forward(gate, up, *attributes[:-2])
+
+
+def _new_gradients_and_output(
+    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    return *new_gradients(dy, gate, up, *attributes), new_output(gate, up)
+
+
+register_op(
+    f"glu_backward_output(Tensor dy, Tensor gate, Tensor? up, {_ATTRIBUTES}, bool need_gate, bool need_up)"
+    " -> (Tensor, Tensor, Tensor)",
+    plain=_plain_backward_output,
+    fused=_fused_backward_output,
+    fake=_new_gradients_and_output,
+)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate, up, *ctx.attributes = inputs
     ctx.save_for_backward(gate, up)

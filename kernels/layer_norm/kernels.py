@@ -22,7 +22,7 @@ def _finish(
     tl.store(p_y + b_columns, b_n.to(p_y.dtype.element_ty), mask=b_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def layer_norm_forward_kernel(
     p_x,
     p_weight,
@@ -97,7 +97,7 @@ def _add_to_partial(p_partial, b_values, b_columns, is_first, WIDTH: tl.constexp
     tl.store(p_partial + b_columns, b_sum, mask=b_columns < WIDTH)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def layer_norm_backward_kernel(
     p_dy,
     p_x,
@@ -206,7 +206,7 @@ def layer_norm_backward_kernel(
             tl.store(p_dbias + b_column, tl.sum(b_dbias, 0)[None, :], mask=b_column < WIDTH)
 
 
-@jit
+@jit(do_not_specialize=["num_partials"])
 def layer_norm_sum_kernel(
     p_partial,
     p_dweight,

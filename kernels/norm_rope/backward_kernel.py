@@ -14,7 +14,7 @@ def _store_weight(p_row, b_mask, b_dweight, b_column, PER_HEAD: tl.constexpr):
     tl.store(p_row + b_column, b_sum, mask=b_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_tokens", "num_token_tiles", "num_q_tiles", "num_k_tiles", "num_q_programs"])
 def norm_rope_backward_kernel(
     p_dq_out,
     p_dk_out,
@@ -179,7 +179,7 @@ def norm_rope_backward_kernel(
             _store_weight(p_row, b_mask_rest, b_dw, b_rest, PER_HEAD)
 
 
-@jit
+@jit(do_not_specialize=["num_q_programs", "num_programs"])
 def norm_rope_sum_kernel(
     p_partial,
     p_dq_weight,

@@ -104,7 +104,7 @@ def scaled(b_x, b_rstd, b_weight, offset, x_type: tl.constexpr, HAS_WEIGHT: tl.c
     return b_n
 
 
-@jit
+@jit(do_not_specialize=["num_tokens", "num_token_tiles", "num_q_tiles"])
 def norm_rope_forward_kernel(
     p_q,
     p_k,

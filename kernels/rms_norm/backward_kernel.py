@@ -95,7 +95,7 @@ def _store_backward(
         tl.store(p_dgate + b_columns, b_dgate.to(p_dgate.dtype.element_ty), mask=b_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def rms_norm_backward_kernel(
     p_dy,
     p_x,
@@ -229,7 +229,7 @@ def rms_norm_backward_kernel(
         tl.store(p_partial + b_column, tl.sum(b_dweight, 0)[None, :], mask=b_column < WIDTH)
 
 
-@jit
+@jit(do_not_specialize=["num_partials"])
 def rms_norm_sum_kernel(
     p_partial, p_dweight, num_partials, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):

@@ -65,7 +65,7 @@ def _finish(
     tl.store(p_y, b_n.to(p_y.dtype.element_ty), mask=b_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def rms_norm_forward_kernel(
     p_x,
     p_skip,

@@ -72,7 +72,7 @@ def store_pairs(
         tl.store(p_row + HALF + b_column, b_y2, mask=b_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_tokens", "num_token_tiles"])
 def rope_kernel(
     p_q,
     p_k,

@@ -30,12 +30,13 @@ from fxopt.kernels.glu.form import Form
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
+from fxopt.kernels.lora_linear import extend, one_read
 from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^blocks_per_row$|^ignore_index$|^queries_per_row$")
+INTEGERS = re.compile(r".*_stride$|^num_.*|^tail_.*|^rank$|^blocks_per_row$|^ignore_index$|^queries_per_row$")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
@@ -95,8 +96,9 @@ def glu_builds() -> Iterator[Build]:
         for block in (glu.BLOCKS[0], 512) if form.act == "sigmoid_alpha" else glu.BLOCKS[:1]:
             constants, warps = form.constants() | dict(BLOCK=block), glu.num_warps_for_block(block)
             yield glu.glu_forward_kernel, constants, {}, warps, True
-            backward = constants | dict(NEED_GATE=True, NEED_UP=True)
-            yield glu.glu_backward_kernel, backward, {}, warps, True
+            for need_y in (False, True):
+                backward = constants | dict(NEED_GATE=True, NEED_UP=True, NEED_Y=need_y)
+                yield glu.glu_backward_kernel, backward, {}, warps, True
 
 
 def activation_builds() -> Iterator[Build]:
@@ -134,8 +136,27 @@ def dequantize_4bit_builds() -> Iterator[Build]:
                 "p_absmax": "*u8" if nested else "*fp32",
             }
             form = sizes | dict(BLOCKSIZE=64, HAS_NESTED=nested, IN_WORDS=in_words)
-            warps = dequantize_4bit.NUM_WARPS
-            yield dequantize_4bit.dequantize_4bit_kernel, form, types, warps, False
+            for width, padding in ((0, 0), (3584, 48)):
+                rows = dict(ROW_WORDS=width // 8, PADDING=padding, BLOCK_TAIL=64 if padding else 1)
+                rows |= dict(TAIL_ROWS=dequantize_4bit.TAIL_ROWS)
+                warps = dequantize_4bit.NUM_WARPS
+                yield dequantize_4bit.dequantize_4bit_kernel, form | rows, types, warps, False
+
+
+def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
+    if dtype == "float32" or arch < 80:  # plain torch there
+        return
+    for rows in (64, 8192):
+        for rank in (16, 48, 256):
+            for copy in (True, False):
+                tile = extend.tile_of(rows, rank)
+                launch = tile.pop("num_warps"), tile.pop("num_stages")
+                yield extend.extend_rows_kernel, tile | dict(COPY=copy), {}, launch, True
+    types = dict.fromkeys(("p_outer", "p_sums", "p_parts"), "*fp32")
+    for rank in (16, one_read.MOST_RANK):
+        tile = dict(BLOCK_ROWS=one_read.BLOCK_ROWS, BLOCK_COLUMNS=one_read.BLOCK_COLUMNS, BLOCK_RANK=rank)
+        yield one_read.narrow_products_kernel, tile, types, (one_read.NUM_WARPS, one_read.NUM_STAGES), True
+    yield one_read.narrow_sum_kernel, dict(BLOCK=one_read.SUM_BLOCK), types, 4, True
 
 
 def rope_builds() -> Iterator[Build]:
@@ -255,7 +276,7 @@ def compile_one(arch: int, dtype: str, build: Build) -> dict[str, Any]:
             signature[name] = types.get(name, f"*{TYPES[dtype]}")
         else:
             signature[name] = "i32" if INTEGERS.match(name) else "fp32"
-        if signature[name] not in ("constexpr", "fp32"):
+        if signature[name] not in ("constexpr", "fp32") and not kernel.params[index].do_not_specialize:
             attributes[index,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -292,6 +313,7 @@ def main() -> None:
             *activation_builds(),
             *cross_entropy_builds(),
             *dequantize_4bit_builds(),
+            *lora_linear_builds(int(arch), dtype),
             *rope_builds(),
             *norm_rope_builds(),
             *attention_builds(int(arch), dtype),

@@ -54,15 +54,21 @@ def copy_kernel(p_x, p_y, count, eps, BLOCK: tl.constexpr, NAME: tl.constexpr):
     tl.store(p_y + b_at, tl.load(p_x + b_at, mask=b_at < count) + eps, mask=b_at < count)
 
 
-def launch_copy(x: torch.Tensor, count: int, block: int = 16) -> None:
+@jit(do_not_specialize=["count"])
+def counted_kernel(p_x, p_y, count, eps, BLOCK: tl.constexpr, NAME: tl.constexpr):
+    b_at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_y + b_at, tl.load(p_x + b_at, mask=b_at < count) + eps, mask=b_at < count)
+
+
+def launch_copy(x: torch.Tensor, count: int, block: int = 16, kernel: Any = copy_kernel) -> None:
     launcher.launch(
-        copy_kernel, (3,), x, torch.empty_like(x), count, 0.5, NAME="a", BLOCK=block, num_warps=1,
+        kernel, (3,), x, torch.empty_like(x), count, 0.5, NAME="a", BLOCK=block, num_warps=1,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def num_variants() -> int:
-    return len(launcher._variants.get(copy_kernel, {}))  # pyright: ignore[reportPrivateUsage]
+def num_variants(kernel: Any = copy_kernel) -> int:
+    return len(launcher._variants.get(kernel, {}))  # pyright: ignore[reportPrivateUsage]
 
 
 def num_pending() -> int:
@@ -79,6 +85,9 @@ def main() -> None:
     for count, values, block in ((47, x, 16), (1, x, 16), (48, x[1:], 16), (48, x.half(), 16), (48, x, 32)):
         launch_copy(values, count, block)
     found["variants"] = num_variants()
+    for count in (48, 47, 1, 2**33):
+        launch_copy(x, count, kernel=counted_kernel)
+    found["counted"] = num_variants(counted_kernel)
     launched.clear()
 
     elsewhere = threading.Thread(target=launch_copy, args=(x, 48))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -482,6 +483,28 @@ def test_our_backends_agree_with_the_reference(device: str, check: Any, gradient
         found = backend.backward(call, out, lse, dout, [True] * 4)
         for name, value, *others in zip("qkvs", found, eager, exact, strict=True):
             check(f"{backend.name} d{name}", value, *others)
+
+
+def test_backward_passes_are_timed_where_autograd_runs_them(device: str) -> None:
+    threads: list[int] = []
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():  # as an op is called
+        choice._run_as_backward(lambda: threads.append(threading.get_ident()), torch.device(device))
+    assert len(threads) == 1
+    assert (threads[0] == threading.get_ident()) == (device == "cpu")  # each GPU has a thread of its own
+
+    def fail() -> None:
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(RuntimeError, match="no kernel"):
+        choice._run_as_backward(fail, torch.device(device))
+
+
+@pytest.mark.gpu
+def test_a_small_call_is_not_timed() -> None:
+    q, k, v = make(torch.bfloat16, "cuda", heads=(4, 2), lengths=(7, 7), widths=(128, 128))
+    attention(q, k, v, causal=True, scale=SCALE).sum().backward()
+    name = "2 x 8 x 8, 4/2 heads of 128, bfloat16, causal, cuda:0"
+    assert choice.chosen_backends()[name] == {"chosen": "flash", "ms": {}, "left_out": {}}
 
 
 @pytest.mark.gpu

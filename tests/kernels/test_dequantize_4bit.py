@@ -84,6 +84,24 @@ def test_codes_that_are_not_aligned_or_kept_in_another_dtype(device: str) -> Non
         assert torch.equal(plain_dequantize(*arguments, torch.float32), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (3, 1000), (130, 264), (17, 4096)], ids=str)
+@pytest.mark.parametrize(("padding", "tail_start", "tail_width"), [(16, 0, 16), (48, 16, 8), (32, 0, 0)])
+def test_rows_with_a_tail(
+    shape: tuple[int, int], padding: int, tail_start: int, tail_width: int, device: str
+) -> None:
+    arguments = make(shape, device)
+    tail = torch.randn(shape[0], tail_width, device=device) if tail_width else None
+    expected = torch.zeros(shape[0], shape[1] + padding, device=device)
+    expected[:, : shape[1]] = exact(arguments)
+    if tail is not None:
+        expected[:, shape[1] + tail_start : shape[1] + tail_start + tail_width] = tail
+    tensors, coding = arguments[:5], arguments[6:]
+    for write in (file.launch_into, file.decode_into):
+        out = torch.empty_like(expected)
+        write(out, *tensors, shape[1], *coding, tail, tail_start)
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])

@@ -78,7 +78,14 @@ def compare(
     with torch.no_grad():
         y = file.launch_forward(*both, *form.astuple())
         found = file.launch_backward(dy.to(y.dtype), *both, *form.astuple(), *needed)
+        again = torch.empty_like(y)
+        beside = file.launch_backward(dy.to(y.dtype), *both, *form.astuple(), *needed, y=again)
     check("y", y, eager_y, exact_y)
+    check("y, by the gradients' kernel", again, eager_y, exact_y)
+    assert all(
+        (one is None and other is None) or torch.equal(one, other)
+        for one, other in zip(found, beside, strict=True)
+    )
     for name, value, eager_value, exact_value in zip(("gate", "up"), found, eager, exact, strict=False):
         check(name, value, eager_value, exact_value)
 
@@ -247,6 +254,7 @@ def test_opcheck(act: str, layout: str, op_device: str, opcheck: Any) -> None:
     dy = torch.randn(4, 24, device=op_device)
     gate, up = (None if tensor is None else tensor.detach() for tensor in (gate, up))
     opcheck(backward_op, (dy, gate, up, *form, True, up is not None))
+    opcheck(torch.ops.fxopt.glu_backward_output.default, (dy, gate, up, *form, True, up is not None))
     if up is not None:
         opcheck(backward_op, (dy, gate, up, *form, False, True))
 

@@ -19,6 +19,7 @@ def test_variants_are_compiled_once_and_a_rehearsal_only_compiles(tmp_path: Path
     first, second = [3, 1, 1, 0, 0, 48, 0.5, 16, "a"], [3, 1, 1, 0, 0, 32, 0.5, 16, "a"]
     assert found["once"] == [1, [first, second]]  # all arguments, then constants in the kernel's own order
     assert found["variants"] == 6  # an odd count, a count of 1, a pointer off 16 bytes, a dtype, a constant
+    assert found["counted"] == 2  # counts that fit 32 bits, and those that do not
     assert found["while rehearsing"] == [True, 1, 1]  # one missing; the other thread's launch ran
     assert found["after"] == [False, 6]
     assert found["then"] == [0, 7, 2]  # the launch took what had been compiled ahead

@@ -1,0 +1,183 @@
+"""The op `fxopt::lora_linear`, its backward op, and the function that patterns call.
+
+The ops also take four-bit weights as they are stored: `weights[j]` then holds packed codes, `codings[j]` their type and
+block size, and `codes` four tensors of each layer. A compiled graph is told so where it decodes a weight for these
+ops alone; `widths` are the layers' output widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.launch import register_gradient, register_op
+from fxopt.kernels.lora_linear.backward import run_backward
+from fxopt.kernels.lora_linear.form import CODE_TENSORS, Form, split_lists
+from fxopt.kernels.lora_linear.forward import run_forward
+
+
+def _fake_forward(xs: list[Tensor], *arguments: Any) -> list[Tensor]:
+    leading, widths, dtype = xs[0].shape[:-1], arguments[6], arguments[-1]
+    return [xs[0].new_empty((*leading, width), dtype=dtype) for width in widths]
+
+
+def _fake_backward(
+    dys: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    *attributes: Any,
+) -> list[Tensor]:
+    tensors, needs = (*xs, *weights, *biases, *a, *b), attributes[-1]
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, needed in zip(tensors, needs, strict=True)
+        if needed and tensor is not None
+    ]
+
+
+def _forward_flops(
+    xs: list[Tensor], weights: Any, biases: Any, a: list[Tensor], b: list[Tensor], *arguments: Any
+) -> int:
+    """Count the products with the weights and with both factors of each adapter."""
+    widths = arguments[2]
+    rows = xs[0].numel() // xs[0].shape[-1]
+    return 2 * rows * (xs[0].shape[-1] * sum(widths) + sum(factor.numel() for factor in (*a, *b)))
+
+
+def _backward_flops(
+    dys: Any, xs: list[Tensor], weights: Any, biases: Any, a: list[Tensor], b: list[Tensor], *arguments: Any
+) -> int:
+    """Count one product per weight, and per factor one for its own gradient and one for its input's; x A^T again."""
+    return _forward_flops(xs, weights, biases, [*a, *a, *a], [*b, *b], *arguments)
+
+
+def _workspace(xs: list[Tensor], weights: Any, biases: Any, a: Any, b: Any, *arguments: Any) -> int:
+    """Return the bytes of the largest weight that is decoded within the op."""
+    _, codings, widths = arguments[:3]
+    decoded = [width for coding, width in zip(codings, widths, strict=True) if coding]
+    return xs[0].shape[-1] * max(decoded, default=0) * xs[0].element_size()
+
+
+def _backward_workspace(dys: Any, *arguments: Any) -> int:
+    """Return what forward holds for itself."""
+    return _workspace(*arguments)
+
+
+_TENSORS = (
+    "Tensor[] xs, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, "
+    "Tensor?[] codes, str[] codings, int[] widths"
+)
+_ATTRIBUTES = "int[] inputs, int[] owners, float[] scales"
+_forward_op = register_op(
+    f"lora_linear({_TENSORS}, {_ATTRIBUTES}, ScalarType out_dtype) -> Tensor[]",
+    plain=run_forward,
+    fused=run_forward,
+    fake=_fake_forward,
+    flops=_forward_flops,
+    workspace=_workspace,
+)
+_backward_op = register_op(
+    f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",
+    plain=run_backward,
+    fused=run_backward,
+    fake=_fake_backward,
+    flops=_backward_flops,
+    workspace=_backward_workspace,
+)
+
+
+def _dense(weights: Sequence[Tensor]) -> tuple[list[Tensor | None], list[str], list[int]]:
+    """Return codes, codings and widths of dense weights."""
+    return (
+        [None] * (CODE_TENSORS * len(weights)),
+        [""] * len(weights),
+        [weight.shape[0] for weight in weights],
+    )
+
+
+def _run_forward(form: Form, num_inputs: int, num_layers: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    lists = split_lists(tensors, num_inputs, num_layers)
+    return tuple(_forward_op(*lists, *_dense(lists[1]), *map(list, form[:3]), form.out_dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.form, ctx.num_inputs, ctx.num_layers, *tensors = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+    needs = [bool(needed) for needed in ctx.needs_input_grad[3:]]
+    lists = split_lists(ctx.saved_tensors, ctx.num_inputs, ctx.num_layers)
+    found = iter(_backward_op(list(dys), *lists, *_dense(lists[1]), *map(list, ctx.form[:3]), needs))
+    return None, None, None, *(next(found) if needed else None for needed in needs)
+
+
+_apply = register_gradient("lora_linear", _run_forward, _setup_context, _differentiate)
+
+
+def lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    owners: Sequence[int],
+    scales: Sequence[float],
+    dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the results of the layers of `weights` on x, each with the adapters that it owns.
+
+    x: [*, K]. weights: [N_j, K]; biases: [N_j] or None. Adapter i reads `inputs[i]` ([*, K]; None for x) and adds
+    `scales[i]` times its product with a[i] ([r_i, K]) and b[i] ([N, r_i]) to the layer `owners[i]`. Layers compute in
+    `dtype`, adapters in `adapter_dtype` (the dtypes of x and of a[0] if not given), results are in `out_dtype`.
+
+    >>> x, weight = torch.ones(1, 2), torch.eye(2)
+    >>> a, b = torch.ones(1, 2), torch.ones(2, 1)
+    >>> lora_linear(x, [weight], [None], [None], [a], [b], owners=[0], scales=[0.5])[0]
+    tensor([[2., 2.]])
+    """
+    if not a or not len(inputs) == len(a) == len(b) == len(owners) == len(scales):
+        counts = [len(items) for items in (inputs, a, b, owners, scales)]
+        raise ValueError(
+            f"lora_linear: expected as many inputs, a, b, owners and scales, one or more, got {counts}"
+        )
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"lora_linear: expected a bias or None per weight, got {len(weights)}, {len(biases)}"
+        )
+    dtype, adapter_dtype = dtype or x.dtype, adapter_dtype or a[0].dtype
+    own = list({id(item): item for item in inputs if item is not None}.values())
+    sources = [0 if item is None else 1 + next(p for p, o in enumerate(own) if o is item) for item in inputs]
+    order = sorted(range(len(a)), key=lambda place: sources[place])
+    form = Form(
+        tuple(sources[place] for place in order),
+        tuple(owners[place] for place in order),
+        tuple(float(scales[place]) for place in order),
+        out_dtype or dtype,
+    )
+    joined: list[Tensor] = []
+    for source in range(1 + len(own)):
+        members = [a[place] for place in order if sources[place] == source]
+        factor = torch.cat(members) if len(members) > 1 else members[0] if members else a[0][:0]
+        joined.append(factor.to(adapter_dtype))
+    return _apply(
+        form,
+        1 + len(own),
+        len(weights),
+        x.to(dtype),
+        *(item.to(adapter_dtype) for item in own),
+        *(weight.to(dtype) for weight in weights),
+        *(bias if bias is None else bias.to(dtype) for bias in biases),
+        *joined,
+        *(b[place].to(adapter_dtype) for place in order),
+    )
