@@ -44,8 +44,8 @@ from fxopt.patterns import ALL
 from fxopt.planning import check_inputs, check_plan, finish_plan, make_planner, make_survey
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import Device
-from fxopt.remat.planner import Survey
 from fxopt.remat.records import Plan
+from fxopt.remat.survey import Survey
 from fxopt.report.records import GraphRecord, PassRecord, Report
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover

@@ -15,8 +15,10 @@ from fxopt.errors import FxoptError
 from fxopt.kernels import launch
 from fxopt.options import Options
 from fxopt.remat.devices import Device, device_of
-from fxopt.remat.planner import Facts, StepPlanner, Survey
+from fxopt.remat.figures import Facts
+from fxopt.remat.planner import StepPlanner
 from fxopt.remat.records import Plan
+from fxopt.remat.survey import Survey
 
 OPTIMIZER_STATES = 2
 """Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer."""

@@ -32,7 +32,8 @@ class Candidates:
 
 def find_candidates(menus: Sequence[Menu]) -> Candidates:
     """Return what `choose_decisions` chooses from."""
-    found = sorted(set(_candidates(menus)), key=lambda numbers: time_of(menus, numbers))
+    found = {spared for numbers in set(_candidates(menus)) for spared in _spare_the_last(menus, numbers)}
+    found = sorted(found, key=lambda numbers: (time_of(menus, numbers), numbers))
     return Candidates(tuple(menus), tuple(found))
 
 
@@ -42,13 +43,12 @@ def choose_decisions(candidates: Candidates, around: Around, limit: int | None) 
     Blocks with one menu share two decisions at most, since each costs a capture; the last block may have a third:
     it is the first that backward meets, and what it would compute again lives at that instant anyway.
     """
-    menus = candidates.menus
     if limit is None:
-        return (0,) * len(menus)
-    for numbers in candidates.numbers:
-        if peak_of(menus, numbers, around) <= limit:
-            return _spare_the_last(menus, numbers, around, limit)
-    return None
+        return (0,) * len(candidates.menus)
+    fitting = (
+        numbers for numbers in candidates.numbers if peak_of(candidates.menus, numbers, around) <= limit
+    )
+    return next(fitting, None)
 
 
 def find_smallest(candidates: Candidates, around: Around) -> int:
@@ -106,14 +106,10 @@ def _ordered(menus: Sequence[Menu], numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _spare_the_last(
-    menus: Sequence[Menu], numbers: tuple[int, ...], around: Around, limit: int
-) -> tuple[int, ...]:
-    """Return `numbers` with a faster decision for the last block, where the peak allows it and it is worth it."""
+def _spare_the_last(menus: Sequence[Menu], numbers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield `numbers`, and the same with each faster decision for the last block that is worth a capture."""
+    yield numbers
     total = sum(menu[number].compute_ms for menu, number in zip(menus, numbers, strict=True))
     for faster in range(numbers[-1]):
-        gain = menus[-1][numbers[-1]].recompute_ms - menus[-1][faster].recompute_ms
-        spared = (*numbers[:-1], faster)
-        if gain > WORTHWHILE * total and peak_of(menus, spared, around) <= limit:
-            return spared
-    return numbers
+        if menus[-1][numbers[-1]].recompute_ms - menus[-1][faster].recompute_ms > WORTHWHILE * total:
+            yield (*numbers[:-1], faster)

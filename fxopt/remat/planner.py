@@ -15,13 +15,13 @@ from torch import fx
 
 from fxopt.errors import FxoptError
 from fxopt.remat.apply import apply_choice
-from fxopt.remat.budget import Budget, format_bytes
-from fxopt.remat.choice import Candidates, choose_decisions, find_candidates, find_smallest, time_of
+from fxopt.remat.budget import Budget
+from fxopt.remat.choice import Candidates, choose_decisions, find_candidates, find_smallest
 from fxopt.remat.decide import Menu, find_choice, make_decision, make_menu, read_tagged
-from fxopt.remat.devices import Device
-from fxopt.remat.joint import Joint, Workspaces, read_joint
+from fxopt.remat.figures import Facts, Goal, find_limit, make_plan, scale_decision, without_update
+from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.records import Decision, Plan
-from fxopt.remat.step import Around, find_peak, simulate_step
+from fxopt.remat.step import Around
 
 log = logging.getLogger("fxopt")
 CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
@@ -39,33 +39,6 @@ class Call(Protocol):
     def checkpointed(self) -> bool:
         """Whether the user switched checkpointing on."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What the planner knows of a model and its device when a plan is made.
-
-    `static_bytes` live all the time, `update_bytes` while the optimizer works, `gradient_bytes` are those of all
-    parameters; `free_bytes` is how much may be allocated in all, None where nobody limits it.
-    """
-
-    model: str
-    paths: tuple[str, ...]
-    device: Device
-    lowering: str
-    static_bytes: int
-    gradient_bytes: int
-    update_bytes: int
-    free_bytes: int | None
-    workspaces: Workspaces
-
-
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """One kind of call that has a plan of its own: up to so many tokens, under one budget."""
-
-    tokens: int
-    budget: Budget
 
 
 @dataclasses.dataclass
@@ -244,7 +217,7 @@ class StepPlanner:
         around = self._around(goal, facts)
         candidates = self._candidates_of(menus)
         limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
-        picked = choose_decisions(candidates, _without_update(goal, around), limit)
+        picked = choose_decisions(candidates, without_update(goal, around), limit)
         assert picked is not None, "the smallest plan does not fit in its own peak"
         return tuple(n if settled is None else settled for n, settled in zip(picked, fixed, strict=True))
 
@@ -256,7 +229,7 @@ class StepPlanner:
             key = id(menu), goal.tokens
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
-                self._scaled[key] = tuple(_scaled(decision, scale) for decision in menu.decisions)
+                self._scaled[key] = tuple(scale_decision(decision, scale) for decision in menu.decisions)
             offered.append(self._scaled[key])
         return offered
 
@@ -269,7 +242,7 @@ class StepPlanner:
 
     def _around(self, goal: Goal, facts: Facts) -> Around:
         scale = goal.tokens / next(iter(self._menus.values())).tokens
-        tail = tuple(_scaled(decision, scale) for decision in self._tail.values())
+        tail = tuple(scale_decision(decision, scale) for decision in self._tail.values())
         return Around(facts.static_bytes, tail, facts.gradient_bytes, facts.update_bytes)
 
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
@@ -293,137 +266,3 @@ class StepPlanner:
                 f"got number {number}\n{CURE}"
             )
         return menu.numbers[number]
-
-
-class Survey(StepPlanner):
-    """Sees the graphs of a model that is not trained, and plans once all are seen."""
-
-    def find_variant(self, path: str, call: Call) -> int | None:
-        """Return 0: nothing is carried out."""
-        self._call = call
-        return 0
-
-    def mark_block(self, path: str, variant: int, call: Call, graph: fx.Graph, held: frozenset[int]) -> str:
-        """Read the joint graph of the block at `path`."""
-        self._read_block(path, call, graph, held)
-        return ""
-
-    def make_plan(self) -> Plan | None:
-        """Return the plan for what was seen, or None where a block was not captured."""
-        if any(path not in self._form_of for path in self._look().paths):
-            return None
-        return self._plan_for(self._budget)
-
-    def trace_curve(self, num_points: int) -> tuple[Plan, ...]:
-        """Return plans from the smallest peak to the fastest step, at equal distances of bytes."""
-        smallest, fastest = self._plan_for("min"), self._plan_for(None)
-        low, high = smallest.peak_bytes, fastest.peak_bytes
-        limits = [low + (high - low) * step // (num_points - 1) for step in range(1, num_points - 1)]
-        return smallest, *(self._plan_for(limit, bounded=False) for limit in limits), fastest
-
-    def _plan_for(self, budget: Budget, *, bounded: bool = True) -> Plan:
-        facts = self._look()
-        if not bounded:  # a curve goes on beyond what the device has
-            facts = dataclasses.replace(facts, device=dataclasses.replace(facts.device, bounded=False))
-        goal = Goal(self._call.tokens, budget)
-        return self._describe(goal, self._decide(goal, facts, None), facts)
-
-
-def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
-    """Return the most bytes that a step of `goal` may allocate, None where nothing limits it.
-
-    Raises:
-        FxoptError: no choice needs so little.
-    """
-    budget, device = goal.budget, facts.device
-    if budget is None:
-        return None
-    smallest = find_smallest(candidates, _without_update(goal, around))
-    if budget == "min":
-        return smallest
-    if budget == "auto":
-        if facts.free_bytes is not None and facts.free_bytes < smallest:
-            log.warning(
-                "memory_budget='auto': %s are free, the smallest step needs %s",
-                *map(format_bytes, (facts.free_bytes, smallest)),
-            )
-            return smallest
-        return facts.free_bytes
-    assert not isinstance(budget, str)
-    limit = int(budget * device.memory_bytes) if isinstance(budget, float) else budget
-    if limit > device.memory_bytes and device.bounded:
-        log.warning(
-            "memory_budget: %s is more than %s has (%s): treated as unlimited",
-            format_bytes(limit),
-            device.name,
-            format_bytes(device.memory_bytes),
-        )
-        return None
-    if limit < smallest:
-        raise FxoptError(
-            f"memory_budget: no plan fits, expected at least {format_bytes(smallest)} ({smallest} bytes), "
-            f"got {format_bytes(limit)}\n"
-            f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state; "
-            "a smaller batch or shorter sequences need less"
-        )
-    return limit
-
-
-def _without_update(goal: Goal, around: Around) -> Around:
-    """Return `around` for "min" without the optimizer, which is not known: the rest is made smallest by itself."""
-    if goal.budget != "min":
-        return around
-    return dataclasses.replace(around, gradient_bytes=0, update_bytes=0)
-
-
-def make_plan(
-    facts: Facts,
-    goal: Goal,
-    limit: int | None,
-    smallest: int,
-    menus: list[tuple[Decision, ...]],
-    numbers: tuple[int, ...],
-    around: Around,
-) -> Plan:
-    """Return the plan in which each block takes the decision of its number."""
-    taken = [menu[number] for menu, number in zip(menus, numbers, strict=True)]
-    decisions = tuple(dict.fromkeys(taken))
-    timeline = simulate_step(facts.paths, taken, around)
-    peak = find_peak(timeline)
-    recompute_ms = time_of(menus, numbers)
-    compute_ms = sum(decision.compute_ms + 0.0 for decision in (*taken, *around.tail))
-    return Plan(
-        model=facts.model,
-        device=facts.device.name,
-        lowering=facts.lowering,
-        budget=str(goal.budget),
-        limit_bytes=limit,
-        tokens=goal.tokens,
-        decisions=decisions,
-        layers=tuple(
-            (path, decisions.index(decision)) for path, decision in zip(facts.paths, taken, strict=True)
-        ),
-        static_bytes=facts.static_bytes,
-        smallest_bytes=smallest,
-        peak_bytes=peak.bytes,
-        peak_at=peak.name,
-        step_ms=compute_ms + recompute_ms,
-        recompute_ms=recompute_ms,
-        after=around.tail,
-        timeline=timeline,
-    )
-
-
-def _scaled(decision: Decision, scale: float) -> Decision:
-    """Return `decision` for `scale` times the tokens it was made for; the gradients' bytes do not change."""
-    if scale == 1:
-        return decision
-    return dataclasses.replace(
-        decision,
-        saved=tuple(dataclasses.replace(r, bytes=int(r.bytes * scale)) for r in decision.saved),
-        saved_bytes=int(decision.saved_bytes * scale),
-        forward_bytes=int(decision.forward_bytes * scale),
-        backward_bytes=int(decision.backward_bytes * scale),
-        compute_ms=decision.compute_ms * scale,
-        recompute_ms=decision.recompute_ms * scale,
-    )
