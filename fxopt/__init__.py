@@ -11,7 +11,8 @@ from fxopt.errors import (
     UnmatchedError,
     VerifyError,
 )
-from fxopt.pipeline import ALL, explain, optimize, restore, trace
+from fxopt.pipeline import ALL, explain, optimize, plan, restore, trace
+from fxopt.remat.records import Plan
 from fxopt.report.records import Proof, Report, Site
 from fxopt.rewriting.authoring import pattern
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
@@ -26,6 +27,7 @@ __all__ = [
     "Match",
     "Mismatch",
     "Pattern",
+    "Plan",
     "Proof",
     "ProofError",
     "Report",
@@ -39,6 +41,7 @@ __all__ = [
     "explain",
     "optimize",
     "pattern",
+    "plan",
     "restore",
     "trace",
 ]

@@ -1,4 +1,4 @@
-"""The `fxopt` command: `fxopt demo`, `fxopt report` and `fxopt coverage`.
+"""The `fxopt` command: `fxopt demo`, `fxopt report`, `fxopt plan` and `fxopt coverage`.
 
 Mistakes of the user end in one clear message and exit code 2; a demo that does not hold, or coverage that is not
 whole under `--strict`, ends with 1.
@@ -186,6 +186,44 @@ def new_pattern(
 
 
 @app.command()
+def plan(
+    source: Annotated[
+        str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
+    ] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 4096,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="With low-rank adapters on all linear layers.")
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")] = "H100",
+    out: Annotated[
+        Path,
+        typer.Option(help="Where the curve of time over memory goes, as a PNG; beside it the same as CSV."),
+    ] = Path("fxopt-plan.png"),
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Plan what a model's blocks save for backward and compute again, from its config alone."""
+    _check_source("plan", source, arch)
+    from fxopt.offline import PlanOptions, plan_offline, render_curve
+
+    options = PlanOptions(source, arch, budget, batch, seq, lora, device, out)
+    found, curve = plan_offline(options)
+    if json:
+        print(found.to_json())
+        return
+    console = _console()
+    _print_report(console, str(found))
+    _print_report(console, render_curve(curve))
+    console.print(f"fxopt plan: see {out} and {out.with_suffix('.csv')}", soft_wrap=True)
+
+
+@app.command()
 def coverage(
     arch: Annotated[
         list[str] | None,
@@ -215,14 +253,18 @@ def coverage(
         raise typer.Exit(1)
 
 
-def _build(command: str, source: str | None, arch: str | None) -> Any:
-    """Return the model that `source` or `arch` names, on the meta device."""
+def _check_source(command: str, source: str | None, arch: str | None) -> None:
     if (source is None) == (arch is None):
         got = "neither" if arch is None else f"both, {source!r} and --arch {arch}"
         raise FxoptError(
             f"{command}: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
             f"try fxopt {command} --arch llama"
         )
+
+
+def _build(command: str, source: str | None, arch: str | None) -> Any:
+    """Return the model that `source` or `arch` names, on the meta device."""
+    _check_source(command, source, arch)
     from fxopt.demo.models import build_meta_model, default_config, load_config
 
     return build_meta_model(default_config(arch) if arch is not None else load_config(str(source)))

@@ -36,6 +36,8 @@ class Options:
     strict: bool = False
     partial: bool = True
     select: Callable[[str, Any], str] | None = None
+    memory_budget: Any = "auto"
+    plan: Any = None
 
     @property
     def active_patterns(self) -> tuple[Any, ...]:
@@ -52,6 +54,8 @@ def check_options(
     verify: str,
     strict: bool,
     partial: bool,
+    memory_budget: Any = "auto",
+    plan: Any = None,
 ) -> Options:
     """Return checked options; `patterns` may hold names of `known` patterns and patterns of the user's own.
 
@@ -84,7 +88,16 @@ def check_options(
     _check_name("verify", verify, VERIFY)
     _check_flag("strict", strict)
     _check_flag("partial", partial)
-    return Options(tuple(chosen), disabled, lowering, verify, strict, partial)
+    return Options(
+        tuple(chosen),
+        disabled,
+        lowering,
+        verify,
+        strict,
+        partial,
+        memory_budget=memory_budget,
+        plan=plan,
+    )
 
 
 def _check_flag(subject: str, value: object) -> None:

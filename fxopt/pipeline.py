@@ -23,11 +23,13 @@ from fxopt.capture.installation import (
     find_installation,
     slots_emptied,
 )
+from fxopt.capture.ledger import Ledger
 from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
 from fxopt.capture.model_call import REGION
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
+from fxopt.capture.torch_compat import trace_joint
 from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
@@ -42,6 +44,11 @@ from fxopt.graph.view import find_subgraphs
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
+from fxopt.planning import check_inputs, check_plan, finish_plan, make_planner, make_survey
+from fxopt.remat.budget import check_budget
+from fxopt.remat.devices import Device
+from fxopt.remat.records import Plan
+from fxopt.remat.survey import Survey
 from fxopt.report.figures import render_code
 from fxopt.report.records import GraphRecord, PassRecord, Report
 from fxopt.rewriting.pattern import Pattern
@@ -149,6 +156,8 @@ def optimize(
     verify: str = "on",
     strict: bool = False,
     partial: bool = True,
+    memory_budget: int | float | str | None = "auto",
+    plan: Plan | None = None,
     example_inputs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make `model` train faster and with less memory, in place, and return the same object.
@@ -163,7 +172,13 @@ def optimize(
         verify: "on" proves every rewrite numerically before it is used; "off" skips the proofs.
         strict: raise where a known form was not rewritten, a proof failed or a region was not captured, as
             seen in one forward pass on small inputs, instead of reporting it.
-        partial: where a block cannot be captured in one graph, optimize its pieces; False leaves it stock.
+        partial: where a block cannot be captured in one graph, optimize its pieces, which are not planned; False
+            leaves it stock.
+        memory_budget: the most that a training step may allocate: bytes, a size like "12GiB", a share of the device
+            between 0 and 1, "min", or None for the fastest step. "auto" plans only where gradient checkpointing was
+            switched on, as "min"; elsewhere what costs one pass over memory is computed again. A plan is made at the
+            first step.
+        plan: what `fxopt.plan` returned, to be carried out as it is.
         example_inputs: keyword arguments of the model's forward for that pass; by default fxopt makes
             `input_ids` and `labels` of 2 x 16 tokens.
 
@@ -186,6 +201,8 @@ def optimize(
         verify=verify,
         strict=strict,
         partial=partial,
+        memory_budget=check_budget(memory_budget),
+        plan=check_plan(plan, memory_budget),
     )
     model = check_model(model)
     if any(tensor.is_meta for tensor in tensors_of(model)):
@@ -211,6 +228,69 @@ def optimize(
     if options.lowering != "plain":
         start_warming(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     return model
+
+
+def plan(
+    model: nn.Module,
+    memory_budget: int | float | str | None = "auto",
+    example_inputs: dict[str, Any] | None = None,
+    *,
+    lowering: str = "auto",
+) -> Plan:
+    """Return what each block of `model` should save for backward and compute again; nothing is changed or trained.
+
+    One forward pass runs on `example_inputs`, keyword arguments of the model's forward, without saving anything:
+    give them the batch and length of your training step. Works on the meta device. `print` shows the plan,
+    `to_json` writes it, `fxopt.optimize(model, plan=...)` carries it out.
+
+    Args:
+        model: a `torch.nn.Module`.
+        memory_budget: as `fxopt.optimize` takes it.
+        example_inputs: by default `input_ids` and `labels` of 2 x 16 tokens.
+        lowering: as `fxopt.optimize` takes it.
+
+    Raises:
+        FxoptError: not a module, no inputs could be made, inputs on another device, a malformed budget or one below
+            the smallest possible peak, or blocks that could not be captured.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> fxopt.plan(model, None, {"input": torch.randn(2, 4)}).residual_bytes
+    64
+    """
+    options = options_for_plan(memory_budget, lowering)
+    return finish_plan(*survey_model(check_model(model), options, example_inputs))
+
+
+def survey_model(
+    model: nn.Module, options: Options, example_inputs: dict[str, Any] | None, device: Device | None = None
+) -> tuple[Survey, Ledger]:
+    """Return what was seen of the joint graphs of `model`, for `device` or its own, and what happened meanwhile."""
+    check_inputs(model, example_inputs)
+    survey = make_survey(model, options, device)
+    trace = functools.partial(trace_joint, decomposed=survey.lowering == "inductor")
+    with slots_emptied(model):
+        probe = Installation(model, options, _make_transform(options), trace, partial=False, planner=survey)
+        probe.install()
+        try:
+            run_on_small_inputs(model, example_inputs)
+        finally:
+            probe.remove()
+    return survey, probe.ledger
+
+
+def options_for_plan(memory_budget: object, lowering: str = "auto") -> Options:
+    """Return the options of a plan; its rewrites are not proven, as nothing is trained."""
+    return check_options(
+        ALL,
+        patterns=ALL,
+        disable=(),
+        lowering=lowering,
+        verify="off",
+        strict=False,
+        partial=False,
+        memory_budget=check_budget(memory_budget),
+    )
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -324,15 +404,20 @@ def new_installation(
 ) -> Installation:
     """Return what `install()` puts into `model`; graphs are compiled by `lower`, else as the options say."""
 
-    def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def lower_graph(gm: fx.GraphModule, example_inputs: list[Any], mark: Any = None) -> Callable[..., Any]:
         lowering, reason = choose_lowering(options.lowering, gm)
         if reason:
             installation.ledger.note(reason)
         installation.ledger.lowerings.setdefault(name_of(lowering))
-        return lowering(gm, example_inputs)
+        return lowering(gm, example_inputs, mark)
 
     installation = Installation(
-        model, options, _make_transform(options), lower or lower_graph, partial=options.partial
+        model,
+        options,
+        _make_transform(options),
+        lower or lower_graph,
+        partial=options.partial,
+        planner=None if lower else make_planner(model, options),
     )
     return installation
 

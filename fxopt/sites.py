@@ -156,6 +156,7 @@ def build_report(installation: Installation) -> Report:
         notes=(*ledger.notes, *_notes_on_slots(installation)),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
         patterns=tuple(pattern.name for pattern in installation.options.patterns),
+        plans=() if installation.planner is None else installation.planner.plans,
     )
 
 

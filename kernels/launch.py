@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = False
@@ -48,6 +49,8 @@ OLDEST_BFLOAT16_CAPABILITY = (8, 0)
 SHARED_SLACK_BYTES = 16 * 1024  # for reductions
 INTERPRETED_PROGRAMS = 3  # few, so that each program of a persistent grid does several turns under test
 
+WORKSPACES: dict[torch._ops.OpOverload, Callable[..., int]] = {}
+"""By the op: what it holds for itself while it runs, in bytes, from its arguments."""
 LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 
 
@@ -200,6 +203,8 @@ def register_op(
     fused: Callable[..., Any],
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
+    flops: Callable[..., int] | None = None,
+    workspace: Callable[..., int] | None = None,
 ) -> Any:
     """Define `fxopt::<schema>`, run by `plain` on a CPU, `fused` on CUDA, `fake` under FakeTensor; return the op.
 
@@ -208,13 +213,23 @@ def register_op(
     `output_<m>`, its output m: what a backward op of ours reads by an argument `xs` is computed so in backward.
     `<op>_backward_output` is `<op>_backward` (its first argument the gradient, then the arguments of `<op>`) that also
     returns the value of `<op>`, last: for what needs that value no sooner than its gradient.
+    `flops` and `workspace` return, from the op's arguments, its floating-point operations (torch's own counter
+    knows them then), and the most bytes that it holds for itself while it runs.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     LIBRARY.impl(name, plain, "CPU")
     LIBRARY.impl(name, fused, "CUDA")
     torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fxopt, name).default
+    packet = getattr(torch.ops.fxopt, name)
+    if flops is not None:
+        count = flops
+        register_flop_formula(packet, get_raw=True)(
+            lambda *args, out_val=None, **kwargs: count(*args, **kwargs)
+        )
+    if workspace is not None:
+        WORKSPACES[packet.default] = workspace
+    return packet.default
 
 
 class _Refused(torch.autograd.Function):

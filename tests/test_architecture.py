@@ -29,11 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "rewriting": {"graph", "options", "errors", RECORDS},
     "remat": {"graph", "options", "errors", RECORDS},
     "sites": {"capture", "rewriting", "graph", RECORDS},
+    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS},
     "patterns": {"rewriting", "graph", "kernels", "errors"},
     "pipeline": {
         "kernels.launcher",
         "patterns",
         "sites",
+        "planning",
         "capture",
         "rewriting",
         "remat",
@@ -43,11 +45,21 @@ ALLOWED: dict[str, set[str]] = {
         "report",
     },
     "bisection": {"pipeline", "capture", "graph", "rewriting", "options", "errors"},
-    "__init__": {"bisection", "pipeline", "capture.callback", "rewriting", "options", "errors", "report"},
+    "__init__": {
+        "bisection",
+        "pipeline",
+        "capture.callback",
+        "rewriting",
+        "remat",
+        "options",
+        "errors",
+        "report",
+    },
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
+    "offline": {"demo", "pipeline", "planning", "remat", "errors"},
     "authoring": {"coverage", "pipeline", "rewriting", "graph", "options", "errors"},
-    "cli": {"authoring", "coverage", "demo", "__init__", "bisection", "errors", "report"},
+    "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {
     "patterns": {"logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
@@ -71,6 +83,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rewriting": {"torch"},
     "remat": {"torch", "networkx"},
     "sites": {"torch"},
+    "planning": {"torch"},
     "patterns": {"torch"},
     "pipeline": {"torch"},
     "bisection": {"torch"},
@@ -78,6 +91,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "demo": {"torch", "tokenizers", "matplotlib", *HUGGING_FACE, *TERMINAL},
     "coverage": {"torch", "tqdm", *HUGGING_FACE},
     "authoring": {"torch", "tqdm"},
+    "offline": {"torch", "matplotlib", *HUGGING_FACE},
     "cli": TERMINAL,
 }
 

@@ -18,6 +18,7 @@ PUBLIC = {
     "Match",
     "Mismatch",
     "Pattern",
+    "Plan",
     "Proof",
     "ProofError",
     "Report",
@@ -31,6 +32,7 @@ PUBLIC = {
     "explain",
     "optimize",
     "pattern",
+    "plan",
     "restore",
     "trace",
 }
@@ -43,9 +45,17 @@ PARAMETERS = {
         "verify": "on",
         "strict": False,
         "partial": True,
+        "memory_budget": "auto",
+        "plan": None,
         "example_inputs": None,
     },
     "explain": {"model": inspect.Parameter.empty, "example_inputs": None},
+    "plan": {
+        "model": inspect.Parameter.empty,
+        "memory_budget": "auto",
+        "example_inputs": None,
+        "lowering": "auto",
+    },
     "restore": {"model": inspect.Parameter.empty},
     "trace": {"model": inspect.Parameter.empty, "example_inputs": None},
 }

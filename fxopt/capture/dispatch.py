@@ -15,11 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.hooks import Hooks, find_hooks, has_hooks, idle_hooks_hidden
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
 
 PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -34,16 +36,39 @@ def block_entry(block: nn.Module, count_eager: Callable[[], None], args: Any, kw
     return block.forward(*args, **kwargs)
 
 
-class BlockCalls:
-    """Makes the calls of one stack's blocks; all blocks of a stack share their captures."""
+MakeBackend = Callable[[Mark | None], Callable[..., Any]]
 
-    def __init__(self, ledger: Ledger, region: str, backend: Callable[..., Any], *, partial: bool) -> None:
+
+class BlockCalls:
+    """Makes the calls of one stack's blocks; all blocks of a stack with one plan share their captures."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        region: str,
+        make_backend: MakeBackend,
+        checkpointing: Checkpointing,
+        *,
+        partial: bool,
+        planner: Planner | None = None,
+    ) -> None:
         self.ledger = ledger
         self.region = region
-        self.compiled = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
-        self.pieces = torch_compat.compile_frame(block_entry, backend, fullgraph=False) if partial else None
+        self._make_backend = make_backend
+        self._checkpointing = checkpointing
+        self._planner = planner
+        self._asked: list[Call] = [Call(1, False)]
+        self._compiled: dict[int | None, Callable[..., Any]] = {}
+        self.pieces = (
+            torch_compat.compile_frame(block_entry, make_backend(None), fullgraph=False) if partial else None
+        )
         self.broken_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
+
+    @property
+    def frames(self) -> tuple[Callable[..., Any], ...]:
+        """The frames that Dynamo has captured blocks in: one of each variant."""
+        return tuple(self._compiled.values())
 
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one block: compiled where fxopt serves the call, else stock."""
@@ -53,7 +78,7 @@ class BlockCalls:
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
-            return torch_compat.stock_call(block, *args, **kwargs)
+            return self._checkpointing.run_stock(block, args, kwargs)
         serve = functools.partial(self._serve, path, block, hooks.idle)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)
@@ -62,9 +87,8 @@ class BlockCalls:
     def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
         """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
         broken = type(block) in self.broken_classes
-        compiled = self.pieces if broken and self.pieces is not None else self.compiled
         try:
-            return self._run_compiled(compiled, path, block, idle_hooks, args, kwargs)
+            return self._run_compiled(self.pieces if broken else None, path, block, idle_hooks, args, kwargs)
         except torch_compat.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
@@ -119,27 +143,53 @@ class BlockCalls:
 
     def _run_compiled(
         self,
-        compiled: Callable[..., Any],
+        pieces: Callable[..., Any] | None,
         path: str,
         block: nn.Module,
         idle_hooks: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """Run a block's forward captured whole, or by the frame of its pieces, which nobody plans."""
         self.ledger.begin(path)
         if not self.ledger.captures:
             self.ledger.progress.show(path or self.region, "capturing")
-        in_pieces = compiled is self.pieces
         with contextlib.ExitStack() as scope:
             if idle_hooks:
                 scope.enter_context(idle_hooks_hidden(block))
-            if in_pieces:
-                scope.enter_context(torch_compat.frames_of_pieces_captured())
-            output = compiled(block, self._count_eager, args, kwargs)
-        if in_pieces and not self.ledger.is_served:
+            if pieces is None:
+                compiled = self._find_compiled(path, block, args, kwargs)
+                return compiled(block, self._count_eager, args, kwargs)
+            scope.enter_context(torch_compat.frames_of_pieces_captured())
+            output = pieces(block, self._count_eager, args, kwargs)
+        if not self.ledger.is_served:
             self.ledger.count_fallback(self.region, NO_PIECE)
             self.ledger.refused.setdefault(self.region, NO_PIECE)
         return output
+
+    def _find_compiled(
+        self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """Return the frame of the variant that serves this call; each variant has captures of its own."""
+        variant = None
+        if self._planner is not None:
+            self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
+            variant = self._planner.find_variant(path, self._asked[0])
+        if variant not in self._compiled:
+            backend = self._make_backend(self._make_mark(variant))
+            self._compiled[variant] = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
+        return self._compiled[variant]
+
+    def _make_mark(self, variant: int | None) -> Mark | None:
+        """Return what shows the planner a joint graph; torch may keep it for good, so it holds no block."""
+        planner, ledger, asked = self._planner, self.ledger, self._asked
+        if planner is None or variant is None:
+            return None
+
+        def show(graph: fx.Graph, held: frozenset[int]) -> str:
+            return planner.mark_block(ledger.current, variant, asked[0], graph, held)
+
+        return Mark(show)
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import types
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
@@ -21,6 +23,7 @@ from fxopt.capture.lowering import Lowering
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.patched import find_patched
+from fxopt.capture.planning import Mark, Planner, note_held, with_mark
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
@@ -45,7 +48,14 @@ class Installation:
     """fxopt in one model: its regions, what they compiled, and what happened while they ran."""
 
     def __init__(
-        self, model: nn.Module, options: Any, transform: Transform, lower: Lowering, *, partial: bool
+        self,
+        model: nn.Module,
+        options: Any,
+        transform: Transform,
+        lower: Lowering,
+        *,
+        partial: bool,
+        planner: Planner | None = None,
     ) -> None:
         self.model = model
         self.options = options
@@ -56,17 +66,24 @@ class Installation:
         self._settings = torch_compat.make_capture_settings()
         self._transform = _unhooked(transform)
         self._lower = lower
+        self.planner = planner
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
+        self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
         if blocks:
-            self.model_call: ModelCall | None = ModelCall(self.ledger, model, blocks, self._compile_model)
-            for stack in self.regions.stacks:
-                backend = self._block_backend(stack.path)
-                self._calls[stack.path] = BlockCalls(self.ledger, stack.path, backend, partial=partial)
+            self.model_call: ModelCall | None = ModelCall(
+                self.ledger, model, blocks, self._compile_model, checkpointing
+            )
         else:
             self.model_call = None
-            self._calls[REGION] = BlockCalls(
-                self.ledger, REGION, self._block_backend(REGION), partial=partial
+        for region in [stack.path for stack in self.regions.stacks] or [REGION]:
+            self._calls[region] = BlockCalls(
+                self.ledger,
+                region,
+                functools.partial(self._block_backend, region),
+                checkpointing,
+                partial=partial,
+                planner=planner,
             )
 
     def install(self) -> None:
@@ -99,7 +116,8 @@ class Installation:
     def guards_of(self, region: str) -> tuple[str, ...]:
         """Return the conditions under which the captures of `region` hold."""
         calls = self._calls.get(region) or self.model_call
-        return torch_compat.guards_of(calls.compiled) if calls is not None else ()
+        frames = () if calls is None else calls.frames
+        return tuple(guard for frame in frames for guard in torch_compat.guards_of(frame))
 
     def find_replaced(self) -> tuple[str, ...]:
         """Return the paths of the blocks, "" for the model, whose compile slot somebody else has filled since."""
@@ -134,7 +152,7 @@ class Installation:
         call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
         return torch_compat.mark_leaf(call_block)
 
-    def _block_backend(self, region: str) -> Callable[..., Any]:
+    def _block_backend(self, region: str, mark: Mark | None) -> Callable[..., Any]:
         stacks = {
             stack.path: f"{stack.path or 'the blocks'} ({len(stack.paths)} blocks)"
             for stack in self.regions.stacks
@@ -149,12 +167,16 @@ class Installation:
             if torch_compat.changes_python_state():
                 self.ledger.changes_state = True
             progress.show(name, f"{number}, compiling")
-            compiled = keep_stock_gradients(self._lower, region)(gm, example_inputs)
+            note_held(gm, example_inputs, self.model)
+            compiled = keep_stock_gradients(with_mark(self._lower, mark), region)(gm, example_inputs)
             progress.done(name)
-            ledger = self.ledger
+            ledger, planner = self.ledger, None if mark is None else self.planner
+            form = None if planner is None else planner.form_of(ledger.current)
 
             def run(*args: Any) -> Any:
                 ledger.serve(capture)
+                if planner is not None:
+                    planner.note_form(ledger.current, form)
                 return compiled(*args)
 
             return run
@@ -174,8 +196,12 @@ class Installation:
         segments = find_segments(tail.graph)
         if segments.unkept:
             self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
-        lower = keep_stock_gradients(self._lower, REGION)
         progress.show(AFTER_BLOCKS, "compiling")
+        note_held(tail.graph, examples, self.model)
+        planner, mark = self.planner, None
+        if planner is not None and planner.is_asked(checkpointed=bool(self.checkpointing.taken)):
+            mark = Mark(planner.read_tail, decides=False)
+        lower = keep_stock_gradients(with_mark(self._lower, mark), REGION)
         call = compile_model_graph(tail.graph, examples, lower, segments)
         progress.done(AFTER_BLOCKS)
         ledger = self.ledger

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxopt.capture.joint_codes import read_codes
 from fxopt.capture.joint_outputs import write_outputs_beside_gradients
+from fxopt.capture.planning import Mark
 
 NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
@@ -37,14 +38,20 @@ LAYOUT_OPS = frozenset(
 """Ops between an op of ours and what it reads that cost next to nothing to do again."""
 
 
-def prepare_joint(graph: fx.Graph) -> None:
-    """Run all passes over the joint graph."""
+def prepare_joint(graph: fx.Graph, mark: Mark | None = None, held: frozenset[int] = frozenset()) -> str:
+    """Run all passes over the joint graph and return what tells its plan apart, "" where nobody plans."""
     read_codes(graph)
     fold_skip_gradients(graph)
-    replay_inputs(graph)
+    decides = mark is not None and mark.decides
+    if decides:
+        replay_all(graph)
+    else:
+        replay_inputs(graph)
     write_outputs_beside_gradients(graph)
-    mark_recomputed(graph)
+    if not decides:
+        mark_recomputed(graph)
     forget_traced_inputs(graph)
+    return "" if mark is None else mark.show(graph, held)
 
 
 def forget_traced_inputs(graph: fx.Graph) -> None:
@@ -80,6 +87,25 @@ def replay_inputs(graph: fx.Graph) -> int:
             if item not in in_backward:
                 _mark_layout(item)
     return sum(node.target is operator.getitem for node in replays)
+
+
+def replay_all(graph: fx.Graph) -> None:
+    """Let all of backward read norms computed again, and note at each such node what it stands for.
+
+    Whether a norm is computed again or saved is the planner's to say: where it is saved, `meta["replays"]` names the
+    forward node that backward shall read after all.
+    """
+    in_backward = _find_backward(graph)
+    replays: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node not in in_backward or node.op == "output":
+            continue
+        for item in node.all_input_nodes:
+            new = None if item in in_backward else _replay(item, replays)
+            if new is not None:
+                node.replace_input_with(item, new)
+    for item, new in replays.items():
+        new.meta["replays"] = item.name
 
 
 def _find_backward(graph: fx.Graph) -> set[fx.Node]:

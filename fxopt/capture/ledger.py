@@ -40,6 +40,11 @@ class Ledger:
     _pieces: list[Capture] = dataclasses.field(default_factory=list)
 
     @property
+    def current(self) -> str:
+        """The path of the block or model whose call began last."""
+        return self._current
+
+    @property
     def has_run(self) -> bool:
         """Whether a training call was served, or refused, since fxopt was installed."""
         return bool(self.captures or self.fallbacks)

@@ -10,9 +10,11 @@ from torch import fx
 
 from fxopt.capture import torch_compat
 from fxopt.capture.mutation import find_mutated_inputs
+from fxopt.capture.planning import Mark
 from fxopt.kernels import launch
 
-Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+Lowering = Callable[..., Callable[..., Any]]
+"""Takes a graph and its example inputs, and by `mark` what tags the joint graph; returns what runs it."""
 
 
 def choose_lowering(name: str, gm: fx.GraphModule) -> tuple[Lowering, str]:
@@ -47,6 +49,8 @@ def is_on_gpu(gm: fx.GraphModule) -> bool:
     )
 
 
-def run_uncompiled(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+def run_uncompiled(
+    gm: fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+) -> Callable[..., Any]:
     """Return `gm` as it is, for a single look at what the passes made of it."""
     return gm.forward

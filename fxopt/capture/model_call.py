@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
 from fxopt.capture.hooks import find_hooks, has_hooks
 from fxopt.capture.ledger import Ledger
@@ -48,11 +49,13 @@ class ModelCall:
         model: nn.Module,
         blocks: dict[str, nn.Module],
         backend: Callable[..., Any],
+        checkpointing: Checkpointing,
     ) -> None:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
         self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
+        self._checkpointing = checkpointing
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._settings = torch_compat.make_capture_settings()
@@ -68,6 +71,11 @@ class ModelCall:
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
 
+    @property
+    def frames(self) -> tuple[Callable[..., Any], ...]:
+        """The frame that Dynamo captures the model in."""
+        return (self.compiled,)
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
         model = self.model
@@ -82,9 +90,10 @@ class ModelCall:
                 self.ledger.count_fallback(REGION, reason)
                 return torch_compat.stock_call(model, *args, **kwargs)
             try:
-                if has_hooks(model):
-                    return call_with_forward(model, self._serve, args, kwargs)
-                return self._serve(*args, **kwargs)
+                with self._checkpointing.taken_over():
+                    if has_hooks(model):
+                        return call_with_forward(model, self._serve, args, kwargs)
+                    return self._serve(*args, **kwargs)
             finally:
                 self._lock.release()
 
@@ -251,16 +260,6 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (value.dtype, value.ndim) if isinstance(value, torch.Tensor) else type(value).__name__
 
     return tuple(map(form, args)), tuple((name, form(value)) for name, value in sorted(kwargs.items()))
-
-
-def checkpoints_calls(block: nn.Module) -> bool:
-    """Return whether this block's `__call__`, not its `forward`, recomputes it in the backward pass now."""
-    return (
-        type(block).__call__ is not nn.Module.__call__
-        and block.training
-        and getattr(block, "gradient_checkpointing", False) is True
-        and callable(getattr(block, "_gradient_checkpointing_func", None))
-    )
 
 
 def find_around(model: nn.Module, blocks: frozenset[nn.Module]) -> tuple[nn.Module, ...]:

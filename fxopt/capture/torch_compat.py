@@ -23,6 +23,7 @@ from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import fake_tensor
 from torch.fx.experimental import symbolic_shapes
@@ -30,7 +31,9 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from fxopt.capture import joint_passes
+from fxopt.capture.planning import Mark, held_by_model
 from fxopt.errors import FxoptError, VerifyError
+from fxopt.graph.view import results_of
 
 RECOMPILE_LIMIT = 64
 """Captures one region of one model may have; Dynamo's own limit of 8 is met by a short training run."""
@@ -406,7 +409,9 @@ def allow_other_strides(gm: torch.fx.GraphModule) -> None:
         gm.recompile()
 
 
-def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+def plain_backend(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+) -> Callable[..., Any]:
     """Return `gm` made into a differentiable callable by AOTAutograd and run node by node."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -416,12 +421,54 @@ def plain_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callab
         allow_other_strides(graph)
         return make_boxed_func(graph.forward)
 
+    held = held_by_model(gm)
+
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
-        joint_passes.prepare_joint(joint.graph)
+        joint_passes.prepare_joint(joint.graph, mark, held)
         return default_partition(joint, joint_inputs, **options)
 
     compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
     return compile_graph(gm, example_inputs)
+
+
+def trace_joint(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, decomposed: bool = False
+) -> Callable[..., Any]:
+    """Show `mark` the joint graph of `gm`, `decomposed` as Inductor would have it; what is returned saves nothing."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import default_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    held = held_by_model(gm)
+
+    def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint_passes.prepare_joint(joint.graph, mark, held)
+        return default_partition(joint, joint_inputs, **options)
+
+    def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    table = {"decompositions": select_decomp_table()} if decomposed else {}
+    aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition, **table)(
+        gm, example_inputs
+    )
+    results = results_of(gm)
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            values = gm.forward(*args)
+        return tuple(map(_with_gradient, values, results))
+
+    return run
+
+
+def _with_gradient(value: Any, node: Any) -> Any:
+    """Return a value computed without gradients so that it requires one where the value of `node` does."""
+    example = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not isinstance(example, torch.Tensor):
+        return value
+    return value.detach().requires_grad_(example.requires_grad)
 
 
 def share_kernel_cache(device: torch.device) -> None:
@@ -447,22 +494,35 @@ def load_inductor() -> None:
     AsyncCompile.wakeup()
 
 
-def inductor_backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Return `gm` compiled by Inductor, with the model's rounding points kept."""
+def inductor_backend(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+) -> Callable[..., Any]:
+    """Return `gm` compiled by Inductor, with the model's rounding points kept.
+
+    A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
+    it still comes from Inductor's cache.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses()}
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm))}
+    caching = {} if mark is None else {"enable_autograd_cache": False}
+    with functorch_config.patch(caching):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
 
 class JointPasses(CustomGraphPass):
-    """fxopt's passes over the joint graph, as Inductor takes them."""
+    """fxopt's passes over the joint graph, as Inductor takes them; `mark` tags it for a plan."""
+
+    def __init__(self, mark: Mark | None = None, held: frozenset[int] = frozenset()) -> None:
+        self._mark = mark
+        self._held = held
+        self._plan = ""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes over `graph`."""
-        joint_passes.prepare_joint(graph)
+        self._plan = joint_passes.prepare_joint(graph, self._mark, self._held)
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""
-        return b"fxopt.JointPasses.4"
+        return f"fxopt.JointPasses.5{self._plan}".encode()

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt.capture import torch_compat
+from fxopt.graph.torch_private import tree_leaves, tree_map, tree_map_only
 
 SEEDS = (0, 1)
 """Of the values: a form that differs between them hangs on values, and is none."""
@@ -27,7 +27,7 @@ def try_on_values(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         for seed in SEEDS:
             torch.manual_seed(seed)
             try:
-                real_args, real_kwargs = pytree.tree_map(_value_like, (args, kwargs))
+                real_args, real_kwargs = tree_map(_value_like, (args, kwargs))
                 results.append(torch_compat.stock_call(block, *real_args, **real_kwargs))
             except Exception:  # what the block said on stand-ins is told
                 return None
@@ -35,11 +35,11 @@ def try_on_values(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
-    if pytree.tree_map(_form, results[0]) != pytree.tree_map(_form, results[1]):
+    if tree_map(_form, results[0]) != tree_map(_form, results[1]):
         return None
-    given = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-    made = pytree.tree_map_only(torch.Tensor, lambda value: _stand_in_like(value, given), results[0])
-    return None if any(each is Unknown for each in pytree.tree_leaves(made)) else made
+    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    made = tree_map_only(torch.Tensor, lambda value: _stand_in_like(value, given), results[0])
+    return None if any(each is Unknown for each in tree_leaves(made)) else made
 
 
 class Unknown:

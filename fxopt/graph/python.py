@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph.snapshot import readable_names, type_text
+from fxopt.graph.torch_private import HigherOrderOperator, registered_name
 from fxopt.graph.view import INLINED, location_of, module_of, value_of
 
 INFIX = {
@@ -128,12 +129,10 @@ class _Writer:
 
     def _callee(self, target: Any) -> str:
         """Return what `target` is called by, and remember the import it needs."""
-        if isinstance(target, torch._ops.OpOverload):
-            return f"torch.ops.{target}"
-        if isinstance(target, torch._ops.OpOverloadPacket):
-            return f"torch.ops.{target._qualified_op_name.replace('::', '.')}"
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            return f"torch.ops.higher_order.{target._name}"
+        if isinstance(target, HigherOrderOperator):
+            return f"torch.ops.higher_order.{registered_name(target)}"
+        if registered_name(target):
+            return f"torch.ops.{registered_name(target).replace('::', '.')}"
         name = getattr(target, "__name__", "")
         prefix = _find_namespace(target)
         if prefix == "F":

@@ -31,6 +31,7 @@ unset_fake_temporarily = fake_tensor.unset_fake_temporarily
 """A scope in which tensors are made as real ones, whatever capture is under way."""
 
 tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
 tree_map_only = _pytree.tree_map_only
 
 

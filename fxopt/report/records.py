@@ -171,7 +171,8 @@ class Report:
     """What fxopt found and did in one model; `print(report)` is the graph diff as text.
 
     `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
-    asked for where none is compiled yet; `patterns` are the names of those in use.
+    asked for where none is compiled yet; `patterns` are the names of those in use. `plans` say what the blocks save
+    for backward, each a record whose `str` is its table.
     """
 
     model: str
@@ -185,6 +186,7 @@ class Report:
     notes: tuple[str, ...] = ()
     lowering: str = ""
     patterns: tuple[str, ...] = ()
+    plans: tuple[Any, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole report as JSON text, of the form that `docs/report.md` describes."""

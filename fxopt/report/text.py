@@ -42,6 +42,7 @@ def render_text(report: Report) -> str:
         _render_backends(report.sites),
         _render_layers(report),
         _render_regions(report),
+        _render_plans(report.plans),
         _render_fallbacks(report),
         _render_list("Notes", report.notes),
         _render_passes(report),
@@ -190,6 +191,14 @@ def _render_regions(report: Report) -> list[str]:
         for broken in region.breaks:
             reasons += wrap(f"{region.module or region.kind} breaks into pieces: {broken}", 6)
     return ["Regions", *_table(rows, right=(2, 4, 5)), *reasons]
+
+
+def _render_plans(plans: Sequence[object]) -> list[str]:
+    """Return the plans' own tables, wrapped."""
+    if not plans:
+        return []
+    lines = [line for plan in plans for line in str(plan).splitlines() if line]
+    return ["Plans", *(wrapped for line in lines for wrapped in wrap(line, 2, keep_spaces=True))]
 
 
 def _render_fallbacks(report: Report) -> list[str]:

@@ -34,6 +34,23 @@ def _fake_backward(
     return (*wide, sinks.new_empty(sinks.shape) if sinks is not None and needs[3] else None)
 
 
+def _forward_flops(call: Call) -> int:
+    """Count both products of attention, half of them where a query reads no key after it."""
+    width = call.q.shape[-1]
+    pairs = call.q.numel() // width * call.k.shape[-2]
+    return 2 * pairs * (width + call.v.shape[-1]) // (2 if call.causal else 1)
+
+
+def _backward_flops(call: Call, *_: Any) -> int:
+    """Count the scores computed again and the products of all gradients: five where forward has two."""
+    return _forward_flops(call) * 5 // 2
+
+
+def _backward_workspace(call: Call, out: Tensor, lse: Tensor, *_: Any) -> int:
+    """Return the bytes of dq, which is summed in fp32, and of one number per row of dout * out."""
+    return 4 * (call.q.numel() + lse.numel())
+
+
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks,"
     " bool causal, float scale, float softcap, bool safe"
@@ -43,6 +60,7 @@ _forward_op = register_op(
     plain=with_call(plain_forward),
     fused=with_call(fused_forward),
     fake=with_call(_fake_forward),
+    flops=with_call(_forward_flops),
 )
 _backward_op = register_op(
     f"attention_backward({INPUTS}, Tensor out, Tensor lse, Tensor dout, bool[] needs)"
@@ -50,6 +68,8 @@ _backward_op = register_op(
     plain=with_call(plain_backward),
     fused=with_call(fused_backward),
     fake=with_call(_fake_backward),
+    flops=with_call(_backward_flops),
+    workspace=with_call(_backward_workspace),
 )
 
 

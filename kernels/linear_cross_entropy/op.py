@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
-from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, run_chunks
+from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, plan_chunk_rows, run_chunks
 from fxopt.kernels.linear_cross_entropy.kernels import launch_backward, launch_forward
 from fxopt.kernels.row_loss import (
     SHAPING_SCHEMA,
@@ -134,6 +134,20 @@ def _fake_backward(
     return dh, dweight, dbias
 
 
+def _flops(h: Tensor, weight: Tensor, *arguments: Any) -> int:
+    """Count the logits and the products of the gradients that are asked for."""
+    *_, need_h, need_weight, _need_bias = arguments
+    return 2 * h.numel() * weight.shape[0] * (1 + need_h + need_weight)
+
+
+def _workspace(h: Tensor, weight: Tensor, *arguments: Any) -> int:
+    """Return the bytes of one chunk's logits and of its rows of h and dh."""
+    chunk_bytes = arguments[-4]
+    row_bytes = weight.shape[0] * h.element_size()
+    rows = plan_chunk_rows(h.shape[0], row_bytes, chunk_bytes)
+    return rows * (row_bytes + 2 * h.shape[-1] * h.element_size())
+
+
 _forward_op = register_op(
     "linear_cross_entropy(Tensor h, Tensor weight, Tensor labels, Tensor? bias, Tensor? denominator, "
     f"int ignore_index, bool mean, {SHAPING_SCHEMA}, "
@@ -142,6 +156,8 @@ _forward_op = register_op(
     plain=plain_forward,
     fused=_fused_forward,
     fake=_fake_forward,
+    flops=_flops,
+    workspace=_workspace,
 )
 _backward_op = register_op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor divisor, Tensor? dh, Tensor? dweight, Tensor? dbias, "

@@ -121,7 +121,7 @@ def test_the_skeleton_passes_its_own_tests(tmp_path: Path) -> None:
         "soft_size_kernel.py", "soft_size_pattern.py", "test_soft_size.py", "soft_size_benchmark.py", "soft_size.md",
     }  # fmt: skip
     ruff = subprocess.run(
-        ["ruff", "check", "--isolated", "--select=F,E9", str(tmp_path)],
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F,E9", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

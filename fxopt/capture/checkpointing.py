@@ -1,0 +1,65 @@
+"""Gradient checkpointing as transformers switches it on, taken over where a planner decides what is computed again.
+
+Its wrapper sits around `__call__` (transformers before 5.2x) or `forward`: outside of what is compiled, or as one node
+inside it. Either reads the block's switch at each call, so that is off while a planned model runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from fxopt.capture import torch_compat
+
+SWITCH = "gradient_checkpointing"
+
+
+class Checkpointing:
+    """The switches of one model's blocks; `taken` are the blocks whose own checkpointing is off for this call."""
+
+    def __init__(self, blocks: Iterable[nn.Module], *, planned: bool) -> None:
+        self._blocks = tuple(blocks)
+        self._planned = planned
+        self.taken: frozenset[nn.Module] = frozenset()
+
+    @contextlib.contextmanager
+    def taken_over(self) -> Iterator[None]:
+        """Keep the blocks from checkpointing themselves within the scope, if a planner does it."""
+        blocks = [block for block in self._blocks if is_checkpointed(block)] if self._planned else []
+        if not blocks:
+            yield
+            return
+        previous, self.taken = self.taken, frozenset(blocks)
+        for block in blocks:
+            block.__dict__[SWITCH] = False
+        try:
+            yield
+        finally:
+            self.taken = previous
+            for block in blocks:
+                block.__dict__[SWITCH] = True
+
+    def run_stock(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block that no plan serves as stock, checkpointed where it would have been."""
+        if block not in self.taken:
+            return torch_compat.stock_call(block, *args, **kwargs)
+        checkpoint: Any = block._gradient_checkpointing_func
+        return checkpoint(functools.partial(torch_compat.stock_call, block, **kwargs), *args)
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Return whether this block is told to recompute itself in the backward pass now."""
+    return (
+        block.training
+        and getattr(block, SWITCH, False) is True
+        and callable(getattr(block, "_gradient_checkpointing_func", None))
+    )
+
+
+def checkpoints_calls(block: nn.Module) -> bool:
+    """Return whether this block's `__call__`, not its `forward`, recomputes it in the backward pass now."""
+    return type(block).__call__ is not nn.Module.__call__ and is_checkpointed(block)

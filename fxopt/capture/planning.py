@@ -1,0 +1,96 @@
+"""What capture asks of a planner: which variant of a block serves a call, and what its joint graph shall save.
+
+The pipeline brings a planner; capture knows it by this face alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from fxopt.capture.modules import tensors_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What is shown a joint graph, with the numbers of its inputs that are the model's own.
+
+    It returns what tells its plan apart. Where it `decides`, it tags what is saved and what computed again; else the
+    graph has the tags that it has where nobody plans.
+    """
+
+    show: Callable[[fx.Graph, frozenset[int]], str]
+    decides: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a plan is made for: the tokens of one call, and whether checkpointing is switched on."""
+
+    tokens: int
+    checkpointed: bool
+
+
+class Planner(Protocol):
+    """Decides per block what is saved for backward; None stands for what is done where nobody plans."""
+
+    @property
+    def plans(self) -> tuple[Any, ...]:
+        """The plans carried out so far, as records."""
+        ...
+
+    def is_asked(self, *, checkpointed: bool) -> bool:
+        """Return whether calls are planned, with gradient checkpointing switched on or not."""
+        ...
+
+    def find_variant(self, path: str, call: Call) -> int | None:
+        """Return the number of the variant that serves the block at `path`, or None."""
+        ...
+
+    def mark_block(self, path: str, variant: int, call: Call, graph: fx.Graph, held: frozenset[int]) -> str:
+        """Tag the joint graph of a block for its plan."""
+        ...
+
+    def form_of(self, path: str) -> Any:
+        """Return what tells the captured form of the block at `path` from others."""
+        ...
+
+    def note_form(self, path: str, form: Any) -> None:
+        """Note that a graph of `form` serves the block at `path`."""
+        ...
+
+    def read_tail(self, graph: fx.Graph, held: frozenset[int]) -> str:
+        """Read the joint graph of a piece of what stands after the blocks."""
+        ...
+
+
+def call_of(args: tuple[Any, ...], kwargs: dict[str, Any], checkpointed: bool) -> Call:
+    """Return what a plan needs to know of a block's call: its first tensor has a row per token."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return Call(value.shape[:-1].numel(), checkpointed)
+    return Call(1, checkpointed)
+
+
+def note_held(gm: fx.GraphModule, values: list[Any], model: torch.nn.Module) -> None:
+    """Note at the inputs of `gm`, whose values are `values`, which of them are tensors of `model`."""
+    own = {id(tensor) for tensor in tensors_of(model)}
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, values, strict=True):
+        node.meta["held"] = id(value) in own or isinstance(value, torch.nn.Parameter)
+
+
+def held_by_model(gm: fx.GraphModule) -> frozenset[int]:
+    """Return the numbers of the inputs of `gm` that `note_held` found."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return frozenset(number for number, node in enumerate(placeholders) if node.meta.get("held"))
+
+
+def with_mark(lower: Callable[..., Any], mark: Mark | None) -> Callable[..., Any]:
+    """Return `lower` so that what it compiles is tagged by `mark`."""
+    return lower if mark is None else functools.partial(lower, mark=mark)

@@ -1,0 +1,144 @@
+"""What brings the planner together with a model: what lives all the time, on which device, under which lowering."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.ledger import Ledger
+from fxopt.capture.modules import tensors_of
+from fxopt.capture.regions import find_regions
+from fxopt.errors import FxoptError
+from fxopt.kernels import launch
+from fxopt.options import Options
+from fxopt.remat.devices import Device, device_of
+from fxopt.remat.figures import Facts
+from fxopt.remat.planner import StepPlanner
+from fxopt.remat.records import Plan
+from fxopt.remat.survey import Survey
+
+OPTIMIZER_STATES = 2
+"""Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer."""
+MARGIN = 0.03
+"""The share of what is free that "auto" leaves alone: for what is not simulated, and for fragments."""
+
+
+def check_plan(plan: object, budget: object) -> Plan | None:
+    """Return `plan` if it is one, and nothing else was asked for.
+
+    Raises:
+        FxoptError: no plan, or a budget beside it.
+    """
+    if plan is None:
+        return None
+    if not isinstance(plan, Plan):
+        raise FxoptError(
+            f"plan: expected what fxopt.plan returns, got {type(plan).__name__}\nPlan.from_json(text) reads one"
+        )
+    if budget != "auto":
+        raise FxoptError(
+            f"memory_budget: expected none beside a plan, which has its own ({plan.budget}), got {budget!r}"
+        )
+    return plan
+
+
+def make_planner(model: nn.Module, options: Options) -> StepPlanner | None:
+    """Return the planner of `model`, or None where it has no blocks that could be planned."""
+    paths = tuple(path for path, _ in find_regions(model).blocks)
+    if not paths:
+        return None
+    find_model = weakref.ref(model)
+
+    def find_facts() -> Facts:
+        living = find_model()
+        assert living is not None, "the model is gone, expected it to make this call"
+        return facts_of(living, paths, options.lowering)
+
+    return StepPlanner(options.memory_budget, find_facts, options.plan)
+
+
+def make_survey(model: nn.Module, options: Options, device: Device | None) -> Survey:
+    """Return what plans `model` without training it, for `device` or for its own.
+
+    Raises:
+        FxoptError: the model has no repeated blocks.
+    """
+    paths = tuple(path for path, _ in find_regions(model).blocks)
+    if not paths:
+        raise FxoptError(
+            f"model: {type(model).__name__} has no repeated blocks, expected a list of modules with parameters\n"
+            "fxopt.optimize works without a plan"
+        )
+    facts = facts_of(model, paths, options.lowering, device)
+    return Survey(options.memory_budget, lambda: facts)
+
+
+def finish_plan(survey: Survey, ledger: Ledger) -> Plan:
+    """Return the plan of what `survey` saw.
+
+    Raises:
+        FxoptError: a block was not captured, or the budget is below the smallest possible peak.
+    """
+    plan = survey.make_plan()
+    if plan is None:
+        reasons = [*ledger.refused.values(), *(reason for _, reason in ledger.fallbacks)]
+        raise FxoptError(
+            f"model: not all blocks were captured, expected a graph of each: {next(iter(reasons), 'none was called')}\n"
+            "fxopt.explain(model) says which and why"
+        )
+    return plan
+
+
+def check_inputs(model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
+    """Check that `example_inputs` lie where the model does.
+
+    Raises:
+        FxoptError: on another device.
+    """
+    place = next((parameter.device for parameter in model.parameters()), None)
+    if not isinstance(example_inputs, dict) or place is None:
+        return
+    for name, value in example_inputs.items():
+        if isinstance(value, torch.Tensor) and value.device.type != place.type:
+            raise FxoptError(
+                f"example_inputs: {name} is on {value.device}, expected the model's device {place}\n"
+                f"move it: example_inputs[{name!r}].to({str(place)!r})"
+            )
+
+
+def facts_of(model: nn.Module, paths: tuple[str, ...], lowering: str, named: Device | None = None) -> Facts:
+    """Return what a plan of `model` rests on, as it is now; on the device `named` where that is another one."""
+    parameters = list(model.parameters())
+    place = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    device = named or device_of(place)
+    trained = sum(_num_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+    static = sum(map(_num_bytes, tensors_of(model))) + OPTIMIZER_STATES * trained
+    free: int | None = None
+    if place.type == "cuda":
+        allocated = torch.cuda.memory_allocated(place)
+        static = max(static, allocated)
+        unused = torch.cuda.memory_reserved(place) - allocated
+        free = int((allocated + unused + torch.cuda.mem_get_info(place)[0]) * (1 - MARGIN))
+    if named is not None:
+        free = int(named.memory_bytes * (1 - MARGIN))
+        lowering = "inductor" if lowering == "auto" else lowering
+    if lowering == "auto":
+        lowering = "inductor" if place.type == "cuda" and launch.is_available() else "plain"
+    return Facts(
+        model=type(model).__name__,
+        paths=paths,
+        device=device,
+        lowering=lowering,
+        static_bytes=static,
+        gradient_bytes=trained,
+        update_bytes=trained,
+        free_bytes=free,
+        workspaces=launch.WORKSPACES,
+    )
+
+
+def _num_bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()

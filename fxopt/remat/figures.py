@@ -1,0 +1,143 @@
+"""What a plan rests on and what follows from it: the facts of a model, the limit of a budget, the plan as a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from fxopt.errors import FxoptError
+from fxopt.remat.budget import Budget, format_bytes
+from fxopt.remat.choice import Candidates, find_smallest, time_of
+from fxopt.remat.devices import Device
+from fxopt.remat.joint import Workspaces
+from fxopt.remat.records import Decision, Plan
+from fxopt.remat.step import Around, find_peak, simulate_step
+
+log = logging.getLogger("fxopt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the planner knows of a model and its device when a plan is made.
+
+    `static_bytes` live all the time, `update_bytes` while the optimizer works, `gradient_bytes` are those of all
+    parameters; `free_bytes` is how much may be allocated in all, None where nobody limits it.
+    """
+
+    model: str
+    paths: tuple[str, ...]
+    device: Device
+    lowering: str
+    static_bytes: int
+    gradient_bytes: int
+    update_bytes: int
+    free_bytes: int | None
+    workspaces: Workspaces
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """One kind of call that has a plan of its own: up to so many tokens, under one budget."""
+
+    tokens: int
+    budget: Budget
+
+
+def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
+    """Return the most bytes that a step of `goal` may allocate, None where nothing limits it.
+
+    Raises:
+        FxoptError: no choice needs so little.
+    """
+    budget, device = goal.budget, facts.device
+    if budget is None:
+        return None
+    smallest = find_smallest(candidates, without_update(goal, around))
+    if budget == "min":
+        return smallest
+    if budget == "auto":
+        if facts.free_bytes is not None and facts.free_bytes < smallest:
+            log.warning(
+                "memory_budget='auto': %s are free, the smallest step needs %s",
+                *map(format_bytes, (facts.free_bytes, smallest)),
+            )
+            return smallest
+        return facts.free_bytes
+    assert not isinstance(budget, str)
+    limit = int(budget * device.memory_bytes) if isinstance(budget, float) else budget
+    if limit > device.memory_bytes and device.bounded:
+        log.warning(
+            "memory_budget: %s is more than %s has (%s): treated as unlimited",
+            format_bytes(limit),
+            device.name,
+            format_bytes(device.memory_bytes),
+        )
+        return None
+    if limit < smallest:
+        raise FxoptError(
+            f"memory_budget: no plan fits, expected at least {format_bytes(smallest)} ({smallest} bytes), "
+            f"got {format_bytes(limit)}\n"
+            f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state; "
+            "a smaller batch or shorter sequences need less"
+        )
+    return limit
+
+
+def without_update(goal: Goal, around: Around) -> Around:
+    """Return `around` for "min" without the optimizer, which is not known: the rest is made smallest by itself."""
+    if goal.budget != "min":
+        return around
+    return dataclasses.replace(around, gradient_bytes=0, update_bytes=0)
+
+
+def make_plan(
+    facts: Facts,
+    goal: Goal,
+    limit: int | None,
+    smallest: int,
+    menus: list[tuple[Decision, ...]],
+    numbers: tuple[int, ...],
+    around: Around,
+) -> Plan:
+    """Return the plan in which each block takes the decision of its number."""
+    taken = [menu[number] for menu, number in zip(menus, numbers, strict=True)]
+    decisions = tuple(dict.fromkeys(taken))
+    timeline = simulate_step(facts.paths, taken, around)
+    peak = find_peak(timeline)
+    recompute_ms = time_of(menus, numbers)
+    compute_ms = sum(decision.compute_ms + 0.0 for decision in (*taken, *around.tail))
+    return Plan(
+        model=facts.model,
+        device=facts.device.name,
+        lowering=facts.lowering,
+        budget=str(goal.budget),
+        limit_bytes=limit,
+        tokens=goal.tokens,
+        decisions=decisions,
+        layers=tuple(
+            (path, decisions.index(decision)) for path, decision in zip(facts.paths, taken, strict=True)
+        ),
+        static_bytes=facts.static_bytes,
+        smallest_bytes=smallest,
+        peak_bytes=peak.bytes,
+        peak_at=peak.name,
+        step_ms=compute_ms + recompute_ms,
+        recompute_ms=recompute_ms,
+        after=around.tail,
+        timeline=timeline,
+    )
+
+
+def scale_decision(decision: Decision, scale: float) -> Decision:
+    """Return `decision` for `scale` times the tokens it was made for; the gradients' bytes do not change."""
+    if scale == 1:
+        return decision
+    return dataclasses.replace(
+        decision,
+        saved=tuple(dataclasses.replace(r, bytes=int(r.bytes * scale)) for r in decision.saved),
+        saved_bytes=int(decision.saved_bytes * scale),
+        forward_bytes=int(decision.forward_bytes * scale),
+        backward_bytes=int(decision.backward_bytes * scale),
+        compute_ms=decision.compute_ms * scale,
+        recompute_ms=decision.recompute_ms * scale,
+    )

@@ -1,0 +1,238 @@
+"""A joint graph as the planner reads it: forward values, which of them backward reads, and who holds which storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.graph.storage import key_of
+from fxopt.graph.torch_private import schema_of
+from fxopt.remat.cost import cost_of, hint, is_fusible, op_of, tensors_in, workspace_of
+from fxopt.remat.dag import Dag, Value
+from fxopt.remat.devices import Device
+
+ROUNDING = 512
+"""Torch's CUDA allocator gives out whole blocks of this many bytes."""
+Workspaces = Mapping[Any, Callable[..., int]]
+INPUT = "input"
+REPLAYS = "replays"
+"""Where a node's meta names the forward node whose value it computes again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """One joint graph: `forward` are its forward nodes in the order of `dag.values`, `backward` the others.
+
+    `storages` gives each node the storages of its value, `sizes` the bytes of these. `chained` are the storages of
+    what the block before made; `shared` those of other inputs, which all blocks read; `held` both these and the
+    model's own, which live anyway. `passed_on` are those of the gradient of that input, which lives until the block
+    before is done.
+    """
+
+    forward: tuple[fx.Node, ...]
+    backward: tuple[fx.Node, ...]
+    dag: Dag
+    storages: dict[fx.Node, tuple[int, ...]]
+    sizes: dict[int, int]
+    chained: frozenset[int]
+    shared: frozenset[int]
+    held: frozenset[int]
+    passed_on: frozenset[int]
+    results: tuple[fx.Node, ...]
+    gradients: tuple[fx.Node, ...]
+    fused: frozenset[fx.Node]
+    workspaces: dict[fx.Node, int]
+    compute_cost: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two graphs share that can be carried out by one plan: their ops, and what backward reads."""
+        return tuple(value.label for value in self.dag.values), self.dag.needed
+
+
+def read_joint(
+    graph: fx.Graph,
+    held: Collection[int],
+    device: Device,
+    *,
+    fuses: bool,
+    last: bool = False,
+    workspaces: Workspaces | None = None,
+) -> Joint:
+    """Return `graph` as the planner reads it.
+
+    `held` are the numbers of the graph's inputs that are the model's own tensors; `fuses` whether pointwise
+    ops are computed within the kernels that read them. A block hands on a value of the form it was given; with `last`,
+    of a piece after the blocks, every input is its own. `workspaces` say what ops hold for themselves.
+    """
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    backward = _find_backward(nodes)
+    forward = [node for node in nodes if node not in backward]
+    outputs: list[Any] = list(graph.output_node().args[0])  # pyright: ignore
+    results = tuple(node for node in outputs if isinstance(node, fx.Node) and node not in backward)
+    gradients = tuple(node for node in outputs if isinstance(node, fx.Node) and node in backward)
+    storages = {node: _storages_of(node) for node in nodes}
+    sizes = {storage: size for node in nodes for storage, size in _sizes_of(node).items()}
+    inputs = [node for node in forward if node.op == "placeholder"]
+    own = [node for number, node in enumerate(inputs) if number not in held]
+    workspaces = workspaces or {}
+    forms = {_form(node) for node in results}
+    chained = frozenset(s for node in own if last or _form(node) in forms for s in storages[node])
+    inner = {_form(node) for node in own if last or _form(node) in forms}
+    rest = frozenset(s for node in inputs for s in storages[node]) - chained
+    shared = frozenset(s for node in own for s in storages[node]) - chained
+    fused = frozenset(node for node in nodes if fuses and is_fusible(node))
+    places = {node: place for place, node in enumerate(forward)}
+    by_name = {node.name: place for node, place in places.items()}
+    names = _labels_of(forward)
+    values = tuple(
+        Value(
+            names[node],
+            tuple(places[source] for source in node.all_input_nodes),
+            _saved_bytes(node, storages, sizes, rest),
+            _recompute_cost(node, storages, device, fused),
+            by_name.get(node.meta.get(REPLAYS, "")),
+        )
+        for node in forward
+    )
+    needed = frozenset(
+        places[source]
+        for node in (*backward, *gradients)
+        for source in node.all_input_nodes
+        if source in places and storages[source]
+    )
+    return Joint(
+        tuple(forward),
+        tuple(node for node in nodes if node in backward),
+        Dag(values, needed),
+        storages,
+        sizes,
+        chained,
+        shared,
+        rest,
+        frozenset(s for node in gradients if _form(node) in inner for s in storages[node]),
+        results,
+        gradients,
+        fused,
+        {node: workspace_of(node, workspaces[node.target]) for node in nodes if node.target in workspaces},
+        sum(_run_cost(node, storages, device, fused) for node in nodes if REPLAYS not in node.meta),
+    )
+
+
+def _find_backward(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that depend on a gradient, and those that autograd made while it went back."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        made_there = node.op != "placeholder" and node.meta.get("partitioner_tag") == "is_backward"
+        if is_tangent or made_there or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _labels_of(forward: list[fx.Node]) -> dict[fx.Node, str]:
+    """Return names that another capture of the same block gives the same values."""
+    counts: Counter[str] = Counter()
+    labels: dict[fx.Node, str] = {}
+    for node in forward:
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            labels[node] = f"{labels[node.args[0]]}.{node.args[1]}"
+            continue
+        name = INPUT if node.op == "placeholder" else _name_of(node)
+        if name == INPUT and not tensors_in(node.meta.get("val")):
+            name = "size"
+        labels[node] = f"{name}#{counts[name]}"
+        counts[name] += 1
+    return labels
+
+
+def _name_of(node: fx.Node) -> str:
+    """Return the name of what `node` calls, as `namespace.op`."""
+    op = op_of(node)
+    if op is not None:
+        return op.name().partition(".")[0].replace("::", ".")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _storages_of(node: fx.Node) -> tuple[int, ...]:
+    return tuple(map(key_of, tensors_in(node.meta.get("val"))))
+
+
+def _sizes_of(node: fx.Node) -> dict[int, int]:
+    return {
+        key_of(value): hint(value.untyped_storage().nbytes()) for value in tensors_in(node.meta.get("val"))
+    }
+
+
+def _form(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(hint(size) for size in value.shape), value.dtype
+
+
+def is_view(node: fx.Node, storages: dict[fx.Node, tuple[int, ...]]) -> bool:
+    """Return whether the value of `node` lies in the storage of what it is computed from."""
+    if node.op != "call_function" or not storages[node]:
+        return False
+    of = node.args[0] if node.target is operator.getitem else node
+    before = {storage for source in of.all_input_nodes for storage in storages[source]}  # pyright: ignore
+    return before.issuperset(storages[node])
+
+
+def _saved_bytes(
+    node: fx.Node, storages: dict[fx.Node, tuple[int, ...]], sizes: dict[int, int], held: Collection[int]
+) -> int | None:
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return None if node.op == "call_function" else 0
+    if is_view(node, storages):
+        return None
+    return sum(0 if storage in held else rounded(sizes[storage]) for storage in storages[node])
+
+
+def _recompute_cost(
+    node: fx.Node, storages: dict[fx.Node, tuple[int, ...]], device: Device, fused: Collection[fx.Node]
+) -> int | None:
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem or is_view(node, storages) or not storages[node]:
+        return 0
+    if is_random(node):
+        return None
+    return 0 if node in fused else cost_of(node, device)
+
+
+def _run_cost(
+    node: fx.Node, storages: dict[fx.Node, tuple[int, ...]], device: Device, fused: Collection[fx.Node]
+) -> int:
+    """Return what `node` takes once; a fused one only writes, where something outside its kernel reads it."""
+    inlined = node in fused and all(user in fused for user in node.users)
+    known = _recompute_cost(node, storages, device, ())
+    return (
+        cost_of(node, device)
+        if known is None and node.op == "call_function"
+        else 0
+        if inlined
+        else known or 0
+    )
+
+
+def is_random(node: fx.Node) -> bool:
+    """Return whether `node` draws random numbers, or is no op whose effects are known: never run twice."""
+    op = op_of(node)
+    return op is None or torch.Tag.nondeterministic_seeded in op.tags or schema_of(op).is_mutable
+
+
+def rounded(size: int) -> int:
+    """Return what torch's allocator takes for `size` bytes.
+
+    >>> rounded(1), rounded(512), rounded(513)
+    (512, 512, 1024)
+    """
+    return -(-size // ROUNDING) * ROUNDING

@@ -1,0 +1,269 @@
+"""Plans while a model's first step runs: each joint graph is seen as it is captured, and tagged for its decision.
+
+The first block to be captured stands for those not seen yet. Where a later one turns out to be of another form, the
+blocks that have not run are decided again; what has been compiled stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import fx
+
+from fxopt.errors import FxoptError
+from fxopt.remat.apply import apply_choice
+from fxopt.remat.budget import Budget
+from fxopt.remat.choice import Candidates, choose_decisions, find_candidates, find_smallest
+from fxopt.remat.decide import Menu, find_choice, make_decision, make_menu, read_tagged
+from fxopt.remat.figures import Facts, Goal, find_limit, make_plan, scale_decision, without_update
+from fxopt.remat.joint import Joint, read_joint
+from fxopt.remat.records import Decision, Plan
+from fxopt.remat.step import Around
+
+log = logging.getLogger("fxopt")
+CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
+
+
+class Call(Protocol):
+    """What a plan is made for."""
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of one call."""
+        ...
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether the user switched checkpointing on."""
+        ...
+
+
+@dataclasses.dataclass
+class Variants:
+    """The plan of one goal while it is carried out: which variant serves each block."""
+
+    numbers: tuple[int, ...]
+    of_path: dict[str, int]
+
+
+class StepPlanner:
+    """Decides, once per kind of call, what each block of one model saves; capture asks it and shows it graphs."""
+
+    def __init__(self, budget: Budget, find_facts: Callable[[], Facts], given: Plan | None = None) -> None:
+        self._budget = budget
+        self._find_facts = find_facts
+        self._given = given
+        self._forms: dict[Any, Any] = {}
+        self._menus: dict[Any, Menu] = {}
+        self._form_of: dict[str, Any] = {}
+        self._seen: set[str] = set()
+        self._tail: dict[Any, Decision] = {}
+        self._carried_out: dict[tuple[int, Any], int] = {}
+        self._goals: dict[Goal, Variants] = {}
+        self._scaled: dict[tuple[int, int], tuple[Decision, ...]] = {}
+        self._candidates: Candidates | None = None
+        self._num_variants = 0
+        self._facts: Facts | None = None
+
+    @property
+    def lowering(self) -> str:
+        """What the graphs are compiled for."""
+        return self._look().lowering
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans carried out so far, in the order in which they were needed."""
+        return tuple(self._describe(goal, variants.numbers) for goal, variants in self._goals.items())
+
+    def is_asked(self, *, checkpointed: bool) -> bool:
+        """Return whether calls are planned: by themselves only those that ask for the least memory."""
+        return checkpointed or self._budget != "auto" or self._given is not None
+
+    def find_variant(self, path: str, call: Call) -> int | None:
+        """Return the number of the variant that serves the block at `path`; None where nothing is planned."""
+        goal = self._find_goal(call)
+        if goal is None:
+            return None
+        if goal not in self._goals and self._seen:
+            self._plan(goal, None, 0)
+        variants = self._goals.get(goal)
+        return self._num_variants if variants is None else variants.of_path[path]
+
+    def mark_block(self, path: str, variant: int, call: Call, graph: fx.Graph, held: frozenset[int]) -> str:
+        """Tag the joint graph of the block at `path` for its decision, and return what tells that apart."""
+        goal = self._find_goal(call)
+        assert goal is not None, "a planned block was called without a plan"
+        before = self._form_of.get(path)
+        joint, form = self._read_block(path, call, graph, held)
+        if goal not in self._goals or before is not form:
+            for other in self._look().paths:
+                if other not in self._seen:
+                    self._form_of[other] = form
+            self._plan(goal, path, variant)
+        decision = self._menus[form].decisions[self._carried_out[variant, form]]
+        choice = find_choice(joint, decision)
+        assert not isinstance(choice, str), f"{choice} is in no graph of its own form"
+        apply_choice(graph, joint, choice)
+        return f"{[residual.op for residual in decision.saved]}"
+
+    def _read_block(self, path: str, call: Call, graph: fx.Graph, held: frozenset[int]) -> tuple[Joint, Any]:
+        """Return the joint graph as the planner reads it, and its form; its menu is made where that is new."""
+        joint = self._read(graph, held)
+        form = self._forms.setdefault(joint.key, joint.key)
+        if form not in self._menus:
+            given = self._given
+            self._menus[form] = (
+                make_menu(joint, call.tokens) if given is None else self._menu_of(given, joint, call)
+            )
+        self._form_of[path] = form
+        self._seen.add(path)
+        return joint, form
+
+    def _read(self, graph: fx.Graph, held: frozenset[int], *, last: bool = False) -> Joint:
+        facts = self._look()
+        fuses = facts.lowering == "inductor"
+        return read_joint(graph, held, facts.device, fuses=fuses, last=last, workspaces=facts.workspaces)
+
+    def form_of(self, path: str) -> Any:
+        """Return what tells the captured form of the block at `path` from others, None before it was seen."""
+        return self._form_of.get(path)
+
+    def note_form(self, path: str, form: Any) -> None:
+        """Note that a call of the block at `path` was served by a graph of `form`: another block's, captured before."""
+        self._seen.add(path)
+        if self._form_of.get(path) is form or form is None:
+            return
+        self._form_of[path] = form
+        place = self._look().paths.index(path)
+        for goal, variants in self._goals.items():
+            number = self._carried_out.get((variants.of_path[path], form))
+            if number is not None:
+                variants.numbers = (*variants.numbers[:place], number, *variants.numbers[place + 1 :])
+                self._goals[goal] = variants
+
+    def read_tail(self, graph: fx.Graph, held: frozenset[int]) -> str:
+        """Note what a piece after the blocks needs in memory; it is not planned."""
+        joint = self._read(graph, held, last=True)
+        self._tail.setdefault(joint.key, make_decision(joint, read_tagged(joint)))
+        return ""
+
+    def _find_goal(self, call: Call) -> Goal | None:
+        if not self.is_asked(checkpointed=call.checkpointed):
+            return None
+        budget = "min" if self._budget == "auto" and self._given is None else self._budget
+        known = [g for g in self._goals if g.budget == budget and g.tokens / 2 < call.tokens <= g.tokens]
+        return min(known, key=lambda goal: goal.tokens) if known else Goal(call.tokens, budget)
+
+    def _look(self) -> Facts:
+        if self._facts is None:
+            self._facts = self._find_facts()
+        return self._facts
+
+    def _menu_of(self, given: Plan, joint: Joint, call: Call) -> Menu:
+        """Return the decisions of `given` that `joint` can carry out, in their order there."""
+        paths = tuple(path for path, _ in given.layers)
+        if paths != self._look().paths:
+            raise FxoptError(
+                f"plan: made for another model, expected {len(self._look().paths)} blocks of {self._look().model}, "
+                f"got {len(paths)} of {given.model}\n{CURE}"
+            )
+        found = [(decision, find_choice(joint, decision)) for decision in given.decisions]
+        fitting = [(decision, choice) for decision, choice in found if not isinstance(choice, str)]
+        if not fitting:
+            missing = next(choice for _, choice in found if isinstance(choice, str))
+            raise FxoptError(
+                f"plan: made for another model or lowering, expected values of this block's own, got {missing}, "
+                f"which it does not compute\n{CURE}"
+            )
+        decisions = tuple(make_decision(joint, choice) for _, choice in fitting)
+        numbers = {given.decisions.index(decision): place for place, (decision, _) in enumerate(fitting)}
+        return Menu(tuple(choice for _, choice in fitting), decisions, call.tokens, numbers)
+
+    def _plan(self, goal: Goal, current: str | None, variant: int) -> None:
+        """Decide for `goal` what each block does; the one at `current` is being compiled as `variant`."""
+        facts = self._look()
+        numbers = self._decide(goal, facts, current)
+        chosen = dict(zip(facts.paths, numbers, strict=True))
+        if current is not None:
+            self._carried_out[variant, self._form_of[current]] = chosen[current]
+            self._num_variants = max(self._num_variants, variant + 1)
+        of_path = {path: self._variant_for(self._form_of[path], chosen[path]) for path in facts.paths}
+        self._goals[goal] = Variants(numbers, of_path)
+
+    def _variant_for(self, form: Any, number: int) -> int:
+        for (variant, served), carried in self._carried_out.items():
+            if served == form and carried == number:
+                return variant
+        taken = {variant for variant, served in self._carried_out if served == form}
+        free = next((v for v in range(self._num_variants) if v not in taken), self._num_variants)
+        self._num_variants = max(self._num_variants, free + 1)
+        self._carried_out[free, form] = number
+        return free
+
+    def _decide(self, goal: Goal, facts: Facts, current: str | None) -> tuple[int, ...]:
+        before = self._goals.get(goal)
+        menus: list[tuple[Decision, ...]] = []
+        fixed: list[int | None] = []
+        for place, (path, offered) in enumerate(zip(facts.paths, self._offered(goal), strict=True)):
+            settled = None
+            if self._given is not None:
+                settled = self._given_number(self._given, self._menus[self._form_of[path]], place, goal)
+            elif before is not None and path in self._seen and path != current:
+                settled = before.numbers[place]
+            menus.append(offered if settled is None else (offered[settled],))
+            fixed.append(settled)
+        around = self._around(goal, facts)
+        candidates = self._candidates_of(menus)
+        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        picked = choose_decisions(candidates, without_update(goal, around), limit)
+        assert picked is not None, "the smallest plan does not fit in its own peak"
+        return tuple(n if settled is None else settled for n, settled in zip(picked, fixed, strict=True))
+
+    def _offered(self, goal: Goal) -> list[tuple[Decision, ...]]:
+        """Return the menu of each block for the tokens of `goal`."""
+        offered: list[tuple[Decision, ...]] = []
+        for path in self._look().paths:
+            menu = self._menus[self._form_of[path]]
+            key = id(menu), goal.tokens
+            if key not in self._scaled:
+                scale = goal.tokens / menu.tokens
+                self._scaled[key] = tuple(scale_decision(decision, scale) for decision in menu.decisions)
+            offered.append(self._scaled[key])
+        return offered
+
+    def _candidates_of(self, menus: list[tuple[Decision, ...]]) -> Candidates:
+        """Return the choices from `menus`; the last ones found serve all limits asked for."""
+        last = self._candidates
+        if last is None or [id(menu) for menu in last.menus] != [id(menu) for menu in menus]:
+            last = self._candidates = find_candidates(menus)
+        return last
+
+    def _around(self, goal: Goal, facts: Facts) -> Around:
+        scale = goal.tokens / next(iter(self._menus.values())).tokens
+        tail = tuple(scale_decision(decision, scale) for decision in self._tail.values())
+        return Around(facts.static_bytes, tail, facts.gradient_bytes, facts.update_bytes)
+
+    def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
+        facts, menus = facts or self._look(), self._offered(goal)
+        around = self._around(goal, facts)
+        candidates = self._candidates_of(menus)
+        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        smallest = find_smallest(candidates, around)
+        return make_plan(facts, goal, limit, smallest, menus, numbers, around)
+
+    def _given_number(self, given: Plan, menu: Menu, place: int, goal: Goal) -> int:
+        if goal.tokens > given.tokens:
+            raise FxoptError(
+                f"plan: made for another shape, expected at most {given.tokens} tokens a call, "
+                f"got {goal.tokens}\n{CURE}"
+            )
+        path, number = given.layers[place]
+        if number not in menu.numbers:
+            raise FxoptError(
+                f"plan: made for another model, expected for {path} a decision that it can carry out, "
+                f"got number {number}\n{CURE}"
+            )
+        return menu.numbers[number]

@@ -1,0 +1,142 @@
+"""A plan as plain data: what each block keeps for the backward pass, what it computes again, and what that costs.
+
+A plan holds no tensors and no code: it is printed, written as JSON, read again and given back to `fxopt.optimize`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from fxopt.errors import FxoptError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """One value of a block that the backward pass needs.
+
+    `op` names what computes it and its number among the block's calls of that op; `bytes` is what saving it keeps
+    alive, `recompute_ms` what computing it again takes, `location` the line of the model's source. `shared` is an
+    input that all blocks read: it lives once.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    recompute_ms: float
+    location: str = ""
+    shared: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What the blocks of one form do: which residuals are saved, which computed again.
+
+    `saved_bytes` stay between forward and backward; `forward_bytes` and `backward_bytes` are the most that lives
+    at an instant of the block's own run, `gradient_bytes` the gradients of its parameters. `recompute_ms` comes on
+    top of `compute_ms`, forward and backward.
+    """
+
+    saved: tuple[Residual, ...]
+    recomputed: tuple[Residual, ...]
+    saved_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    gradient_bytes: int
+    compute_ms: float
+    recompute_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Instant:
+    """One instant of a training step, and the bytes that live then."""
+
+    name: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which decision each block carries out, and the peak and time that follow.
+
+    `budget` is what was asked for, `limit_bytes` what it came to (None: no limit). `layers` gives each block, by its
+    path, the number of its decision. `static_bytes` live all the time: weights, buffers, the optimizer's state.
+    `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
+    not planned; `timeline` is the simulated step.
+    """
+
+    model: str
+    device: str
+    lowering: str
+    budget: str
+    limit_bytes: int | None
+    tokens: int
+    decisions: tuple[Decision, ...]
+    layers: tuple[tuple[str, int], ...]
+    static_bytes: int
+    smallest_bytes: int
+    peak_bytes: int
+    peak_at: str
+    step_ms: float
+    recompute_ms: float
+    after: tuple[Decision, ...] = ()
+    timeline: tuple[Instant, ...] = ()
+
+    @property
+    def residual_bytes(self) -> int:
+        """What one forward saves for backward in all: of the blocks, what they share once, and of what follows."""
+        decisions = [self.decisions[number] for _, number in self.layers] + list(self.after)
+        residuals = [residual for decision in decisions for residual in decision.saved]
+        shared = {residual.op: residual.bytes for residual in residuals if residual.shared}
+        return sum(residual.bytes for residual in residuals if not residual.shared) + sum(shared.values())
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            FxoptError: not such a text.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            found = data.pop("format", None)
+            if found != FORMAT:
+                raise FxoptError(f"plan: expected format {FORMAT} of a plan, got {found!r}")
+            return _made(cls, data)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise FxoptError(
+                f"plan: expected the JSON text of a plan, got {text[:40]!r} ({type(error).__name__}: {error})\n"
+                "Plan.to_json() writes one"
+            ) from error
+
+    def __str__(self) -> str:
+        """Return the plan as a table."""
+        from fxopt.remat.table import render_plan
+
+        return render_plan(self)
+
+
+def _made(cls: type[Plan], data: dict[str, Any]) -> Plan:
+    decisions = tuple(map(_decision, data.pop("decisions")))
+    after = tuple(map(_decision, data.pop("after")))
+    layers = tuple((str(path), int(number)) for path, number in data.pop("layers"))
+    timeline = tuple(Instant(**instant) for instant in data.pop("timeline"))
+    return cls(**data, decisions=decisions, layers=layers, after=after, timeline=timeline)
+
+
+def _decision(data: dict[str, Any]) -> Decision:
+    saved, recomputed = (tuple(map(_residual, data.pop(name))) for name in ("saved", "recomputed"))
+    return Decision(**data, saved=saved, recomputed=recomputed)
+
+
+def _residual(data: dict[str, Any]) -> Residual:
+    shape: tuple[int, ...] = tuple(data.pop("shape"))
+    return Residual(**data, shape=shape)

@@ -1,0 +1,65 @@
+"""A training step as the planner sees it: what lives at each of its instants, block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fxopt.remat.records import Decision, Instant
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
+
+    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters; `update_bytes`
+    is what the optimizer's step needs for itself.
+    """
+
+    static_bytes: int
+    tail: tuple[Decision, ...] = ()
+    gradient_bytes: int = 0
+    update_bytes: int = 0
+
+
+def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:
+    """Return the instants of one step: each block forward, what follows them, each block backward, the update."""
+    base = around.static_bytes
+    instants: list[Instant] = []
+    all_regions = [
+        *zip(paths, decisions, strict=True),
+        *((f"after the blocks {i}", d) for i, d in enumerate(around.tail)),
+    ]
+    held = [base]
+    for name, decision in all_regions:
+        instants.append(Instant(f"forward of {name}", held[-1] + decision.forward_bytes))
+        held.append(held[-1] + decision.saved_bytes)
+    gradients = 0
+    for number in reversed(range(len(all_regions))):
+        name, decision = all_regions[number]
+        instants.append(Instant(f"backward of {name}", held[number] + gradients + decision.backward_bytes))
+        gradients += decision.gradient_bytes
+    instants.append(Instant("optimizer", base + around.gradient_bytes + around.update_bytes))
+    return tuple(instants)
+
+
+def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
+    """Return the most bytes of `simulate_step`, without naming its instants."""
+    regions = (*decisions, *around.tail)
+    held = around.static_bytes
+    most = held + around.gradient_bytes + around.update_bytes
+    before: list[int] = []
+    for decision in regions:
+        before.append(held)
+        most = max(most, held + decision.forward_bytes)
+        held += decision.saved_bytes
+    gradients = 0
+    for decision, held in zip(reversed(regions), reversed(before), strict=True):
+        most = max(most, held + gradients + decision.backward_bytes)
+        gradients += decision.gradient_bytes
+    return most
+
+
+def find_peak(instants: Sequence[Instant]) -> Instant:
+    """Return the instant at which most lives."""
+    return max(instants, key=lambda instant: instant.bytes)

@@ -1,0 +1,48 @@
+"""A plan as a table: per form of block what is saved and computed again, then the peak, and the instants of a step."""
+
+from __future__ import annotations
+
+from fxopt.remat.budget import format_bytes
+from fxopt.remat.records import Decision, Plan
+
+SHOWN = 12
+"""So many residuals of one decision are listed, the largest first."""
+
+
+def render_plan(plan: Plan) -> str:
+    """Return `plan` as text."""
+    limit = "no limit" if plan.limit_bytes is None else f"limit {format_bytes(plan.limit_bytes)}"
+    lines = [
+        f"fxopt plan: {plan.model} on {plan.device}, lowering {plan.lowering}, {plan.tokens} tokens a call",
+        f"budget {plan.budget} ({limit}): peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
+        f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again",
+        f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
+        "are weights, buffers and the optimizer's state",
+    ]
+    for number, decision in enumerate(plan.decisions):
+        paths = [path for path, chosen in plan.layers if chosen == number]
+        lines += ["", *_render_decision(paths, decision)]
+    return "\n".join(lines) + "\n"
+
+
+def _render_decision(paths: list[str], decision: Decision) -> list[str]:
+    where = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
+    lines = [
+        f"{where}: saves {format_bytes(decision.saved_bytes)} each, "
+        f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms"
+    ]
+    rows = [("saved", r) for r in decision.saved] + [("recomputed", r) for r in decision.recomputed]
+    rows.sort(key=lambda row: (row[0] != "saved", -row[1].bytes))
+    shown = [row for row in rows if row[0] == "saved"][:SHOWN] + [row for row in rows if row[0] != "saved"][
+        :SHOWN
+    ]
+    width = max((len(residual.op) for _, residual in shown), default=0)
+    for action, residual in shown:
+        form = f"{residual.dtype}{list(residual.shape)}"
+        time = f"  {residual.recompute_ms:.3f} ms" if action == "recomputed" else ""
+        place = f"  {residual.location}" if residual.location else ""
+        lines.append(
+            f"  {action:10}  {residual.op:{width}}  {format_bytes(residual.bytes):>10}  {form}{time}{place}"
+        )
+    left = len(rows) - len(shown)
+    return lines + ([f"  and {left} more, smaller"] if left else [])

@@ -1,0 +1,119 @@
+"""What may be asked for, and what bad input gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.remat.budget import check_budget
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x.square().mean()
+
+
+INPUTS = {"x": torch.randn(32, 8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("12GiB", 12 * 2**30), ("1.5 gb", 1_500_000_000), (7, 7), (0.5, 0.5), (None, None), ("min", "min")],
+)
+def test_budgets_are_read(given, expected):
+    assert check_budget(given) == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["12 potatoes", "", "GiB", "-1GiB", "0GiB", -1, 0, 0.0, 1.5, True, [1], "1e3GiB"]
+)
+def test_malformed_budgets_are_refused_before_anything_happens(given):
+    with pytest.raises(fxopt.FxoptError, match=r"memory_budget: expected bytes.*got"):
+        fxopt.optimize(Stack(), memory_budget=given)
+    with pytest.raises(fxopt.FxoptError, match="memory_budget: expected bytes"):
+        fxopt.plan(Stack(), given, INPUTS)
+
+
+def test_a_budget_below_the_smallest_peak_names_that_peak():
+    smallest = fxopt.plan(Stack(), "min", INPUTS).smallest_bytes
+    with pytest.raises(
+        fxopt.FxoptError, match=rf"expected at least .*\({smallest} bytes\), got .*\n.*weights"
+    ):
+        fxopt.plan(Stack(), smallest - 1, INPUTS)
+    model = fxopt.optimize(Stack(), memory_budget=smallest - 1)
+    with pytest.raises(fxopt.FxoptError, match=rf"expected at least .*\({smallest} bytes\)"):
+        model(**INPUTS)
+    assert fxopt.plan(Stack(), smallest, INPUTS).peak_bytes <= smallest
+
+
+def test_a_budget_above_the_device_is_said_and_unlimited(caplog):
+    from fxopt.pipeline import options_for_plan, survey_model
+    from fxopt.planning import finish_plan
+    from fxopt.remat.devices import DEVICES
+
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        wanted = options_for_plan("500GiB")
+        plan = finish_plan(*survey_model(Stack(), wanted, INPUTS, DEVICES[0]))
+    assert plan.limit_bytes is None
+    assert "500.00 GiB is more than H100 has (80.00 GiB): treated as unlimited" in caplog.text
+
+
+def test_a_plan_for_another_model_or_shape_names_the_difference():
+    plan = fxopt.plan(Stack(), "min", INPUTS)
+    with pytest.raises(fxopt.FxoptError, match="expected 2 blocks of Stack, got 3 of Stack"):
+        fxopt.optimize(Stack(2), plan=plan)(**INPUTS)
+    with pytest.raises(fxopt.FxoptError, match="expected at most 256 tokens a call, got 512"):
+        fxopt.optimize(Stack(), plan=plan)(torch.randn(64, 8, 16))
+    odd = dataclasses.replace(
+        plan,
+        decisions=tuple(
+            dataclasses.replace(d, saved=tuple(dataclasses.replace(r, op="aten.conv#0") for r in d.saved))
+            for d in plan.decisions
+        ),
+    )
+    with pytest.raises(fxopt.FxoptError, match=r"got aten\.conv#0, which it does not compute"):
+        fxopt.optimize(Stack(), plan=odd)(**INPUTS)
+
+
+def test_what_is_no_plan_is_refused():
+    with pytest.raises(fxopt.FxoptError, match=r"plan: expected what fxopt\.plan returns, got dict"):
+        fxopt.optimize(Stack(), plan={})  # pyright: ignore
+    plan = fxopt.plan(Stack(), "min", INPUTS)
+    with pytest.raises(fxopt.FxoptError, match="memory_budget: expected none beside a plan"):
+        fxopt.optimize(Stack(), plan=plan, memory_budget="min")
+    with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
+        fxopt.Plan.from_json("no plan")
+    with pytest.raises(fxopt.FxoptError, match="expected format 1 of a plan, got 99"):
+        fxopt.Plan.from_json(plan.to_json().replace('"format": 1', '"format": 99'))
+
+
+def test_inputs_on_another_device_are_refused():
+    with pytest.raises(
+        fxopt.FxoptError, match="example_inputs: x is on meta, expected the model's device cpu"
+    ):
+        fxopt.plan(Stack(), "min", {"x": torch.randn(4, 8, 16, device="meta")})
+
+
+def test_a_model_without_blocks_has_no_plan():
+    with pytest.raises(fxopt.FxoptError, match="has no repeated blocks"):
+        fxopt.plan(nn.Linear(4, 4), "min", {"input": torch.randn(2, 4)})

@@ -1,0 +1,225 @@
+"""Plans carried out on tiny models: no bit of a gradient changes, and what is saved is what was predicted."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.capture.installation import find_installation
+from fxopt.demo.training import count_saved_bytes
+
+ARCHES = ("llama", pytest.param("qwen2", marks=pytest.mark.slow), "gemma2")
+SHAPE = (4, 96)
+
+
+def make(tools, arch, adapted=False, **overrides):
+    model = tools.make_model(arch, **overrides)
+    if adapted:
+        import peft
+
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def batch_of(tools, shape=SHAPE):
+    return tools.make_batch(shape, padded="none", device="cpu")
+
+
+def plans_of(model):
+    installation = find_installation(model)
+    assert installation is not None
+    assert installation.planner is not None
+    assert not installation.ledger.fallbacks
+    return installation.planner.plans
+
+
+def saved_per_block(model, batch):
+    """Return the bytes each block saves for backward in one forward, in order, by hooks on saved tensors."""
+    installation = find_installation(model)
+    found: dict[str, int] = {}
+    runs = {calls: calls.run for calls in installation._calls.values()}
+
+    def counted(run):
+        def wrapped(path, block, args, kwargs):
+            with count_saved_bytes(model) as saved:
+                value = run(path, block, args, kwargs)
+            found[path] = saved.total
+            return value
+
+        return wrapped
+
+    for calls, run in runs.items():
+        calls.run = counted(run)
+    try:
+        model(**batch)
+    finally:
+        for calls in runs:
+            del calls.run
+    return found
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(arch, adapted, tools):
+    unplanned = make(tools, arch, adapted)
+    batch = batch_of(tools)
+    bounds = [fxopt.plan(unplanned, budget, batch).peak_bytes for budget in (None, "min")]
+    fxopt.optimize(unplanned)
+    reference = tools.run_step(unplanned, batch)
+    totals = []
+    for budget in (None, sum(bounds) // 2, "min"):
+        model = make(tools, arch, adapted)
+        fxopt.optimize(model, memory_budget=budget)
+        step = tools.run_step(model, batch)
+        assert torch.equal(step.loss, reference.loss)
+        assert step.gradients.keys() == reference.gradients.keys()
+        for name, gradient in reference.gradients.items():
+            assert torch.equal(step.gradients[name], gradient), (budget, name)
+        (plan,) = plans_of(model)
+        predicted = {path: sum(r.bytes for r in plan.decisions[n].saved) for path, n in plan.layers}
+        assert saved_per_block(model, batch) == predicted
+        totals.append(plan.residual_bytes)
+        assert plan.limit_bytes is None or plan.peak_bytes <= plan.limit_bytes or budget == "min"
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] < totals[0] / 2
+
+
+def test_what_follows_the_blocks_is_predicted_too(tools):
+    model = make(
+        tools, "llama", adapted=True
+    )  # its embedding is frozen, so nothing before the blocks saves anything
+    batch = batch_of(tools)
+    fxopt.optimize(model, memory_budget="min")
+    tools.run_step(model, batch)
+    with count_saved_bytes(model) as saved:
+        loss = model(**batch).loss
+    del loss
+    (plan,) = plans_of(model)
+    assert saved.total == plan.residual_bytes
+
+
+def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(tools):
+    model, batch = make(tools, "gemma2"), batch_of(tools)
+    plan = fxopt.plan(model, "min", batch)
+    read = fxopt.Plan.from_json(plan.to_json())
+    assert read == plan
+    fxopt.optimize(model, plan=read)
+    tools.run_step(model, batch)
+    (carried_out,) = plans_of(model)
+    assert carried_out.layers == plan.layers
+    assert carried_out.decisions == plan.decisions
+    assert carried_out.residual_bytes == plan.residual_bytes
+    assert "recomputed" in str(plan)
+
+
+def test_planning_changes_nothing(tools):
+    model, batch = make(tools, "llama"), batch_of(tools)
+    before = copy.deepcopy(model.state_dict())
+    fxopt.plan(model, "min", batch)
+    assert find_installation(model) is None
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_on_a_cpu_nothing_is_planned_unless_asked_for(tools):
+    model = make(tools, "llama")
+    fxopt.optimize(model)
+    tools.run_step(model, batch_of(tools))
+    assert plans_of(model) == ()
+    assert fxopt.explain(model).plans == ()
+
+
+@pytest.mark.slow
+def test_ten_budgets_are_monotonic(tools):
+    model, batch = make(tools, "qwen2", adapted=True), batch_of(tools)
+    low, high = (fxopt.plan(model, budget, batch) for budget in ("min", None))
+    steps = range(10)
+    plans = [
+        fxopt.plan(model, low.smallest_bytes + (high.peak_bytes - low.smallest_bytes) * step // 9, batch)
+        for step in steps
+    ]
+    assert [plan.recompute_ms for plan in plans] == sorted((p.recompute_ms for p in plans), reverse=True)
+    assert all(plan.peak_bytes <= plan.limit_bytes for plan in plans)
+    assert plans[-1].recompute_ms == 0.0
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_means_the_smallest_plan(order, use_reentrant, tools):
+    batch = batch_of(tools)
+    smallest = make(tools, "llama")
+    fxopt.optimize(smallest, memory_budget="min")
+    reference = tools.run_step(smallest, batch)
+    model = make(tools, "llama")
+    switch = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    if order == "before":
+        model.gradient_checkpointing_enable(**switch)
+    fxopt.optimize(model)
+    if order == "after":
+        tools.run_step(model, batch)
+        assert plans_of(model) == ()
+        model.gradient_checkpointing_enable(**switch)
+    step = tools.run_step(model, batch)
+    (plan,) = plans_of(model)
+    assert plan.budget == "min"
+    assert plan.layers == plans_of(smallest)[0].layers
+    assert saved_per_block(model, batch) == saved_per_block(smallest, batch)
+    for name, gradient in reference.gradients.items():
+        assert torch.equal(step.gradients[name], gradient), name
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    model.gradient_checkpointing_disable()
+    tools.run_step(model, batch)
+    assert sum(saved_per_block(model, batch).values()) > plan.residual_bytes
+
+
+def test_a_budget_counts_for_more_than_the_switch(tools):
+    model = make(tools, "llama")
+    model.gradient_checkpointing_enable()
+    fxopt.optimize(model, memory_budget=None)
+    tools.run_step(model, batch_of(tools))
+    (plan,) = plans_of(model)
+    assert (plan.budget, plan.recompute_ms) == ("None", 0.0)
+
+
+def test_other_lengths_have_plans_of_their_own_and_few_captures(tools):
+    model, stock = make(tools, "llama"), make(tools, "llama")
+    fxopt.optimize(model, memory_budget="min")
+    for shape in ((2, 24), (2, 96), (3, 80), (2, 30)):
+        batch = batch_of(tools, shape)
+        step, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+        for name, gradient in theirs.gradients.items():
+            assert tools.relative(step.gradients[name], gradient) < 1e-4, (shape, name)
+    assert [plan.tokens for plan in plans_of(model)] == [48, 192, 240, 60]
+    captures = find_installation(model).ledger.captures
+    assert sum(capture.region == "model.layers" for capture in captures) <= 4
+
+
+def test_a_planned_model_is_freed_with_its_last_reference(tools):
+    model = make(tools, "llama")
+    fxopt.optimize(model, memory_budget="min")
+    tools.run_step(model, batch_of(tools))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_dropout_that_is_saved_is_the_same_in_both_passes(tools):
+    step_by = {}
+    for budget in (None, "min"):
+        model = make(tools, "gpt_neox", hidden_dropout=0.1)
+        fxopt.optimize(model, memory_budget=budget)
+        torch.manual_seed(5)
+        step_by[budget] = tools.run_step(model, batch_of(tools))
+        plans_of(model)
+    for name, gradient in step_by[None].gradients.items():
+        assert torch.equal(step_by["min"].gradients[name], gradient), name
