@@ -93,7 +93,7 @@ def report(
     found = fxopt.explain(_build("report", source, arch))
     if html is not None:
         _write(html, found.save_html)
-        print(f"fxopt report: wrote {html}")
+        print(f"fxopt report: wrote {html}", file=sys.stderr)
     if json:
         print(found.to_json())
     elif html is not None:

@@ -46,9 +46,15 @@ def check_plan(plan: object, budget: object) -> Plan | None:
 
 
 def make_planner(model: nn.Module, options: Options) -> StepPlanner | None:
-    """Return the planner of `model`, or None where it has no blocks that could be planned."""
+    """Return the planner of `model`, or None where it has no blocks that could be planned.
+
+    Raises:
+        FxoptError: it has none, and a budget or a plan was given.
+    """
     paths = tuple(path for path, _ in find_regions(model).blocks)
     if not paths:
+        if options.plan is not None or options.memory_budget not in ("auto", None):
+            raise no_blocks(model)
         return None
     find_model = weakref.ref(model)
 
@@ -68,12 +74,17 @@ def make_survey(model: nn.Module, options: Options, device: Device | None) -> Su
     """
     paths = tuple(path for path, _ in find_regions(model).blocks)
     if not paths:
-        raise FxoptError(
-            f"model: {type(model).__name__} has no repeated blocks, expected a list of modules with parameters\n"
-            "fxopt.optimize works without a plan"
-        )
+        raise no_blocks(model)
     facts = facts_of(model, paths, options.lowering, device)
     return Survey(options.memory_budget, lambda: facts)
+
+
+def no_blocks(model: nn.Module) -> FxoptError:
+    """Return the error for a plan of a model that has nothing to plan."""
+    return FxoptError(
+        f"model: {type(model).__name__} has no repeated blocks, expected a list of modules with parameters\n"
+        "fxopt.optimize works without a plan and a memory_budget"
+    )
 
 
 def finish_plan(survey: Survey, ledger: Ledger) -> Plan:

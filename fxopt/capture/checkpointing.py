@@ -7,13 +7,10 @@ inside it. Either reads the block's switch at each call, so that is off while a 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
-
-from fxopt.capture import torch_compat
 
 SWITCH = "gradient_checkpointing"
 
@@ -43,12 +40,29 @@ class Checkpointing:
             for block in blocks:
                 block.__dict__[SWITCH] = True
 
-    def run_stock(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a block that no plan serves as stock, checkpointed where it would have been."""
+    def run_unplanned(
+        self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a block that no plan serves by `run`, checkpointed where it would have been."""
         if block not in self.taken:
-            return torch_compat.stock_call(block, *args, **kwargs)
+            return run(*args, **kwargs)
+
+        def run_once(*inputs: Any) -> Any:
+            with _switched_off(block):  # in backward too, when the model's call is long over
+                return run(*inputs, **kwargs)
+
         checkpoint: Any = block._gradient_checkpointing_func
-        return checkpoint(functools.partial(torch_compat.stock_call, block, **kwargs), *args)
+        return checkpoint(run_once, *args)
+
+
+@contextlib.contextmanager
+def _switched_off(block: nn.Module) -> Iterator[None]:
+    previous = getattr(block, SWITCH)
+    block.__dict__[SWITCH] = False
+    try:
+        yield
+    finally:
+        block.__dict__[SWITCH] = previous
 
 
 def is_checkpointed(block: nn.Module) -> bool:

@@ -78,7 +78,8 @@ class BlockCalls:
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
-            return self._checkpointing.run_stock(block, args, kwargs)
+            stock = functools.partial(torch_compat.stock_call, block)
+            return self._checkpointing.run_unplanned(block, stock, args, kwargs)
         serve = functools.partial(self._serve, path, block, hooks.idle)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)
@@ -102,15 +103,17 @@ class BlockCalls:
             except torch_compat.CAPTURE_ERRORS as error:
                 self._reason_of(error)
         if not is_captured:
-            output = block.forward(
-                *args, **kwargs
-            )  # a call that fails in stock too says nothing of the block
+            # A call that fails in stock too says nothing of the block.
+            output = self._checkpointing.run_unplanned(block, block.forward, args, kwargs)
             self.ledger.count_fallback(self.region, f"capture failed: {reason}")
         if dtypes != [parameter.dtype for parameter in block.parameters()]:
             # The call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
             return output
         if is_captured:
             self.broken_classes.add(type(block))
+            is_checkpointed = block in self._checkpointing.taken
+            if self._planner is not None and self._planner.is_asked(checkpointed=is_checkpointed):
+                self.ledger.note(f"{self.region}: blocks in pieces are not planned")
         else:
             self.stock_classes[type(block)] = reason
             self.ledger.refused[self.region] = reason
@@ -160,12 +163,16 @@ class BlockCalls:
             if pieces is None:
                 compiled = self._find_compiled(path, block, args, kwargs)
                 return compiled(block, self._count_eager, args, kwargs)
-            scope.enter_context(torch_compat.frames_of_pieces_captured())
-            output = pieces(block, self._count_eager, args, kwargs)
+            run = functools.partial(self._run_pieces, pieces, block)
+            output = self._checkpointing.run_unplanned(block, run, args, kwargs)
         if not self.ledger.is_served:
             self.ledger.count_fallback(self.region, NO_PIECE)
             self.ledger.refused.setdefault(self.region, NO_PIECE)
         return output
+
+    def _run_pieces(self, pieces: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch_compat.frames_of_pieces_captured():
+            return pieces(block, self._count_eager, args, kwargs)
 
     def _find_compiled(
         self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

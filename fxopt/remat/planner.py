@@ -98,7 +98,7 @@ class StepPlanner:
         assert goal is not None, "a planned block was called without a plan"
         before = self._form_of.get(path)
         joint, form = self._read_block(path, call, graph, held)
-        if goal not in self._goals or before is not form:
+        if goal not in self._goals or before is not form or (variant, form) not in self._carried_out:
             for other in self._look().paths:
                 if other not in self._seen:
                     self._form_of[other] = form

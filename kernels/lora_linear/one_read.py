@@ -98,6 +98,7 @@ def reads_once(rows: Tensor, factor: Tensor, left: Tensor) -> bool:
     blocks = ceil_div(rows.shape[0], BLOCK_ROWS)
     parts = 4 * factor.shape[1] * (blocks * rows.shape[1] + COLUMN_GROUPS * rows.shape[0])
     fits = factor.shape[1] <= MOST_RANK and rows.stride(1) == 1 and left.stride(1) == 1
+    fits = fits and rows.dtype == factor.dtype == left.dtype  # wider adapters go through torch's products
     return fits and saved >= LEAST_BYTES and 2 * parts < saved and has_kernel(rows, factor, left)
 
 

@@ -71,6 +71,7 @@ def test_all_weights_trained(flow: Any, checks: Any, tmp_path: Path) -> None:
     checks.only_the_head_is_stock(ours.model)
 
 
+@pytest.mark.slow
 def test_preferences_against_the_model_without_its_adapters(flow: Any, checks: Any, tmp_path: Path) -> None:
     pairs = flow.chats.map(
         lambda row: {

@@ -141,7 +141,7 @@ def make_adapted(tools: Any, case: Case) -> Any:
     return model.train()
 
 
-QUICK = ("dense", "dropout", "dora", "nf4", "fp4, one scale", "eight bits")
+QUICK = ("dense", "dropout", "nf4")
 """A case takes ten seconds: the others run under `make test-all` only."""
 
 

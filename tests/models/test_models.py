@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 import pytest
 import torch
@@ -43,13 +44,16 @@ ADDS |= dict.fromkeys(("granite", "glm4", "smollm3", "single_level"), LAYERS)
 """Norms that became `add_rms_norm`: in a block, those of a sum that the block itself makes; none elsewhere."""
 JOINS = dict.fromkeys(("qwen3", "gemma3_text", "olmo2"), LAYERS)
 """Blocks whose norms of q and k, and the rotation that reads them, became `norm_rope`: two sites of each kind."""
-DEEP = [
-    arch
-    if arch in ("llama", "qwen2", "gemma2", "olmo2", "single_level")
-    else pytest.param(arch, marks=pytest.mark.slow)
-    for arch in SITES
-]
-"""Errors in half precision take draws of weights: of the others under `make test-all` only."""
+
+
+def quick(*archs: str) -> list[Any]:
+    """Return all models, those but `archs` under `make test-all` only."""
+    return [arch if arch in archs else pytest.param(arch, marks=pytest.mark.slow) for arch in SITES]
+
+
+WIDE = quick("llama", "qwen2", "gemma2", "olmo2", "cohere", "gpt_neox", "single_level")
+DEEP = quick("llama", "gemma2", "single_level")
+"""Errors in half precision take draws of weights."""
 SHAPES = ((2, 24), (3, 17), (1, 40))
 """The first is the one captured; the others are unseen at capture."""
 
@@ -68,7 +72,7 @@ def count_sites(report: fxopt.Report) -> dict[str, int]:
     return dict(counts)
 
 
-@pytest.mark.parametrize("arch", SITES)
+@pytest.mark.parametrize("arch", WIDE)
 def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins, tools):
     model, stock = twins(arch, device)
     for shape in SHAPES:
@@ -117,7 +121,7 @@ def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, devic
     assert fxopt.explain(model).fallbacks == ()
 
 
-@pytest.mark.parametrize("arch", SITES)
+@pytest.mark.parametrize("arch", WIDE)
 def test_fewer_bytes_are_saved_for_backward(arch, device, twins, tools):
     if device == "cpu" and arch in SAVED_LESS_BY_INDUCTOR_ONLY:
         pytest.skip("the plain lowering of a CPU computes nothing again; the GPU variant runs under -m gpu")

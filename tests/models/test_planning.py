@@ -13,7 +13,7 @@ import fxopt
 from fxopt.capture.installation import find_installation
 from fxopt.demo.training import count_saved_bytes
 
-ARCHES = ("llama", pytest.param("qwen2", marks=pytest.mark.slow), "gemma2")
+ARCHES = ("llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "gemma2")))
 SHAPE = (4, 96)
 
 
@@ -223,3 +223,46 @@ def test_dropout_that_is_saved_is_the_same_in_both_passes(tools):
         plans_of(model)
     for name, gradient in step_by[None].gradients.items():
         assert torch.equal(step_by["min"].gradients[name], gradient), name
+
+
+class Breaking(torch.nn.Module):
+    """An activation that Dynamo cannot capture."""
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return torch.nn.functional.silu(x)
+
+
+@pytest.mark.parametrize("why", ["pieces", "a hook inside", "partial=False"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_blocks_that_no_plan_serves_are_checkpointed_as_in_stock(why, use_reentrant, tools):
+    batch = batch_of(tools)
+    model, stock = make(tools, "llama"), make(tools, "llama")
+    for each in (model, stock):
+        for layer in each.model.layers:
+            if why == "a hook inside":
+                layer.mlp.register_forward_hook(lambda *_: None)
+            else:
+                layer.mlp.act_fn = Breaking()
+    fxopt.optimize(model, partial=why != "partial=False")
+    tools.run_step(model, batch)
+    with count_saved_bytes(model) as plain:
+        model(**batch)
+    for each in (model, stock):
+        each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    step, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+    for name, gradient in theirs.gradients.items():
+        assert tools.relative(step.gradients[name], gradient) < 1e-4, name
+    with count_saved_bytes(model) as checkpointed:
+        model(**batch)
+    assert checkpointed.total < 0.5 * plain.total
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    report = fxopt.explain(model)
+    assert bool(report.fallbacks) == (why != "pieces")
+
+
+def test_a_budget_for_a_model_without_blocks_is_refused():
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(fxopt.FxoptError, match="no repeated blocks"):
+        fxopt.optimize(model, memory_budget="min")
+    assert find_installation(model) is None

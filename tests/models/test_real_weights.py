@@ -82,6 +82,7 @@ def test_evaluation_is_stock_bit_for_bit(twins, tokens) -> None:
         assert torch.equal(model(**tokens), stock(**tokens))
 
 
+@pytest.mark.slow
 def test_fine_tuning_gives_the_same_losses(tokens) -> None:
     """Pairs against all others in the batch: ten steps of AdamW."""
     stock = Embedder().train()

@@ -151,7 +151,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_trainer_trains_and_evaluates_with_metrics(twins, tmp_path, bf16):
     model, stock = twins("llama")
     logs, metrics = [], []

@@ -83,6 +83,7 @@ def fxopt_call(match: fxopt.Match) -> object:
     return call(torch.exp, match["x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [GLU, CROSS_ENTROPY], ids=lambda pattern: pattern.name)
 def test_the_librarys_own_examples_are_rewritten(pattern: fxopt.Pattern) -> None:
     findings = check_pattern(pattern)

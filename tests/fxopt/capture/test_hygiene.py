@@ -14,6 +14,7 @@ from fxopt.capture import torch_compat
 from fxopt.capture.installation import Installation
 
 
+@pytest.mark.slow
 def test_twelve_models_in_one_process_are_all_captured(build, install, assert_same_step):
     """Dynamo's limit of 8 captures per code object is shared by all instances of a class."""
     for _ in range(12):
