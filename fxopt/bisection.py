@@ -16,7 +16,7 @@ from torch import nn
 from fxopt.capture.installation import check_model, check_uncompiled, find_installation
 from fxopt.errors import FxoptError
 from fxopt.graph.view import location_of, module_of
-from fxopt.options import Options
+from fxopt.options import Options, check_options
 from fxopt.pipeline import ALL, new_installation
 from fxopt.rewriting.pattern import Match
 
@@ -58,7 +58,7 @@ def bisect(
 
     `check` runs a training step or more; it fails where it raises or returns something false other than None. Weights,
     buffers and random states are the same before each run, and as they were at the end; the model is left stock, or
-    optimized as it came.
+    optimized as it came. `patterns` are those to try on a stock model; an optimized one keeps its own.
 
     Raises:
         FxoptError: the check fails on the stock model, or made no training call.
@@ -72,15 +72,21 @@ def bisect(
     """
     model = check_model(model)
     installed = find_installation(model)
-    options = installed.options if installed is not None else Options(tuple(patterns))
+    options = (
+        installed.options
+        if installed is not None
+        else check_options(
+            ALL, patterns=patterns, disable=(), lowering="auto", verify="on", strict=False, partial=True
+        )
+    )
     if installed is not None:
         installed.remove()
-    check_uncompiled(model)
     try:
+        check_uncompiled(model)
         return _Bisection(model, check, options, on_progress).run()
     finally:
         if installed is not None:
-            new_installation(model, options).install()
+            installed.install()
 
 
 class _Bisection:

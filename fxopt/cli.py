@@ -1,7 +1,7 @@
-"""The `fxopt` command: `fxopt demo`, `fxopt report`, `fxopt plan` and `fxopt coverage`.
+"""The `fxopt` command and its subcommands.
 
-Mistakes of the user end in one clear message and exit code 2; a demo that does not hold, or coverage that is not
-whole under `--strict`, ends with 1.
+Mistakes of the user end in one clear message and exit code 2; a demo that does not hold, coverage that is not whole
+under `--strict`, a report that lost something, a check with culprits, a pattern with a failing proof end with 1.
 """
 
 from __future__ import annotations

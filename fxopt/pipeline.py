@@ -245,7 +245,7 @@ def plan(
 
     Args:
         model: a `torch.nn.Module`.
-        memory_budget: as `fxopt.optimize` takes it.
+        memory_budget: as `fxopt.optimize` takes it, but that "auto" is the fastest that fits what is free on a GPU.
         example_inputs: by default `input_ids` and `labels` of 2 x 16 tokens.
         lowering: as `fxopt.optimize` takes it.
 

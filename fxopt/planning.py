@@ -40,7 +40,8 @@ def check_plan(plan: object, budget: object) -> Plan | None:
         )
     if budget != "auto":
         raise FxoptError(
-            f"memory_budget: expected none beside a plan, which has its own ({plan.budget}), got {budget!r}"
+            f"memory_budget: expected none beside a plan, which has its own ({plan.budget}), got {budget!r}\n"
+            "leave memory_budget out, or make another plan with fxopt.plan(model, memory_budget)"
         )
     return plan
 

@@ -190,6 +190,7 @@ def test_a_budget_counts_for_more_than_the_switch(tools):
     assert (plan.budget, plan.recompute_ms) == ("None", 0.0)
 
 
+@pytest.mark.slow
 def test_other_lengths_have_plans_of_their_own_and_few_captures(tools):
     model, stock = make(tools, "llama"), make(tools, "llama")
     fxopt.optimize(model, memory_budget="min")
@@ -234,7 +235,7 @@ class Breaking(torch.nn.Module):
 
 
 @pytest.mark.parametrize("why", ["pieces", "a hook inside", "partial=False"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_blocks_that_no_plan_serves_are_checkpointed_as_in_stock(why, use_reentrant, tools):
     batch = batch_of(tools)
     model, stock = make(tools, "llama"), make(tools, "llama")

@@ -256,7 +256,7 @@ def test_the_command_writes_html(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as exit_info:
         main(["report", "--arch", "gpt2", "--html", str(path)])
     assert not exit_info.value.code
-    assert capsys.readouterr().out == f"fxopt report: wrote {path}\n"
+    assert capsys.readouterr() == ("", f"fxopt report: wrote {path}\n")
     assert "GPT2LMHeadModel" in path.read_text()
     with pytest.raises(SystemExit) as exit_info:
         main(["report", "--arch", "gpt2", "--html", str(tmp_path / "no" / "such.html")])
