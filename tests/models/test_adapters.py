@@ -277,18 +277,6 @@ def test_weights_of_torchao_are_left_with_a_reason_and_train_as_stock(verify: st
         assert tools.relative(ours.gradients[name], gradient) < 1e-4, name
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_blocks_that_break_before_anything_is_captured_are_counted(tools: Any) -> None:
-    model = fxopt.optimize(make_adapted(tools, CASES["dora"]), partial=True)
-    tools.run_step(model, tools.make_batch((2, 24), padded="none", device="cpu"))
-    report = fxopt.explain(model)
-    (fallback,) = report.fallbacks
-    assert fallback.count == LAYERS
-    assert fallback.reason == "its graph breaks before a piece of it could be captured"
-    assert report.regions[0].status == "stock"
-
-
 HIDDEN, INNER, KEYS, TOKENS = 64, 128, 32, 48
 HEADS = 4
 SAVED = {"block's input": HIDDEN, "q": HIDDEN, "k": KEYS, "v": KEYS, "attention": HIDDEN, "sum": HIDDEN}

@@ -130,3 +130,23 @@ def test_sizes_that_hang_on_values_break_a_block_and_keep_a_tail_stock(place: st
     else:
         assert report.fallbacks
         assert all(fallback.reason for fallback in report.fallbacks)
+
+
+class Unseen(torch.nn.Linear):
+    """A block that Dynamo is told to leave alone."""
+
+    @torch._dynamo.disable
+    def forward(self, input):
+        return super().forward(input).tanh()
+
+
+def test_blocks_of_which_no_piece_is_captured_are_counted() -> None:
+    model = torch.nn.Sequential(*(Unseen(4, 4) for _ in range(3)))
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), stock(x))
+    report = fxopt.explain(model)
+    counts = {fallback.reason: fallback.count for fallback in report.fallbacks if fallback.region != "model"}
+    assert counts == {"its graph breaks before a piece of it could be captured": 3}, report.fallbacks
+    assert report.regions[0].status == "stock"
