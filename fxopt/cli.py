@@ -26,6 +26,10 @@ app = typer.Typer(
     help="Rewrite Hugging Face models to fused ops, and say what was done.",
 )
 
+Source = Annotated[
+    str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
+]
+Arch = Annotated[str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 
@@ -78,12 +82,8 @@ def demo(
 
 @app.command()
 def report(
-    source: Annotated[
-        str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
-    ] = None,
+    source: Source = None,
+    arch: Arch = None,
     json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one HTML file instead of printing.")] = None,
 ) -> None:
@@ -104,12 +104,8 @@ def report(
 
 @app.command()
 def trace(
-    source: Annotated[
-        str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
-    ] = None,
+    source: Source = None,
+    arch: Arch = None,
 ) -> None:
     """Print the canonical graph of each distinct block, as patterns see it, as Python that runs."""
     import fxopt
@@ -187,12 +183,8 @@ def new_pattern(
 
 @app.command()
 def plan(
-    source: Annotated[
-        str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
-    ] = None,
+    source: Source = None,
+    arch: Arch = None,
     budget: Annotated[
         str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
     ] = "auto",

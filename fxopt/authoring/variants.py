@@ -32,14 +32,21 @@ def spellings(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
 
     Some are no programs at all (a method that does not exist with these arguments): run them before you use them.
     """
+    yield from _changed_copies(gm, _spellings_of)
+
+
+def _changed_copies(
+    gm: fx.GraphModule, changes_of: Callable[[fx.Node], Iterator[tuple[str, Callable[[fx.Node], None]]]]
+) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield a copy of `gm` for each change of each of its nodes that computes a tensor."""
     for place, node in enumerate(gm.graph.nodes):
         if node.op not in ("call_function", "call_method") or not is_tensor(node):
             continue
-        for law, change in _spellings_of(node):
+        for what, change in changes_of(node):
             copy = copy_of(gm)
             change(list(copy.graph.nodes)[place])
             copy.recompile()
-            yield f"{node.name}: {law}", copy
+            yield f"{node.name}: {what}", copy
 
 
 def _spellings_of(node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], None]]]:
@@ -104,14 +111,7 @@ def _followed_by(insert: Callable[[fx.Graph, fx.Node], fx.Node]) -> Callable[[fx
 def mutations(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
     """Yield copies of the stock graph `gm` that compute something else: a node dropped, operands swapped, a number
     changed."""
-    for place, node in enumerate(gm.graph.nodes):
-        if node.op not in ("call_function", "call_method") or not is_tensor(node):
-            continue
-        for what, change in _mutations_of(node):
-            copy = copy_of(gm)
-            change(list(copy.graph.nodes)[place])
-            copy.recompile()
-            yield f"{node.name}: {what}", copy
+    yield from _changed_copies(gm, _mutations_of)
 
 
 def _mutations_of(node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], None]]]:

@@ -49,8 +49,21 @@ def read_codes(graph: fx.Graph) -> int:
 def argument_names(node: fx.Node) -> list[str]:
     """Return the names of the arguments of an op of ours, [] of any other node."""
     target: Any = node.target
-    is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
-    return [argument.name for argument in target._schema.arguments] if is_ours else []
+    return [argument.name for argument in target._schema.arguments] if is_ours(node) else []
+
+
+def is_ours(node: fx.Node) -> bool:
+    """Return whether `node` calls an op of fxopt's."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+
+
+def are_alike(*nodes: fx.Node) -> bool:
+    """Return whether all values have one shape and dtype: nothing is broadcast or promoted."""
+    first, *others = (node.meta.get("val") for node in nodes)
+    return isinstance(first, torch.Tensor) and all(
+        isinstance(value, torch.Tensor) and value.shape == first.shape and value.dtype == first.dtype
+        for value in others
+    )
 
 
 def _decoding_of(weight: Any, x: fx.Node) -> tuple[fx.Node, list[Any], str] | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.capture.joint_codes import NAMESPACE, argument_names
+from fxopt.capture.joint_codes import NAMESPACE, are_alike, argument_names
 
 SPLIT = ("xs", "weights", "biases", "a", "b", "needs")
 
@@ -50,7 +50,7 @@ def _find_pair(node: fx.Node, given: dict[str, Any]) -> tuple[fx.Node, fx.Node] 
         return None
     if not hasattr(getattr(torch.ops, NAMESPACE), f"{name}_backward_output"):
         return None
-    like = next((item for item in value.all_input_nodes if _are_alike(item, value)), None)
+    like = next((item for item in value.all_input_nodes if are_alike(item, value)), None)
     gradients = [user for user in node.users if user.args[1] == 0]
     if like is None or len(gradients) != 1 or len(gradients[0].users) != 1:
         return None
@@ -118,10 +118,3 @@ def _call(graph: fx.Graph, name: str, args: tuple[Any, ...]) -> fx.Node:
 def _name_of(node: Any) -> str | None:
     """Return the name of an op of ours, None of any other node."""
     return node.target._schema.name.partition("::")[2] if argument_names(node) else None
-
-
-def _are_alike(item: fx.Node, value: fx.Node) -> bool:
-    one, other = item.meta.get("val"), value.meta.get("val")
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return False
-    return one.shape == other.shape and one.dtype == other.dtype

@@ -15,11 +15,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxopt.capture.joint_codes import read_codes
+from fxopt.capture.joint_codes import NAMESPACE, are_alike, argument_names, is_ours, read_codes
 from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 from fxopt.capture.planning import Mark
 
-NAMESPACE = "fxopt"
 SKIP_ARGUMENT = "dskip"
 REPLAYED_ARGUMENT = "xs"
 LAYOUT_OPS = frozenset(
@@ -60,7 +59,7 @@ def forget_traced_inputs(graph: fx.Graph) -> None:
     Without it, it goes by the values of the nodes that are read.
     """
     for node in graph.nodes:
-        if _is_ours(node):
+        if is_ours(node):
             node.meta.pop("eager_input_vals", None)
 
 
@@ -74,7 +73,7 @@ def replay_inputs(graph: fx.Graph) -> int:
     in_backward = _find_backward(graph)
     replays: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if not _is_ours(node) or node not in in_backward:
+        if not is_ours(node) or node not in in_backward:
             continue
         target: Any = node.target
         names = [argument.name for argument in target._schema.arguments]
@@ -144,7 +143,7 @@ def _later(a: fx.Node, b: fx.Node) -> fx.Node:
 def _replay_output(node: fx.Node) -> fx.Node | None:
     """Return a call of the op that computes this output of an op of ours alone, inserted after `node`."""
     source, place = node.args
-    if not isinstance(source, fx.Node) or not _is_ours(source):
+    if not isinstance(source, fx.Node) or not is_ours(source):
         return None
     forward: Any = source.target
     name = f"{forward._schema.name.partition('::')[2]}_output_{place}"
@@ -187,7 +186,7 @@ def _is_layout(node: fx.Node) -> bool:
 
 
 def _is_recomputed(node: fx.Node) -> bool:
-    return _is_ours(node) and torch.Tag.pointwise in node.target.tags  # pyright: ignore
+    return is_ours(node) and torch.Tag.pointwise in node.target.tags  # pyright: ignore
 
 
 def _must_recompute(node: fx.Node) -> None:
@@ -261,7 +260,7 @@ def _find_fold(add: fx.Node, order: dict[fx.Node, int]) -> tuple[Any, fx.Node] |
         if (
             not isinstance(backward, fx.Node)
             or not _takes_skip(backward)
-            or not _are_alike(add, result, other)
+            or not are_alike(add, result, other)
         ):
             continue
         used_before = any(
@@ -273,23 +272,6 @@ def _find_fold(add: fx.Node, order: dict[fx.Node, int]) -> tuple[Any, fx.Node] |
 
 
 def _takes_skip(node: fx.Node) -> bool:
-    if not _is_ours(node):
-        return False
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
+    names = argument_names(node)
     taken = len(node.args) >= len(names) or SKIP_ARGUMENT in node.kwargs
     return bool(names) and names[-1] == SKIP_ARGUMENT and not taken
-
-
-def _are_alike(*nodes: fx.Node) -> bool:
-    """Return whether all values have one shape and dtype: nothing is broadcast or promoted."""
-    first, *others = (node.meta.get("val") for node in nodes)
-    return isinstance(first, torch.Tensor) and all(
-        isinstance(value, torch.Tensor) and value.shape == first.shape and value.dtype == first.dtype
-        for value in others
-    )
-
-
-def _is_ours(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxopt.graph.view import location_of
 from fxopt.remat.apply import TAG
 from fxopt.remat.cost import hint
-from fxopt.remat.joint import INPUT, Joint
+from fxopt.remat.joint import Joint
 from fxopt.remat.liveness import simulate
 from fxopt.remat.menu import Choice, find_menu, make_choice
 from fxopt.remat.records import Decision, Residual
@@ -127,8 +127,3 @@ def _cost_of(joint: Joint, node: fx.Node, place: int) -> int:
     if value.cost or not value.inputs or "." not in value.label.rpartition("#")[2]:
         return value.cost or 0
     return joint.dag.values[value.inputs[0]].cost or 0
-
-
-def is_input(residual: Residual) -> bool:
-    """Return whether a residual is what the block was given, not what it computed."""
-    return residual.op.startswith(f"{INPUT}#")
