@@ -44,6 +44,7 @@ from fxopt.graph.view import find_subgraphs
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
+from fxopt.patterns.dropped import keep_bits_of_dropped
 from fxopt.planning import check_inputs, check_plan, finish_plan, make_planner, make_survey
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import Device
@@ -100,9 +101,15 @@ def strides_pass(gm: fx.GraphModule, job: Job) -> None:
     restore_orders(gm)
 
 
+def dropouts_pass(gm: fx.GraphModule, job: Job) -> None:
+    """Keep one bit an item of what dropout before an adapter drops, the same items in the same order as stock."""
+    keep_bits_of_dropped(gm)
+
+
 PASSES: tuple[tuple[str, Callable[[fx.GraphModule, Job], None]], ...] = (
     ("canonicalize", canonicalize_pass),
     ("rewrite", rewrite_pass),
+    ("dropouts", dropouts_pass),
     ("strides", strides_pass),
 )
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 NOT_A_FEATURE = {
     "__init__",
     "activations",
+    "dropped",
     "launch",
     "launcher",
     "row_loss",

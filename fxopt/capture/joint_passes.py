@@ -1,8 +1,9 @@
 """Passes over the joint graph, in which the forward and the backward of a region stand together.
 
 They know fxopt's ops by what these declare: the tag `torch.Tag.pointwise`, an optional last argument `dskip`, which an
-op adds to its first result before it rounds that, an argument `xs` of values that may be computed again, and a second
-op by the name of `<op>_output_<n>`, which computes that output alone.
+op adds to its first result before it rounds that, an argument `xs` of values that may be computed again, a second
+op by the name of `<op>_output_<n>`, which computes that output alone, and `<op>_backward`, whose arguments are kept
+for it anyway.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _replay(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | None:
         return replays[node]
     new: fx.Node | None = None
     if node.target is operator.getitem:
-        new = _replay_output(node)
+        new = _replay_output(node, replays)
     elif _is_layout(node) and len(node.all_input_nodes) == 1:
         source = _replay(node.all_input_nodes[0], replays)
         if source is not None:
@@ -140,14 +141,17 @@ def _later(a: fx.Node, b: fx.Node) -> fx.Node:
     return a if b < a else b
 
 
-def _replay_output(node: fx.Node) -> fx.Node | None:
-    """Return a call of the op that computes this output of an op of ours alone, inserted after `node`."""
+def _replay_output(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """Return a call of the op that computes this output of an op of ours alone, inserted after `node`.
+
+    What it reads that its own backward does not keep is computed again too, or cast again from what is saved.
+    """
     source, place = node.args
     if not isinstance(source, fx.Node) or not is_ours(source):
         return None
     forward: Any = source.target
-    name = f"{forward._schema.name.partition('::')[2]}_output_{place}"
-    packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
+    name = forward._schema.name.partition("::")[2]
+    packet = getattr(getattr(torch.ops, NAMESPACE), f"{name}_output_{place}", None)
     if packet is None:
         return None
     given: dict[str, Any] = dict(
@@ -159,11 +163,40 @@ def _replay_output(node: fx.Node) -> fx.Node | None:
     wanted = [argument.name for argument in packet.default._schema.arguments]
     if any(argument not in given for argument in wanted):
         return None
-    read = [given[argument] for argument in wanted if given[argument] in outputs.values()]
+    read = [given[argument] for argument in wanted if argument in outputs]
+    backward = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward", None)
+    for argument in wanted:
+        item = given[argument]
+        if isinstance(item, fx.Node) and argument not in outputs and not _is_read_by(backward, item):
+            given[argument] = _read_again(item, replays)
+            read.append(given[argument])
     last = functools.reduce(_later, read, node)
     with node.graph.inserting_after(last):
         new = node.graph.call_function(packet.default, tuple(given[argument] for argument in wanted))
     new.meta = dict(node.meta)
+    return new
+
+
+def _is_read_by(packet: Any, node: fx.Node) -> bool:
+    """Return whether the op of `packet` reads `node`."""
+    return packet is not None and any(user.target is packet.default for user in node.users)
+
+
+def _read_again(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Return `node` computed again; where no op is declared that could, a wider cast of what it was cast from."""
+    new = _replay(node, replays)
+    if new is not None or not _is_layout(node) or len(node.all_input_nodes) != 1:
+        return new or node
+    (source,) = node.all_input_nodes
+    value, wide = source.meta["val"], node.meta["val"]
+    if value.numel() * value.element_size() > wide.numel() * wide.element_size():
+        return node
+    again = _read_again(source, replays)
+    with node.graph.inserting_after(_later(again, node)):
+        new = node.graph.node_copy(node, lambda _: again)
+    new.meta = dict(node.meta)
+    _must_recompute(new)
+    replays[node] = new
     return new
 
 

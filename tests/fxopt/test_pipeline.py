@@ -268,7 +268,7 @@ def test_the_first_pass_is_held_to_the_stock_placeholders_and_verifying_is_not_i
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify", slow)
         records = pipeline.run_passes(make(), **given).graph.passes
-    assert [record.name for record in records] == ["canonicalize", "rewrite", "strides"]
+    assert [record.name for record in records] == ["canonicalize", "rewrite", "dropouts", "strides"]
     assert all(record.time_ms < 150 for record in records)
     monkeypatch.setattr(pipeline, "PASSES", (("adding", adding),))
     with pytest.raises(fxopt.VerifyError, match="adding: the placeholders changed, expected x, got z, x"):

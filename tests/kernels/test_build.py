@@ -80,6 +80,8 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "norm_rope_forward_kernel",
         "norm_rope_backward_kernel",
         "norm_rope_sum_kernel",
+        "pack_bits_kernel",
+        "drop_items_kernel",
         "mask_intervals_kernel",
         "key_ranges_kernel",
     }
