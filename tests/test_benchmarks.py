@@ -1,8 +1,9 @@
-"""The gates before a kernel is timed: its tests, and its result against the reference; on a CPU, nothing is timed."""
+"""The gates before a kernel is timed, on a CPU, where nothing is; and the scripts of whole runs, tiny."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,90 @@ def test_contestants_of_attention_compute_the_same(place: int, monkeypatch: pyte
     for name, found in results.items():
         for value, expected in zip(found, results["eager"], strict=name != "flex"):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4, msg=f"{name}, {case.size}")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a script of `benchmarks/`, as one run from the project's root."""
+    pytest.importorskip("datasets")
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_texts_have_lengths_of_their_own_within_bounds(script: Any) -> None:
+    lengths = script("lengths")
+    topics = [[[1] * 30, [2] * 50, [3] * 200], [[4] * 10], [[5] * 90, [6] * 4]]
+    texts = lengths.draw_texts(topics, 50, 128, seed=0)
+    assert len(texts) == 50
+    assert {len(text) for text in texts} == {94, 128}
+    assert texts == lengths.draw_texts(topics, 50, 128, seed=0)
+    assert texts != lengths.draw_texts(topics, 50, 128, seed=1)
+
+
+def test_what_a_stack_that_fails_said_is_part_of_the_result(script: Any) -> None:
+    stacks, lengths = script("stacks"), script("lengths")
+    (row,) = stacks.run_each("benchmarks.no_such_script", ["hf"], [])
+    assert row["stack"] == "hf"
+    assert "No module named" in row["error"]
+    good = {"stack": "fxopt", "seconds": 2.0, "tokens_per_second": 9.0, "first_step_s": 1.0, "peak_gib": 1.0}
+    text = lengths.render(
+        [row, good | {"recompiles": 3}, good | {"stack": "diy", "seconds": 4.0, "recompiles": 0}]
+    )
+    assert "hf           failed: " in text
+    assert text.splitlines()[-1].endswith("0.50")
+
+
+def test_learning_is_judged_by_loss_and_by_distance(script: Any) -> None:
+    runs = {
+        "stock": [[3.0, 2.0], [3.0, 2.2]],
+        "fxopt": [[3.0, 2.1], [3.0, 2.2]],
+        "fp32": [[3.0, 2.1], [3.0, 2.1]],
+    }
+    summary = script("learning").summarize(runs)
+    assert summary["loss"]["stock"] == [2.0, 2.2]
+    assert summary["no_worse_than_stocks_worst"]
+    assert summary["as_close_to_fp32"]
+    runs["fxopt"] = [[3.0, 2.6], [3.0, 2.2]]
+    summary = script("learning").summarize(runs)
+    assert summary["above_stocks_worst"] == pytest.approx(0.4)
+    assert not summary["no_worse_than_stocks_worst"]
+    assert not summary["as_close_to_fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_learning_runs_tiny(script: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    work = ["--size", "tiny", "--steps", "4", "--seeds", "1", "--length", "32", "--rate", "1e-2"]
+    files = ["--out", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png")]
+    script("learning").main([*work, *files])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+    for ours, stock, exact in zip(
+        *(found["runs"][mode][0] for mode in ("fxopt", "stock", "fp32")), strict=True
+    ):
+        assert ours == pytest.approx(exact, rel=1e-3)
+        assert stock == pytest.approx(exact, rel=1e-3)
+    assert found["work"]["steps"] == len(found["runs"]["fp32"][0]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lengths", "sft"])
+def test_stacks_run_tiny_in_processes_of_their_own_and_see_the_same(
+    name: str, script: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("trl")
+    out = tmp_path / "found.json"
+    options = {"lengths": ["--most", "96"], "sft": ["--length", "96", "--natural"]}[name]
+    work = ["--size", "tiny", "--stacks", "hf,hf-compile,fxopt", "--steps", "3", *options, "--out", str(out)]
+    assert script(name).main(work) == 0
+    hf, compiled, ours = json.loads(out.read_text())
+    assert [row["stack"] for row in (hf, compiled, ours)] == ["hf", "hf-compile", "fxopt"]
+    assert len(hf["losses"]) == 3
+    assert ours["losses"] == pytest.approx(hf["losses"], rel=2e-3)
+    assert compiled["losses"] == pytest.approx(hf["losses"], rel=2e-3)
+    assert all(row["peak_gib"] > 0 and row["first_step_s"] > 0 for row in (hf, compiled, ours))
+    if name == "lengths":
+        assert ours["fallbacks"] == 0
+        assert hf["recompiles"] == 0

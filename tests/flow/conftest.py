@@ -75,6 +75,11 @@ class Flow:
         model = peft.get_peft_model(model, peft.LoraConfig(**options))
         return fxopt.optimize(model, verify=verify) if optimized else model
 
+    @property
+    def projections(self) -> list[str]:
+        """The linear layers of a block."""
+        return PROJECTIONS
+
     @staticmethod
     def settings(output: Path, **settings: Any) -> dict[str, Any]:
         """Return arguments of a trainer for a short run on a CPU."""

@@ -87,6 +87,13 @@ CASES = {
     "dora": Case(
         options={"use_dora": True}, adapters=0, joins=0, reason="startswith|keeps values in Python objects"
     ),
+    "nf4, dora": Case(
+        base=in_four_bits(),
+        options={"use_dora": True},
+        adapters=0,
+        joins=0,
+        reason="startswith|keeps values in Python objects",
+    ),
     "nf4": Case(base=in_four_bits(), **FOUR_BITS),
     "nf4, one scale": Case(base=in_four_bits(nested=False), **FOUR_BITS),
     "nf4, blocks of 4096": Case(base=in_four_bits(blocksize=4096), **FOUR_BITS),
