@@ -70,9 +70,10 @@ def make_clock(device: str) -> Any:
 def measure(setup: stacks.Setup, steps: int, batch: int, accumulate: int, natural: bool) -> dict[str, Any]:
     """Train with one stack in this process and return its figures."""
     stacks.import_first(setup.stack)
-    import trl
+    import trl as library
     from transformers import AutoTokenizer
 
+    trl: Any = library
     model: Any = stacks.build(setup)
     tokenizer = AutoTokenizer.from_pretrained(setup.folder)
     rows = make_rows(setup, steps * batch * accumulate, model.config.vocab_size, natural)

@@ -114,7 +114,7 @@ def _build_stock(setup: Setup) -> Any:
     if setup.stack == "fxopt":
         import fxopt
 
-        budget = {"memory_budget": "min"} if setup.checkpointed else {}
+        budget: dict[str, Any] = {"memory_budget": "min"} if setup.checkpointed else {}
         model = fxopt.optimize(model, **(budget | setup.options))
     return model
 

@@ -166,14 +166,13 @@ def test_stacks_run_tiny_in_processes_of_their_own_and_see_the_same(
     pytest.importorskip("trl")
     out = tmp_path / "found.json"
     options = {"lengths": ["--most", "96"], "sft": ["--length", "96", "--natural"]}[name]
-    work = ["--size", "tiny", "--stacks", "hf,hf-compile,fxopt", "--steps", "3", *options, "--out", str(out)]
+    work = ["--size", "tiny", "--stacks", "hf,fxopt", "--steps", "3", *options, "--out", str(out)]
     assert script(name).main(work) == 0
-    hf, compiled, ours = json.loads(out.read_text())
-    assert [row["stack"] for row in (hf, compiled, ours)] == ["hf", "hf-compile", "fxopt"]
+    hf, ours = json.loads(out.read_text())
+    assert (hf["stack"], ours["stack"]) == ("hf", "fxopt")
     assert len(hf["losses"]) == 3
     assert ours["losses"] == pytest.approx(hf["losses"], rel=2e-3)
-    assert compiled["losses"] == pytest.approx(hf["losses"], rel=2e-3)
-    assert all(row["peak_gib"] > 0 and row["first_step_s"] > 0 for row in (hf, compiled, ours))
+    assert all(row["peak_gib"] > 0 and row["first_step_s"] > 0 for row in (hf, ours))
     if name == "lengths":
         assert ours["fallbacks"] == 0
         assert hf["recompiles"] == 0
