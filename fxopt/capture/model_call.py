@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
+from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
 from fxopt.capture.hooks import find_hooks, has_hooks
 from fxopt.capture.ledger import Ledger
@@ -50,12 +51,14 @@ class ModelCall:
         blocks: dict[str, nn.Module],
         backend: Callable[..., Any],
         checkpointing: Checkpointing,
+        cuda_graphs: CudaGraphs,
     ) -> None:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
         self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
         self._checkpointing = checkpointing
+        self._cuda_graphs = cuda_graphs
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._settings = torch_compat.make_capture_settings()
@@ -90,10 +93,12 @@ class ModelCall:
                 self.ledger.count_fallback(REGION, reason)
                 return torch_compat.stock_call(model, *args, **kwargs)
             try:
-                with self._checkpointing.taken_over():
+                with self._checkpointing.taken_over(), self._cuda_graphs.step():
                     if has_hooks(model):
-                        return call_with_forward(model, self._serve, args, kwargs)
-                    return self._serve(*args, **kwargs)
+                        output = call_with_forward(model, self._serve, args, kwargs)
+                    else:
+                        output = self._serve(*args, **kwargs)
+                    return self._cuda_graphs.copy_out(output)
             finally:
                 self._lock.release()
 
