@@ -340,20 +340,23 @@ def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["as they come", "checkpointed", pytest.param("min", marks=pytest.mark.slow)])
-def test_dropped_items_are_stocks_in_every_step_and_under_every_plan(how: str, tools: Any) -> None:
+def test_dropped_items_are_stocks_in_every_step_and_under_every_plan(
+    how: str, device: str, tools: Any
+) -> None:
     """With p = 0.5 another mask would change loss and gradients by their own size."""
     case = Case(options={"lora_dropout": 0.5})
-    ours, theirs = make_adapted(tools, case), make_adapted(tools, case)
+    ours, theirs = make_adapted(tools, case).to(device), make_adapted(tools, case).to(device)
     if how == "checkpointed":
         for model in (ours, theirs):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
     fxopt.optimize(ours, memory_budget="min" if how == "min" else "auto")
-    batch = tools.make_batch((2, 24), padded="right", device="cpu")
+    batch = tools.make_batch((2, 24), padded="right", device=device)
+    rng_state = torch.cuda.get_rng_state if device == "cuda" else torch.get_rng_state
     losses: list[float] = []
     torch.manual_seed(3)
     steps = [tools.run_step(ours, batch) for _ in range(3)]
-    after = torch.get_rng_state()
+    after = rng_state()
     torch.manual_seed(3)
     for step in steps:
         stock = tools.run_step(theirs, batch)
@@ -362,7 +365,7 @@ def test_dropped_items_are_stocks_in_every_step_and_under_every_plan(how: str, t
         assert step.gradients.keys() == stock.gradients.keys()
         for parameter, gradient in stock.gradients.items():
             assert tools.relative(step.gradients[parameter], gradient) < 1e-4, parameter
-    assert after.equal(torch.get_rng_state())
+    assert after.equal(rng_state())
     assert len(set(losses)) == 3  # each step dropped other items
     report = fxopt.explain(ours)
     assert {region.status for region in report.regions if region.kind == "block"} == {"captured"}
