@@ -62,6 +62,8 @@ CALLER = "_wrapped_call_impl"
 """The code that reads the slot."""
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
+CHILDREN = "_modules"
+"""The dictionary of the modules right inside a module."""
 
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
