@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.hooks import Hooks, find_hooks, has_hooks, idle_hooks_hidden
+from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, idle_hooks_hidden
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
@@ -68,6 +68,7 @@ class BlockCalls:
             if partial
             else None
         )
+        self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self.broken_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
 
@@ -80,7 +81,11 @@ class BlockCalls:
         """Run one block: compiled where fxopt serves the call, else stock."""
         if not torch.is_grad_enabled():
             return torch_compat.stock_call(block, *args, **kwargs)
-        hooks = find_hooks(block)
+        if block not in self._inner_hooks:
+            self._inner_hooks[block] = InnerHooks(block)
+        hooks = self._inner_hooks[block].find()
+        if hooks.live is not None:
+            self.ledger.hooked = type(hooks.live).__name__
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
@@ -188,7 +193,7 @@ class BlockCalls:
         if self._planner is not None:
             self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
             variant = self._planner.find_variant(path, self._asked[0])
-        graphed = variant is None and self._cuda_graphs.are_used
+        graphed = self._cuda_graphs.are_used
         if (variant, graphed) not in self._compiled:
             backend = self._make_backend(self._make_mark(variant), graphed)
             frame = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
