@@ -19,6 +19,7 @@ from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.installation import (
     Installation,
     check_model,
+    check_on_device,
     check_uncompiled,
     find_installation,
     slots_emptied,
@@ -26,9 +27,9 @@ from fxopt.capture.installation import (
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.lowering import choose_lowering, is_on_gpu, name_of, run_uncompiled
 from fxopt.capture.model_call import REGION
-from fxopt.capture.modules import tensors_of
+from fxopt.capture.regions import find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
-from fxopt.capture.small_inputs import run_on_small_inputs
+from fxopt.capture.small_inputs import check_example_inputs, run_on_small_inputs
 from fxopt.capture.torch_compat import plain_backend, trace_joint
 from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
@@ -215,23 +216,20 @@ def optimize(
         memory_budget=check_budget(memory_budget),
         plan=check_plan(plan, memory_budget),
     )
-    model = check_model(model)
-    if any(tensor.is_meta for tensor in tensors_of(model)):
-        raise FxoptError(
-            f"model: {type(model).__name__} is on the meta device, expected weights on a real device\n"
-            "load or initialize the weights first; fxopt.explain(model) works on meta"
-        )
+    model = check_on_device(check_model(model))
+    check_example_inputs(example_inputs)
     check_uncompiled(model)
     installed = find_installation(model)
-    if installed is not None and installed.model is model and installed.options == options:
+    differs = "" if installed is None else _find_difference(installed, model, options)
+    if installed is not None and not differs:
         return model
     if options.strict:
         _check_strictly(report_on_small_inputs(model, options, example_inputs))
     while installed is not None:
-        how = "with other options" if installed.model is model else f"as {type(installed.model).__name__}"
-        log.warning("%s was optimized %s: restored, optimized anew", type(model).__name__, how)
+        log.warning("%s was optimized %s: restored, optimized anew", type(model).__name__, differs)
         installed.remove()
         installed = find_installation(model)
+        differs = "" if installed is None else _find_difference(installed, model, options)
     installation = new_installation(model, options)
     for note in installation.ledger.notes:
         log.warning("%s", note)
@@ -239,6 +237,15 @@ def optimize(
     if options.lowering != "plain":
         start_warming(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     return model
+
+
+def _find_difference(installed: Installation, model: nn.Module, options: Options) -> str:
+    """Return how `model` was optimized, if not as it is now and with `options`; "" where that would change nothing."""
+    if installed.model is not model:
+        return f"as {type(installed.model).__name__}"
+    if installed.regions != find_regions(model):
+        return "with other blocks than it has now"
+    return "" if installed.options == options else "with other options"
 
 
 def plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -82,22 +82,42 @@ class InnerHooks:
                     self._inside.append(child.__dict__)
 
 
+Hidden = list[tuple[nn.Module, str, Any]]
+"""Hook dictionaries taken off modules: module, name of the dictionary, and it itself."""
+
+
+def hide_hooks(modules: Iterable[nn.Module], *, but_live: bool = False) -> Hidden:
+    """Put an empty dictionary in the place of each that holds hooks, so that Dynamo sees none, and return these.
+
+    `but_live` leaves those that hold a hook which would run at this call.
+    """
+    hidden: Hidden = []
+    for module in modules:
+        if not torch_compat.carries_hooks(module):
+            continue
+        for name in torch_compat.HOOK_DICTS:
+            hooks = getattr(module, name)
+            if hooks and not (but_live and any(map(_is_live, hooks.values()))):
+                hidden.append((module, name, hooks))
+    for module, name, hooks in hidden:
+        module.__dict__[name] = type(hooks)()
+    return hidden
+
+
+def show_hooks(hidden: Hidden) -> None:
+    """Put back what `hide_hooks` has taken off."""
+    for module, name, hooks in hidden:
+        module.__dict__[name] = hooks
+
+
 @contextlib.contextmanager
 def idle_hooks_hidden(module: nn.Module) -> Iterator[None]:
     """Hide the hooks inside `module` that do nothing at this call, so that Dynamo need not trace them."""
-    hidden: list[tuple[nn.Module, str, Any]] = []
-    for inner in module.modules():
-        for name in torch_compat.HOOK_DICTS:
-            hooks = getattr(inner, name)
-            if hooks and not any(_is_live(hook) for hook in hooks.values()):
-                hidden.append((inner, name, hooks))
-    for inner, name, hooks in hidden:
-        inner.__dict__[name] = type(hooks)()
+    hidden = hide_hooks(module.modules(), but_live=True)
     try:
         yield
     finally:
-        for inner, name, hooks in hidden:
-            inner.__dict__[name] = hooks
+        show_hooks(hidden)
 
 
 def _is_live(hook: Any) -> bool:

@@ -312,6 +312,25 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
+def check_on_device(model: nn.Module) -> nn.Module:
+    """Return `model` if no parameter or buffer of it is on the meta device.
+
+    Raises:
+        FxoptError: one is; where not all are, the text names it.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    missing = [name for name, tensor in named if tensor.is_meta]
+    if missing:
+        some = (
+            f"{missing[0]} of {type(model).__name__}" if len(missing) < len(named) else type(model).__name__
+        )
+        raise FxoptError(
+            f"model: {some} is on the meta device, expected weights on a real device\n"
+            "load or initialize the weights first; fxopt.explain(model) works on meta"
+        )
+    return model
+
+
 def check_uncompiled(model: nn.Module) -> None:
     """Check that nobody but fxopt compiles `model` or a module of it.
 

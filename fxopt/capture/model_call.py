@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.hooks import has_hooks
+from fxopt.capture.hooks import Hidden, has_hooks, hide_hooks, show_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
@@ -73,6 +74,7 @@ class ModelCall:
         self._trunk = Trunk(model)
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
+        self._hidden: Hidden = []
 
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
@@ -176,7 +178,11 @@ class ModelCall:
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:
-            with self._leaves(), torch_compat.tensors_left_unlisted(self._around):
+            with (
+                self._leaves(),
+                torch_compat.tensors_left_unlisted(self._around),
+                self._hooks_hidden(),
+            ):
                 return self.compiled(self.model, self._count_eager, args, kwargs)
         finally:
             self._arguments = previous
@@ -206,6 +212,26 @@ class ModelCall:
             for block in self.blocks:
                 block.__dict__.pop(torch_compat.CALL, None)
 
+    @contextlib.contextmanager
+    def _hooks_hidden(self) -> Iterator[None]:
+        """Hide from Dynamo the hooks on the modules around the blocks: the trunk, which is stock Python, runs them.
+
+        What they do is theirs, and need not be captured: PEFT's makes the embedding's result require a gradient,
+        which Dynamo refuses to follow.
+        """
+        around = [module for module in walk(self.model, but=self.blocks) if module is not self.model]
+        self._hidden = hide_hooks(around)
+        try:
+            yield
+        finally:
+            self._show_hooks()
+
+    def _show_hooks(self) -> tuple[nn.Module, ...]:
+        """Put the hooks back, and return the modules that carry one which would run at this call."""
+        hidden, self._hidden = self._hidden, []
+        show_hooks(hidden)
+        return tuple(dict.fromkeys(module for module, _, _ in hidden if has_hooks(module)))
+
     def call_block(
         self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -222,7 +248,7 @@ class ModelCall:
         """
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
-        modules = [weakref.ref(module) for module in find_tail_modules(self.model, tail.graph)]
+        before = weakref.WeakSet(find_trunk_modules(self.model, tail))
         on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
         leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
@@ -243,10 +269,11 @@ class ModelCall:
         def run(*captured_args: Any) -> Any:
             this = find_self()
             assert this is not None, "the model is gone, expected it to make this call"
-            for find_module in modules:
-                module = find_module()
-                if module is not None and has_hooks(module):
-                    raise TailMismatch(f"a hook sits on the {type(module).__name__} after the blocks")
+            for module in this._show_hooks():
+                if module not in before:
+                    raise TailMismatch(
+                        f"a hook sits on the {type(module).__name__}, which does not run before the blocks only"
+                    )
             this.ledger.hooked = ""
             if on_meta:
                 calls = rehearse(rehearsed)
@@ -283,13 +310,18 @@ def find_around(model: nn.Module, blocks: frozenset[nn.Module]) -> tuple[nn.Modu
     )
 
 
-def find_tail_modules(model: nn.Module, tail: fx.GraphModule) -> tuple[nn.Module, ...]:
-    """Return the modules whose calls the tail holds, `model` itself left out."""
+def find_trunk_modules(model: nn.Module, tail: Tail) -> frozenset[nn.Module]:
+    """Return the modules whose calls the captured model holds before its last block, and `tail` does not."""
+    captured = tail.calls[-1].graph.nodes
+    trunk = itertools.takewhile(lambda node: node is not tail.calls[-1], captured)
     named = {path: module for module, path in walk(model).items()}
-    paths: set[str] = set()
-    for node in tail.graph.nodes:
-        paths.update(modules_of(node))
-    return tuple(named[path] for path in sorted(paths) if path and path in named)
+    paths = _modules_called(trunk) - _modules_called(tail.graph.graph.nodes)
+    return frozenset(named[path] for path in paths if path in named)
+
+
+def _modules_called(nodes: Iterable[fx.Node]) -> set[str]:
+    """Return the paths of the modules that compute `nodes`; a placeholder stands where it was first read."""
+    return {path for node in nodes if node.op != "placeholder" for path in modules_of(node)}
 
 
 def find_asked_output(model: nn.Module, blocks: frozenset[nn.Module], kwargs: dict[str, Any]) -> str | None:

@@ -14,18 +14,27 @@ TOKENS = (2, 16)
 """Batch and sequence length of the inputs fxopt makes."""
 
 
+def check_example_inputs(example_inputs: object) -> None:
+    """Check that `example_inputs` are a dict, or None.
+
+    Raises:
+        FxoptError: they are something else.
+    """
+    if example_inputs is not None and not isinstance(example_inputs, dict):
+        raise FxoptError(
+            f"example_inputs: expected a dict of the forward's keyword arguments, got {type(example_inputs).__name__}\n"
+            "name each argument, e.g. {'input_ids': ids, 'labels': ids}"
+        )
+
+
 def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
     """Run `model` once in training mode; training flags, buffers and random states are put back.
 
     Raises:
         FxoptError: no inputs could be made, or the model fails on them.
     """
+    check_example_inputs(example_inputs)
     inputs = make_small_inputs(model) if example_inputs is None else example_inputs
-    if not isinstance(inputs, dict):
-        raise FxoptError(
-            f"example_inputs: expected a dict of the forward's keyword arguments, got {type(inputs).__name__}\n"
-            "name each argument, e.g. {'input_ids': ids, 'labels': ids}"
-        )
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     held = {tensor.device for tensor in (*model.parameters(), *model.buffers())}

@@ -25,6 +25,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._functorch import config as functorch_config
+from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import log_state
 from torch._subclasses import fake_tensor
@@ -454,6 +455,16 @@ def allow_other_strides(gm: torch.fx.GraphModule) -> None:
         gm.recompile()
 
 
+def _donate_nothing() -> None:
+    """Say of the graphs being compiled that backward overwrites none of what forward saved, so that it may run twice.
+
+    AOTAutograd allows it to, and then refuses `retain_graph=True`; nodes that run one by one never do.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+
+
 def plain_backend(
     gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
@@ -464,6 +475,7 @@ def plain_backend(
 
     def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
         allow_other_strides(graph)
+        _donate_nothing()
         return make_boxed_func(graph.forward)
 
     held = held_by_model(gm)

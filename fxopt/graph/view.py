@@ -32,6 +32,8 @@ FXOPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.
 MODULES_FOLDER = os.path.join(TORCH_FOLDER, "nn", "modules") + os.sep
 CALLING = os.sep + "module.py"
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+CHILDREN = re.compile(r"""(\.__dict__\[['"]_modules['"]\]|\._modules\b)""")
+"""How Dynamo reaches a module in another: in two ways, the first where that one has a `__getattr__` of its own."""
 SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]+)['"]?\]""")
 
 INLINED = frozenset(
@@ -125,6 +127,9 @@ def module_of(node: fx.Node) -> str:
     >>> node.meta["nn_module_stack"] = {"1": ("L['self'].model.layers[0].mlp", object)}
     >>> module_of(node)
     'model.layers.0.mlp'
+    >>> node.meta["nn_module_stack"] = {"1": ("L['self'].__dict__['_modules']['base'].head", object)}
+    >>> module_of(node)
+    'base.head'
     """
     return next(reversed(modules_of(node)), "")
 
@@ -136,7 +141,7 @@ def modules_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def _module_path(path: str) -> str:
-    path = SUBSCRIPT.sub(r".\1", path.replace("._modules", ""))
+    path = SUBSCRIPT.sub(r".\1", CHILDREN.sub("", path))
     parts = [part for part in path.split(".") if part]
     # A Dynamo path starts with "L" or "G" and the name of the local that holds the root.
     return ".".join(parts[2:] if parts and parts[0] in ("L", "G") else parts)

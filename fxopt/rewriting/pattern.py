@@ -133,7 +133,7 @@ def _holds(match: Match) -> Mismatch | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pattern:
     """A rewrite rule and its own proofs.
 
@@ -154,6 +154,9 @@ class Pattern:
     mutations: Callable[[torch.device], Iterable[tuple[str, Example]]] = _no_examples
     source: str = ""
     backend: Callable[[Match], Callable[[], str]] | None = None
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.name!r})"
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import logging
 import sys
 import time
@@ -135,6 +136,40 @@ def test_unknown_options_name_the_nearest_valid_ones(options, message):
     with pytest.raises(fxopt.FxoptError, match=message):
         fxopt.optimize(model, **options)
     assert slots(model) == 0
+
+
+def test_a_single_weight_on_meta_is_named():
+    model = llama()
+    model.lm_head.to("meta")
+    with pytest.raises(
+        fxopt.FxoptError, match=r"model: lm_head\.weight of LlamaForCausalLM is on the meta device"
+    ):
+        fxopt.optimize(model)
+    assert slots(model) == 0
+
+
+def test_example_inputs_that_are_no_dict_are_refused_though_nothing_reads_them_yet():
+    model = llama()
+    with pytest.raises(fxopt.FxoptError, match="example_inputs: expected a dict of the forward's keyword"):
+        fxopt.optimize(model, example_inputs=[IDS])
+    assert slots(model) == 0
+
+
+def test_blocks_put_in_since_are_trained_right_and_optimizing_again_makes_regions_of_them(caplog):
+    model, stock = fxopt.optimize(llama()), llama()
+    assert_steps_as(model, stock)
+    for each in (model, stock):
+        added = copy.deepcopy(each.model.layers[0])
+        added.self_attn.layer_idx = len(each.model.layers)
+        each.model.layers.append(added)
+        each.config.num_hidden_layers += 1
+    assert_steps_as(model, stock)
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        fxopt.optimize(model)
+    assert "was optimized with other blocks than it has now: restored, optimized anew" in caplog.text
+    assert_steps_as(model, stock)
+    (blocks,) = {site.count for site in fxopt.explain(model).sites if site.pattern == "glu"}
+    assert blocks == len(model.model.layers)
 
 
 def test_optimizing_twice_is_a_no_op_and_other_options_start_anew(caplog):

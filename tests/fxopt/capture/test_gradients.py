@@ -111,6 +111,21 @@ def test_a_graph_that_writes_in_place_counts_as_reached():
     assert find_partial_reach(make(True)) == {}
 
 
+def test_backward_may_run_twice_over_a_graph_that_is_kept(twins, install, assert_same_step):
+    model, stock = twins()
+    install(model)
+    assert_same_step(model, stock)
+    ids = torch.randint(1, 256, (2, 16))
+    for each in (model, stock):
+        each.zero_grad()
+        loss = each(input_ids=ids, labels=ids).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert all(
+        torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), stock.parameters(), strict=True)
+    )
+
+
 def test_a_second_derivative_says_which_region_has_none_and_what_to_do(twins, install, assert_same_step):
     model, stock = twins()
     install(model)

@@ -178,6 +178,44 @@ def test_module_paths_of_nodes_read_as_in_the_model():
         assert modules_of(node) == ("", "layers.0.mlp")
 
 
+def test_module_paths_read_so_below_a_module_that_finds_attributes_itself():
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+        def __getattr__(self, name: str) -> object:
+            return super().__getattr__(name)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    paths: set[str] = set()
+
+    def note(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        paths.update(path for node in gm.graph.nodes for path in modules_of(node))
+        return gm.forward
+
+    torch.compile(Wrapper(), backend=note)(torch.ones(2))
+    assert {"inner", "inner.0"} <= paths, f"Dynamo names modules in another way: {sorted(paths)}"
+
+
+def test_nodes_run_one_by_one_let_backward_run_twice():
+    x = torch.ones(3, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.exp().sin().sum()
+
+    compiled = torch_compat.compile_frame(function, torch_compat.plain_backend, fullgraph=True)
+    compiled(x).backward()
+    loss = compiled(x)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert x.grad is not None
+    (once,) = torch.autograd.grad(function(x), x)
+    torch.testing.assert_close(x.grad, 3 * once, msg="AOTAutograd's bw_donated_idxs moved")
+
+
 def test_plain_lowering_saves_no_more_than_stock_and_differentiates():
     def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
         return ((torch.sigmoid(x * w) + x.tanh()).sum(),)
