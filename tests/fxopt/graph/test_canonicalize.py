@@ -143,7 +143,7 @@ INPLACE = {
     "a read before": ((PLAIN,), read_before, ["mul", ".exp", "mul", "mul", "mul"]),
     "activation": ((PLAIN,), lambda x: F.relu(x + 1, inplace=True) * 2, ["add", "relu", "mul"]),
     "write through a view stays": ((PLAIN,), mutate_view, ["add", "getitem", ".mul_", "mul"]),
-    "a read afterwards stays": ((PLAIN,), read_after, ["add", ".mul_", "mul"]),
+    "a read afterwards": ((PLAIN,), read_after, ["add", "mul", "mul"]),
     "a read of an alias stays": ((PLAIN,), read_alias_after, ["add", ".view", "iadd", "mul", "mul"]),
     "rounding to the narrower dtype stays": ((HALF,), narrow, ["mul", "ones", "iadd", ".sin"]),
     "write to an input stays": ((PLAIN,), mutate_input, ["iadd", "mul"]),
