@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.graph.arguments import same_size
+from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.kernels.experts import experts as fused_experts
 from fxopt.kernels.glu import glu as fused_glu
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
@@ -72,7 +73,7 @@ def _in_order(x: Term, ids: Term, weights: Term) -> Term:
         return maybe(lambda inner: masked_fill(inner, has_no_expert, 0), value, "is_masked")
 
     def product(value: Term, name: str) -> Term:
-        found = grouped_mm(maybe(cast, value), tensor(f"w_{name}"), ends)
+        found = named(f"{name}_product", grouped_mm(maybe(cast, value), tensor(f"w_{name}"), ends))
         return maybe(lambda inner: inner + tensor(f"b_{name}")[known_ids], found)
 
     source = operation(operator.floordiv, rows, number("num_choices"))
@@ -94,6 +95,7 @@ def _by_copies(x: Term, ids: Term, weights: Term) -> Term:
             left=operation(torch.squeeze, matmul(w, unsqueeze(value, -1)), dim=-1),
             right=operation(torch.squeeze, matmul(unsqueeze(value, -2), w), dim=-2),
         )
+        found = named(f"{name}_product", found)
         return maybe(lambda inner: inner + tensor(f"b_{name}")[ids], found)
 
     repeated = operation(torch.repeat_interleave, x, number("num_choices"), dim=-2)
@@ -123,10 +125,10 @@ def check(m: Match) -> Mismatch | None:
             f"rows are summed in the shape {list(shape)}, expected [{x.shape[0]}, {num_choices}, H]",
             "choices",
         )
-    tensors = [name for name in ("w_up", "w_down", "b_up", "b_down") if m[name] is not None]
+    tensors = [name for name in ("up_product", "down_product", "b_up", "b_down") if m[name] is not None]
     dtypes = {m.example(name).dtype for name in tensors}
     if len(dtypes) > 1 or not w_up.is_floating_point():
-        return m.fail(f"weights of {len(dtypes)} dtypes, expected floats of one", "w_up")
+        return m.fail(f"products and biases of {len(dtypes)} dtypes, expected floats of one", "w_up")
     if w_up.dim() != 3 or w_down.dim() != 3:
         return m.fail(f"weights of {w_up.dim()} and {w_down.dim()} dims, expected 3", "w_up")
     ranks = [m.example(name).dim() for name in ("b_up", "b_down") if m[name] is not None]
@@ -142,10 +144,12 @@ def _one_more(last: Any) -> Any:
 def replace(m: Match) -> Call:
     """Return one call of the fused op, its result in the dtype of stock's."""
     attributes = {name: value for name, value in m["unit"].kwargs.items() if name in FORM}
-    weights = [
-        call(torch.transpose, m[name], dim0=-2, dim1=-1) if m[f"{side}_side"] == "left" else m[name]
-        for name, side in (("w_up", "up"), ("w_down", "down"))
-    ]
+    weights: list[Any] = []
+    for side in ("up", "down"):
+        w, dtype = m[f"w_{side}"], m.example(f"{side}_product").dtype
+        if m.example(f"w_{side}").dtype != dtype:
+            w = call(cast_tensor, w, dtype=dtype)  # as autocast does
+        weights.append(call(torch.transpose, w, dim0=-2, dim1=-1) if m[f"{side}_side"] == "left" else w)
     return call(
         fused_experts,
         m["x"],

@@ -3,6 +3,7 @@
 `fxopt::experts_up` computes a, `fxopt::experts_down` the rest: a plan may have the first computed again in backward.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ from fxopt.kernels.glu import LAYOUTS, Form
 from fxopt.kernels.launch import can_launch, register_gradient, register_op
 
 ORDER_TENSORS = 3
+
+
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` as it computes where autocast is on: the op's own products are in the dtypes it is given."""
+
+    def run_without(first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return run(first, *others)
+
+    return run_without
 
 
 def _fused_up(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -127,8 +138,8 @@ _ATTRIBUTES = (
 )
 up_op = register_op(
     f"experts_up(Tensor x, Tensor w, Tensor? bias, {_ORDER}) -> Tensor",
-    plain=plain_up,
-    fused=_fused_up,
+    plain=_without_autocast(plain_up),
+    fused=_without_autocast(_fused_up),
     fake=_new_up,
     flops=_up_flops,
     workspace=_up_workspace,
@@ -136,8 +147,8 @@ up_op = register_op(
 up_backward_op = register_op(
     f"experts_up_backward(Tensor da, Tensor x, Tensor w, {_ORDER}, bool need_x, bool need_w, bool need_bias)"
     " -> (Tensor, Tensor, Tensor)",
-    plain=plain_up_backward,
-    fused=_fused_up_backward,
+    plain=_without_autocast(plain_up_backward),
+    fused=_without_autocast(_fused_up_backward),
     fake=_new_up_gradients,
     flops=_up_backward_flops,
     workspace=_up_backward_workspace,
@@ -145,8 +156,8 @@ up_backward_op = register_op(
 down_op = register_op(
     f"experts_down(Tensor a, Tensor w, Tensor? bias, Tensor weights, {_ORDER}, {_ATTRIBUTES}, "
     "SymInt num_tokens, ScalarType dtype) -> Tensor",
-    plain=plain_down,
-    fused=_fused_down,
+    plain=_without_autocast(plain_down),
+    fused=_without_autocast(_fused_down),
     fake=_new_down,
     flops=_down_flops,
     workspace=_down_workspace,
@@ -154,8 +165,8 @@ down_op = register_op(
 down_backward_op = register_op(
     f"experts_down_backward(Tensor dy, Tensor a, Tensor w, Tensor? bias, Tensor weights, {_ORDER}, {_ATTRIBUTES}, "
     "bool need_a, bool need_w, bool need_bias, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)",
-    plain=plain_down_backward,
-    fused=_fused_down_backward,
+    plain=_without_autocast(plain_down_backward),
+    fused=_without_autocast(_fused_down_backward),
     fake=_new_down_gradients,
     flops=_down_backward_flops,
     workspace=_down_backward_workspace,
