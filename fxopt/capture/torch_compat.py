@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture import joint_passes
 from fxopt.capture.planning import Mark, held_by_model
+from fxopt.capture.rehearsal import compile_kernels
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.graph.view import results_of
 
@@ -61,6 +62,8 @@ CALLER = "_wrapped_call_impl"
 """The code that reads the slot."""
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
+CHILDREN = "_modules"
+"""The dictionary of the modules right inside a module."""
 
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
@@ -350,6 +353,21 @@ def is_recorded() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
+copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+"""Copies each tensor of the second list into that of the first, in few launches."""
+
+
+def packs_saved_tensors() -> bool:
+    """Return whether what autograd saves right now goes to hooks: checkpointed, or kept elsewhere."""
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def num_unrecorded() -> int:
+    """Return how many compiled graphs Inductor declined to record as CUDA graphs, in this process."""
+    return dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
 def has_global_hooks() -> bool:
     """Return whether hooks for all modules of the process are registered."""
     return bool(
@@ -410,9 +428,9 @@ def allow_other_strides(gm: torch.fx.GraphModule) -> None:
 
 
 def plain_backend(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
-    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node."""
+    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node, never `graphed`."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.partitioners import default_partition
@@ -495,16 +513,22 @@ def load_inductor() -> None:
 
 
 def inductor_backend(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
-    """Return `gm` compiled by Inductor, with the model's rounding points kept.
+    """Return `gm` compiled by Inductor, with the model's rounding points kept; `graphed` by CUDA graphs.
 
     A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
     it still comes from Inductor's cache.
     """
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm))}
+    patches = {
+        "emulate_precision_casts": True,
+        "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm)),
+        "triton.cudagraphs": graphed,
+    }
+    if graphed:
+        patches["graph_partition"] = False  # a graph is replayed whole, or not at all
     caching = {} if mark is None else {"enable_autograd_cache": False}
     with functorch_config.patch(caching):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
@@ -522,6 +546,7 @@ class JointPasses(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes over `graph`."""
         self._plan = joint_passes.prepare_joint(graph, self._mark, self._held)
+        compile_kernels(graph)
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""
