@@ -92,8 +92,8 @@ def _by_copies(x: Term, ids: Term, weights: Term) -> Term:
         w = tensor(f"w_{name}")[ids]
         found = choice(
             f"{name}_side",
-            left=operation(torch.squeeze, matmul(w, unsqueeze(value, -1)), dim=-1),
-            right=operation(torch.squeeze, matmul(unsqueeze(value, -2), w), dim=-2),
+            left=_only_one(matmul(w, unsqueeze(value, -1)), -1),
+            right=_only_one(matmul(unsqueeze(value, -2), w), -2),
         )
         found = named(f"{name}_product", found)
         return maybe(lambda inner: inner + tensor(f"b_{name}")[ids], found)
@@ -101,6 +101,12 @@ def _by_copies(x: Term, ids: Term, weights: Term) -> Term:
     repeated = operation(torch.repeat_interleave, x, number("num_choices"), dim=-2)
     down = product(_unit_of(product(repeated, "up")), "down")
     return down * unsqueeze(weights, -1)
+
+
+def _only_one(rows: Term, dim: int) -> Term:
+    """Return `rows` without the dim of size 1 that a vector was given for a product."""
+    picked = rows[..., 0] if dim == -1 else rows[..., 0, :]
+    return either(operation(torch.squeeze, rows, dim=dim), picked)
 
 
 def _unit_of(up: Term) -> Term:
@@ -252,6 +258,18 @@ def _copied(
     return run
 
 
+def _picked(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *matrices: torch.Tensor
+) -> torch.Tensor:
+    """Return experts by copies, in another spelling."""
+    w_up, w_down = matrices
+    names = ids.flatten()
+    rows = x.repeat_interleave(NUM_CHOICES, 0)
+    up, gate = torch.bmm(rows[:, None], w_up.mT[names])[:, 0].split(w_down.shape[-1], -1)
+    rows = (w_down[names] @ (up * F.gelu(gate))[:, :, None])[..., 0]
+    return (weights.flatten()[:, None] * rows).unflatten(0, (-1, NUM_CHOICES)).sum(-2)
+
+
 def _inputs(
     device: torch.device,
     dtype: torch.dtype,
@@ -291,6 +309,7 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     wide = _inputs(device, half)
     weights = torch.rand(9, NUM_CHOICES, device=device, requires_grad=True)
     yield "in order, weights in fp32", (_ordered(), (*wide[:2], weights, *wide[3:]))
+    yield "by copies, picked", (_picked, _inputs(device, torch.float32))
     for dtype in (half, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield f"by copies, {name}", (_copied(), _inputs(device, dtype))
