@@ -5,6 +5,7 @@ from fxopt.patterns.add_rms_norm import ADD_RMS_NORM
 from fxopt.patterns.attention import ATTENTION
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.dequantize_4bit import DEQUANTIZE_4BIT
+from fxopt.patterns.experts import EXPERTS
 from fxopt.patterns.glu import GLU
 from fxopt.patterns.join_lora_linear import JOIN_LORA_LINEAR
 from fxopt.patterns.layer_norm import LAYER_NORM
@@ -25,6 +26,7 @@ ALL = (
     NORM_ROPE,
     ATTENTION,
     GLU,
+    EXPERTS,  # reads the unit that stands between its products
     ACTIVATION,
     LINEAR_CROSS_ENTROPY,
     CROSS_ENTROPY,
@@ -37,6 +39,7 @@ __all__ = [
     "ATTENTION",
     "CROSS_ENTROPY",
     "DEQUANTIZE_4BIT",
+    "EXPERTS",
     "GLU",
     "JOIN_LORA_LINEAR",
     "LAYER_NORM",

@@ -63,12 +63,21 @@ ALLOWED: dict[str, set[str]] = {
 }
 APART = {
     "patterns": {"dropped", "logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
-    "kernels": {"activations", "dequantize_4bit", "launch", "launcher", "rms_norm", "rope", "row_loss"},
+    "kernels": {
+        "activations",
+        "dequantize_4bit",
+        "glu",
+        "launch",
+        "launcher",
+        "rms_norm",
+        "rope",
+        "row_loss",
+    },
 }
 """Folders whose files never import each other, but for the shared ones named; `__init__` gathers them.
 
 The kernels of rms_norm also serve add_rms_norm, its tiles layer_norm; parts of both rms_norm and rope norm_rope;
-lora_linear decodes the four-bit weights that it multiplies by.
+lora_linear decodes the four-bit weights that it multiplies by; experts computes a unit between two products.
 """
 
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"}

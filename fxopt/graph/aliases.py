@@ -53,6 +53,14 @@ class Aliases:
             for key in self.keys_of(holder):
                 self.holders[key].append(holder)
 
+    def adopt(self, node: fx.Node, like: fx.Node) -> None:
+        """Let the value of `node`, which had none, be that of `like`, in the same memory."""
+        node.meta["example_value"] = like.meta["example_value"].detach()
+        for key in self._keys.pop(node, frozenset()):
+            self.holders[key].remove(node)
+        for key in self.keys_of(node):
+            self.holders[key].append(node)
+
     def is_mutated(self, node: fx.Node) -> bool:
         """Return whether anything in the graph may write to memory that `node` reads."""
         return not self._mutated.isdisjoint(self.keys_of(node))

@@ -7,6 +7,7 @@ from torch import fx
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.cse import merge_equal_nodes
 from fxopt.graph.edit import Editor
+from fxopt.graph.grouped import name_grouped_products
 from fxopt.graph.identities import remove_identities, remove_returned_inputs
 from fxopt.graph.inplace import make_pure
 from fxopt.graph.purity import is_pure
@@ -44,6 +45,7 @@ def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
     make_pure(graph)
     editor = Editor(graph, Aliases(graph), prefix)
     unfold_quantized_products(gm, editor)
+    name_grouped_products(editor)
     unify_spelling(editor)
     remove_returned_inputs(editor)
     remove_identities(editor)

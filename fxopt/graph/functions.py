@@ -144,6 +144,23 @@ def _attention(node: fx.Node, editor: Editor) -> Form | None:
     return Form(F.scaled_dot_product_attention, args, kwargs)
 
 
+def _sort(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", dim=-1, descending=False, stable=False)
+    if bound is None or not is_tensor(bound["x"]) or rank_of(bound["x"]) == 0:
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    kwargs = {"dim": dim, "descending": bound["descending"], "stable": bool(bound["stable"])}
+    return None if dim is None else Form(torch.sort, (bound["x"],), kwargs)
+
+
+def _cumsum(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", dtype=None)
+    if bound is None or not is_tensor(bound["x"]) or rank_of(bound["x"]) == 0:
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    return None if dim is None else Form(torch.cumsum, (bound["x"],), {"dim": dim, "dtype": bound["dtype"]})
+
+
 def _as_tuple(shape: Any) -> Any:
     return tuple(shape) if isinstance(shape, list | tuple) else shape
 
@@ -163,4 +180,6 @@ RULES: dict[str, Rule] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "scaled_dot_product_attention": _attention,
+    "sort": _sort,
+    "cumsum": _cumsum,
 }

@@ -247,6 +247,16 @@ def _pad(node: fx.Node, editor: Editor) -> Form | None:
     return Form(F.pad, (bound["x"],), kwargs)
 
 
+def _repeat_interleave(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "repeats", dim=None, output_size=None)
+    if bound is None or not is_tensor(bound["x"]) or not is_integer(bound["repeats"]):
+        return None
+    dim = None if bound["dim"] is None else from_last(bound["dim"], rank_of(bound["x"]))
+    return (
+        None if dim is None else Form(torch.repeat_interleave, (bound["x"], bound["repeats"]), {"dim": dim})
+    )
+
+
 RULES: dict[str, Rule] = {
     "view": _reshape,
     "reshape": _reshape,
@@ -271,4 +281,5 @@ RULES: dict[str, Rule] = {
     "chunk": _chunk,
     "split": _split,
     "pad": _pad,
+    "repeat_interleave": _repeat_interleave,
 }

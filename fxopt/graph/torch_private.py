@@ -22,6 +22,9 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 REGISTERED = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 """The kinds of ops that are registered with torch, by torch itself or by a library."""
 
+GROUPED_PRODUCTS = frozenset({"grouped_mm", "_grouped_mm"})
+"""The names of torch's product of rows in groups: the public one is captured as the private one that it calls."""
+
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
 SET_GRAD = torch._C._set_grad_enabled

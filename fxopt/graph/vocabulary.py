@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NESTED_BLOCKSIZE = 256
+LOOP_OVER_GROUPS = "transformers::grouped_mm_fallback"
+"""The op of a library that computes a grouped product in any dtype."""
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,6 +90,23 @@ def dequantize_4bit(
     return ops.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, stored).to(dtype)
 
 
+def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """Return the rows of `x`, group g of them multiplied by `w[g]`; it ends before row `ends[g]`.
+
+    x: [S, K]; w: [G, K, N]; ends: [G], rising. By torch's own op in bfloat16, else by the library's that models call,
+    else, where there is none, by one product per group over all rows.
+    """
+    if x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, w, offs=ends)
+    library: Any = getattr(torch.ops, LOOP_OVER_GROUPS.partition("::")[0])
+    loop = getattr(library, LOOP_OVER_GROUPS.partition("::")[2], None)
+    if loop is not None:
+        return loop(x, w, ends)
+    group = torch.searchsorted(ends.long(), torch.arange(x.shape[0], device=x.device), right=True)
+    parts = [torch.where((group == place)[:, None], x @ w[place], 0.0) for place in range(w.shape[0])]
+    return torch.stack(parts).sum(0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One op of the vocabulary: `operands` are its positional arguments, `attributes` its keywords.
@@ -131,6 +150,7 @@ OPS: tuple[Op, ...] = (
     Op("glu", F.glu, ("x",), ("dim",)),
     Op("linear", F.linear, ("x", "w", "bias")),
     Op("matmul", torch.matmul, ("a", "b")),
+    Op("grouped_mm", grouped_mm, ("x", "w", "ends")),
     Op(
         "dequantize_4bit",
         dequantize_4bit,
@@ -146,6 +166,9 @@ OPS: tuple[Op, ...] = (
     Op("contiguous", contiguous),
     Op("getitem", operator.getitem, ("x", "index")),
     Op("cat", torch.cat, ("tensors",), ("dim",)),
+    Op("repeat_interleave", torch.repeat_interleave, ("x", "repeats"), ("dim",)),
+    Op("sort", torch.sort, ("x",), ("dim", "descending", "stable")),
+    Op("cumsum", torch.cumsum, ("x",), ("dim", "dtype")),
     Op("stack", torch.stack, ("tensors",), ("dim",)),
     Op("chunk", torch.chunk, ("x",), ("chunks", "dim")),
     Op("split", torch.split, ("x",), ("split_size_or_sections", "dim")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,8 +41,13 @@ def stock_run(match: Match, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
 
 
 def _resize(arguments: Any, stock: fx.Node | Call, sizes: Sizes) -> Any:
-    """Return arguments in which the sizes of a new shape are those of the samples; leading sizes only."""
+    """Return arguments in which the sizes of a new shape are those of the samples; leading sizes only.
+
+    So are the numbers that integers are counted and compared by.
+    """
     args, kwargs = arguments
+    if sizes.numbers and isinstance(stock, fx.Node) and _counts(stock):
+        return tree_map_only(int, lambda number: _resized(number, sizes), (args, kwargs))
     if stock.target is not vocabulary.reshape or not sizes.numbers:
         return args, kwargs
     shape = kwargs["shape"]
@@ -52,6 +58,21 @@ def _resize(arguments: Any, stock: fx.Node | Call, sizes: Sizes) -> Any:
         for place, size in enumerate(shape)
     )
     return args, {**kwargs, "shape": resized}
+
+
+def _resized(number: int, sizes: Sizes) -> int:
+    return number if isinstance(number, bool) else sizes.numbers.get(number, number)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Return whether `node` counts integers into bins, compares or limits them, or lists the first ones."""
+    if node.target in (torch.histc, torch.arange):
+        return True
+    value = (
+        node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], fx.Node) else None
+    )
+    is_integer = isinstance(value, torch.Tensor) and not value.is_floating_point()
+    return is_integer and node.target in (torch.clamp, operator.ge)
 
 
 def _recast(arguments: Any, dtype: torch.dtype | None) -> Any:

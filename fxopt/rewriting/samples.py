@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
+from fxopt.graph.arguments import same_size
 from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import is_tensor
 from fxopt.rewriting.cost import hint_of
@@ -70,7 +72,9 @@ def propose_sizes(match: Match) -> Iterator[Sizes]:
             for a in leading:
                 folded.setdefault(a * (b - shift), numbers[a] * shrunk)
     for size in _leading_sizes(match, floats=False):
-        folded.setdefault(size, min(size, FEW_TOKENS))
+        tokens = max((b for b in numbers if size % b == 0), default=None)  # several things per token
+        repeated = min(size, FEW_TOKENS) if tokens is None else numbers[tokens] * (size // tokens)
+        folded.setdefault(size, repeated)
     yield Sizes({**folded, 1: 1}, small_symbols)
     many = {size: shrunk for size, shrunk in numbers.items() if size > MANY}
     if many:
@@ -89,6 +93,8 @@ def _leading_sizes(match: Match, *, floats: bool) -> list[int]:
         example = node.meta["example_value"]
         if example.is_floating_point() == floats:
             dims = example.shape[:-1] if floats else example.shape
+            if is_stack_of_matrices(node):
+                dims = example.shape[:1]
             sizes.update(dict.fromkeys(size for size in dims if isinstance(size, int) and size > 1))
     return list(sizes)
 
@@ -96,10 +102,11 @@ def _leading_sizes(match: Match, *, floats: bool) -> list[int]:
 def is_weight(node: fx.Node) -> bool:
     """Return whether a node looks like a parameter: a vector or matrix that comes into the graph as it is.
 
-    It may be in codes of eight bits, and be cast or decoded from what came in.
+    It may be in codes of eight bits, and be cast or decoded from what came in. One whose rows are picked by integers
+    counts as tokens do: how many rows there are is no matter.
     """
     example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor) or example.dim() > WEIGHT_RANK:
+    if not isinstance(example, torch.Tensor) or example.dim() > WEIGHT_RANK or _is_indexed(node):
         return False
     if node.op in ("placeholder", "get_attr"):
         return example.is_floating_point() or example.dtype == torch.uint8
@@ -110,6 +117,24 @@ def is_weight(node: fx.Node) -> bool:
         and all(
             source.op in ("placeholder", "get_attr") and is_weight(source) for source in node.all_input_nodes
         )
+    )
+
+
+def is_stack_of_matrices(node: fx.Node) -> bool:
+    """Return whether a node holds one matrix per group of rows: of these there may be fewer."""
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor) or example.dim() != WEIGHT_RANK + 1:
+        return False
+    return _is_indexed(node) or any(
+        user.target is vocabulary.grouped_mm and user.args[1] is node for user in node.users
+    )
+
+
+def _is_indexed(node: fx.Node) -> bool:
+    """Return whether a tensor of integers picks items of `node`."""
+    return any(
+        user.target is operator.getitem and user.args[0] is node and is_tensor(user.args[1])
+        for user in node.users
     )
 
 
@@ -150,6 +175,8 @@ class Sampler:
         self._seed = seed
         self._match = match
         self._sizes = sizes
+        values = (node.meta["example_value"] for node in match.inputs if is_tensor(node))
+        self._lengths = [v.shape[0] for v in values if v.dim() == 1 and not v.is_floating_point()]
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def sample(self, node: fx.Node) -> Any:
@@ -174,9 +201,16 @@ class Sampler:
         example = node.meta["example_value"]
         if is_weight(node):
             return tuple(size if isinstance(size, int) else self._sizes.of(size) for size in example.shape)
-        if not example.is_floating_point() and not example.is_complex():
+        if is_stack_of_matrices(node):
+            return (self._sizes.of(example.shape[0]), *example.shape[1:])
+        is_number = example.is_floating_point() or example.is_complex()
+        if not is_number or self._is_list(example):
             return tuple(self._sizes.of(size) for size in example.shape)
         return self._sizes.of_shape(example.shape)
+
+    def _is_list(self, example: torch.Tensor) -> bool:
+        """Return whether floats are one for each integer of a list of them."""
+        return example.dim() == 1 and any(same_size(example.shape[0], length) for length in self._lengths)
 
     def _floats(self, node: fx.Node, example: torch.Tensor) -> torch.Tensor:
         shape = self._shape(node)
@@ -188,6 +222,8 @@ class Sampler:
         dense = self._normal(tuple(stored), example.dtype, example.device)
         if is_weight(node) and len(shape) == WEIGHT_RANK:
             dense.div_(math.sqrt(shape[-1]))
+        if is_stack_of_matrices(node):
+            dense.div_(math.sqrt(max(shape[1:])))
         dense = dense[..., :: layout.step]
         return dense.permute([layout.order.index(dim) for dim in range(len(shape))]).expand(shape)
 
@@ -195,6 +231,9 @@ class Sampler:
         loss = self._find_loss(node)
         shape = self._shape(node)
         if loss is None:
+            bound = self._find_bound(node)
+            if bound is not None:
+                return (self._uniform(shape, torch.float64, example.device) * bound).to(example.dtype)
             high = 255 if example.dtype == torch.uint8 else 8
             return (self._uniform(shape, torch.float32, example.device) * high + 1).to(example.dtype)
         num_classes = hint_of(loss.args[0].meta["example_value"].shape[-1])
@@ -213,6 +252,20 @@ class Sampler:
                 return inner
             if inner.target in VIEWS and inner.args[0] in labels:
                 labels.add(inner)
+        return None
+
+    def _find_bound(self, node: fx.Node) -> int | None:
+        """Return how many things `node` may name, where its integers count into bins or pick items; else None."""
+        names = {node}
+        for inner in self._match.nodes:
+            if inner.target is torch.histc and inner.args[0] in names:
+                return self._sizes.of(inner.kwargs["bins"])
+            picks = inner.target is operator.getitem and inner.args[1] in names
+            if picks and isinstance(inner.args[0], fx.Node) and is_tensor(inner.args[0]):
+                return self._sizes.of(inner.args[0].meta["example_value"].shape[0])
+            keeps = inner.target in (*VIEWS, torch.sort, torch.clamp) and inner.args[0] in names
+            if keeps and (inner.target is not operator.getitem or inner.args[1] == 0):
+                names.add(inner)
         return None
 
     def _generator(self, device: torch.device) -> torch.Generator:

@@ -366,6 +366,11 @@ def matmul(a: Term, b: Term) -> Operation:
     return operation(torch.matmul, a, b)
 
 
+def grouped_mm(x: Term, w: Term, ends: Term) -> Operation:
+    """Return the rows of `x`, each group of them multiplied by a matrix of its own."""
+    return operation(vocabulary.grouped_mm, x, w, ends)
+
+
 def reshape(x: Term, shape: Any = ...) -> Operation:
     """Return `x` in another shape, in the same order."""
     return operation(vocabulary.reshape, x, shape=shape)

@@ -25,6 +25,7 @@ from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.attention import backward as attention_backward
 from fxopt.kernels.attention import forward as attention_forward
 from fxopt.kernels.attention import launches, masks
+from fxopt.kernels.experts import launches as experts
 from fxopt.kernels.glu import launches as glu
 from fxopt.kernels.glu.form import Form, passes_at_limit
 from fxopt.kernels.launch import num_warps_for
@@ -101,6 +102,34 @@ def glu_builds() -> Iterator[Build]:
                     NEED_GATE=True, NEED_UP=True, NEED_Y=need_y, PASSES_AT_LIMIT=passes_at_limit()
                 )
                 yield glu.glu_backward_kernel, backward, {}, warps, True
+
+
+def experts_builds(arch: int, dtype: str) -> Iterator[Build]:
+    types = dict.fromkeys(("p_rows", "p_places", "p_ends"), "*i32")
+    kind = getattr(torch, dtype)
+    stages = 1 if dtype == "float32" else DEFAULT_STAGES
+    tile, warps = experts.tile_of(kind, arch // 10, gradient=False)
+    for stride in ("w_inner_stride", "w_column_stride"):  # the weight as it is stored, and turned
+        for has_bias in (False, True):
+            form = tile | {"GATHER": has_bias, "HAS_BIAS": has_bias, "GROUP": experts.BAND, stride: 1}
+            form |= dict(BLOCK_EXPERTS=256)
+            yield experts.experts_product_kernel, form, types, (warps, stages), True
+    tile, warps = experts.tile_of(kind, arch // 10, gradient=True)
+    for stride in ("dw_inner_stride", "dw_column_stride"):
+        for gather_x in (False, True):
+            form = tile | {"GATHER_X": gather_x, "GATHER_D": not gather_x, stride: 1}
+            yield experts.experts_weight_gradient_kernel, form, types, (warps, stages), True
+    for weighed in (False, True):
+        form = dict(GATHER=weighed, HAS_WEIGHTS=weighed)
+        form |= dict(BLOCK_ROWS=experts.SUM_ROWS, BLOCK_COLUMNS=experts.SUM_COLUMNS)
+        yield experts.experts_bias_gradient_kernel, form, types, experts.SUM_WARPS, True
+        form = dict(HAS_WEIGHTS=weighed, HAS_BIAS=weighed, BLOCK_EXPERTS=256, BLOCK=experts.ROW_BLOCK)
+        yield experts.experts_sum_kernel, form, types, experts.ROW_WARPS, True
+    limits = dict(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
+    for unit in (Form("silu", layout="packed"), Form("sigmoid_alpha", **limits, layout="interleaved")):
+        form = unit.constants() | dict(PASSES_AT_LIMIT=passes_at_limit(), BLOCK=experts.ROW_BLOCK)
+        form |= dict.fromkeys(("NEED_A", "NEED_UNIT", "NEED_WEIGHTS"), True)
+        yield experts.experts_unit_backward_kernel, form, types, experts.ROW_WARPS, True
 
 
 def activation_builds() -> Iterator[Build]:
@@ -315,6 +344,7 @@ def main() -> None:
             *rms_norm_builds(),
             *layer_norm_builds(),
             *glu_builds(),
+            *experts_builds(int(arch), dtype),
             *activation_builds(),
             *cross_entropy_builds(),
             *dequantize_4bit_builds(),

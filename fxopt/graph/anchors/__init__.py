@@ -13,6 +13,7 @@ from torch import fx
 from fxopt.graph.anchors.activations import activation_kind
 from fxopt.graph.anchors.adapters import adapter_kind, four_bit_kind
 from fxopt.graph.anchors.attention import attention_kind
+from fxopt.graph.anchors.experts import experts_kind
 from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.layer_norms import layer_norm_kind
 from fxopt.graph.anchors.losses import loss_kind
@@ -43,6 +44,7 @@ KINDS = frozenset(
         "linear_cross_entropy",
         "lora_linear",
         "dequantize_4bit",
+        "experts",
     }
 )
 """Every kind of site that the search knows."""
@@ -56,7 +58,8 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     (torch's own, or the softmax of a product of two values that weighs a third), "glu" (an activation times
     another value, both from linear projections), "activation" (one between two projections, without a gate),
     "lora_linear" (a product of low rank added to a projection), "dequantize_4bit" (a product with a weight in four
-    bits), and "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
+    bits), "experts" (a sum of rows multiplied by matrices from a stack), and "cross_entropy", "linear_cross_entropy"
+    where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
@@ -72,6 +75,7 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
                 or rope_kind(node)
                 or adapter_kind(node)
                 or four_bit_kind(node)
+                or experts_kind(node)
             )
             if kind:
                 anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))

@@ -127,7 +127,35 @@ def complex_product(x, w):
     return torch.cat((a.tanh() * c - b.tanh() * d, a.tanh() * d + b.tanh() * c), -1)
 
 
+CHOSEN = torch.tensor([2, 0, 1, 1, 0, 2])
+STACK = torch.randn(3, 8, 8, requires_grad=True)
+ROWS = torch.randn(3, 8, requires_grad=True)
+
+
+def by_copies(x, w):
+    rows = torch.bmm(w[CHOSEN], x.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1)
+    return (rows * 0.5).view(3, 2, 8).sum(1)
+
+
+def in_order(x, w):
+    rows = F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=torch.tensor([1, 2, 3], dtype=torch.int32))
+    return (rows.view(3, 1, 8) + 1.0).sum(dim=1)
+
+
+def by_all(x, w):
+    return torch.bmm(x.repeat(3, 1).view(3, -1, 8), w).sum(dim=0)
+
+
+def one_head_each(x, w):
+    return torch.bmm(x.view(3, 1, 8), w).view(1, 3, 8).sum(dim=0)
+
+
 SITES = {
+    "experts by copies": (by_copies, (ROWS, STACK), ["experts"]),
+    "experts in order": (in_order, (ROWS, STACK), ["experts"]),
+    "experts, each for all": (by_all, (ROWS, STACK), ["experts"]),
+    "a stack that nothing chooses from": (one_head_each, (ROWS, STACK), []),
+    "rows that no matrix multiplied": (lambda x: x[CHOSEN].view(3, 2, 8).sum(1), (ROWS,), []),
     "rsqrt": (
         lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
         (X, W),

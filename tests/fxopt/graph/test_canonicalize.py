@@ -138,12 +138,96 @@ def set_item_unread(x):
     return x * y
 
 
+def put_back(x):
+    _, order = torch.sort(x[:, 0, 0].detach())
+    places = torch.empty_like(order)
+    places[order] = torch.arange(2)
+    return x[order].exp()[places]
+
+
+def limit_sorted(x):
+    found, order = torch.sort((x[:, 0, 0] * 9).detach().long())
+    mask = found >= 2
+    found.clamp_(max=1)
+    return x[order, 0].masked_fill_(mask.unsqueeze(-1), 0.0) * found.unsqueeze(-1)
+
+
+def share_of_largest(x):
+    values, _ = torch.topk(x.sigmoid(), 2)
+    values /= values.sum(-1, keepdim=True)
+    return values * 2
+
+
+def write_through_one_view(x):
+    y = torch.matmul(x.unsqueeze(1), torch.ones(2, 4, 3)).squeeze(1)
+    y.add_(1.0)
+    return y.exp()
+
+
+def read_view_before(x):
+    y = (x * 2).unsqueeze(1)
+    z = y.exp()
+    y.add_(1.0)
+    return y * 3 + z
+
+
 INPLACE = {
+    "places": (
+        (PLAIN,),
+        put_back,
+        [
+            "getitem",
+            "detach",
+            "sort",
+            "getitem",
+            "empty_like",
+            "arange",
+            "index_put",
+            "getitem",
+            "exp",
+            "getitem",
+        ],
+    ),
+    "limits of one of two results": (
+        (PLAIN,),
+        limit_sorted,
+        [
+            "getitem",
+            "mul",
+            "detach",
+            "cast",
+            "sort",
+            "getitem",
+            "getitem",
+            "ge",
+            "clamp",
+            "getitem",
+            "unsqueeze",
+            "masked_fill",
+            "unsqueeze",
+            "mul",
+        ],
+    ),
+    "one of two results": (
+        (PLAIN,),
+        share_of_largest,
+        ["sigmoid", "topk", "getitem", "sum", "div", "mul"],
+    ),
+    "through the only view": (
+        (PLAIN,),
+        write_through_one_view,
+        ["unsqueeze", "ones", "matmul", "squeeze", "add", "exp"],
+    ),
+    "through a view that was read stays": (
+        (PLAIN,),
+        read_view_before,
+        ["mul", "unsqueeze", "exp", "add_", "mul", "add"],
+    ),
     "chain of operators": ((PLAIN,), widen, ["add", "ones", "add", "sub", "div", ".sin"]),
     "a read before": ((PLAIN,), read_before, ["mul", ".exp", "mul", "mul", "mul"]),
     "activation": ((PLAIN,), lambda x: F.relu(x + 1, inplace=True) * 2, ["add", "relu", "mul"]),
     "write through a view stays": ((PLAIN,), mutate_view, ["add", "getitem", ".mul_", "mul"]),
-    "a read afterwards stays": ((PLAIN,), read_after, ["add", ".mul_", "mul"]),
+    "a read afterwards": ((PLAIN,), read_after, ["add", "mul", "mul"]),
     "a read of an alias stays": ((PLAIN,), read_alias_after, ["add", ".view", "iadd", "mul", "mul"]),
     "rounding to the narrower dtype stays": ((HALF,), narrow, ["mul", "ones", "iadd", ".sin"]),
     "write to an input stays": ((PLAIN,), mutate_input, ["iadd", "mul"]),
