@@ -38,6 +38,7 @@ class Options:
     select: Callable[[str, Any], str] | None = None
     memory_budget: Any = "auto"
     plan: Any = None
+    max_host_memory: int | None = None
 
     @property
     def active_patterns(self) -> tuple[Any, ...]:
@@ -56,6 +57,7 @@ def check_options(
     partial: bool,
     memory_budget: Any = "auto",
     plan: Any = None,
+    max_host_memory: int | None = None,
 ) -> Options:
     """Return checked options; `patterns` may hold names of `known` patterns and patterns of the user's own.
 
@@ -97,6 +99,7 @@ def check_options(
         partial,
         memory_budget=memory_budget,
         plan=plan,
+        max_host_memory=max_host_memory,
     )
 
 

@@ -31,7 +31,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from fxopt.capture import joint_passes
-from fxopt.capture.planning import Mark, held_by_model
+from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.graph.view import results_of
 
@@ -340,6 +340,16 @@ def is_compiled_node(node: object) -> bool:
     return type(node).__name__ == "CompiledFunctionBackward"
 
 
+def can_hook_saved_tensors() -> bool:
+    """Return whether hooks on saved tensors may be set now, and gradients are recorded."""
+    return torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore
+
+
+def top_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return the hooks on saved tensors that are in force, or None; those set within take their place."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+
+
 def is_switched_off() -> bool:
     """Return whether Dynamo captures nothing in this process, by its settings or `TORCH_COMPILE_DISABLE`."""
     return bool(dynamo_config.disable)
@@ -421,14 +431,18 @@ def plain_backend(
         allow_other_strides(graph)
         return make_boxed_func(graph.forward)
 
-    held = held_by_model(gm)
+    held, leaving = held_by_model(gm), Leaving()
+
+    def run_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        leaving.read(graph.graph)
+        return run_nodes(graph, inputs)
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
         joint_passes.prepare_joint(joint.graph, mark, held)
         return default_partition(joint, joint_inputs, **options)
 
-    compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
-    return compile_graph(gm, example_inputs)
+    compile_graph = aot_autograd(fw_compiler=run_forward, bw_compiler=run_nodes, partition_fn=partition)
+    return with_offload(compile_graph(gm, example_inputs), mark, leaving)
 
 
 def trace_joint(
@@ -502,13 +516,20 @@ def inductor_backend(
     A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
     it still comes from Inductor's cache.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    leaving = Leaving()
+
+    def compile_inner(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
+        if not how.get("is_backward", False):
+            leaving.read(graph.graph)
+        return compile_fx_inner(graph, *inputs, **how)
 
     patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm))}
     caching = {} if mark is None else {"enable_autograd_cache": False}
     with functorch_config.patch(caching):
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
-    return compiled
+        compiled: Any = compile_fx(gm, example_inputs, compile_inner, config_patches=patches)
+    return with_offload(compiled, mark, leaving)
 
 
 class JointPasses(CustomGraphPass):
