@@ -34,7 +34,7 @@ class Saved:
         self.batch = batch
         self.number = number
         self.held: Any = tensor
-        self.version: int = tensor._version
+        self.writes = torch_compat.writes_to(tensor)
 
     def give(self) -> torch.Tensor:
         """Return the tensor for backward."""
@@ -97,7 +97,7 @@ class Batch:
             return
         self._lane = lane
         self._home = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
-        self._watched.append((tensor, item.version))
+        self._watched.append((tensor, item.writes))
         raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         raw.set_(storage, 0, (storage.nbytes(),), (1,))  # pyright: ignore[reportUnknownMemberType]
         form = tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
@@ -109,7 +109,7 @@ class Batch:
         if not self._watched:
             return
         self._let_home_wait()
-        self._is_written = any(tensor._version != version for tensor, version in self._watched)
+        self._is_written = any(torch_compat.writes_to(tensor) != writes for tensor, writes in self._watched)
         self._watched = []
         for away in self._away:
             away.raw = None

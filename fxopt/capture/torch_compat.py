@@ -340,6 +340,11 @@ def is_compiled_node(node: object) -> bool:
     return type(node).__name__ == "CompiledFunctionBackward"
 
 
+def writes_to(tensor: torch.Tensor) -> int:
+    """Return how often `tensor` or a view of it has been written to in place."""
+    return tensor._version
+
+
 def can_hook_saved_tensors() -> bool:
     """Return whether hooks on saved tensors may be set now, and gradients are recorded."""
     return torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore
