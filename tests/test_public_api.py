@@ -45,6 +45,7 @@ PARAMETERS = {
         "verify": "on",
         "strict": False,
         "partial": True,
+        "cuda_graphs": "auto",
         "memory_budget": "auto",
         "plan": None,
         "max_host_memory": None,

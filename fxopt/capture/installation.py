@@ -17,11 +17,12 @@ from torch import fx, nn
 
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing
+from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.libraries import find_doubts
-from fxopt.capture.lowering import Lowering
+from fxopt.capture.lowering import Lowering, has_fixed_sizes
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.offload import make_offloader
@@ -31,6 +32,7 @@ from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.sharing import share_mappings
+from fxopt.capture.shortage import Shortage
 from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_compat import SLOT
 from fxopt.errors import FxoptError
@@ -60,6 +62,7 @@ class Installation:
         *,
         partial: bool,
         planner: Planner | None = None,
+        replayed: bool = False,
     ) -> None:
         self.model = model
         self.options = options
@@ -75,18 +78,23 @@ class Installation:
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
         self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
+        obstacle = find_obstacle(model) if replayed and options.lowering != "plain" else ""
+        self.cuda_graphs = CudaGraphs(obstacle, self.ledger.note)
         if blocks:
             self.model_call: ModelCall | None = ModelCall(
-                self.ledger, model, blocks, self._compile_model, checkpointing
+                self.ledger, model, blocks, self._compile_model, checkpointing, self.cuda_graphs
             )
         else:
             self.model_call = None
+        if planner is not None and self.model_call is not None:
+            self.model_call.shortage = Shortage(model, planner, self.ledger)
         for region in [stack.path for stack in self.regions.stacks] or [REGION]:
             self._calls[region] = BlockCalls(
                 self.ledger,
                 region,
                 functools.partial(self._block_backend, region),
                 checkpointing,
+                self.cuda_graphs,
                 partial=partial,
                 planner=planner,
             )
@@ -162,7 +170,7 @@ class Installation:
         call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
         return torch_compat.mark_leaf(call_block)
 
-    def _block_backend(self, region: str, mark: Mark | None) -> Callable[..., Any]:
+    def _block_backend(self, region: str, mark: Mark | None, graphed: bool) -> Callable[..., Any]:
         stacks = {
             stack.path: f"{stack.path or 'the blocks'} ({len(stack.paths)} blocks)"
             for stack in self.regions.stacks
@@ -180,7 +188,13 @@ class Installation:
                 self.ledger.changes_state = True
             progress.show(name, f"{number}, compiling")
             note_held(gm, example_inputs, self.model)
-            compiled = keep_stock_gradients(with_mark(self._lower, mark), region)(gm, example_inputs)
+            lower = with_mark(self._lower, mark)
+            is_graphed = graphed and has_fixed_sizes(example_inputs)
+            if is_graphed:
+                lower = self.cuda_graphs.with_replays(lower, region)
+            elif graphed:
+                self.cuda_graphs.refuse(f"{region} is compiled for lengths that change")
+            compiled = keep_stock_gradients(lower, region)(gm, example_inputs)
             progress.done(name)
             ledger, planner = self.ledger, None if mark is None else self.planner
             form = None if planner is None else planner.form_of(ledger.current)

@@ -19,12 +19,14 @@ from torch import fx, nn
 
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
+from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.hooks import find_hooks, has_hooks
+from fxopt.capture.hooks import has_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.reasons import reason_of
+from fxopt.capture.shortage import Shortage
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form, rehearse
@@ -50,14 +52,17 @@ class ModelCall:
         blocks: dict[str, nn.Module],
         backend: Callable[..., Any],
         checkpointing: Checkpointing,
+        cuda_graphs: CudaGraphs,
     ) -> None:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
         self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
         self._checkpointing = checkpointing
+        self._cuda_graphs = cuda_graphs
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
+        self._owner: int | None = None
         self._settings = torch_compat.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._takes_cache = accepts(model.forward, "use_cache") or (
@@ -67,6 +72,8 @@ class ModelCall:
         self.stand_ins = StandIns()
         self.share: Callable[[], None] | None = None
         """Makes the leaves hand on mappings; called once, where the model cannot be captured without."""
+        self.shortage: Shortage | None = None
+        """Where the model is planned: what is done when a forward pass runs out of memory."""
         self._trunk = Trunk(model)
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
@@ -89,13 +96,24 @@ class ModelCall:
             if reason is not None:
                 self.ledger.count_fallback(REGION, reason)
                 return torch_compat.stock_call(model, *args, **kwargs)
+            self._owner = threading.get_ident()
             try:
-                with self._checkpointing.taken_over():
+                with self._checkpointing.taken_over(), self._cuda_graphs.step():
                     if has_hooks(model):
-                        return call_with_forward(model, self._serve, args, kwargs)
-                    return self._serve(*args, **kwargs)
+                        output = call_with_forward(model, self._serve_within, args, kwargs)
+                    else:
+                        output = self._serve_within(*args, **kwargs)
+                    return self._cuda_graphs.copy_out(output)
             finally:
+                self._owner = None
                 self._lock.release()
+
+    def _serve_within(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve the call; where memory runs out, once more under a plan that needs less."""
+        shortage = self.shortage
+        if shortage is None:
+            return self._serve(*args, **kwargs)
+        return shortage.run(functools.partial(self._serve, *args, **kwargs))
 
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
@@ -137,12 +155,9 @@ class ModelCall:
             return "Dynamo is switched off"
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
-        for block in self.blocks:
-            hooked = block if has_hooks(block) else find_hooks(block).live
-            if hooked is not None:
-                return (
-                    f"a hook sits on a {type(hooked).__name__} of a block and may keep what the forward reads"
-                )
+        hooked = next((block for block in self.blocks if has_hooks(block)), None)
+        if hooked is not None:
+            return hooked_inside(type(hooked).__name__)
         asked = find_asked_output(self.model, self.blocks, kwargs)
         if asked is not None:
             return f"{asked} is asked for, which hooks collect on the way"
@@ -207,7 +222,13 @@ class ModelCall:
     def call_block(
         self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a block in the trunk through `run`, checkpointed where its own call would have been."""
+        """Run a block in the trunk through `run`, checkpointed where its own call would have been.
+
+        While one thread runs the model, blocks called by another one run stock: what a call is planned for and what
+        serves it are noted once for the model.
+        """
+        if self._owner not in (None, threading.get_ident()):
+            return torch_compat.stock_call(block, *args, **kwargs)
         if block in self._checkpointed:
             checkpoint: Any = block._gradient_checkpointing_func
             return self._trunk.after_block(checkpoint(functools.partial(run, **kwargs), *args))
@@ -231,6 +252,8 @@ class ModelCall:
 
         def judge(calls: list[Any]) -> str | None:
             this = find_self()
+            if this is not None and this.ledger.hooked:
+                return hooked_inside(this.ledger.hooked)
             if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
             pairs = zip(values_of(calls), examples, strict=True)
@@ -243,14 +266,22 @@ class ModelCall:
                 module = find_module()
                 if module is not None and has_hooks(module):
                     raise TailMismatch(f"a hook sits on the {type(module).__name__} after the blocks")
+            this.ledger.hooked = ""
             if on_meta:
                 calls = rehearse(rehearsed)
+                if this.ledger.hooked:
+                    raise TailMismatch(hooked_inside(this.ledger.hooked))
             else:
                 calls = this._trunk.run(*this._arguments, num_calls, judge)
                 this.ledger.begin(REGION)
             return call(*values_of(calls), *[captured_args[index] for index in placeholders])
 
         return run
+
+
+def hooked_inside(kind: str) -> str:
+    """Return the reason for which a model with a hook on a `kind` of module in a block runs to its end as in stock."""
+    return f"a hook sits on a {kind} of a block and may keep what the forward reads"
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

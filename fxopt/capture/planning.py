@@ -108,6 +108,14 @@ class Planner(Protocol):
         """The most that may be reserved on the host."""
         ...
 
+    def describe_last(self) -> str:
+        """Return the figures of the plan of the last call, in one line."""
+        ...
+
+    def lower(self) -> str | None:
+        """Make the plan for calls like the last one need less, and return its figures; None where none does."""
+        ...
+
     def begin_tail(self) -> None:
         """Expect the pieces of what stands after the blocks, captured anew."""
         ...

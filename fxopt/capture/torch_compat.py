@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture import joint_passes
 from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
+from fxopt.capture.rehearsal import compile_kernels
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.graph.view import results_of
 
@@ -61,6 +62,8 @@ CALLER = "_wrapped_call_impl"
 """The code that reads the slot."""
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
+CHILDREN = "_modules"
+"""The dictionary of the modules right inside a module."""
 
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
@@ -347,12 +350,14 @@ def writes_to(tensor: torch.Tensor) -> int:
 
 def can_hook_saved_tensors() -> bool:
     """Return whether hooks on saved tensors may be set now, and gradients are recorded."""
-    return torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
+    return torch.is_grad_enabled() and autograd._saved_tensors_hooks_is_enabled()
 
 
 def top_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """Return the hooks on saved tensors that are in force, or None; those set within take their place."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
+    return autograd._top_saved_tensors_default_hooks(True)
 
 
 def is_switched_off() -> bool:
@@ -363,6 +368,20 @@ def is_switched_off() -> bool:
 def is_recorded() -> bool:
     """Return whether `torch.export` or `torch.jit.trace` is recording what runs right now."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+"""Copies each tensor of the second list into that of the first, in few launches."""
+
+
+def packs_saved_tensors() -> bool:
+    """Return whether what autograd saves right now goes to hooks: checkpointed, or kept elsewhere."""
+    return top_saved_tensors_hooks() is not None
+
+
+def num_unrecorded() -> int:
+    """Return how many compiled graphs Inductor declined to record as CUDA graphs, in this process."""
+    return dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def has_global_hooks() -> bool:
@@ -425,9 +444,9 @@ def allow_other_strides(gm: torch.fx.GraphModule) -> None:
 
 
 def plain_backend(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
-    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node."""
+    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node, never `graphed`."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.partitioners import default_partition
@@ -514,9 +533,9 @@ def load_inductor() -> None:
 
 
 def inductor_backend(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
-    """Return `gm` compiled by Inductor, with the model's rounding points kept.
+    """Return `gm` compiled by Inductor, with the model's rounding points kept; `graphed` by CUDA graphs.
 
     A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
     it still comes from Inductor's cache.
@@ -525,15 +544,22 @@ def inductor_backend(
 
     leaving = Leaving()
 
-    def compile_inner(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
+    def compile_and_read(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
         if not how.get("is_backward", False):
             leaving.read(graph.graph)
         return compile_fx_inner(graph, *inputs, **how)
 
-    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm))}
+    patches = {
+        "emulate_precision_casts": True,
+        "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm)),
+        "triton.cudagraphs": graphed,
+    }
+    if graphed:
+        patches["graph_partition"] = False  # a graph is replayed whole, or not at all
     caching = {} if mark is None else {"enable_autograd_cache": False}
     with functorch_config.patch(caching):
-        compiled: Any = compile_fx(gm, example_inputs, compile_inner, config_patches=patches)
+        inner: Any = compile_fx_inner if mark is None else compile_and_read
+        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches)
     return with_offload(compiled, mark, leaving)
 
 
@@ -548,6 +574,7 @@ class JointPasses(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes over `graph`."""
         self._plan = joint_passes.prepare_joint(graph, self._mark, self._held)
+        compile_kernels(graph)
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""

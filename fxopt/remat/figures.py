@@ -14,6 +14,8 @@ from fxopt.remat.records import Decision, Plan, Residual
 from fxopt.remat.step import Around, find_peak, simulate_step
 
 log = logging.getLogger("fxopt")
+LOWER = 0.9
+"""The share of a plan's peak that the next one may have where memory ran out: a smaller step would not be felt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,21 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """One kind of call that has a plan of its own: up to so many tokens, under one budget."""
+    """One kind of call that has a plan of its own: up to so many tokens, under one budget.
+
+    `ceiling` is what its peak has to stay below since memory ran out under a plan that needed more.
+    """
 
     tokens: int
     budget: Budget
+    ceiling: int | None = None
+
+
+def find_lower_goal(goal: Goal, plan: Plan) -> Goal | None:
+    """Return `goal` for a plan that needs noticeably less than `plan`, None where none does."""
+    if plan.peak_bytes <= plan.smallest_bytes:
+        return None
+    return dataclasses.replace(goal, ceiling=max(plan.smallest_bytes, int(plan.peak_bytes * LOWER)))
 
 
 def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
@@ -51,6 +64,11 @@ def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around)
     Raises:
         FxoptError: no choice needs so little.
     """
+    asked = _limit_asked_for(goal, facts, candidates, around)
+    return min((limit for limit in (asked, goal.ceiling) if limit is not None), default=None)
+
+
+def _limit_asked_for(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
     budget, device = goal.budget, facts.device
     if budget is None:
         return None

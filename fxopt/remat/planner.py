@@ -23,11 +23,20 @@ from fxopt.remat.choice import (
     host_bytes_of,
 )
 from fxopt.remat.decide import Menu, find_choice, make_decision, make_menu, read_tagged
-from fxopt.remat.figures import Facts, Goal, find_limit, make_plan, scale_decision, without_update
+from fxopt.remat.figures import (
+    Facts,
+    Goal,
+    find_limit,
+    find_lower_goal,
+    make_plan,
+    scale_decision,
+    without_update,
+)
 from fxopt.remat.given import menu_of, number_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.records import Decision, Plan
 from fxopt.remat.step import Around
+from fxopt.remat.table import summarize_plan
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 
@@ -50,6 +59,7 @@ class StepPlanner:
         self._form_of: dict[str, Any] = {}
         self._seen: set[str] = set()
         self._tokens = Tokens()
+        self._last: Goal | None = None
         self._tail: list[Decision] = []
         self._tail_tokens: int | None = None
         self._variants = Variants()
@@ -86,7 +96,7 @@ class StepPlanner:
     def find_variant(self, path: str, call: Call) -> int | None:
         """Return the number of the variant that serves the block at `path`; None where nothing is planned."""
         tokens = self._follow(path, call)
-        goal = self._find_goal(call, tokens)
+        goal = self._last = self._find_goal(call, tokens)
         if goal is None:
             return None
         if goal not in self._goals and self._seen:
@@ -115,7 +125,27 @@ class StepPlanner:
         choice = find_choice(joint, decision)
         assert not isinstance(choice, str), f"{choice} is in no graph of its own form"
         apply_choice(graph, joint, choice)
-        return f"{[residual.op for residual in decision.saved]}"
+        return f"{[residual.op for residual in (*decision.saved, *decision.offloaded)]}"
+
+    def describe_last(self) -> str:
+        """Return the figures of the plan of the last call, in one line."""
+        chosen = self._last and self._goals.get(self._last)
+        if self._last is None or chosen is None:
+            return "none yet"
+        return summarize_plan(self._describe(self._last, chosen.numbers))
+
+    def lower(self) -> str | None:
+        """Make the plan for calls like the last one need less, and return its figures; None where none does."""
+        chosen = self._last and self._goals.get(self._last)
+        if self._last is None or chosen is None or self._given is not None:
+            return None
+        lowered = find_lower_goal(self._last, self._describe(self._last, chosen.numbers))
+        if lowered is None:
+            return None
+        del self._goals[self._last]
+        self._last = lowered
+        self._plan(lowered, None, 0)
+        return self.describe_last()
 
     def _follow(self, path: str, call: Call) -> int:
         """Return the tokens of the model's call in which the block at `path` is called."""

@@ -28,6 +28,15 @@ def render_plan(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summarize_plan(plan: Plan) -> str:
+    """Return the figures of `plan` in one line."""
+    return (
+        f"budget {plan.budget}, predicted peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
+        f"{format_bytes(plan.static_bytes)} of it weights, buffers and the optimizer's state; smallest possible "
+        f"peak {format_bytes(plan.smallest_bytes)}"
+    )
+
+
 def _render_decision(paths: list[str], decision: Decision) -> list[str]:
     where = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
     lines = [
