@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -131,7 +132,9 @@ def facts_of(
     place = next((parameter.device for parameter in parameters), torch.device("cpu"))
     device = named or device_of(place)
     trained = sum(_num_bytes(parameter) for parameter in parameters if parameter.requires_grad)
-    static = sum(map(_num_bytes, tensors_of(model))) + OPTIMIZER_STATES * trained
+    scales = {id(tensor): tensor for parameter in parameters for tensor in _attached_to(parameter)}
+    held = sum(map(_num_bytes, (*tensors_of(model), *scales.values())))
+    static = held + OPTIMIZER_STATES * trained
     free: int | None = None
     if place.type == "cuda":
         allocated = torch.cuda.memory_allocated(place)
@@ -173,6 +176,17 @@ def _host_bytes(options: Options, place: torch.device) -> int:
             "make one with fxopt.plan(model, memory_budget, max_host_memory=...), or give max_host_memory"
         )
     return most
+
+
+def _attached_to(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that hang on a parameter without being the model's own: the scales of packed weights."""
+    for name, item in vars(value).items():
+        if name.startswith("_") or isinstance(item, nn.Module):
+            continue
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item):
+            yield from _attached_to(item)
 
 
 def _num_bytes(tensor: Any) -> int:

@@ -14,6 +14,15 @@ SHARE = 0.5
 CGROUP = Path("/sys/fs/cgroup")
 
 
+def parse_host_memory(text: str) -> int:
+    """Return the bytes that the command line allows, on whatever machine.
+
+    >>> parse_host_memory("0"), parse_host_memory("1GiB")
+    (0, 1073741824)
+    """
+    return int(text) if text.isdecimal() else parse_size(text, "--host-memory")
+
+
 def check_host_memory(value: object) -> int | None:
     """Return the bytes that `max_host_memory` allows, or None: half of what is free when a plan is made.
 
