@@ -177,8 +177,8 @@ def optimize(
             seen in one forward pass on small inputs, instead of reporting it.
         partial: where a block cannot be captured in one graph, optimize its pieces, which are not planned; False
             leaves it stock.
-        cuda_graphs: "auto" records the kernels of each block once and replays them, on one GPU, where shapes repeat and
-            nothing is planned; "off" launches them one by one.
+        cuda_graphs: "auto" records the kernels of each block once and replays them, on one GPU, where shapes repeat;
+            "off" launches them one by one.
         memory_budget: the most that a training step may allocate: bytes, a size like "12GiB", a share of the device
             between 0 and 1, "min", or None for the fastest step. "auto" plans only where gradient checkpointing was
             switched on, as "min"; elsewhere what costs one pass over memory is computed again. A plan is made at the

@@ -193,7 +193,7 @@ class BlockCalls:
         if self._planner is not None:
             self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
             variant = self._planner.find_variant(path, self._asked[0])
-        graphed = variant is None and self._cuda_graphs.are_used
+        graphed = self._cuda_graphs.are_used
         if (variant, graphed) not in self._compiled:
             backend = self._make_backend(self._make_mark(variant), graphed)
             frame = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
