@@ -178,15 +178,16 @@ def _host_bytes(options: Options, place: torch.device) -> int:
     return most
 
 
-def _attached_to(value: Any) -> Iterator[torch.Tensor]:
+def _attached_to(holder: object, depth: int = 3) -> Iterator[torch.Tensor]:
     """Yield the tensors that hang on a parameter without being the model's own: the scales of packed weights."""
-    for name, item in vars(value).items():
-        if name.startswith("_") or isinstance(item, nn.Module):
+    attributes: dict[str, Any] = getattr(holder, "__dict__", {}) if depth else {}
+    for name, item in attributes.items():
+        if name.startswith("_") or isinstance(item, nn.Module | type) or callable(item):
             continue
         if isinstance(item, torch.Tensor):
             yield item
-        elif hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item):
-            yield from _attached_to(item)
+        else:
+            yield from _attached_to(item, depth - 1)
 
 
 def _num_bytes(tensor: Any) -> int:
