@@ -193,6 +193,12 @@ def plan(
     lora: Annotated[
         bool, typer.Option("--lora", help="With low-rank adapters on all linear layers.")
     ] = False,
+    four_bit: Annotated[
+        bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
+    ] = False,
+    host_memory: Annotated[
+        str, typer.Option(help='How much may wait in the host\'s memory, as "64GiB".')
+    ] = "0",
     device: Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")] = "H100",
     out: Annotated[
         Path,
@@ -204,7 +210,7 @@ def plan(
     _check_source("plan", source, arch)
     from fxopt.offline import PlanOptions, plan_offline, render_curve
 
-    options = PlanOptions(source, arch, budget, batch, seq, lora, device, out)
+    options = PlanOptions(source, arch, budget, batch, seq, lora, device, out, four_bit, host_memory)
     found, curve = plan_offline(options)
     if json:
         print(found.to_json())

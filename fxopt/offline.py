@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from fxopt.demo.models import build_meta_model, default_config, load_config
+from fxopt.demo.quantized import quantize_on_meta
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.pipeline import options_for_plan, survey_model
 from fxopt.planning import finish_plan
 from fxopt.remat.budget import format_bytes
 from fxopt.remat.devices import DEVICES, Device
+from fxopt.remat.host import parse_host_memory
 from fxopt.remat.records import Plan
 
 POINTS = 12
@@ -38,6 +40,8 @@ class PlanOptions:
     lora: bool
     device: str
     out: Path
+    four_bit: bool = False
+    host_memory: str = "0"
 
 
 def plan_offline(options: PlanOptions) -> tuple[Plan, tuple[Plan, ...]]:
@@ -49,8 +53,15 @@ def plan_offline(options: PlanOptions) -> tuple[Plan, tuple[Plan, ...]]:
     """
     device = _find_device(options.device)
     wanted = options_for_plan(_parse_budget(options.budget))
+    wanted = dataclasses.replace(wanted, max_host_memory=parse_host_memory(options.host_memory))
     config = default_config(options.arch) if options.arch is not None else load_config(str(options.source))
     model = build_meta_model(config).to(torch.bfloat16).train()
+    if options.four_bit:
+        if not options.lora:
+            raise FxoptError(
+                "--4bit: four-bit weights are not trained, expected adapters beside them\nadd --lora"
+            )
+        model = quantize_on_meta(model, torch.bfloat16)
     if options.lora:
         model = _adapt(model)
     ids = torch.zeros(options.batch, options.seq, dtype=torch.long, device="meta")

@@ -40,6 +40,7 @@ class Options:
     select: Callable[[str, Any], str] | None = None
     memory_budget: Any = "auto"
     plan: Any = None
+    max_host_memory: int | None = None
 
     @property
     def active_patterns(self) -> tuple[Any, ...]:
@@ -59,6 +60,7 @@ def check_options(
     cuda_graphs: str = "auto",
     memory_budget: Any = "auto",
     plan: Any = None,
+    max_host_memory: int | None = None,
 ) -> Options:
     """Return checked options; `patterns` may hold names of `known` patterns and patterns of the user's own.
 
@@ -102,6 +104,7 @@ def check_options(
         cuda_graphs,
         memory_budget=memory_budget,
         plan=plan,
+        max_host_memory=max_host_memory,
     )
 
 

@@ -49,6 +49,7 @@ from fxopt.patterns.dropped import keep_bits_of_dropped
 from fxopt.planning import check_inputs, check_plan, finish_plan, make_planner, make_survey
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import Device
+from fxopt.remat.host import check_host_memory
 from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
 from fxopt.report.figures import render_code
@@ -167,6 +168,7 @@ def optimize(
     cuda_graphs: str = "auto",
     memory_budget: int | float | str | None = "auto",
     plan: Plan | None = None,
+    max_host_memory: int | str | None = None,
     example_inputs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make `model` train faster and with less memory, in place, and return the same object.
@@ -190,6 +192,8 @@ def optimize(
             switched on, as "min"; elsewhere what costs one pass over memory is computed again. A plan is made at the
             first step.
         plan: what `fxopt.plan` returned, to be carried out as it is.
+        max_host_memory: how much of the host's memory a plan may use for values that leave a GPU until backward reads
+            them; by default half of what is free there, and nothing on a CPU. 0 keeps all on the device.
         example_inputs: keyword arguments of the model's forward for that pass; by default fxopt makes
             `input_ids` and `labels` of 2 x 16 tokens.
 
@@ -215,6 +219,7 @@ def optimize(
         cuda_graphs=cuda_graphs,
         memory_budget=check_budget(memory_budget),
         plan=check_plan(plan, memory_budget),
+        max_host_memory=check_host_memory(max_host_memory),
     )
     model = check_on_device(check_model(model))
     check_example_inputs(example_inputs)
@@ -253,7 +258,10 @@ def plan(
     memory_budget: int | float | str | None = "auto",
     example_inputs: dict[str, Any] | None = None,
     *,
+    patterns: Iterable[Pattern | str] = ALL,
+    disable: Iterable[str] = (),
     lowering: str = "auto",
+    max_host_memory: int | str | None = None,
 ) -> Plan:
     """Return what each block of `model` should save for backward and compute again; nothing is changed or trained.
 
@@ -265,7 +273,8 @@ def plan(
         model: a `torch.nn.Module`.
         memory_budget: as `fxopt.optimize` takes it, but that "auto" is the fastest that fits what is free on a GPU.
         example_inputs: by default `input_ids` and `labels` of 2 x 16 tokens.
-        lowering: as `fxopt.optimize` takes it.
+        patterns, disable, lowering, max_host_memory: as `fxopt.optimize` takes them: a plan holds for the graphs that
+            they make.
 
     Raises:
         FxoptError: not a module, no inputs could be made, inputs on another device, a malformed budget or one below
@@ -276,7 +285,9 @@ def plan(
     >>> fxopt.plan(model, None, {"input": torch.randn(2, 4)}).residual_bytes
     64
     """
-    options = options_for_plan(memory_budget, lowering)
+    options = options_for_plan(
+        memory_budget, lowering, patterns=patterns, disable=disable, max_host_memory=max_host_memory
+    )
     return finish_plan(*survey_model(check_model(model), options, example_inputs))
 
 
@@ -297,17 +308,25 @@ def survey_model(
     return survey, probe.ledger
 
 
-def options_for_plan(memory_budget: object, lowering: str = "auto") -> Options:
+def options_for_plan(
+    memory_budget: object,
+    lowering: str = "auto",
+    *,
+    patterns: Iterable[Pattern | str] = ALL,
+    disable: Iterable[str] = (),
+    max_host_memory: int | str | None = None,
+) -> Options:
     """Return the options of a plan; its rewrites are not proven, as nothing is trained."""
     return check_options(
         ALL,
-        patterns=ALL,
-        disable=(),
+        patterns=patterns,
+        disable=disable,
         lowering=lowering,
         verify="off",
         strict=False,
         partial=False,
         memory_budget=check_budget(memory_budget),
+        max_host_memory=check_host_memory(max_host_memory),
     )
 
 

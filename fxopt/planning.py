@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from fxopt.capture.regions import find_regions
 from fxopt.errors import FxoptError
 from fxopt.kernels import launch
 from fxopt.options import Options
+from fxopt.remat.budget import format_bytes
 from fxopt.remat.devices import Device, device_of
 from fxopt.remat.figures import Facts
+from fxopt.remat.host import SHARE, free_host_bytes
 from fxopt.remat.planner import StepPlanner
 from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
@@ -62,7 +65,7 @@ def make_planner(model: nn.Module, options: Options) -> StepPlanner | None:
     def find_facts() -> Facts:
         living = find_model()
         assert living is not None, "the model is gone, expected it to make this call"
-        return facts_of(living, paths, options.lowering)
+        return facts_of(living, paths, options)
 
     return StepPlanner(options.memory_budget, find_facts, options.plan)
 
@@ -76,7 +79,7 @@ def make_survey(model: nn.Module, options: Options, device: Device | None) -> Su
     paths = tuple(path for path, _ in find_regions(model).blocks)
     if not paths:
         raise no_blocks(model)
-    facts = facts_of(model, paths, options.lowering, device)
+    facts = facts_of(model, paths, options, device)
     return Survey(options.memory_budget, lambda: facts)
 
 
@@ -121,13 +124,17 @@ def check_inputs(model: nn.Module, example_inputs: dict[str, Any] | None) -> Non
             )
 
 
-def facts_of(model: nn.Module, paths: tuple[str, ...], lowering: str, named: Device | None = None) -> Facts:
+def facts_of(
+    model: nn.Module, paths: tuple[str, ...], options: Options, named: Device | None = None
+) -> Facts:
     """Return what a plan of `model` rests on, as it is now; on the device `named` where that is another one."""
-    parameters = list(model.parameters())
+    parameters, lowering = list(model.parameters()), options.lowering
     place = next((parameter.device for parameter in parameters), torch.device("cpu"))
     device = named or device_of(place)
     trained = sum(_num_bytes(parameter) for parameter in parameters if parameter.requires_grad)
-    static = sum(map(_num_bytes, tensors_of(model))) + OPTIMIZER_STATES * trained
+    scales = {id(tensor): tensor for parameter in parameters for tensor in _attached_to(parameter)}
+    held = sum(map(_num_bytes, (*tensors_of(model), *scales.values())))
+    static = held + OPTIMIZER_STATES * trained
     free: int | None = None
     if place.type == "cuda":
         allocated = torch.cuda.memory_allocated(place)
@@ -149,7 +156,38 @@ def facts_of(model: nn.Module, paths: tuple[str, ...], lowering: str, named: Dev
         update_bytes=trained,
         free_bytes=free,
         workspaces=launch.WORKSPACES,
+        host_bytes=_host_bytes(options, place),
     )
+
+
+def _host_bytes(options: Options, place: torch.device) -> int:
+    """Return how much plans may leave on the host: what was asked for, else half of what is free, for a GPU.
+
+    Raises:
+        FxoptError: a plan was given that needs more.
+    """
+    most = options.max_host_memory
+    if most is None:
+        is_apart = place.type == "cuda" or options.plan is not None
+        most = int(free_host_bytes() * SHARE) if is_apart else 0
+    if options.plan is not None and options.plan.host_bytes > most:
+        raise FxoptError(
+            f"plan: keeps {format_bytes(options.plan.host_bytes)} on the host, expected at most {format_bytes(most)}\n"
+            "make one with fxopt.plan(model, memory_budget, max_host_memory=...), or give max_host_memory"
+        )
+    return most
+
+
+def _attached_to(holder: object, depth: int = 3) -> Iterator[torch.Tensor]:
+    """Yield the tensors that hang on a parameter without being the model's own: the scales of packed weights."""
+    attributes: dict[str, Any] = getattr(holder, "__dict__", {}) if depth else {}
+    for name, item in attributes.items():
+        if name.startswith("_") or isinstance(item, nn.Module | type) or callable(item):
+            continue
+        if isinstance(item, torch.Tensor):
+            yield item
+        else:
+            yield from _attached_to(item, depth - 1)
 
 
 def _num_bytes(tensor: Any) -> int:

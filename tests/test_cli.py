@@ -51,6 +51,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("demo", "--arch", "llama4"),
             r"llama4: the smallest model .* has 10\d,\d+ M parameters, expected at most 25 M.*\nchoose another",
         ),
+        (("plan", "--arch", "llama", "--4bit"), "--4bit: four-bit weights are not trained"),
+        (("plan", "--arch", "llama", "--host-memory", "much"), "--host-memory: expected bytes"),
         (("plan",), "plan: which model is not clear.*got neither"),
         (
             ("plan", "--arch", "llama", "--device", "TPU"),
@@ -216,3 +218,29 @@ def test_a_plan_from_a_config_is_printed_drawn_and_written(
     assert peaks == sorted(peaks)
     assert times == sorted(times, reverse=True)
     assert peaks[0] < peaks[-1]
+
+
+def test_a_plan_with_four_bit_weights_is_made_without_any_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+    config = {"model_type": "llama", "vocab_size": 512, "num_key_value_heads": 2, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plans = []
+    for more in ((), ("--4bit",), ("--4bit", "--host-memory", "1GiB")):
+        out = tmp_path / "curve.png"
+        size = ("--budget", "min", "--batch", "2", "--seq", "512", "--out", out)
+        assert run("plan", tmp_path, "--lora", *more, *size, "--json") == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    # per block: q and o 256 x 256, k and v 256 x 128, three of 256 x 512; a scale per 64, one per 256 of these
+    weights = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+    packed = weights / 2 + weights / 64 + weights / 64 / 256 * 4
+    saved = plans[0]["static_bytes"] - plans[1]["static_bytes"]
+    assert saved == pytest.approx(2 * weights - packed, rel=0.05)
+    assert any(
+        "dequantize" in r["op"] or "lora_linear" in r["op"] for r in plans[1]["decisions"][0]["recomputed"]
+    )
+    assert not any(decision["offloaded_bytes"] for decision in plans[1]["decisions"])
+    assert any(decision["offloaded_bytes"] for decision in plans[2]["decisions"])
+    assert plans[2]["peak_bytes"] <= plans[1]["peak_bytes"]

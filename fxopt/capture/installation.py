@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import logging
 import sys
 import types
 import weakref
@@ -23,16 +25,19 @@ from fxopt.capture.libraries import find_doubts
 from fxopt.capture.lowering import Lowering, has_fixed_sizes
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
+from fxopt.capture.offload import make_offloader
 from fxopt.capture.patched import find_patched
 from fxopt.capture.planning import Mark, Planner, note_held, with_mark
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.sharing import share_mappings
+from fxopt.capture.shortage import Shortage
 from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_compat import SLOT
 from fxopt.errors import FxoptError
 
+log = logging.getLogger("fxopt")
 AFTER_BLOCKS = "what stands after the blocks"
 RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
@@ -69,6 +74,7 @@ class Installation:
         self._transform = _unhooked(transform)
         self._lower = lower
         self.planner = planner
+        self.offloader = None if planner is None else make_offloader(planner, self._tell)
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
         self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
@@ -80,6 +86,8 @@ class Installation:
             )
         else:
             self.model_call = None
+        if planner is not None and self.model_call is not None:
+            self.model_call.shortage = Shortage(model, planner, self.ledger)
         for region in [stack.path for stack in self.regions.stacks] or [REGION]:
             self._calls[region] = BlockCalls(
                 self.ledger,
@@ -111,6 +119,11 @@ class Installation:
                 leaf = share_mappings(block.__dict__[SLOT], self.model_call.stand_ins)
                 leaf.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
                 block.__dict__[SLOT] = leaf
+
+    def _tell(self, text: str) -> None:
+        if text not in self.ledger.notes:
+            log.warning("%s", text)
+        self.ledger.note(text)
 
     def remove(self) -> None:
         """Empty the compile slots again, but for what others put there since; nothing else was changed."""
@@ -163,6 +176,8 @@ class Installation:
             for stack in self.regions.stacks
         }
         name, progress = stacks.get(region, region), self.ledger.progress
+        if mark is not None:
+            mark = dataclasses.replace(mark, offload=self.offloader and weakref.proxy(self.offloader))
 
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             number = f"capture {1 + sum(capture.region == region for capture in self.ledger.captures)}"
@@ -211,6 +226,7 @@ class Installation:
         note_held(tail.graph, examples, self.model)
         planner, mark = self.planner, None
         if planner is not None and planner.is_asked(checkpointed=bool(self.checkpointing.taken)):
+            planner.begin_tail()
             mark = Mark(planner.read_tail, decides=False)
         lower = keep_stock_gradients(with_mark(self._lower, mark), REGION)
         call = compile_model_graph(tail.graph, examples, lower, segments)

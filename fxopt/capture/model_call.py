@@ -27,6 +27,7 @@ from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.reasons import reason_of
+from fxopt.capture.shortage import Shortage
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form, rehearse
@@ -62,6 +63,7 @@ class ModelCall:
         self._cuda_graphs = cuda_graphs
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
+        self._owner: int | None = None
         self._settings = torch_compat.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._takes_cache = accepts(model.forward, "use_cache") or (
@@ -71,6 +73,8 @@ class ModelCall:
         self.stand_ins = StandIns()
         self.share: Callable[[], None] | None = None
         """Makes the leaves hand on mappings; called once, where the model cannot be captured without."""
+        self.shortage: Shortage | None = None
+        """Where the model is planned: what is done when a forward pass runs out of memory."""
         self._trunk = Trunk(model)
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
@@ -94,15 +98,24 @@ class ModelCall:
             if reason is not None:
                 self.ledger.count_fallback(REGION, reason)
                 return torch_compat.stock_call(model, *args, **kwargs)
+            self._owner = threading.get_ident()
             try:
                 with self._checkpointing.taken_over(), self._cuda_graphs.step():
                     if has_hooks(model):
-                        output = call_with_forward(model, self._serve, args, kwargs)
+                        output = call_with_forward(model, self._serve_within, args, kwargs)
                     else:
-                        output = self._serve(*args, **kwargs)
+                        output = self._serve_within(*args, **kwargs)
                     return self._cuda_graphs.copy_out(output)
             finally:
+                self._owner = None
                 self._lock.release()
+
+    def _serve_within(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve the call; where memory runs out, once more under a plan that needs less."""
+        shortage = self.shortage
+        if shortage is None:
+            return self._serve(*args, **kwargs)
+        return shortage.run(functools.partial(self._serve, *args, **kwargs))
 
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
@@ -235,7 +248,13 @@ class ModelCall:
     def call_block(
         self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a block in the trunk through `run`, checkpointed where its own call would have been."""
+        """Run a block in the trunk through `run`, checkpointed where its own call would have been.
+
+        While one thread runs the model, blocks called by another one run stock: what a call is planned for and what
+        serves it are noted once for the model.
+        """
+        if self._owner not in (None, threading.get_ident()):
+            return torch_compat.stock_call(block, *args, **kwargs)
         if block in self._checkpointed:
             checkpoint: Any = block._gradient_checkpointing_func
             return self._trunk.after_block(checkpoint(functools.partial(run, **kwargs), *args))

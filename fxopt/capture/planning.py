@@ -15,22 +15,56 @@ from torch import fx
 
 from fxopt.capture.modules import tensors_of
 
+OFFLOAD = "offload"
+"""Where the meta of a saved value says that it leaves for the host; the planner tags it in the joint graph."""
+
+
+class Leaving:
+    """Which of the tensors that a forward graph saves leave the device, numbered from the last one saved."""
+
+    def __init__(self) -> None:
+        self.numbers: frozenset[int] = frozenset()
+
+    def read(self, graph: fx.Graph) -> None:
+        """Read the tags of a forward graph that was split from a joint one: its results, then what it saves."""
+        outputs: list[Any] = list(graph.output_node().args[0])  # pyright: ignore
+        saved = [node for node in outputs if _is_saved_by_autograd(node)]
+        self.numbers = frozenset(
+            number for number, node in enumerate(reversed(saved)) if node.meta.get(OFFLOAD)
+        )
+
+
+def _is_saved_by_autograd(node: Any) -> bool:
+    """Return whether an output is a tensor; sizes, and tensors that may be written to, are kept in other places."""
+    if not isinstance(node, fx.Node) or node.meta.get("saved_tensor_with_no_vc_check", False):
+        return False
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+class Offload(Protocol):
+    """What carries out that values wait on the host."""
+
+    def wrap(self, compiled: Callable[..., Any], leaving: Leaving) -> Callable[..., Any]:
+        """Return a compiled graph so that the values `leaving` leave after each call of it."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """What is shown a joint graph, with the numbers of its inputs that are the model's own.
 
     It returns what tells its plan apart. Where it `decides`, it tags what is saved and what computed again; else the
-    graph has the tags that it has where nobody plans.
+    graph has the tags that it has where nobody plans. `offload` carries out what it wants on the host.
     """
 
     show: Callable[[fx.Graph, frozenset[int]], str]
     decides: bool = True
+    offload: Offload | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a plan is made for: the tokens of one call, and whether checkpointing is switched on."""
+    """A block's call that asks for a plan: the tokens it is given, and whether checkpointing is switched on."""
 
     tokens: int
     checkpointed: bool
@@ -64,6 +98,28 @@ class Planner(Protocol):
         """Note that a graph of `form` serves the block at `path`."""
         ...
 
+    @property
+    def host_bytes(self) -> int:
+        """The most that a plan keeps on the host."""
+        ...
+
+    @property
+    def host_limit(self) -> int:
+        """The most that may be reserved on the host."""
+        ...
+
+    def describe_last(self) -> str:
+        """Return the figures of the plan of the last call, in one line."""
+        ...
+
+    def lower(self) -> str | None:
+        """Make the plan for calls like the last one need less, and return its figures; None where none does."""
+        ...
+
+    def begin_tail(self) -> None:
+        """Expect the pieces of what stands after the blocks, captured anew."""
+        ...
+
     def read_tail(self, graph: fx.Graph, held: frozenset[int]) -> str:
         """Read the joint graph of a piece of what stands after the blocks."""
         ...
@@ -94,3 +150,8 @@ def held_by_model(gm: fx.GraphModule) -> frozenset[int]:
 def with_mark(lower: Callable[..., Any], mark: Mark | None) -> Callable[..., Any]:
     """Return `lower` so that what it compiles is tagged by `mark`."""
     return lower if mark is None else functools.partial(lower, mark=mark)
+
+
+def with_offload(compiled: Callable[..., Any], mark: Mark | None, leaving: Leaving) -> Callable[..., Any]:
+    """Return what was compiled so that the values `leaving` wait on the host, if anybody carries that out."""
+    return compiled if mark is None or mark.offload is None else mark.offload.wrap(compiled, leaving)

@@ -34,7 +34,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from fxopt.capture import joint_passes
-from fxopt.capture.planning import Mark, held_by_model
+from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
 from fxopt.capture.rehearsal import compile_kernels
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.graph.view import results_of
@@ -371,6 +371,23 @@ def is_compiled_node(node: object) -> bool:
     return type(node).__name__ == "CompiledFunctionBackward"
 
 
+def writes_to(tensor: torch.Tensor) -> int:
+    """Return how often `tensor` or a view of it has been written to in place."""
+    return tensor._version
+
+
+def can_hook_saved_tensors() -> bool:
+    """Return whether hooks on saved tensors may be set now, and gradients are recorded."""
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
+    return torch.is_grad_enabled() and autograd._saved_tensors_hooks_is_enabled()
+
+
+def top_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return the hooks on saved tensors that are in force, or None; those set within take their place."""
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
+    return autograd._top_saved_tensors_default_hooks(True)
+
+
 def is_switched_off() -> bool:
     """Return whether Dynamo captures nothing in this process, by its settings or `TORCH_COMPILE_DISABLE`."""
     return bool(dynamo_config.disable)
@@ -387,8 +404,7 @@ copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsag
 
 def packs_saved_tensors() -> bool:
     """Return whether what autograd saves right now goes to hooks: checkpointed, or kept elsewhere."""
-    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
-    return autograd._top_saved_tensors_default_hooks(True) is not None
+    return top_saved_tensors_hooks() is not None
 
 
 def num_unrecorded() -> int:
@@ -478,14 +494,18 @@ def plain_backend(
         _donate_nothing()
         return make_boxed_func(graph.forward)
 
-    held = held_by_model(gm)
+    held, leaving = held_by_model(gm), Leaving()
+
+    def run_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        leaving.read(graph.graph)
+        return run_nodes(graph, inputs)
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
         joint_passes.prepare_joint(joint.graph, mark, held)
         return default_partition(joint, joint_inputs, **options)
 
-    compile_graph = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition)
-    return compile_graph(gm, example_inputs)
+    compile_graph = aot_autograd(fw_compiler=run_forward, bw_compiler=run_nodes, partition_fn=partition)
+    return with_offload(compile_graph(gm, example_inputs), mark, leaving)
 
 
 def trace_joint(
@@ -559,7 +579,14 @@ def inductor_backend(
     A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
     it still comes from Inductor's cache.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    leaving = Leaving()
+
+    def compile_and_read(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
+        if not how.get("is_backward", False):
+            leaving.read(graph.graph)
+        return compile_fx_inner(graph, *inputs, **how)
 
     patches = {
         "emulate_precision_casts": True,
@@ -570,8 +597,9 @@ def inductor_backend(
         patches["graph_partition"] = False  # a graph is replayed whole, or not at all
     caching = {} if mark is None else {"enable_autograd_cache": False}
     with functorch_config.patch(caching):
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
-    return compiled
+        inner: Any = compile_fx_inner if mark is None else compile_and_read
+        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches)
+    return with_offload(compiled, mark, leaving)
 
 
 class JointPasses(CustomGraphPass):

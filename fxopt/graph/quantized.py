@@ -86,8 +86,7 @@ def _unfold(
     dtype, device = x.meta["example_value"].dtype, x.meta["example_value"].device
     if any(item.meta["example_value"].dtype != dtype for item in values):
         return
-    ambient = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    enabled, casts_to = scopes[-1] if scopes else ambient
+    enabled, casts_to = scopes[-1] if scopes else _ambient_autocast(device.type)
     if enabled and casts_to != dtype:
         return  # a linear layer would be cast, the library's product is not
     nested = (arguments["absmax_code"], arguments["absmax"], arguments["absmax_offset"])
@@ -108,6 +107,13 @@ def _unfold(
         for unread in (node, *bodies):
             if not unread.users:
                 editor.graph.erase_node(unread)
+
+
+def _ambient_autocast(device: str) -> Autocast:
+    """Return whether autocast is on around the capture, and what it casts to; the meta device has none."""
+    if not torch.amp.is_autocast_available(device):  # pyright: ignore[reportPrivateImportUsage]
+        return False, torch.float32
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _name_decoding(node: fx.Node, editor: Editor) -> None:

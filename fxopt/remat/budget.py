@@ -25,7 +25,7 @@ def check_budget(value: object) -> Budget:
     if value is None or value in NAMED:
         return value  # pyright: ignore[reportReturnType]
     if isinstance(value, str):
-        return _parse(value)
+        return parse_size(value)
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     if isinstance(value, float) and 0 < value <= 1:
@@ -33,10 +33,17 @@ def check_budget(value: object) -> Budget:
     raise _refusal(repr(value))
 
 
-def _parse(text: str) -> int:
+def parse_size(text: str, subject: str = "memory_budget") -> int:
+    """Return the bytes of a size like "12GiB", given for the option `subject`.
+
+    Raises:
+        FxoptError: it is none.
+    """
     found = SIZE.fullmatch(text.strip())
     unit = UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None or float(found[1]) == 0:
+        if subject != "memory_budget":
+            raise FxoptError(f'{subject}: expected bytes or a size like "12GiB", got {text!r}')
         raise _refusal(repr(text))
     return int(float(found[1]) * unit)
 

@@ -15,6 +15,7 @@ from fxopt.remat.cost import hint
 from fxopt.remat.joint import Joint
 from fxopt.remat.liveness import simulate
 from fxopt.remat.menu import Choice, find_menu, make_choice
+from fxopt.remat.offload import add_offloads, wait_of
 from fxopt.remat.records import Decision, Residual
 
 MS = 1e-9
@@ -32,9 +33,14 @@ class Menu:
     """Where the menu holds what a given plan decided: the places of that plan's decisions in it."""
 
 
-def make_menu(joint: Joint, tokens: int) -> Menu:
-    """Return the menu of `joint`, captured with so many tokens: the points of its curve of time over bytes."""
+def make_menu(joint: Joint, tokens: int, *, offloads: bool = False) -> Menu:
+    """Return the menu of `joint`, captured in a call of so many tokens: the points of its curve of time over bytes.
+
+    Where it `offloads`, also those that keep values on the host.
+    """
     choices = find_menu(joint.dag)
+    if offloads:
+        choices = add_offloads(joint, choices)
     return Menu(choices, tuple(make_decision(joint, choice) for choice in choices), tokens)
 
 
@@ -42,7 +48,7 @@ def make_decision(joint: Joint, choice: Choice) -> Decision:
     """Return `choice` as plain data, with what it needs in memory."""
     working = simulate(joint, choice)
     return Decision(
-        saved=tuple(_residuals(joint, choice.saved)),
+        saved=tuple(_residuals(joint, choice.saved - choice.offloaded)),
         recomputed=tuple(_residuals(joint, choice.recomputed)),
         saved_bytes=working.saved,
         forward_bytes=working.forward,
@@ -50,6 +56,9 @@ def make_decision(joint: Joint, choice: Choice) -> Decision:
         gradient_bytes=working.gradients,
         compute_ms=joint.compute_cost * MS,
         recompute_ms=choice.cost * MS,
+        offloaded=tuple(_residuals(joint, choice.offloaded)),
+        offloaded_bytes=working.offloaded,
+        wait_ms=wait_of(joint, choice) * MS,
     )
 
 
@@ -80,7 +89,7 @@ def _is_recomputed(node: fx.Node, saved_bytes: int | None) -> bool:
 def find_choice(joint: Joint, decision: Decision) -> Choice | str:
     """Return the choice in `joint` that carries `decision` out, or the first residual that has no place in it."""
     places = {value.label: place for place, value in enumerate(joint.dag.values)}
-    wanted = [residual.op for residual in decision.saved]
+    wanted = [residual.op for residual in (*decision.saved, *decision.offloaded)]
     missing = next((op for op in wanted if op not in places), None)
     if missing is not None:
         return missing
@@ -88,10 +97,12 @@ def find_choice(joint: Joint, decision: Decision) -> Choice | str:
     inputs = {p for p, node in enumerate(joint.forward) if node.op != "call_function"}
     found = make_choice(joint.dag, saved | inputs)
     if found is None:
-        named = {residual.op for residual in (*decision.saved, *decision.recomputed)}
+        parts = (decision.saved, decision.recomputed, decision.offloaded)
+        named = {residual.op for part in parts for residual in part}
         return next((value.label for value in joint.dag.values if value.label not in named), "")
     needed = frozenset(place for place in found.saved if place in saved or _is_needed(joint, found, place))
-    return dataclasses.replace(found, saved=needed, bytes=joint.dag.bytes_of(needed))
+    gone = frozenset(places[residual.op] for residual in decision.offloaded)
+    return dataclasses.replace(found, saved=needed, bytes=joint.dag.bytes_of(needed - gone), offloaded=gone)
 
 
 def _is_needed(joint: Joint, choice: Choice, place: int) -> bool:

@@ -14,7 +14,8 @@ GIB = 2**30
 class Device:
     """Datasheet figures of one device: memory, bandwidth and dense products per second.
 
-    `half_flops` is for products of bfloat16 or float16 accumulated in float32, `single_flops` for float32.
+    `half_flops` is for products of bfloat16 or float16 accumulated in float32, `single_flops` for float32; `link` is
+    the bus to the host, in bytes a second each way.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Device:
     bandwidth: float
     half_flops: float
     single_flops: float
+    link: float
     launch_ps: int = 3_000_000
     """What each kernel takes besides its work."""
     bounded: bool = True
@@ -30,17 +32,18 @@ class Device:
 
 GEMM_SHARE = 0.75
 BANDWIDTH_SHARE = 0.9
-"""What is reached of a datasheet's figures: 700 to 790 of 989 TFLOP/s and 3.02 of 3.35 TB/s on an H100, measured on
-single products and copies."""
+LINK_SHARE = 0.86
+"""What is reached of a datasheet's figures: 700 to 790 of 989 TFLOP/s, 3.02 of 3.35 TB/s and 55 of 64 GB/s to the host
+on an H100, measured on single products and copies."""
 
 DEVICES = (
-    Device("H100", 80 * GIB, 3.35e12, 989e12, 67e12),
-    Device("A100", 80 * GIB, 2.039e12, 312e12, 19.5e12),
-    Device("4090", 24 * GIB, 1.008e12, 165e12, 82.6e12),
-    Device("L4", 24 * GIB, 0.3e12, 121e12, 30.3e12),
+    Device("H100", 80 * GIB, 3.35e12, 989e12, 67e12, 64e9),
+    Device("A100", 80 * GIB, 2.039e12, 312e12, 19.5e12, 32e9),
+    Device("4090", 24 * GIB, 1.008e12, 165e12, 82.6e12, 32e9),
+    Device("L4", 24 * GIB, 0.3e12, 121e12, 30.3e12, 32e9),
 )
 """H100 SXM and A100 SXM of 80 GB, GeForce RTX 4090 and L4."""
-OTHER = Device("CPU", 16 * GIB, 0.1e12, 1e12, 1e12, launch_ps=0, bounded=False)
+OTHER = Device("CPU", 16 * GIB, 0.1e12, 1e12, 1e12, 16e9, launch_ps=0, bounded=False)
 """A CPU, or a GPU that is in no table: only the ratio of products to bandwidth matters for a plan."""
 
 

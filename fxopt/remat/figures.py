@@ -7,13 +7,15 @@ import logging
 
 from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget, format_bytes
-from fxopt.remat.choice import Candidates, find_smallest, time_of
+from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.devices import Device
 from fxopt.remat.joint import Workspaces
-from fxopt.remat.records import Decision, Plan
+from fxopt.remat.records import Decision, Plan, Residual
 from fxopt.remat.step import Around, find_peak, simulate_step
 
 log = logging.getLogger("fxopt")
+LOWER = 0.9
+"""The share of a plan's peak that the next one may have where memory ran out: a smaller step would not be felt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Facts:
     """What the planner knows of a model and its device when a plan is made.
 
     `static_bytes` live all the time, `update_bytes` while the optimizer works, `gradient_bytes` are those of all
-    parameters; `free_bytes` is how much may be allocated in all, None where nobody limits it.
+    parameters; `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much
+    may wait on the host.
     """
 
     model: str
@@ -33,14 +36,26 @@ class Facts:
     update_bytes: int
     free_bytes: int | None
     workspaces: Workspaces
+    host_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """One kind of call that has a plan of its own: up to so many tokens, under one budget."""
+    """One kind of call that has a plan of its own: up to so many tokens, under one budget.
+
+    `ceiling` is what its peak has to stay below since memory ran out under a plan that needed more.
+    """
 
     tokens: int
     budget: Budget
+    ceiling: int | None = None
+
+
+def find_lower_goal(goal: Goal, plan: Plan) -> Goal | None:
+    """Return `goal` for a plan that needs noticeably less than `plan`, None where none does."""
+    if plan.peak_bytes <= plan.smallest_bytes:
+        return None
+    return dataclasses.replace(goal, ceiling=max(plan.smallest_bytes, int(plan.peak_bytes * LOWER)))
 
 
 def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
@@ -49,6 +64,11 @@ def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around)
     Raises:
         FxoptError: no choice needs so little.
     """
+    asked = _limit_asked_for(goal, facts, candidates, around)
+    return min((limit for limit in (asked, goal.ceiling) if limit is not None), default=None)
+
+
+def _limit_asked_for(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
     budget, device = goal.budget, facts.device
     if budget is None:
         return None
@@ -104,7 +124,8 @@ def make_plan(
     decisions = tuple(dict.fromkeys(taken))
     timeline = simulate_step(facts.paths, taken, around)
     peak = find_peak(timeline)
-    recompute_ms = time_of(menus, numbers)
+    recompute_ms = sum(decision.recompute_ms for decision in taken)
+    wait_ms = sum(decision.wait_ms for decision in taken)
     compute_ms = sum(decision.compute_ms + 0.0 for decision in (*taken, *around.tail))
     return Plan(
         model=facts.model,
@@ -121,8 +142,9 @@ def make_plan(
         smallest_bytes=smallest,
         peak_bytes=peak.bytes,
         peak_at=peak.name,
-        step_ms=compute_ms + recompute_ms,
+        step_ms=compute_ms + recompute_ms + wait_ms,
         recompute_ms=recompute_ms,
+        wait_ms=wait_ms,
         after=around.tail,
         timeline=timeline,
     )
@@ -132,9 +154,16 @@ def scale_decision(decision: Decision, scale: float) -> Decision:
     """Return `decision` for `scale` times the tokens it was made for; the gradients' bytes do not change."""
     if scale == 1:
         return decision
+
+    def scaled(residuals: tuple[Residual, ...]) -> tuple[Residual, ...]:
+        return tuple(dataclasses.replace(r, bytes=int(r.bytes * scale)) for r in residuals)
+
     return dataclasses.replace(
         decision,
-        saved=tuple(dataclasses.replace(r, bytes=int(r.bytes * scale)) for r in decision.saved),
+        saved=scaled(decision.saved),
+        offloaded=scaled(decision.offloaded),
+        offloaded_bytes=int(decision.offloaded_bytes * scale),
+        wait_ms=decision.wait_ms * scale,
         saved_bytes=int(decision.saved_bytes * scale),
         forward_bytes=int(decision.forward_bytes * scale),
         backward_bytes=int(decision.backward_bytes * scale),

@@ -32,7 +32,7 @@ class Joint:
     `storages` gives each node the storages of its value, `sizes` the bytes of these. `chained` are the storages of
     what the block before made; `shared` those of other inputs, which all blocks read; `held` both these and the
     model's own, which live anyway. `passed_on` are those of the gradient of that input, which lives until the block
-    before is done.
+    before is done. `forward_cost` is the part of `compute_cost` that forward takes.
     """
 
     forward: tuple[fx.Node, ...]
@@ -49,11 +49,14 @@ class Joint:
     fused: frozenset[fx.Node]
     workspaces: dict[fx.Node, int]
     compute_cost: int
+    forward_cost: int
+    weights: tuple[Any, ...]
+    device: Device
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What two graphs share that can be carried out by one plan: their ops, and what backward reads."""
-        return tuple(value.label for value in self.dag.values), self.dag.needed
+        """What two graphs share that have one menu: their ops, what backward reads, and the forms of the weights."""
+        return tuple(value.label for value in self.dag.values), self.dag.needed, self.weights
 
 
 def read_joint(
@@ -122,6 +125,9 @@ def read_joint(
         fused,
         {node: workspace_of(node, workspaces[node.target]) for node in nodes if node.target in workspaces},
         sum(_run_cost(node, storages, device, fused) for node in nodes if REPLAYS not in node.meta),
+        sum(_run_cost(node, storages, device, fused) for node in forward if REPLAYS not in node.meta),
+        tuple(_form(node) for number, node in enumerate(inputs) if number in held),
+        device,
     )
 
 

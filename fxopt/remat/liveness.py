@@ -16,12 +16,14 @@ class Working:
     """What one region needs under one choice, in bytes.
 
     `forward` and `backward` are the most that lives at an instant, the region's own input and what it has saved
-    among it; `saved` stays between the two; `gradients` of parameters stay after.
+    among it; `saved` stays on the device between the two, `offloaded` on the host; `gradients` of parameters stay
+    after.
     """
 
     forward: int
     backward: int
     saved: int
+    offloaded: int
     gradients: int
 
 
@@ -30,6 +32,7 @@ def simulate(joint: Joint, choice: Choice) -> Working:
     saved = {joint.forward[place] for place in choice.saved}
     recomputed = {joint.forward[place] for place in choice.recomputed}
     kept = frozenset(storage for node in saved for storage in joint.storages[node]) - joint.held
+    gone = frozenset(s for place in choice.offloaded for s in joint.storages[joint.forward[place]]) & kept
     results = frozenset(storage for node in joint.results for storage in joint.storages[node])
     forward = _peak(
         joint,
@@ -43,7 +46,8 @@ def simulate(joint: Joint, choice: Choice) -> Working:
     gradients = frozenset(storage for node in joint.gradients for storage in joint.storages[node])
     order = _backward_order(joint, recomputed)
     backward = _peak(joint, order, kept | incoming, gradients, {*saved, *joint.gradients})
-    return Working(forward, backward, _sum(joint, kept), _sum(joint, gradients - joint.passed_on))
+    after = gradients - joint.passed_on
+    return Working(forward, backward, _sum(joint, kept - gone), _sum(joint, gone), _sum(joint, after))
 
 
 def _forward_order(joint: Joint, saved: Collection[fx.Node]) -> list[fx.Node]:

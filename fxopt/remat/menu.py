@@ -19,12 +19,16 @@ from fxopt.remat.dag import Dag
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One point of a menu: the values saved, those computed again, and what that costs."""
+    """One point of a menu: the values saved, those computed again, and what that costs.
+
+    `offloaded` are those of the saved ones that wait in the host's memory; `bytes` is what stays on the device.
+    """
 
     saved: frozenset[int]
     recomputed: frozenset[int]
     bytes: int
     cost: int
+    offloaded: frozenset[int] = frozenset()
 
 
 def find_menu(dag: Dag) -> tuple[Choice, ...]:

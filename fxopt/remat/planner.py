@@ -6,47 +6,45 @@ blocks that have not run are decided again; what has been compiled stays.
 
 from __future__ import annotations
 
-import dataclasses
+import fractions
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import fx
 
-from fxopt.errors import FxoptError
 from fxopt.remat.apply import apply_choice
 from fxopt.remat.budget import Budget
-from fxopt.remat.choice import Candidates, choose_decisions, find_candidates, find_smallest
+from fxopt.remat.choice import (
+    Candidates,
+    choose_decisions,
+    find_candidates,
+    find_smallest,
+    host_bytes_of,
+)
 from fxopt.remat.decide import Menu, find_choice, make_decision, make_menu, read_tagged
-from fxopt.remat.figures import Facts, Goal, find_limit, make_plan, scale_decision, without_update
+from fxopt.remat.figures import (
+    Facts,
+    Goal,
+    find_limit,
+    find_lower_goal,
+    make_plan,
+    scale_decision,
+    without_update,
+)
+from fxopt.remat.given import menu_of, number_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.records import Decision, Plan
 from fxopt.remat.step import Around
+from fxopt.remat.table import summarize_plan
+from fxopt.remat.tokens import Call, Tokens
+from fxopt.remat.variants import Chosen, Variants
 
 log = logging.getLogger("fxopt")
-CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
 
 
-class Call(Protocol):
-    """What a plan is made for."""
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of one call."""
-        ...
-
-    @property
-    def checkpointed(self) -> bool:
-        """Whether the user switched checkpointing on."""
-        ...
-
-
-@dataclasses.dataclass
-class Variants:
-    """The plan of one goal while it is carried out: which variant serves each block."""
-
-    numbers: tuple[int, ...]
-    of_path: dict[str, int]
+USABLE = 7 / 8
+"""How much of the host's memory plans count on: pieces do not fill the chunks they are cut from."""
 
 
 class StepPlanner:
@@ -60,18 +58,31 @@ class StepPlanner:
         self._menus: dict[Any, Menu] = {}
         self._form_of: dict[str, Any] = {}
         self._seen: set[str] = set()
-        self._tail: dict[Any, Decision] = {}
-        self._carried_out: dict[tuple[int, Any], int] = {}
-        self._goals: dict[Goal, Variants] = {}
+        self._tokens = Tokens()
+        self._last: Goal | None = None
+        self._tail: list[Decision] = []
+        self._tail_tokens: int | None = None
+        self._variants = Variants()
+        self._goals: dict[Goal, Chosen] = {}
         self._scaled: dict[tuple[int, int], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
-        self._num_variants = 0
         self._facts: Facts | None = None
 
     @property
     def lowering(self) -> str:
         """What the graphs are compiled for."""
         return self._look().lowering
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that any plan carried out so far keeps on the host."""
+        taken = [(self._offered(goal), variants.numbers) for goal, variants in self._goals.items()]
+        return max((host_bytes_of(*choice) for choice in taken), default=0)
+
+    @property
+    def host_limit(self) -> int:
+        """The most that may be reserved on the host."""
+        return self._look().host_bytes
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -84,39 +95,76 @@ class StepPlanner:
 
     def find_variant(self, path: str, call: Call) -> int | None:
         """Return the number of the variant that serves the block at `path`; None where nothing is planned."""
-        goal = self._find_goal(call)
+        tokens = self._follow(path, call)
+        goal = self._last = self._find_goal(call, tokens)
         if goal is None:
             return None
         if goal not in self._goals and self._seen:
             self._plan(goal, None, 0)
         variants = self._goals.get(goal)
-        return self._num_variants if variants is None else variants.of_path[path]
+        return self._variants.count if variants is None else variants.of_path[path]
 
     def mark_block(self, path: str, variant: int, call: Call, graph: fx.Graph, held: frozenset[int]) -> str:
         """Tag the joint graph of the block at `path` for its decision, and return what tells that apart."""
-        goal = self._find_goal(call)
+        goal = self._find_goal(call, self._tokens.of_call)
         assert goal is not None, "a planned block was called without a plan"
         before = self._form_of.get(path)
         joint, form = self._read_block(path, call, graph, held)
-        if goal not in self._goals or before is not form or (variant, form) not in self._carried_out:
+        if (
+            goal not in self._goals
+            or before is not form
+            or self._variants.find_decision(variant, form) is None
+        ):
             for other in self._look().paths:
                 if other not in self._seen:
                     self._form_of[other] = form
             self._plan(goal, path, variant)
-        decision = self._menus[form].decisions[self._carried_out[variant, form]]
+        number = self._variants.find_decision(variant, form)
+        assert number is not None, "a planned block has no decision"
+        decision = self._menus[form].decisions[number]
         choice = find_choice(joint, decision)
         assert not isinstance(choice, str), f"{choice} is in no graph of its own form"
         apply_choice(graph, joint, choice)
-        return f"{[residual.op for residual in decision.saved]}"
+        return f"{[residual.op for residual in (*decision.saved, *decision.offloaded)]}"
+
+    def describe_last(self) -> str:
+        """Return the figures of the plan of the last call, in one line."""
+        chosen = self._last and self._goals.get(self._last)
+        if self._last is None or chosen is None:
+            return "none yet"
+        return summarize_plan(self._describe(self._last, chosen.numbers))
+
+    def lower(self) -> str | None:
+        """Make the plan for calls like the last one need less, and return its figures; None where none does."""
+        chosen = self._last and self._goals.get(self._last)
+        if self._last is None or chosen is None or self._given is not None:
+            return None
+        lowered = find_lower_goal(self._last, self._describe(self._last, chosen.numbers))
+        if lowered is None:
+            return None
+        del self._goals[self._last]
+        self._last = lowered
+        self._plan(lowered, None, 0)
+        return self.describe_last()
+
+    def _follow(self, path: str, call: Call) -> int:
+        """Return the tokens of the model's call in which the block at `path` is called."""
+        tokens = self._tokens.follow(path, call.tokens)
+        if self._tail_tokens is None:
+            self._tail_tokens = tokens
+        return tokens
 
     def _read_block(self, path: str, call: Call, graph: fx.Graph, held: frozenset[int]) -> tuple[Joint, Any]:
         """Return the joint graph as the planner reads it, and its form; its menu is made where that is new."""
         joint = self._read(graph, held)
-        form = self._forms.setdefault(joint.key, joint.key)
+        key = joint.key, fractions.Fraction(call.tokens, self._tokens.of_call)
+        form = self._forms.setdefault(key, key)
         if form not in self._menus:
-            given = self._given
+            given, tokens, facts = self._given, self._tokens.of_call, self._look()
             self._menus[form] = (
-                make_menu(joint, call.tokens) if given is None else self._menu_of(given, joint, call)
+                make_menu(joint, tokens, offloads=facts.host_bytes > 0)
+                if given is None
+                else menu_of(given, joint, tokens, facts)
             )
         self._form_of[path] = form
         self._seen.add(path)
@@ -139,48 +187,32 @@ class StepPlanner:
         self._form_of[path] = form
         place = self._look().paths.index(path)
         for goal, variants in self._goals.items():
-            number = self._carried_out.get((variants.of_path[path], form))
+            number = self._variants.find_decision(variants.of_path[path], form)
             if number is not None:
                 variants.numbers = (*variants.numbers[:place], number, *variants.numbers[place + 1 :])
                 self._goals[goal] = variants
 
+    def begin_tail(self) -> None:
+        """Forget what follows the blocks: it is being captured anew, piece by piece."""
+        self._tail, self._tail_tokens = [], None
+
     def read_tail(self, graph: fx.Graph, held: frozenset[int]) -> str:
         """Note what a piece after the blocks needs in memory; it is not planned."""
         joint = self._read(graph, held, last=True)
-        self._tail.setdefault(joint.key, make_decision(joint, read_tagged(joint)))
+        self._tail.append(make_decision(joint, read_tagged(joint)))
         return ""
 
-    def _find_goal(self, call: Call) -> Goal | None:
+    def _find_goal(self, call: Call, tokens: int) -> Goal | None:
         if not self.is_asked(checkpointed=call.checkpointed):
             return None
         budget = "min" if self._budget == "auto" and self._given is None else self._budget
-        known = [g for g in self._goals if g.budget == budget and g.tokens / 2 < call.tokens <= g.tokens]
-        return min(known, key=lambda goal: goal.tokens) if known else Goal(call.tokens, budget)
+        known = [g for g in self._goals if g.budget == budget and g.tokens / 2 < tokens <= g.tokens]
+        return min(known, key=lambda goal: goal.tokens) if known else Goal(tokens, budget)
 
     def _look(self) -> Facts:
         if self._facts is None:
             self._facts = self._find_facts()
         return self._facts
-
-    def _menu_of(self, given: Plan, joint: Joint, call: Call) -> Menu:
-        """Return the decisions of `given` that `joint` can carry out, in their order there."""
-        paths = tuple(path for path, _ in given.layers)
-        if paths != self._look().paths:
-            raise FxoptError(
-                f"plan: made for another model, expected {len(self._look().paths)} blocks of {self._look().model}, "
-                f"got {len(paths)} of {given.model}\n{CURE}"
-            )
-        found = [(decision, find_choice(joint, decision)) for decision in given.decisions]
-        fitting = [(decision, choice) for decision, choice in found if not isinstance(choice, str)]
-        if not fitting:
-            missing = next(choice for _, choice in found if isinstance(choice, str))
-            raise FxoptError(
-                f"plan: made for another model or lowering, expected values of this block's own, got {missing}, "
-                f"which it does not compute\n{CURE}"
-            )
-        decisions = tuple(make_decision(joint, choice) for _, choice in fitting)
-        numbers = {given.decisions.index(decision): place for place, (decision, _) in enumerate(fitting)}
-        return Menu(tuple(choice for _, choice in fitting), decisions, call.tokens, numbers)
 
     def _plan(self, goal: Goal, current: str | None, variant: int) -> None:
         """Decide for `goal` what each block does; the one at `current` is being compiled as `variant`."""
@@ -188,20 +220,11 @@ class StepPlanner:
         numbers = self._decide(goal, facts, current)
         chosen = dict(zip(facts.paths, numbers, strict=True))
         if current is not None:
-            self._carried_out[variant, self._form_of[current]] = chosen[current]
-            self._num_variants = max(self._num_variants, variant + 1)
-        of_path = {path: self._variant_for(self._form_of[path], chosen[path]) for path in facts.paths}
-        self._goals[goal] = Variants(numbers, of_path)
-
-    def _variant_for(self, form: Any, number: int) -> int:
-        for (variant, served), carried in self._carried_out.items():
-            if served == form and carried == number:
-                return variant
-        taken = {variant for variant, served in self._carried_out if served == form}
-        free = next((v for v in range(self._num_variants) if v not in taken), self._num_variants)
-        self._num_variants = max(self._num_variants, free + 1)
-        self._carried_out[free, form] = number
-        return free
+            self._variants.set_decision(variant, self._form_of[current], chosen[current])
+        of_path = {
+            path: self._variants.find_variant(self._form_of[path], chosen[path]) for path in facts.paths
+        }
+        self._goals[goal] = Chosen(numbers, of_path)
 
     def _decide(self, goal: Goal, facts: Facts, current: str | None) -> tuple[int, ...]:
         before = self._goals.get(goal)
@@ -210,7 +233,7 @@ class StepPlanner:
         for place, (path, offered) in enumerate(zip(facts.paths, self._offered(goal), strict=True)):
             settled = None
             if self._given is not None:
-                settled = self._given_number(self._given, self._menus[self._form_of[path]], place, goal)
+                settled = number_of(self._given, self._menus[self._form_of[path]], place, goal.tokens)
             elif before is not None and path in self._seen and path != current:
                 settled = before.numbers[place]
             menus.append(offered if settled is None else (offered[settled],))
@@ -242,9 +265,10 @@ class StepPlanner:
         return last
 
     def _around(self, goal: Goal, facts: Facts) -> Around:
-        scale = goal.tokens / next(iter(self._menus.values())).tokens
-        tail = tuple(scale_decision(decision, scale) for decision in self._tail.values())
-        return Around(facts.static_bytes, tail, facts.gradient_bytes, facts.update_bytes)
+        scale = goal.tokens / (self._tail_tokens or goal.tokens)
+        tail = tuple(scale_decision(decision, scale) for decision in self._tail)
+        usable = int(facts.host_bytes * USABLE)
+        return Around(facts.static_bytes, tail, facts.gradient_bytes, facts.update_bytes, usable)
 
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal)
@@ -253,17 +277,3 @@ class StepPlanner:
         limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
         smallest = find_smallest(candidates, around)
         return make_plan(facts, goal, limit, smallest, menus, numbers, around)
-
-    def _given_number(self, given: Plan, menu: Menu, place: int, goal: Goal) -> int:
-        if goal.tokens > given.tokens:
-            raise FxoptError(
-                f"plan: made for another shape, expected at most {given.tokens} tokens a call, "
-                f"got {goal.tokens}\n{CURE}"
-            )
-        path, number = given.layers[place]
-        if number not in menu.numbers:
-            raise FxoptError(
-                f"plan: made for another model, expected for {path} a decision that it can carry out, "
-                f"got number {number}\n{CURE}"
-            )
-        return menu.numbers[number]

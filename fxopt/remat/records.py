@@ -1,4 +1,4 @@
-"""A plan as plain data: what each block keeps for the backward pass, what it computes again, and what that costs.
+"""A plan as plain data: what each block keeps for backward, where, what it computes again, and what that costs.
 
 A plan holds no tensors and no code: it is printed, written as JSON, read again and given back to `fxopt.optimize`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from fxopt.errors import FxoptError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Residual:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What the blocks of one form do: which residuals are saved, which computed again.
+    """What the blocks of one form do: which residuals are saved, which computed again, which offloaded to the host.
 
-    `saved_bytes` stay between forward and backward; `forward_bytes` and `backward_bytes` are the most that lives
-    at an instant of the block's own run, `gradient_bytes` the gradients of its parameters. `recompute_ms` comes on
-    top of `compute_ms`, forward and backward.
+    `saved_bytes` stay on the device between forward and backward, `offloaded_bytes` on the host; `forward_bytes` and
+    `backward_bytes` are the most that lives at an instant of the block's own run, `gradient_bytes` the gradients of
+    its parameters. `recompute_ms` comes on top of `compute_ms`, forward and backward, and so does `wait_ms` where
+    transfers take longer than what runs meanwhile.
     """
 
     saved: tuple[Residual, ...]
@@ -49,6 +50,14 @@ class Decision:
     gradient_bytes: int
     compute_ms: float
     recompute_ms: float
+    offloaded: tuple[Residual, ...] = ()
+    offloaded_bytes: int = 0
+    wait_ms: float = 0.0
+
+    @property
+    def extra_ms(self) -> float:
+        """What this decision takes on top of the block's own work."""
+        return self.recompute_ms + self.wait_ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Plan:
     `budget` is what was asked for, `limit_bytes` what it came to (None: no limit). `layers` gives each block, by its
     path, the number of its decision. `static_bytes` live all the time: weights, buffers, the optimizer's state.
     `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
-    not planned; `timeline` is the simulated step.
+    not planned; `timeline` is the simulated step. `residual_bytes` stay on the device, `host_bytes` on the host.
     """
 
     model: str
@@ -83,16 +92,22 @@ class Plan:
     peak_at: str
     step_ms: float
     recompute_ms: float
+    wait_ms: float = 0.0
     after: tuple[Decision, ...] = ()
     timeline: tuple[Instant, ...] = ()
 
     @property
     def residual_bytes(self) -> int:
-        """What one forward saves for backward in all: of the blocks, what they share once, and of what follows."""
+        """What one forward keeps on the device: of the blocks, what they share once, and of what follows."""
         decisions = [self.decisions[number] for _, number in self.layers] + list(self.after)
         residuals = [residual for decision in decisions for residual in decision.saved]
         shared = {residual.op: residual.bytes for residual in residuals if residual.shared}
         return sum(residual.bytes for residual in residuals if not residual.shared) + sum(shared.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """What one forward keeps on the host."""
+        return sum(self.decisions[number].offloaded_bytes for _, number in self.layers)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -133,8 +148,10 @@ def _made(cls: type[Plan], data: dict[str, Any]) -> Plan:
 
 
 def _decision(data: dict[str, Any]) -> Decision:
-    saved, recomputed = (tuple(map(_residual, data.pop(name))) for name in ("saved", "recomputed"))
-    return Decision(**data, saved=saved, recomputed=recomputed)
+    saved, recomputed, offloaded = (
+        tuple(map(_residual, data.pop(name))) for name in ("saved", "recomputed", "offloaded")
+    )
+    return Decision(**data, saved=saved, recomputed=recomputed, offloaded=offloaded)
 
 
 def _residual(data: dict[str, Any]) -> Residual:

@@ -13,17 +13,21 @@ class Around:
     """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
 
     `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters; `update_bytes`
-    is what the optimizer's step needs for itself.
+    is what the optimizer's step needs for itself. `host_bytes` is how much may wait on the host.
     """
 
     static_bytes: int
     tail: tuple[Decision, ...] = ()
     gradient_bytes: int = 0
     update_bytes: int = 0
+    host_bytes: int = 0
 
 
 def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:
-    """Return the instants of one step: each block forward, what follows them, each block backward, the update."""
+    """Return the instants of one step: each block forward, what follows them, each block backward, the update.
+
+    What a block offloads leaves while the next one runs, and comes back while that one runs backward.
+    """
     base = around.static_bytes
     instants: list[Instant] = []
     all_regions = [
@@ -31,13 +35,15 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
         *((f"after the blocks {i}", d) for i, d in enumerate(around.tail)),
     ]
     held = [base]
-    for name, decision in all_regions:
-        instants.append(Instant(f"forward of {name}", held[-1] + decision.forward_bytes))
+    moving = [0, *(decision.offloaded_bytes for _, decision in all_regions)]
+    for number, (name, decision) in enumerate(all_regions):
+        instants.append(Instant(f"forward of {name}", held[-1] + moving[number] + decision.forward_bytes))
         held.append(held[-1] + decision.saved_bytes)
     gradients = 0
     for number in reversed(range(len(all_regions))):
         name, decision = all_regions[number]
-        instants.append(Instant(f"backward of {name}", held[number] + gradients + decision.backward_bytes))
+        lives = held[number] + moving[number] + gradients
+        instants.append(Instant(f"backward of {name}", lives + decision.backward_bytes))
         gradients += decision.gradient_bytes
     instants.append(Instant("optimizer", base + around.gradient_bytes + around.update_bytes))
     return tuple(instants)
@@ -49,10 +55,12 @@ def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     held = around.static_bytes
     most = held + around.gradient_bytes + around.update_bytes
     before: list[int] = []
+    moving = 0
     for decision in regions:
-        before.append(held)
-        most = max(most, held + decision.forward_bytes)
+        before.append(held + moving)
+        most = max(most, held + moving + decision.forward_bytes)
         held += decision.saved_bytes
+        moving = decision.offloaded_bytes
     gradients = 0
     for decision, held in zip(reversed(regions), reversed(before), strict=True):
         most = max(most, held + gradients + decision.backward_bytes)

@@ -8,8 +8,9 @@ from torch import fx
 
 from fxopt.remat.budget import Budget
 from fxopt.remat.figures import Goal
-from fxopt.remat.planner import Call, StepPlanner
+from fxopt.remat.planner import StepPlanner
 from fxopt.remat.records import Plan
+from fxopt.remat.tokens import Call
 
 
 class Survey(StepPlanner):
@@ -21,7 +22,7 @@ class Survey(StepPlanner):
 
     def find_variant(self, path: str, call: Call) -> int | None:
         """Return 0: nothing is carried out."""
-        self._call = call
+        self._follow(path, call)
         return 0
 
     def mark_block(self, path: str, variant: int, call: Call, graph: fx.Graph, held: frozenset[int]) -> str:
@@ -46,5 +47,5 @@ class Survey(StepPlanner):
         facts = self._look()
         if not bounded:  # a curve goes on beyond what the device has
             facts = dataclasses.replace(facts, device=dataclasses.replace(facts.device, bounded=False))
-        goal = Goal(self._call.tokens, budget)
+        goal = Goal(self._tokens.of_call, budget)
         return self._describe(goal, self._decide(goal, facts, None), facts)

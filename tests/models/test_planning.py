@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -267,3 +268,31 @@ def test_a_budget_for_a_model_without_blocks_is_refused():
     with pytest.raises(fxopt.FxoptError, match="no repeated blocks"):
         fxopt.optimize(model, memory_budget="min")
     assert find_installation(model) is None
+
+
+def test_a_second_thread_runs_stock_blocks_and_changes_no_plan(tools):
+    model, batch = make(tools, "llama"), batch_of(tools)
+    other = batch_of(tools, (2, 24))
+    fxopt.optimize(model, memory_budget="min")
+    reference = tools.run_step(model, batch)
+    installation = find_installation(model)
+    calls = installation._calls["model.layers"]
+    run, started, ran = calls.run, [], []
+
+    def within(path, block, args, kwargs):
+        ran.append(threading.get_ident())
+        if not started:
+            thread = threading.Thread(target=lambda: model(**other).loss.backward())
+            started.append(thread)
+            thread.start()
+            thread.join()
+            model.zero_grad()
+        return run(path, block, args, kwargs)
+
+    calls.run = within
+    step = tools.run_step(model, batch)
+    assert set(ran) == {threading.get_ident()}
+    assert [plan.tokens for plan in installation.planner.plans] == [384]
+    assert dict(installation.ledger.fallbacks) == {("model", "another thread runs the model"): 1}
+    for name, gradient in reference.gradients.items():
+        assert torch.equal(step.gradients[name], gradient), name

@@ -289,3 +289,18 @@ def test_guards_of_a_captured_frame_can_be_read() -> None:
     compiled(torch.ones(2, 3))
     found = torch_compat.guards_of(compiled)
     assert any(guard.startswith("TENSOR_MATCH: ") and "size=[2, 3]" in guard for guard in found), found
+
+
+def test_hooks_on_saved_tensors_can_be_seen_and_writes_be_counted() -> None:
+    """Moved if this fails: `_top_saved_tensors_default_hooks`, `_saved_tensors_hooks_is_enabled`, `Tensor._version`."""
+    assert torch_compat.top_saved_tensors_hooks() is None
+    hooks = (lambda tensor: tensor, lambda tensor: tensor)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        assert torch_compat.top_saved_tensors_hooks() == hooks
+    assert torch_compat.can_hook_saved_tensors()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not now"):
+        assert not torch_compat.can_hook_saved_tensors()
+    tensor = torch.ones(2)
+    before = torch_compat.writes_to(tensor.detach())
+    tensor[:1].add_(1)
+    assert torch_compat.writes_to(tensor) == before + 1

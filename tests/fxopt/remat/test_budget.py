@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.capture.installation import find_installation
 from fxopt.remat.budget import check_budget
 
 
@@ -103,8 +104,8 @@ def test_what_is_no_plan_is_refused():
         fxopt.optimize(Stack(), plan=plan, memory_budget="min")
     with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
         fxopt.Plan.from_json("no plan")
-    with pytest.raises(fxopt.FxoptError, match="expected format 1 of a plan, got 99"):
-        fxopt.Plan.from_json(plan.to_json().replace('"format": 1', '"format": 99'))
+    with pytest.raises(fxopt.FxoptError, match="expected format 2 of a plan, got 99"):
+        fxopt.Plan.from_json(plan.to_json().replace('"format": 2', '"format": 99'))
 
 
 def test_inputs_on_another_device_are_refused():
@@ -117,3 +118,71 @@ def test_inputs_on_another_device_are_refused():
 def test_a_model_without_blocks_has_no_plan():
     with pytest.raises(fxopt.FxoptError, match="has no repeated blocks"):
         fxopt.plan(nn.Linear(4, 4), "min", {"input": torch.randn(2, 4)})
+
+
+def test_host_memory_that_cannot_be_given_is_refused():
+    with pytest.raises(
+        fxopt.FxoptError, match=r"max_host_memory: expected at most the .* that are free, got"
+    ):
+        fxopt.optimize(Stack(), max_host_memory=2**60)
+    for given in ("12 potatoes", -1, 0.5, True):
+        with pytest.raises(fxopt.FxoptError, match="max_host_memory: expected bytes"):
+            fxopt.optimize(Stack(), max_host_memory=given)  # pyright: ignore
+    plan = fxopt.plan(Stack(), "min", {"x": torch.randn(256, 16, 16)}, max_host_memory="64MiB")
+    assert plan.host_bytes > 0
+    with pytest.raises(fxopt.FxoptError, match=r"plan: keeps .* on the host, expected at most 0 B"):
+        fxopt.optimize(Stack(), plan=plan, max_host_memory=0)(**INPUTS)
+
+
+def test_a_plan_is_made_with_the_patterns_that_will_be_used():
+    inputs = {"x": torch.randn(4, 8, 16)}
+    found = {residual.op for d in fxopt.plan(Stack(), None, inputs).decisions for residual in d.saved}
+    without = fxopt.plan(Stack(), None, inputs, disable=("activation",))
+    assert any(op.startswith("fxopt.") for op in found)
+    assert not any(residual.op.startswith("fxopt.") for d in without.decisions for residual in d.saved)
+    model = fxopt.optimize(Stack(), plan=without, disable=("activation",))
+    model(**inputs).backward()
+
+
+class TwoStacks(nn.Module):
+    """Blocks over patches, then blocks over their means: each stack has its own count of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(Block() for _ in range(2))
+        self.second = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.first:
+            x = part(x)
+        x = x.unflatten(1, (-1, 4)).mean(2)
+        for part in self.second:
+            x = part(x)
+        return x.square().mean()
+
+
+def test_stacks_with_token_counts_of_their_own_have_one_plan():
+    model, inputs = TwoStacks(), {"x": torch.randn(32, 8, 16)}
+    plan = fxopt.plan(model, None, inputs)
+    assert plan.tokens == 256
+    saved = [plan.decisions[number].saved_bytes for _, number in plan.layers]
+    assert saved[0] == saved[1] == 4 * saved[2] == 4 * saved[3]
+    fxopt.optimize(model, memory_budget=None)
+    for size in (32, 24, 32, 64):
+        model(torch.randn(size, 8, 16)).backward()
+    plans = fxopt.explain(model).plans
+    assert [plan.tokens for plan in plans] == [256, 512]
+    for layer in range(4):
+        first, second = (plan.decisions[plan.layers[layer][1]].saved_bytes for plan in plans)
+        assert second == 2 * first
+
+
+def test_a_tail_captured_again_is_counted_once():
+    model = Stack()
+    fxopt.optimize(model, memory_budget=None)
+    counts = []
+    for inputs in (torch.randn(8, 8, 16), torch.randn(16, 8, 16), torch.randn(16, 8, 16, requires_grad=True)):
+        model(inputs).backward()
+        counts.append(len(fxopt.explain(model).plans[-1].after))
+    assert counts == [1, 1, 1]
+    assert sum(c.region == "model" for c in find_installation(model).ledger.captures) > 1

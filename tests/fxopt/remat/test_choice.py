@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.remat.choice import choose_decisions, find_candidates, find_smallest, peak_of, time_of
+from fxopt.remat.choice import (
+    choose_decisions,
+    find_candidates,
+    find_smallest,
+    host_bytes_of,
+    peak_of,
+    time_of,
+)
 from fxopt.remat.records import Decision
 from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
 
@@ -15,6 +23,22 @@ from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
 def decision(saved: int, recompute_ms: float, extra: int = 0, gradients: int = 0) -> Decision:
     backward = saved + extra
     return Decision((), (), saved, saved + 5, backward, gradients, 100.0, recompute_ms)
+
+
+def offloading(taken: Decision, size: int, wait_ms: float) -> Decision:
+    """Return `taken` with so many of its bytes on the host."""
+    left = taken.saved_bytes - size
+    return dataclasses.replace(taken, saved_bytes=left, offloaded_bytes=size, wait_ms=wait_ms)
+
+
+@st.composite
+def menus_with_host(draw: st.DrawFn) -> tuple[Decision, ...]:
+    menu = draw(menus())
+    found = [*menu]
+    for base in menu:
+        for size in draw(st.sets(st.integers(1, base.saved_bytes), max_size=2)):
+            found.append(offloading(base, size, float(draw(st.integers(0, 9)))))
+    return tuple(sorted(found, key=lambda d: (d.extra_ms, d.offloaded_bytes)))
 
 
 @st.composite
@@ -97,3 +121,64 @@ def test_a_step_is_simulated_instant_by_instant():
 def test_the_peak_is_that_of_the_simulated_step(menu, update):
     around = Around(50, (decision(7, 0.0, 4),), 12, update)
     assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
+
+
+def test_what_moves_lives_beside_the_neighbouring_block():
+    away = offloading(decision(10, 0.0, 2, 3), 8, 0.0)
+    instants = simulate_step(("a", "b"), (away, decision(20, 0.0, 2, 3)), Around(100, (), 6, 0))
+    assert [(instant.name, instant.bytes) for instant in instants[:4]] == [
+        ("forward of a", 115),
+        ("forward of b", 100 + 2 + 8 + 25),
+        ("backward of b", 100 + 2 + 8 + 22),
+        ("backward of a", 100 + 3 + 12),
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_with_host(), st.integers(0, 500))
+def test_the_peak_with_values_on_the_host_is_that_of_the_simulated_step(menu, update):
+    around = Around(50, (decision(7, 0.0, 4),), 12, update)
+    assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus_with_host(), st.integers(0, 300), st.integers(0, 80))
+def test_the_host_holds_no_more_than_it_may_and_no_mix_of_two_is_faster(menu, limit, host):
+    offered = (menu,) * len(PATHS)
+    around = dataclasses.replace(AROUND, host_bytes=host)
+    chosen = choose_decisions(find_candidates(offered), around, limit)
+    alone = choose_decisions(find_candidates(offered), dataclasses.replace(around, host_bytes=0), limit)
+    if chosen is None:
+        assert alone is None
+        return
+    assert host_bytes_of(offered, chosen) <= host
+    assert peak_of(offered, chosen, around) <= limit
+    assert not menu[chosen[-1]].offloaded_bytes
+    if alone is not None:
+        assert time_of(offered, chosen) <= time_of(offered, alone)
+        assert not host_bytes_of(offered, alone)
+    offloads = [bool(menu[number].offloaded_bytes) for number in chosen]
+    assert offloads == sorted(offloads, reverse=True)
+    for pair in itertools.combinations_with_replacement(range(len(menu)), 2):
+        for count in range(len(PATHS)):
+            first, last = sorted(pair, key=lambda n: (not menu[n].offloaded_bytes, menu[n].saved_bytes))
+            numbers = (first,) * count + (last,) * (len(PATHS) - count)
+            if menu[last].offloaded_bytes or host_bytes_of(offered, numbers) > host:
+                continue
+            if peak_of(offered, numbers, around) <= limit:
+                assert time_of(offered, chosen) <= time_of(offered, numbers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_with_host(), st.integers(0, 80))
+def test_with_a_host_more_budget_is_never_slower(menu, host):
+    offered = (menu,) * len(PATHS)
+    around = dataclasses.replace(AROUND, host_bytes=host)
+    candidates = find_candidates(offered)
+    smallest = find_smallest(candidates, around)
+    times = []
+    for limit in range(smallest, smallest + 120, 7):
+        chosen = choose_decisions(candidates, around, limit)
+        assert chosen is not None
+        times.append(time_of(offered, chosen))
+    assert times == sorted(times, reverse=True)

@@ -1,0 +1,56 @@
+"""A plan that was made before, given back to be carried out: what of it each block can do."""
+
+from __future__ import annotations
+
+from fxopt.errors import FxoptError
+from fxopt.remat.decide import Menu, find_choice, make_decision
+from fxopt.remat.figures import Facts
+from fxopt.remat.joint import Joint
+from fxopt.remat.records import Plan
+
+CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
+
+
+def menu_of(given: Plan, joint: Joint, tokens: int, facts: Facts) -> Menu:
+    """Return the decisions of `given` that `joint` can carry out, in their order there.
+
+    Raises:
+        FxoptError: the plan was made for another model.
+    """
+    paths = tuple(path for path, _ in given.layers)
+    if paths != facts.paths:
+        raise FxoptError(
+            f"plan: made for another model, expected {len(facts.paths)} blocks of {facts.model}, "
+            f"got {len(paths)} of {given.model}\n{CURE}"
+        )
+    found = [(decision, find_choice(joint, decision)) for decision in given.decisions]
+    fitting = [(decision, choice) for decision, choice in found if not isinstance(choice, str)]
+    if not fitting:
+        missing = next(choice for _, choice in found if isinstance(choice, str))
+        raise FxoptError(
+            f"plan: made for another model or lowering, expected values of this block's own, got {missing}, "
+            f"which it does not compute\n{CURE}"
+        )
+    decisions = tuple(make_decision(joint, choice) for _, choice in fitting)
+    numbers = {given.decisions.index(decision): place for place, (decision, _) in enumerate(fitting)}
+    return Menu(tuple(choice for _, choice in fitting), decisions, tokens, numbers)
+
+
+def number_of(given: Plan, menu: Menu, place: int, tokens: int) -> int:
+    """Return the number in `menu` of what `given` decided for the block at `place`.
+
+    Raises:
+        FxoptError: the plan was made for another model, or for fewer tokens.
+    """
+    if tokens > given.tokens:
+        raise FxoptError(
+            f"plan: made for another shape, expected at most {given.tokens} tokens a call, "
+            f"got {tokens}\n{CURE}"
+        )
+    path, number = given.layers[place]
+    if number not in menu.numbers:
+        raise FxoptError(
+            f"plan: made for another model, expected for {path} a decision that it can carry out, "
+            f"got number {number}\n{CURE}"
+        )
+    return menu.numbers[number]

@@ -1,0 +1,204 @@
+"""Values on the host: back before backward reads them, in the order in which it does, and their places given back."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from fxopt.capture import host_memory
+from fxopt.capture.host_memory import HostMemory, Lane
+from fxopt.capture.offload import Offloader
+from fxopt.capture.planning import Leaving
+from fxopt.errors import FxoptError
+
+LIMIT = 1 << 20
+
+
+class Double(torch.autograd.Function):
+    """Saves its input and a copy of it, and says when its backward runs."""
+
+    @staticmethod
+    def forward(ctx, x, name, log):
+        ctx.save_for_backward(x, x + 1)
+        ctx.note = (name, log)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        name, log = ctx.note
+        x, more = ctx.saved_tensors
+        log.append(f"backward {name}")
+        assert torch.equal(x + 1, more)
+        return gradient * 2, None, None
+
+
+def leave(*numbers):
+    leaving = Leaving()
+    leaving.numbers = frozenset(numbers)
+    return leaving
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def offloader(told):
+    return Offloader(lambda: (LIMIT // 2, LIMIT), told.append)
+
+
+def run_blocks(offloader, x, leaving, log):
+    for name, numbers in enumerate(leaving):
+        x = offloader.wrap(lambda x, name=name: Double.apply(x, name, log), leave(*numbers))(x)
+    return x
+
+
+def test_the_block_before_comes_back_while_a_block_runs_backward(offloader, monkeypatch):
+    log = []
+    places = {}
+    copy = Lane.copy
+
+    def logged(self, pairs):
+        pairs = list(pairs)
+        chunks = [chunk.untyped_storage().data_ptr() for chunk in offloader.memory._chunks]
+        for target, source in pairs:
+            out = target.untyped_storage().data_ptr() in chunks
+            host = target if out else source
+            name = places.setdefault(host.data_ptr(), len(places))
+            log.append(f"{'out' if out else 'back'} {name}")
+        return copy(self, pairs)
+
+    monkeypatch.setattr(Lane, "copy", logged)
+    x = torch.randn(1000, requires_grad=True)
+    y = run_blocks(offloader, x, [(0,), (0,), (0,), ()], log)
+    assert log == ["out 0", "out 1", "out 2"]
+    log.clear()
+    y.sum().backward()
+    assert log == [
+        "back 2",
+        "backward 3",
+        "back 1",
+        "backward 2",
+        "back 0",
+        "backward 1",
+        "backward 0",
+    ]
+    assert torch.equal(x.grad, torch.full_like(x, 16.0))
+
+
+def test_places_are_given_back_by_backward_and_by_graphs_that_are_dropped(offloader, told):
+    x = torch.randn(1000, requires_grad=True)
+    reserved = set()
+    for backward in (True, False, True, False):
+        y = run_blocks(offloader, x, [(0, 1), (1,), ()], [])
+        assert offloader.memory.used_bytes == 3 * 4096
+        if backward:
+            y.sum().backward()
+        del y
+        assert offloader.memory.used_bytes == 0
+        reserved.add(offloader.memory.reserved_bytes)
+    assert reserved == {LIMIT // 2}
+    assert not told
+
+
+def test_two_graphs_at_once_and_a_second_backward(offloader):
+    x = torch.randn(1000, requires_grad=True)
+    first, second = (run_blocks(offloader, x, [(0,), (0, 1), ()], []) for _ in range(2))
+    first.sum().backward(retain_graph=True)
+    second.sum().backward()
+    first.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3 * 8.0))
+    del first, second
+    gc.collect()
+    assert offloader.memory.used_bytes == 0
+
+
+def test_what_finds_no_place_stays_on_the_device_and_is_said(told):
+    offloader = Offloader(lambda: (4096, 4096), told.append)
+    x = torch.randn(1000, requires_grad=True)
+    y = run_blocks(offloader, x, [(0,), (0,), ()], [])
+    assert offloader.memory.used_bytes == 4096
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 8.0))
+    assert len(set(told)) == 1
+    assert "stays on the device" in told[0]
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_said(told, monkeypatch):
+    empty = torch.empty
+
+    def refuse(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(host_memory.torch, "empty", refuse)
+    memory = HostMemory(lambda: (4096, LIMIT), told.append)
+    assert memory.take(4096, pinned=True) is not None
+    assert told == [
+        "offload: 1048576 bytes of host memory could not be pinned (CUDA error: out of memory): "
+        "transfers wait until they are done"
+    ]
+
+
+def test_pinned_chunks_are_powers_of_two_within_the_limit(monkeypatch, told):
+    asked = []
+    monkeypatch.setattr(host_memory, "CHUNK", 1 << 14)
+    monkeypatch.setattr(
+        HostMemory,
+        "_allocate",
+        lambda self, size, pinned: asked.append(size) or torch.empty(size, dtype=torch.uint8),
+    )
+    memory = HostMemory(lambda: (40_000, 45_000), told.append)
+    taken = [memory.take(2000, pinned=True) for _ in range(30)]
+    assert all(size & (size - 1) == 0 for size in asked)
+    assert sum(asked) <= 45_000
+    found = [piece for piece in taken if piece is not None]
+    assert len(found) * 2048 >= 40_000 * 7 / 8
+    assert len({(piece.chunk, piece.start) for piece in found}) == len(found)
+
+
+def test_views_come_back_with_their_form(offloader):
+    wide = torch.randn(20, 30, requires_grad=True)
+    view = wide.t()[3:]
+    found = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            found.append(x)
+            return gradient.expand(x.shape)
+
+    offloader.wrap(Look.apply, leave(0))(view).backward()
+    assert torch.equal(found[0], view)
+    assert (found[0].stride(), found[0].storage_offset()) == (view.stride(), view.storage_offset())
+
+
+def test_hooks_around_a_block_get_what_stays(offloader):
+    x = torch.randn(1000, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.append("pack") or t, lambda t: seen.append("unpack") or t
+    ):
+        y = run_blocks(offloader, x, [(1,), (0,)], [])
+    assert seen == ["pack", "pack"]
+    y.sum().backward()
+    assert seen == ["pack", "pack", "unpack", "unpack"]
+
+
+def test_writing_to_a_value_while_it_leaves_is_an_error_as_in_stock(offloader):
+    x = torch.randn(1000, requires_grad=True) * 1
+    y = run_blocks(offloader, x, [(1,)], [])
+    x.add_(1)
+    y = run_blocks(offloader, y, [(0,), ()], [])
+    with pytest.raises(FxoptError, match="was written to after the forward pass"):
+        y.sum().backward()

@@ -1,0 +1,192 @@
+"""Plans that leave values on the host, carried out on tiny models: no bit changes, and what is where was predicted."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.capture.installation import find_installation
+from fxopt.demo.training import count_saved_bytes
+
+SHAPE = (4, 96)
+HOST = "64MiB"
+ARCHES = ("llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "gemma2", "gpt_neox")))
+
+
+def make(tools, arch="llama", adapted=False):
+    model = tools.make_model(arch, num_hidden_layers=6)
+    if adapted:
+        import peft
+
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def batch_of(tools, shape=SHAPE):
+    return tools.make_batch(shape, padded="none", device="cpu")
+
+
+def plan_of(model):
+    installation = find_installation(model)
+    assert not installation.ledger.fallbacks
+    assert not any("offload" in note for note in installation.ledger.notes)
+    (plan,) = installation.planner.plans
+    return plan
+
+
+def used_bytes(model):
+    return find_installation(model).offloader.memory.used_bytes
+
+
+def saved_per_block(model, batch):
+    """Return the loss of one forward, and the bytes that each block leaves on the device for backward."""
+    found: dict[str, int] = {}
+    runs = {calls: calls.run for calls in find_installation(model)._calls.values()}
+
+    def counted(run):
+        def wrapped(path, block, args, kwargs):
+            with count_saved_bytes(model) as saved:
+                value = run(path, block, args, kwargs)
+            found[path] = saved.total
+            return value
+
+        return wrapped
+
+    for calls, run in runs.items():
+        calls.run = counted(run)
+    try:
+        return model(**batch).loss, found
+    finally:
+        for calls in runs:
+            del calls.run
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_bit_changes_and_what_is_on_the_host_and_the_device_is_as_predicted(arch, adapted, tools):
+    batch = batch_of(tools)
+    unplanned = make(tools, arch, adapted)
+    fxopt.optimize(unplanned)
+    reference = tools.run_step(unplanned, batch)
+    without = fxopt.plan(make(tools, arch, adapted), "min", batch)
+    model = make(tools, arch, adapted)
+    fxopt.optimize(model, memory_budget="min", max_host_memory=HOST)
+    for _ in range(2):
+        step = tools.run_step(model, batch)
+        assert torch.equal(step.loss, reference.loss)
+        for name, gradient in reference.gradients.items():
+            assert torch.equal(step.gradients[name], gradient), name
+        assert used_bytes(model) == 0
+    plan = plan_of(model)
+    assert plan.host_bytes > 0
+    assert plan.peak_bytes < without.peak_bytes or not adapted  # gradients of all weights are the peak there
+    assert not plan.decisions[plan.layers[-1][1]].offloaded
+    loss, saved = saved_per_block(model, batch)
+    assert used_bytes(model) == plan.host_bytes
+    assert saved == {path: sum(r.bytes for r in plan.decisions[n].saved) for path, n in plan.layers}
+    del loss
+    gc.collect()
+    assert used_bytes(model) == 0
+
+
+def test_gradients_accumulate_and_graphs_may_live_side_by_side(tools):
+    batches = [batch_of(tools), {**batch_of(tools)}]
+    batches[1]["input_ids"] = batches[1]["labels"] = batches[0]["input_ids"].flip(1)
+    gradients = []
+    for options in ({}, {"memory_budget": "min", "max_host_memory": HOST}):
+        model = make(tools)
+        fxopt.optimize(model, **options)
+        for batch in batches:
+            model(**batch).loss.backward()
+        with torch.no_grad():
+            model(**batches[0])
+        losses = [model(**batch).loss for batch in batches]
+        for loss in losses:
+            loss.backward()
+        dropped = model(**batches[0]).loss
+        del loss, losses, dropped
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+    assert used_bytes(model) == 0
+    memory = find_installation(model).offloader.memory
+    assert memory.reserved_bytes == 2 * plan_of(model).host_bytes
+
+
+def test_a_plan_with_values_on_the_host_is_printed_written_and_given_back(tools):
+    model, batch = make(tools), batch_of(tools)
+    plan = fxopt.plan(model, "min", batch, max_host_memory=HOST)
+    assert "  offloaded   " in str(plan)
+    assert "wait in the host's memory" in str(plan)
+    read = fxopt.Plan.from_json(plan.to_json())
+    assert read == plan
+    fxopt.optimize(model, plan=read)
+    tools.run_step(model, batch)
+    carried_out = plan_of(model)
+    assert carried_out.decisions == plan.decisions
+    assert carried_out.layers == plan.layers
+    with count_saved_bytes(model):
+        loss = model(**batch).loss
+    assert used_bytes(model) == plan.host_bytes
+    loss.backward()
+
+
+def test_little_host_memory_is_used_by_the_first_blocks(tools):
+    model, batch = make(tools), batch_of(tools)
+    much = fxopt.plan(model, "min", batch, max_host_memory=HOST)
+    little = fxopt.plan(model, "min", batch, max_host_memory=much.host_bytes // 2 * 8 // 7 + 1024)
+    none = fxopt.plan(model, "min", batch, max_host_memory=0)
+    assert 0 < little.host_bytes <= much.host_bytes // 2 + 1024
+    assert much.peak_bytes <= little.peak_bytes <= none.peak_bytes
+    assert none.host_bytes == 0
+    assert fxopt.plan(model, None, batch, max_host_memory=HOST).host_bytes == 0
+
+
+@pytest.mark.slow
+def test_inductor_saves_the_same_values_elsewhere(tools):
+    batch = batch_of(tools)
+    gradients = []
+    for options in ({}, {"memory_budget": "min", "max_host_memory": HOST}):
+        model = make(tools)
+        fxopt.optimize(model, lowering="inductor", **options)
+        step = tools.run_step(model, batch)
+        gradients.append(step.gradients)
+    for name, gradient in gradients[0].items():
+        assert tools.relative(gradients[1][name], gradient) < 1e-5, name
+    loss = model(**batch).loss
+    assert used_bytes(model) == plan_of(model).host_bytes > 0
+    loss.backward()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_values_come_back_and_the_peak_falls(tools):
+    batch = {name: value.cuda() for name, value in batch_of(tools, (8, 1024)).items()}
+    peaks, gradients = [], []
+    for host in (0, None):
+        model = tools.make_model("llama", max_position_embeddings=2048, hidden_size=512, num_hidden_layers=6)
+        model = model.cuda().train()
+        fxopt.optimize(model, memory_budget="min", max_host_memory=host)
+        for _ in range(3):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            model(**batch).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        if host is None:
+            loss = model(**batch).loss
+            assert used_bytes(model) == plan_of(model).host_bytes > 0
+            assert all(chunk.is_pinned() for chunk in find_installation(model).offloader.memory._chunks)
+            del loss
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    for name, gradient in gradients[0].items():
+        assert tools.relative(gradients[1][name], gradient) < 1e-2, name
+    assert peaks[1] < peaks[0]
