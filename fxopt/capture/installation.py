@@ -189,11 +189,14 @@ class Installation:
             progress.show(name, f"{number}, compiling")
             note_held(gm, example_inputs, self.model)
             lower = with_mark(self._lower, mark)
-            is_graphed = graphed and has_fixed_sizes(example_inputs)
+            is_moved = mark is not None and mark.offload is not None
+            is_graphed = graphed and has_fixed_sizes(example_inputs) and not is_moved
             if is_graphed:
                 lower = self.cuda_graphs.with_replays(lower, region)
             elif graphed:
-                self.cuda_graphs.refuse(f"{region} is compiled for lengths that change")
+                changing = "is compiled for lengths that change"
+                reason = "may leave values on the host by its plan" if is_moved else changing
+                self.cuda_graphs.refuse(f"{region} {reason}")
             compiled = keep_stock_gradients(lower, region)(gm, example_inputs)
             progress.done(name)
             ledger, planner = self.ledger, None if mark is None else self.planner

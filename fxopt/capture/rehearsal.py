@@ -7,6 +7,7 @@ yet. Each op of ours is run once, on memory of the sizes it will get, with its l
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fxopt.graph.torch_private import hint_of, unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead
 
 log = logging.getLogger("fxopt")
+MOST_BYTES = 4 * 2**30
+"""Of an op's inputs; what has more (long contexts, stacks of experts) compiles at its first call."""
 
 
 def compile_kernels(graph: fx.Graph) -> int:
@@ -24,7 +27,7 @@ def compile_kernels(graph: fx.Graph) -> int:
     num_run = 0
     for node in graph.nodes:
         device = _device_of(node) if is_ours(node) else None
-        if device is None:
+        if device is None or _num_bytes(node) > MOST_BYTES:
             continue
         try:
             with compiled_ahead(device) as is_needed:
@@ -41,6 +44,16 @@ def _run(node: fx.Node, device: torch.device) -> None:
     target: Any = node.target
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device.index or 0]):
         target(*fx.map_arg(node.args, _made), **fx.map_arg(node.kwargs, _made))
+
+
+def _num_bytes(node: fx.Node) -> int:
+    values = (item.meta.get("val") for item in node.all_input_nodes)
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return sum(
+        math.prod(hint_of(size) or 0 if isinstance(size, torch.SymInt) else size for size in each.shape)
+        * each.element_size()
+        for each in tensors
+    )
 
 
 def _device_of(node: fx.Node) -> torch.device | None:
