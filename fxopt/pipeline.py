@@ -165,7 +165,7 @@ def optimize(
     Graphs are captured, rewritten, proven and compiled at the first training call of each form.
 
     Args:
-        model: a `torch.nn.Module` on its device.
+        model: a `torch.nn.Module` on its device, under DistributedDataParallel or `fully_shard` or before it.
         patterns: patterns to use, in order: names of the library's, or `Pattern`s of your own.
         disable: names of patterns not to use.
         lowering: "inductor", "plain" (node by node), or "auto": Inductor on a GPU, plain on a CPU.
@@ -204,7 +204,7 @@ def optimize(
         memory_budget=check_budget(memory_budget),
         plan=check_plan(plan, memory_budget),
     )
-    model = check_model(model)
+    given, model = model, check_model(model)
     if any(tensor.is_meta for tensor in tensors_of(model)):
         raise FxoptError(
             f"model: {type(model).__name__} is on the meta device, expected weights on a real device\n"
@@ -213,7 +213,7 @@ def optimize(
     check_uncompiled(model)
     installed = find_installation(model)
     if installed is not None and installed.model is model and installed.options == options:
-        return model
+        return given
     if options.strict:
         _check_strictly(report_on_small_inputs(model, options, example_inputs))
     while installed is not None:
@@ -227,7 +227,7 @@ def optimize(
     installation.install()
     if options.lowering != "plain":
         start_warming(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
-    return model
+    return given
 
 
 def plan(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.torch_distributed import is_fsdp_hook
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Hooks:
 def has_hooks(module: nn.Module) -> bool:
     """Return whether `module` itself carries a hook that would run at this call."""
     return any(_is_live(hook) for name in torch_compat.HOOK_DICTS for hook in getattr(module, name).values())
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Return whether `module` itself carries a live hook other than those that gather and reduce its parameters."""
+    return any(
+        _is_live(hook) and not is_fsdp_hook(hook)
+        for name in torch_compat.HOOK_DICTS
+        for hook in getattr(module, name).values()
+    )
 
 
 def find_hooks(module: nn.Module) -> Hooks:

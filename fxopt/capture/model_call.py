@@ -20,7 +20,8 @@ from torch import fx, nn
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.hooks import find_hooks, has_hooks
+from fxopt.capture.engines import Sharding
+from fxopt.capture.hooks import find_hooks, has_hooks, has_own_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
@@ -60,6 +61,7 @@ class ModelCall:
         self._lock = threading.Lock()
         self._settings = torch_compat.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
+        self._sharding = Sharding(model, self.blocks, self._around)
         self._takes_cache = accepts(model.forward, "use_cache") or (
             takes_any(model.forward)
             and any(accepts(inner.forward, "use_cache") for inner in self._around[1:])
@@ -138,11 +140,14 @@ class ModelCall:
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
         for block in self.blocks:
-            hooked = block if has_hooks(block) else find_hooks(block).live
+            hooked = block if has_own_hooks(block) else find_hooks(block).live
             if hooked is not None:
                 return (
                     f"a hook sits on a {type(hooked).__name__} of a block and may keep what the forward reads"
                 )
+        sharded = self._sharding.find_obstacle()
+        if sharded is not None:
+            return sharded
         asked = find_asked_output(self.model, self.blocks, kwargs)
         if asked is not None:
             return f"{asked} is asked for, which hooks collect on the way"
@@ -174,7 +179,8 @@ class ModelCall:
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:
-            with self._leaves(), torch_compat.tensors_left_unlisted(self._around):
+            unlisted = torch_compat.tensors_left_unlisted(self._around)
+            with self._leaves(), unlisted, self._sharding.gathered():
                 return self.compiled(self.model, self._count_eager, args, kwargs)
         finally:
             self._arguments = previous
@@ -220,7 +226,7 @@ class ModelCall:
         """
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
-        modules = [weakref.ref(module) for module in find_tail_modules(self.model, tail.graph)]
+        modules = [weakref.ref(module) for module in find_tail_modules(self.model, self.blocks, tail.graph)]
         on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
         leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
@@ -233,22 +239,28 @@ class ModelCall:
             this = find_self()
             if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
-            pairs = zip(values_of(calls), examples, strict=True)
-            return next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
+            values = values_of(calls)
+            pairs = zip(values, examples, strict=True)
+            reason = next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
+            return reason or (None if this is None else this._sharding.judge(values))
 
         def run(*captured_args: Any) -> Any:
             this = find_self()
             assert this is not None, "the model is gone, expected it to make this call"
-            for find_module in modules:
-                module = find_module()
-                if module is not None and has_hooks(module):
+            living = [module for find_module in modules if (module := find_module()) is not None]
+            for module in living:
+                if has_hooks(module):
                     raise TailMismatch(f"a hook sits on the {type(module).__name__} after the blocks")
             if on_meta:
                 calls = rehearse(rehearsed)
             else:
-                calls = this._trunk.run(*this._arguments, num_calls, judge)
+                with this._sharding.hooks_shown():
+                    calls = this._trunk.run(*this._arguments, num_calls, judge)
                 this.ledger.begin(REGION)
-            return call(*values_of(calls), *[captured_args[index] for index in placeholders])
+            values = this._sharding.enter(living, values_of(calls))
+            output = call(*values, *[captured_args[index] for index in placeholders])
+            this._sharding.leave(living, output)
+            return output
 
         return run
 
@@ -271,13 +283,13 @@ def find_around(model: nn.Module, blocks: frozenset[nn.Module]) -> tuple[nn.Modu
     )
 
 
-def find_tail_modules(model: nn.Module, tail: fx.GraphModule) -> tuple[nn.Module, ...]:
-    """Return the modules whose calls the tail holds, `model` itself left out."""
-    named = {path: module for module, path in walk(model).items()}
-    paths: set[str] = set()
-    for node in tail.graph.nodes:
-        paths.update(modules_of(node))
-    return tuple(named[path] for path in sorted(paths) if path and path in named)
+def find_tail_modules(
+    model: nn.Module, blocks: frozenset[nn.Module], tail: fx.GraphModule
+) -> tuple[nn.Module, ...]:
+    """Return the modules whose calls the tail holds, in their order, `model` itself and its blocks left out."""
+    named = {path: module for module, path in walk(model, but=blocks).items() if path}
+    paths = dict.fromkeys(path for node in tail.graph.nodes for path in modules_of(node))
+    return tuple(named[path] for path in paths if path in named)
 
 
 def find_asked_output(model: nn.Module, blocks: frozenset[nn.Module], kwargs: dict[str, Any]) -> str | None:
