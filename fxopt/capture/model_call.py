@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.engines import Sharding
+from fxopt.capture.engines import Sharding, say_kept
 from fxopt.capture.hooks import find_hooks, has_hooks, has_own_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
@@ -142,7 +142,7 @@ class ModelCall:
         for block in self.blocks:
             hooked = block if has_own_hooks(block) else find_hooks(block).live
             if hooked is not None:
-                return (
+                return say_kept(hooked) or (
                     f"a hook sits on a {type(hooked).__name__} of a block and may keep what the forward reads"
                 )
         sharded = self._sharding.find_obstacle()

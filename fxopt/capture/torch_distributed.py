@@ -39,6 +39,11 @@ def fsdp_state_of(module: nn.Module) -> Any:
     return state._get_fsdp_state()
 
 
+def is_managed(module: nn.Module) -> bool:
+    """Return whether FSDP2 shards the parameters of `module`, with those of a module around it or alone."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def is_initialized(state: Any) -> bool:
     """Return whether the root that `state` belongs to has begun its first forward."""
     return state._is_root is not None

@@ -116,6 +116,7 @@ def test_one_rank_that_falls_back_neither_hangs_nor_diverges(engine, two):
     """Collectives stand outside of what is compiled: their order is the engine's, whatever a rank runs between."""
     answers = two.run("one_falls_back", engine=engine)
     assert [bool(answer["fallbacks"]) for answer in answers] == [False, True]
+    assert all("a hook sits on" in reason for reason in answers[1]["fallbacks"])
     assert all(answer["errors"]["stock"] <= BOUND for answer in answers)
 
 

@@ -431,8 +431,142 @@ def privates() -> dict[str, Any]:
         "store": all(store.get(str(rank)) == b"1" for rank in range(dist.get_world_size())),
         "ddp": [*inside_of, engines.active_ddp() is None],
         "dtensor": spread,
+        "managed": [engines.is_managed(module) for module in (alone, first, ddp.module)],
         "base": torch.Tensor._base.__get__ == engines.READ_OF_BASE,
     }
+
+
+def accelerated(engine: str) -> dict[str, Any]:
+    """Steps of accelerate's: prepared by default for DistributedDataParallel, or as its FSDP2 plugin does.
+
+    accelerate takes the plugin on an accelerator only: here what it would call is called.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    rank = dist.get_rank()
+    alone = make_model("llama")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for which in ("before", "stock"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        model = copy.deepcopy(alone)
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        if engine == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=[type(find_blocks(model)[0]).__name__],
+                cpu_ram_efficient_loading=False,
+            )
+            accelerator.state.fsdp_plugin = plugin
+            model = fsdp2_prepare_model(accelerator, model)
+        else:
+            model = accelerator.prepare(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in range(2):
+            optimizer.zero_grad()
+            accelerator.backward(model(**make_batch(10 * number + rank, 2, 12)).loss)
+            found[which] = gradients_of(model)
+            optimizer.step()
+        if which == "before":
+            report = report_of(model)
+    kinds = sorted({type(module).__name__ for module in model.modules() if engines.fsdp_state_of(module)})
+    return {"errors": {"stock": largest_error(found["before"], found["stock"])}, "sharded": kinds, **report}
+
+
+def trained(folder: str) -> dict[str, Any]:
+    """Train by transformers' Trainer, which finds the process group by itself; return losses and parameters' sums."""
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer, TrainingArguments
+
+    results: dict[str, Any] = {}
+    for which in ("before", "stock"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model = make_model("llama")
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        rows = [{name: value[0] for name, value in make_batch(n, 1, 12).items()} for n in range(16)]
+        arguments = TrainingArguments(
+            folder,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            use_cpu=True,
+            report_to=[],
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        results[which] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        if which == "before":
+            report = report_of(model)
+    return {"losses": results, **report}
+
+
+def gathered_by_hooks(place: str) -> dict[str, Any]:
+    """As ZeRO-3: weights are empty but while their module runs, gathered and freed by hooks on it (`place`)."""
+    alone = make_model("llama")
+    batch = make_batch(dist.get_rank(), 2, 12)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for which in ("before", "stock"):
+        model = copy.deepcopy(alone)
+        held: list[nn.Module] = [model.get_output_embeddings()]
+        if place == "all":
+            held = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        for module in held:
+            _free_but_in_forward(module)
+        loss = model(**batch).loss
+        for module in held:
+            module.weight.data = module.whole  # gathered again for backward
+        loss.backward()
+        found[which] = gradients_of(model)
+        if which == "before":
+            report = report_of(model)
+    return {"errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
+
+
+def _free_but_in_forward(module: Any) -> None:
+    module.whole = module.weight.data
+
+    def gather(module: Any, given: Any) -> None:
+        module.weight.data = module.whole
+
+    def free(module: Any, given: Any, output: Any) -> None:
+        module.weight.data = torch.empty(0)
+
+    module.register_forward_pre_hook(gather)
+    module.register_forward_hook(free)
+    free(module, None, None)
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """A model under a plan of transformers' own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    alone = make_model("llama")
+    batch = make_batch(0, 2, 12)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for which in ("before", "stock"):
+        model = copy.deepcopy(alone)
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        for block in find_blocks(model):
+            plan = {name: ColwiseParallel() for name in ("gate_proj", "up_proj")}
+            parallelize_module(block.mlp, mesh, {**plan, "down_proj": RowwiseParallel()})
+        model(**batch).loss.backward()
+        found[which] = gradients_of(model)
+        if which == "before":
+            report = report_of(model)
+    return {"errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
 
 
 def save(folder: str, order: str, arch: str = "llama") -> dict[str, Any]:
@@ -492,6 +626,10 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         killed,
         logits,
         privates,
+        accelerated,
+        trained,
+        gathered_by_hooks,
+        tensor_parallel,
         save,
         load,
     )
