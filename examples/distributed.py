@@ -84,7 +84,12 @@ def main() -> None:
             losses = train(DistributedDataParallel(model), device, chosen.steps)
     if dist.get_rank() == 0:
         print(f"{chosen.engine}: losses {', '.join(f'{loss:.3f}' for loss in losses)}")
-        print(fxopt.explain(model))
+        report = fxopt.explain(model)
+        rewritten = sum(site.count for site in report.sites if site.status == "rewritten")
+        fallbacks = sum(fallback.count for fallback in report.fallbacks)
+        print(
+            f"{rewritten} of {sum(site.count for site in report.sites)} sites rewritten, {fallbacks} fallbacks"
+        )
     dist.destroy_process_group()
 
 
