@@ -11,6 +11,7 @@ from fxopt.errors import FxoptError, UnknownNameError
 
 LOWERINGS = ("auto", "inductor", "plain")
 VERIFY = ("on", "off")
+CUDA_GRAPHS = ("auto", "off")
 
 
 class NamedPattern(Protocol):
@@ -35,6 +36,7 @@ class Options:
     verify: str = "on"
     strict: bool = False
     partial: bool = True
+    cuda_graphs: str = "auto"
     select: Callable[[str, Any], str] | None = None
     memory_budget: Any = "auto"
     plan: Any = None
@@ -54,6 +56,7 @@ def check_options(
     verify: str,
     strict: bool,
     partial: bool,
+    cuda_graphs: str = "auto",
     memory_budget: Any = "auto",
     plan: Any = None,
 ) -> Options:
@@ -86,6 +89,7 @@ def check_options(
     disabled = frozenset(disable)
     _check_name("lowering", lowering, LOWERINGS)
     _check_name("verify", verify, VERIFY)
+    _check_name("cuda_graphs", cuda_graphs, CUDA_GRAPHS)
     _check_flag("strict", strict)
     _check_flag("partial", partial)
     return Options(
@@ -95,6 +99,7 @@ def check_options(
         verify,
         strict,
         partial,
+        cuda_graphs,
         memory_budget=memory_budget,
         plan=plan,
     )

@@ -29,7 +29,7 @@ from fxopt.capture.model_call import REGION
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.small_inputs import run_on_small_inputs
-from fxopt.capture.torch_compat import trace_joint
+from fxopt.capture.torch_compat import plain_backend, trace_joint
 from fxopt.capture.warming import start_warming
 from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
@@ -156,6 +156,7 @@ def optimize(
     verify: str = "on",
     strict: bool = False,
     partial: bool = True,
+    cuda_graphs: str = "auto",
     memory_budget: int | float | str | None = "auto",
     plan: Plan | None = None,
     example_inputs: dict[str, Any] | None = None,
@@ -174,6 +175,8 @@ def optimize(
             seen in one forward pass on small inputs, instead of reporting it.
         partial: where a block cannot be captured in one graph, optimize its pieces, which are not planned; False
             leaves it stock.
+        cuda_graphs: "auto" records the kernels of each block once and replays them, on one GPU, where shapes repeat;
+            "off" launches them one by one.
         memory_budget: the most that a training step may allocate: bytes, a size like "12GiB", a share of the device
             between 0 and 1, "min", or None for the fastest step. "auto" plans only where gradient checkpointing was
             switched on, as "min"; elsewhere what costs one pass over memory is computed again. A plan is made at the
@@ -201,6 +204,7 @@ def optimize(
         verify=verify,
         strict=strict,
         partial=partial,
+        cuda_graphs=cuda_graphs,
         memory_budget=check_budget(memory_budget),
         plan=check_plan(plan, memory_budget),
     )
@@ -404,12 +408,15 @@ def new_installation(
 ) -> Installation:
     """Return what `install()` puts into `model`; graphs are compiled by `lower`, else as the options say."""
 
-    def lower_graph(gm: fx.GraphModule, example_inputs: list[Any], mark: Any = None) -> Callable[..., Any]:
+    def lower_graph(
+        gm: fx.GraphModule, example_inputs: list[Any], mark: Any = None, *, graphed: bool = False
+    ) -> Callable[..., Any]:
         lowering, reason = choose_lowering(options.lowering, gm)
         if reason:
             installation.ledger.note(reason)
-        installation.ledger.lowerings.setdefault(name_of(lowering))
-        return lowering(gm, example_inputs, mark)
+        replayed = ", replayed as CUDA graphs" if graphed and lowering is not plain_backend else ""
+        installation.ledger.lowerings.setdefault(name_of(lowering) + replayed)
+        return lowering(gm, example_inputs, mark, graphed=graphed)
 
     installation = Installation(
         model,
@@ -418,6 +425,7 @@ def new_installation(
         lower or lower_graph,
         partial=options.partial,
         planner=None if lower else make_planner(model, options),
+        replayed=lower is None and options.cuda_graphs == "auto",
     )
     return installation
 

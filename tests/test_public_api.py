@@ -46,6 +46,7 @@ PARAMETERS = {
         "verify": "on",
         "strict": False,
         "partial": True,
+        "cuda_graphs": "auto",
         "memory_budget": "auto",
         "plan": None,
         "example_inputs": None,

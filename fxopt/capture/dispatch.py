@@ -19,8 +19,9 @@ from torch import fx, nn
 
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing
+from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import say_kept
-from fxopt.capture.hooks import Hooks, find_hooks, has_hooks, idle_hooks_hidden
+from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, idle_hooks_hidden
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
@@ -37,7 +38,8 @@ def block_entry(block: nn.Module, count_eager: Callable[[], None], args: Any, kw
     return block.forward(*args, **kwargs)
 
 
-MakeBackend = Callable[[Mark | None], Callable[..., Any]]
+MakeBackend = Callable[[Mark | None, bool], Callable[..., Any]]
+"""Takes what tags the joint graph, and whether CUDA graphs replay what is compiled."""
 
 
 class BlockCalls:
@@ -49,6 +51,7 @@ class BlockCalls:
         region: str,
         make_backend: MakeBackend,
         checkpointing: Checkpointing,
+        cuda_graphs: CudaGraphs,
         *,
         partial: bool,
         planner: Planner | None = None,
@@ -57,12 +60,16 @@ class BlockCalls:
         self.region = region
         self._make_backend = make_backend
         self._checkpointing = checkpointing
+        self._cuda_graphs = cuda_graphs
         self._planner = planner
         self._asked: list[Call] = [Call(1, False)]
-        self._compiled: dict[int | None, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[int | None, bool], Callable[..., Any]] = {}
         self.pieces = (
-            torch_compat.compile_frame(block_entry, make_backend(None), fullgraph=False) if partial else None
+            torch_compat.compile_frame(block_entry, make_backend(None, False), fullgraph=False)
+            if partial
+            else None
         )
+        self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self.broken_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
 
@@ -75,7 +82,11 @@ class BlockCalls:
         """Run one block: compiled where fxopt serves the call, else stock."""
         if not torch.is_grad_enabled():
             return torch_compat.stock_call(block, *args, **kwargs)
-        hooks = find_hooks(block)
+        if block not in self._inner_hooks:
+            self._inner_hooks[block] = InnerHooks(block)
+        hooks = self._inner_hooks[block].find()
+        if hooks.live is not None:
+            self.ledger.hooked = type(hooks.live).__name__
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
@@ -183,10 +194,12 @@ class BlockCalls:
         if self._planner is not None:
             self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
             variant = self._planner.find_variant(path, self._asked[0])
-        if variant not in self._compiled:
-            backend = self._make_backend(self._make_mark(variant))
-            self._compiled[variant] = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
-        return self._compiled[variant]
+        graphed = self._cuda_graphs.are_used
+        if (variant, graphed) not in self._compiled:
+            backend = self._make_backend(self._make_mark(variant), graphed)
+            frame = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
+            self._compiled[variant, graphed] = frame
+        return self._compiled[variant, graphed]
 
     def _make_mark(self, variant: int | None) -> Mark | None:
         """Return what shows the planner a joint graph; torch may keep it for good, so it holds no block."""

@@ -16,12 +16,13 @@ from torch import fx, nn
 from fxopt.capture import torch_compat
 from fxopt.capture.agreement import Agreement
 from fxopt.capture.checkpointing import Checkpointing
+from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.engines import check_spread, inside_engine
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.libraries import find_doubts
-from fxopt.capture.lowering import Lowering
+from fxopt.capture.lowering import Lowering, has_fixed_sizes
 from fxopt.capture.model_call import REGION, ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.patched import find_patched
@@ -59,6 +60,7 @@ class Installation:
         *,
         partial: bool,
         planner: Planner | None = None,
+        replayed: bool = False,
     ) -> None:
         self.model = model
         self.options = options
@@ -73,9 +75,11 @@ class Installation:
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
         self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
+        obstacle = find_obstacle(model) if replayed and options.lowering != "plain" else ""
+        self.cuda_graphs = CudaGraphs(obstacle, self.ledger.note)
         if blocks:
             self.model_call: ModelCall | None = ModelCall(
-                self.ledger, model, blocks, self._compile_model, checkpointing
+                self.ledger, model, blocks, self._compile_model, checkpointing, self.cuda_graphs
             )
         else:
             self.model_call = None
@@ -85,6 +89,7 @@ class Installation:
                 region,
                 functools.partial(self._block_backend, region),
                 checkpointing,
+                self.cuda_graphs,
                 partial=partial,
                 planner=planner,
             )
@@ -156,7 +161,7 @@ class Installation:
         call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
         return torch_compat.mark_leaf(call_block)
 
-    def _block_backend(self, region: str, mark: Mark | None) -> Callable[..., Any]:
+    def _block_backend(self, region: str, mark: Mark | None, graphed: bool) -> Callable[..., Any]:
         stacks = {
             stack.path: f"{stack.path or 'the blocks'} ({len(stack.paths)} blocks)"
             for stack in self.regions.stacks
@@ -173,7 +178,13 @@ class Installation:
                 self.ledger.changes_state = True
             progress.show(name, f"{number}, compiling")
             note_held(gm, example_inputs, self.model)
-            compiled = keep_stock_gradients(with_mark(self._lower, mark), region)(gm, example_inputs)
+            lower = with_mark(self._lower, mark)
+            is_graphed = graphed and has_fixed_sizes(example_inputs)
+            if is_graphed:
+                lower = self.cuda_graphs.with_replays(lower, region)
+            elif graphed:
+                self.cuda_graphs.refuse(f"{region} is compiled for lengths that change")
+            compiled = keep_stock_gradients(lower, region)(gm, example_inputs)
             progress.done(name)
             ledger, planner = self.ledger, None if mark is None else self.planner
             form = None if planner is None else planner.form_of(ledger.current)

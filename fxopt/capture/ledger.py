@@ -35,6 +35,8 @@ class Ledger:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""
+    hooked: str = ""
+    """The kind of module inside a block on which a hook was met during the model's call that runs now."""
     progress: Progress = dataclasses.field(default_factory=Progress)
     _current: str = ""
     _pieces: list[Capture] = dataclasses.field(default_factory=list)

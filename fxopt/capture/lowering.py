@@ -40,6 +40,11 @@ def name_of(lowering: Lowering) -> str:
     return "inductor" if lowering is torch_compat.inductor_backend else "plain"
 
 
+def has_fixed_sizes(example_inputs: list[Any]) -> bool:
+    """Return whether a graph with these inputs serves one shape only."""
+    return not any(isinstance(value, torch.SymInt) for value in example_inputs)
+
+
 def is_on_gpu(gm: fx.GraphModule) -> bool:
     """Return whether a tensor that `gm` reads lies on a CUDA device."""
     return any(

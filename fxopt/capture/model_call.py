@@ -19,9 +19,10 @@ from torch import fx, nn
 
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
+from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.engines import Sharding, say_kept
-from fxopt.capture.hooks import find_hooks, has_hooks, has_own_hooks
+from fxopt.capture.engines import Sharding
+from fxopt.capture.hooks import has_hooks, has_own_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
@@ -51,12 +52,14 @@ class ModelCall:
         blocks: dict[str, nn.Module],
         backend: Callable[..., Any],
         checkpointing: Checkpointing,
+        cuda_graphs: CudaGraphs,
     ) -> None:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
         self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
         self._checkpointing = checkpointing
+        self._cuda_graphs = cuda_graphs
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._settings = torch_compat.make_capture_settings()
@@ -92,10 +95,12 @@ class ModelCall:
                 self.ledger.count_fallback(REGION, reason)
                 return torch_compat.stock_call(model, *args, **kwargs)
             try:
-                with self._checkpointing.taken_over():
+                with self._checkpointing.taken_over(), self._cuda_graphs.step():
                     if has_hooks(model):
-                        return call_with_forward(model, self._serve, args, kwargs)
-                    return self._serve(*args, **kwargs)
+                        output = call_with_forward(model, self._serve, args, kwargs)
+                    else:
+                        output = self._serve(*args, **kwargs)
+                    return self._cuda_graphs.copy_out(output)
             finally:
                 self._lock.release()
 
@@ -139,12 +144,9 @@ class ModelCall:
             return "Dynamo is switched off"
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
-        for block in self.blocks:
-            hooked = block if has_own_hooks(block) else find_hooks(block).live
-            if hooked is not None:
-                return say_kept(hooked) or (
-                    f"a hook sits on a {type(hooked).__name__} of a block and may keep what the forward reads"
-                )
+        hooked = next((block for block in self.blocks if has_own_hooks(block)), None)
+        if hooked is not None:
+            return hooked_inside(type(hooked).__name__)
         sharded = self._sharding.find_obstacle()
         if sharded is not None:
             return sharded
@@ -237,6 +239,8 @@ class ModelCall:
 
         def judge(calls: list[Any]) -> str | None:
             this = find_self()
+            if this is not None and this.ledger.hooked:
+                return hooked_inside(this.ledger.hooked)
             if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
             values = values_of(calls)
@@ -251,8 +255,11 @@ class ModelCall:
             for module in living:
                 if has_hooks(module):
                     raise TailMismatch(f"a hook sits on the {type(module).__name__} after the blocks")
+            this.ledger.hooked = ""
             if on_meta:
                 calls = rehearse(rehearsed)
+                if this.ledger.hooked:
+                    raise TailMismatch(hooked_inside(this.ledger.hooked))
             else:
                 with this._sharding.hooks_shown():
                     calls = this._trunk.run(*this._arguments, num_calls, judge)
@@ -263,6 +270,11 @@ class ModelCall:
             return output
 
         return run
+
+
+def hooked_inside(kind: str) -> str:
+    """Return the reason for which a model with a hook on a `kind` of module in a block runs to its end as in stock."""
+    return f"a hook sits on a {kind} of a block and may keep what the forward reads"
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_compat
-from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, hooks_hidden
+from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, hooks_hidden, say_kept
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
@@ -73,6 +73,9 @@ class StandIns:
         )
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept = next((reason for module in block.modules() if (reason := say_kept(module))), None)
+        if kept is not None:
+            raise TailRefusal(kept)
         self._running = True
         before = {module: dict(module.__dict__) for module in block.modules()}
         try:

@@ -20,11 +20,13 @@ import torch._dynamo as dynamo
 from torch._C._dynamo import eval_frame
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_exc
+from torch._dynamo import funcname_cache
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging._internal import log_state
 from torch._subclasses import fake_tensor
 from torch.fx.experimental import symbolic_shapes
 from torch.nn.modules import module as nn_module
@@ -32,6 +34,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture import joint_passes
 from fxopt.capture.planning import Mark, held_by_model
+from fxopt.capture.rehearsal import compile_kernels
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.graph.view import results_of
 
@@ -62,6 +65,8 @@ CALLER = "_wrapped_call_impl"
 FORWARD_HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks")
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
+CHILDREN = "_modules"
+"""The dictionary of the modules right inside a module."""
 
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
@@ -204,11 +209,36 @@ def make_capture_settings() -> dict[str, Any]:
     }
 
 
+class NoNames(dict[str, dict[int, str]]):
+    """What Dynamo keeps of the functions' names in each file: none, and no file has to be read for them."""
+
+    def __contains__(self, filename: object) -> bool:
+        return True
+
+    def __missing__(self, filename: str) -> dict[int, str]:
+        return {}
+
+
 @contextlib.contextmanager
 def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
-    """Put `settings` of Dynamo in force within the scope."""
+    """Put `settings` of Dynamo in force within the scope.
+
+    Dynamo makes the head of a log line for each call that it puts into a graph, also where nobody reads the log, and
+    tokenizes whole files for the functions' names in it: 0.7 s of a first step, which are spared.
+    """
+    names = funcname_cache.cache
     with dynamo_config.patch(settings):
-        yield
+        if not is_artifact_logged("trace_call"):
+            funcname_cache.cache = NoNames()
+        try:
+            yield
+        finally:
+            funcname_cache.cache = names
+
+
+def is_artifact_logged(name: str) -> bool:
+    """Return whether `TORCH_LOGS` asks for what torch calls an artifact by this name."""
+    return log_state.is_artifact_enabled(name)
 
 
 @contextlib.contextmanager
@@ -365,6 +395,21 @@ def is_recorded() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
+copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+"""Copies each tensor of the second list into that of the first, in few launches."""
+
+
+def packs_saved_tensors() -> bool:
+    """Return whether what autograd saves right now goes to hooks: checkpointed, or kept elsewhere."""
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def num_unrecorded() -> int:
+    """Return how many compiled graphs Inductor declined to record as CUDA graphs, in this process."""
+    return dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
 def has_global_hooks() -> bool:
     """Return whether hooks for all modules of the process are registered."""
     return bool(
@@ -425,9 +470,9 @@ def allow_other_strides(gm: torch.fx.GraphModule) -> None:
 
 
 def plain_backend(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
-    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node."""
+    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node, never `graphed`."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.partitioners import default_partition
@@ -510,16 +555,22 @@ def load_inductor() -> None:
 
 
 def inductor_backend(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
 ) -> Callable[..., Any]:
-    """Return `gm` compiled by Inductor, with the model's rounding points kept.
+    """Return `gm` compiled by Inductor, with the model's rounding points kept; `graphed` by CUDA graphs.
 
     A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
     it still comes from Inductor's cache.
     """
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"emulate_precision_casts": True, "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm))}
+    patches = {
+        "emulate_precision_casts": True,
+        "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm)),
+        "triton.cudagraphs": graphed,
+    }
+    if graphed:
+        patches["graph_partition"] = False  # a graph is replayed whole, or not at all
     caching = {} if mark is None else {"enable_autograd_cache": False}
     with functorch_config.patch(caching):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
@@ -537,6 +588,7 @@ class JointPasses(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes over `graph`."""
         self._plan = joint_passes.prepare_joint(graph, self._mark, self._held)
+        compile_kernels(graph)
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""

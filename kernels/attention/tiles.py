@@ -169,11 +169,14 @@ def find_spans(first_query, interval, mask, QUERIES: tl.constexpr, KEYS: tl.cons
         b_first = tl.where(interval.b_end > interval.b_start, interval.b_start, mask.num_keys)
         begin = tl.min(b_first, 0) // KEYS * KEYS
         end = tl.max(interval.b_end, 0)
-        whole_begin = (tl.max(interval.b_start, 0) + KEYS - 1) // KEYS * KEYS
-        whole_end = tl.min(interval.b_end, 0) // KEYS * KEYS
-        is_whole = (tl.max(interval.b_kind, 0) == 0) & (whole_end > whole_begin)
-        whole_begin = tl.where(is_whole, whole_begin, begin)
-        whole_end = tl.where(is_whole, whole_end, begin)
+        if mask.READS:  # all keys of all tiles are in the last span
+            whole_begin, whole_end = begin, begin
+        else:
+            whole_begin = (tl.max(interval.b_start, 0) + KEYS - 1) // KEYS * KEYS
+            whole_end = tl.min(interval.b_end, 0) // KEYS * KEYS
+            is_whole = (tl.max(interval.b_kind, 0) == 0) & (whole_end > whole_begin)
+            whole_begin = tl.where(is_whole, whole_begin, begin)
+            whole_end = tl.where(is_whole, whole_end, begin)
     return begin, whole_begin, whole_end, end
 
 

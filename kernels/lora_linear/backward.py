@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fxopt.kernels.lora_linear.one_read import launch_narrow_products, reads_onc
 from fxopt.kernels.lora_linear.products import (
     add_product,
     as_rows,
-    inner_products,
+    inner_product,
     sum_product,
     write_product,
 )
@@ -47,16 +48,32 @@ def run_backward(
         dy_rows = [as_rows(dy).to(layer.dtype) for dy, layer in zip(dys, layers, strict=True)]
         places = list(form.places(b))
         outer: dict[int, Tensor] = {}
-        inner = inner_products(rows, a) if any(need_b) else []
+        inner: dict[int, Tensor] = {}
         sums: dict[int, Tensor] = {}
+        sums_of_x: dict[int, Tensor] = {}
+
+        def read_inner(source: int) -> Tensor:
+            if source not in inner:
+                inner[source] = inner_product(rows[source], a[source])
+            return inner[source]
+
         dx: dict[int, Tensor] = {}
         if need_xs[0] and extends_backward(rows[0], dy_rows, layers, a[0], form):
             dx[0], outer[0] = extended_backward(dy_rows, layers, a[0], b, form)
         for source, needed in enumerate(zip(need_xs, need_a, strict=True)):
             if source not in outer and any(needed):
                 columns = [part if read == source else None for read, part in places]
-                left = inner[source] if inner else None
+                left = functools.partial(read_inner, source) if any(need_b) else None
                 outer[source] = _outer_products(dy_rows, a[source], b, columns, form, left, sums)
+        for source, x in enumerate(rows):
+            # x in one read, where no gradient was: its product with A, and the gradient of A
+            if not (any(need_b) and need_a[source]) or source in inner:
+                continue
+            factor = a[source].t()
+            if reads_once(x, factor, outer[source]):
+                inner[source] = torch.empty_like(outer[source], memory_format=torch.contiguous_format)
+                found_of_x = launch_narrow_products(x, factor, outer[source], 1.0, inner[source])
+                sums_of_x[source] = found_of_x.t().contiguous()
         for source, x in enumerate(rows):
             if need_xs[source]:
                 if source not in dx:
@@ -70,12 +87,16 @@ def run_backward(
             if needed and bias is not None:
                 wide = torch.promote_types(dy.dtype, torch.float32)
                 found.append(as_rows(dy).sum(0, dtype=wide).to(bias.dtype))
-        found += [sum_product(outer[g], rows[g]) for g, needed in enumerate(need_a) if needed]
+        for source, needed in enumerate(need_a):
+            if source in sums_of_x:
+                found.append(sums_of_x[source])
+            elif needed:
+                found.append(sum_product(outer[source], rows[source]))
         for place, (source, columns) in enumerate(places):
             if need_b[place] and place in sums:
                 found.append(sums[place])
             elif need_b[place]:
-                factor = sum_product(inner[source][:, columns], dy_rows[owners[place]], scales[place])
+                factor = sum_product(read_inner(source)[:, columns], dy_rows[owners[place]], scales[place])
                 found.append(factor.t().contiguous())
     return found
 
@@ -86,20 +107,20 @@ def _outer_products(
     b: Sequence[Tensor],
     columns: Sequence[slice | None],
     form: Form,
-    inner: Tensor | None,
+    inner: Callable[[], Tensor] | None,
     sums: dict[int, Tensor],
 ) -> Tensor:
     """Return scale dY B of the adapters that have columns, joined.
 
-    inner: x A^T of these, where gradients of B are needed; `sums` takes those that one read of dY gives too.
+    inner() is x A^T of these, where gradients of B are needed; `sums` takes those that one read of dY gives too.
     """
     out = a.new_empty((dys[0].shape[0], a.shape[0]))
     parts = zip(columns, form.owners, form.scales, b, strict=True)
     for place, (part, owner, scale, factor) in enumerate(parts):
         if part is None:
             continue
-        if inner is not None and reads_once(dys[owner], factor, inner[:, part]):
-            sums[place] = launch_narrow_products(dys[owner], factor, inner[:, part], scale, out[:, part])
+        if inner is not None and reads_once(dys[owner], factor, out[:, part]):
+            sums[place] = launch_narrow_products(dys[owner], factor, inner()[:, part], scale, out[:, part])
         else:
             write_product(out[:, part], dys[owner], factor, scale)
     return out

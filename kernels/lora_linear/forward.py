@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fxopt.kernels.lora_linear.extended import extended_forward, extends_forward, multiply
 from fxopt.kernels.lora_linear.form import Form, read_weights
-from fxopt.kernels.lora_linear.products import add_product, as_rows, write_product
+from fxopt.kernels.lora_linear.products import add_product, as_rows, inner_product
 
 
 def run_forward(
@@ -42,7 +42,6 @@ def run_forward(
             if is_extended and source == 0:
                 continue
             if source not in inner:
-                inner[source] = a[source].new_empty((rows[source].shape[0], a[source].shape[0]))
-                write_product(inner[source], rows[source], a[source].t())
+                inner[source] = inner_product(rows[source], a[source])
             add_product(results[owner], inner[source][:, columns], factor.t(), scale)
     return [y.view(*leading, y.shape[-1]) for y in results]

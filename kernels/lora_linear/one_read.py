@@ -1,4 +1,7 @@
-"""Two narrow products of one wide gradient in one read of it: scale dY B over columns, scale dY^T (x A^T) over rows.
+"""Two narrow products of one wide matrix in one read of it: scale M F over columns, scale M^T L over rows.
+
+Of a gradient dY these are scale dY B and the gradient of B, L being x A^T; of an input x they are x A^T and the
+gradient of A, L being scale dY B.
 
 A program multiplies a tile of all its rows by both factors for each column tile of its group. What it has of a sum over
 all columns, or all rows, is written in fp32 and added in a fixed order by a second kernel.
@@ -22,7 +25,7 @@ NUM_STAGES = 3
 MOST_RANK = 32
 SUM_BLOCK = 1024
 LEAST_BYTES = 64 * 2**20
-"""Of a smaller gradient the second read costs less than three launches do."""
+"""Of a smaller matrix the second read costs less than three launches do."""
 
 
 @jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,9 +54,8 @@ def sum_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     return out if beta else out.zero_()
 
 
-def inner_products(xs: Sequence[Tensor], a: Sequence[Tensor]) -> list[Tensor]:
-    """Return x A^T of each input with all its adapters."""
-    found = [factor.new_empty((x.shape[0], factor.shape[0])) for x, factor in zip(xs, a, strict=True)]
-    for out, x, factor in zip(found, xs, a, strict=True):
-        write_product(out, x, factor.t())
-    return found
+def inner_product(x: Tensor, a: Tensor) -> Tensor:
+    """Return x A^T of one input with all its adapters."""
+    out = a.new_empty((x.shape[0], a.shape[0]))
+    write_product(out, x, a.t())
+    return out

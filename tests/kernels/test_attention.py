@@ -31,6 +31,7 @@ SCALE = 0.3
 KINDS = (
     *("none", "causal", "interval", "left", "right", "sliding", "packed", "random"),
     *("added left", "added random", "infinite left", "biased", "mixed", "per head", "per key"),
+    *("one row", "added one row"),
 )
 
 
@@ -53,6 +54,8 @@ def make_mask(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype, d
             seen[-1, :, -5:] = False
         case "sliding":
             seen = seen & (at > row + keys - queries - 6)
+        case "row":  # the only one that is no interval; other tiles see all of their first keys
+            seen[0, :, 5, 2] = False
         case "packed":
             seen = seen & (at // 9 == (row + keys - queries) // 9)
         case "head":
@@ -169,6 +172,13 @@ def test_masks(kind: str, device: str, check: Any, gradients: Any) -> None:
     compare(inputs, mask, check, gradients, causal=kind == "causal")
 
 
+@pytest.mark.parametrize("kind", ["one row", "added one row"])
+def test_one_row_that_is_no_interval_among_many(kind: str, device: str, check: Any, gradients: Any) -> None:
+    torch.manual_seed(0)
+    inputs = make(torch.float32, device, heads=(1, 1), lengths=(70, 70), widths=(64, 64))
+    compare(inputs, make_mask(kind, (2, 1, 70, 70), torch.float32, device), check, gradients)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ["causal", "left", "added left"])
 def test_half_precision(kind: str, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
@@ -262,7 +272,7 @@ def test_pure_masks_are_not_read(device: str) -> None:
     for kind in ("interval", "left", "right", "sliding", "packed", "added left", "infinite left"):
         mask = make_mask(kind, (2, 2, 17, 21), torch.float32, device)
         assert launch_intervals(mask, False, True)[1].item() == 0, kind
-    for kind in ("random", "added random", "biased", "mixed", "per head", "per key"):
+    for kind in ("random", "added random", "biased", "mixed", "per head", "per key", "one row"):
         mask = make_mask(kind, (2, 2, 17, 21), torch.float32, device)
         assert launch_intervals(mask, False, True)[1].item() == 1, kind
 

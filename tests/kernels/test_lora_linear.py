@@ -349,8 +349,22 @@ def test_two_products_by_one_read(
 
 
 @pytest.mark.parametrize("form", ["q, k, v", "two adapters", "an own input"])
-def test_gradients_by_one_read(form: str, device: str, check: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(backward, "reads_once", lambda rows, factor, left: True)
+@pytest.mark.parametrize("of", ["gradients", "inputs"])
+def test_products_of_gradients_or_inputs_by_one_read(
+    form: str, of: str, device: str, check: Any, monkeypatch: Any
+) -> None:
+    read: list[torch.Size] = []
+    run = one_read.launch_narrow_products
+
+    def launch_narrow_products(rows: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        read.append(rows.shape)
+        return run(rows, *arguments)
+
+    monkeypatch.setattr(backward, "launch_narrow_products", launch_narrow_products)
+    # the factor of an input is A^T, a view; that of a gradient is B as it is
+    monkeypatch.setattr(
+        backward, "reads_once", lambda rows, factor, left: factor.is_contiguous() is (of == "gradients")
+    )
     layers = dataclasses.replace(FORMS[form], **DTYPES["fp16"])
     tensors = layers.tensors(device)
     exact = gradients(layers.reference, tensors, torch.float64)
@@ -359,17 +373,23 @@ def test_gradients_by_one_read(form: str, device: str, check: Any, monkeypatch: 
         zip(gradients(layers.run, tensors), eager, exact, strict=True)
     ):
         check(f"value {place}", value, stock, truth)
+    assert read
 
 
 @pytest.mark.gpu
-def test_wide_gradients_are_read_once(check: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("widths", "in_width", "num_reads"), [((8192, 8192, 16), 256, 2), ((16,), 8192, 1)], ids=["dY", "x"]
+)
+def test_wide_matrices_are_read_once(
+    widths: tuple[int, ...], in_width: int, num_reads: int, check: Any, monkeypatch: Any
+) -> None:
     done: list[int] = []
     run = one_read.launch_narrow_products
     monkeypatch.setattr(
         backward, "launch_narrow_products", lambda *arguments: (done.append(1), run(*arguments))[1]
     )
-    adapters = ((0, 16, 2.0, False), (1, 16, 0.5, False))
-    form = Layers((8192, 8192, 16), adapters, in_width=256)
+    adapters = ((0, 16, 2.0, False), (1, 16, 0.5, False))[: len(widths)]
+    form = Layers(widths, adapters, in_width=in_width)
     layers = dataclasses.replace(form, **DTYPES["bf16"])
     tensors = layers.tensors("cuda", tokens=(2, 2048))
     exact = gradients(layers.reference, tensors, torch.float64)
@@ -378,7 +398,7 @@ def test_wide_gradients_are_read_once(check: Any, monkeypatch: Any) -> None:
         zip(gradients(layers.run, tensors), eager, exact, strict=True)
     ):
         check(f"value {place}", value, stock, truth)
-    assert sum(done) == 2
+    assert sum(done) == num_reads
 
 
 def test_no_tokens(op_device: str) -> None:

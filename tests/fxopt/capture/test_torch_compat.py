@@ -137,6 +137,29 @@ def test_capture_limits_are_raised_in_scope():
     assert config.recompile_limit == before
 
 
+def test_no_file_is_tokenized_for_log_lines_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import funcname_cache
+
+    read: list[str] = []
+    add_file = funcname_cache._add_file
+    monkeypatch.setattr(funcname_cache, "_add_file", lambda name: (read.append(name), add_file(name)))
+    kept = funcname_cache.cache
+    kept.clear()
+
+    def capture() -> None:
+        torch.compile(torch_compat.isolate(lambda x: torch.relu(x) + 1), backend="eager")(torch.ones(2))
+
+    with torch_compat.capture_scope(torch_compat.make_capture_settings()):
+        capture()
+        assert funcname_cache.get_funcname(__file__, 1) is None, "get_funcname reads its names elsewhere"
+    assert not read
+    assert funcname_cache.cache is kept
+    monkeypatch.setattr(torch_compat, "is_artifact_logged", lambda name: name == "trace_call")
+    with torch_compat.capture_scope(torch_compat.make_capture_settings()):
+        capture()
+    assert read, "Dynamo no longer tokenizes files for its log: the scope has nothing to spare"
+
+
 def test_a_refused_capture_raises_one_of_the_capture_errors():
     def breaks(x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
