@@ -6,6 +6,7 @@ from fxopt.bisection import Culprits, bisect
 from fxopt.errors import (
     FxoptError,
     ProofError,
+    RanksDifferError,
     StaleLogitsError,
     UnknownNameError,
     UnmatchedError,
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "Proof",
     "ProofError",
+    "RanksDifferError",
     "Report",
     "Site",
     "StaleLogitsError",

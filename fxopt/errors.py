@@ -27,5 +27,9 @@ class StaleLogitsError(FxoptError):
     """Lazy logits read after the head's weight changed or moved."""
 
 
+class RanksDifferError(FxoptError):
+    """Ranks that train one model together were given different options, or one of them was not optimized."""
+
+
 class VerifyError(RuntimeError):
     """An invariant of the graph that a pass broke; the text names the pass."""

@@ -176,7 +176,7 @@ def optimize(
     Graphs are captured, rewritten, proven and compiled at the first training call of each form.
 
     Args:
-        model: a `torch.nn.Module` on its device.
+        model: a `torch.nn.Module` on its device, under DistributedDataParallel or `fully_shard` or before it.
         patterns: patterns to use, in order: names of the library's, or `Pattern`s of your own.
         disable: names of patterns not to use.
         lowering: "inductor", "plain" (node by node), or "auto": Inductor on a GPU, plain on a CPU.
@@ -221,13 +221,13 @@ def optimize(
         plan=check_plan(plan, memory_budget),
         max_host_memory=check_host_memory(max_host_memory),
     )
-    model = check_on_device(check_model(model))
+    given, model = model, check_on_device(check_model(model))
     check_example_inputs(example_inputs)
     check_uncompiled(model)
     installed = find_installation(model)
     differs = "" if installed is None else _find_difference(installed, model, options)
     if installed is not None and not differs:
-        return model
+        return given
     if options.strict:
         _check_strictly(report_on_small_inputs(model, options, example_inputs))
     while installed is not None:
@@ -241,7 +241,7 @@ def optimize(
     installation.install()
     if options.lowering != "plain":
         start_warming(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
-    return model
+    return given
 
 
 def _find_difference(installed: Installation, model: nn.Module, options: Options) -> str:

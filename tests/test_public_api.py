@@ -23,6 +23,7 @@ PUBLIC = {
     "ProofError",
     "Report",
     "Site",
+    "RanksDifferError",
     "StaleLogitsError",
     "TrainerCallback",
     "UnknownNameError",

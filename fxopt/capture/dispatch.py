@@ -20,6 +20,7 @@ from torch import fx, nn
 from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs
+from fxopt.capture.engines import say_kept
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, idle_hooks_hidden
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
@@ -152,7 +153,7 @@ class BlockCalls:
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
         if hooks.live is not None:
-            return f"a hook sits on the {type(hooks.live).__name__} inside"
+            return say_kept(hooks.live) or f"a hook sits on the {type(hooks.live).__name__} inside"
         return find_opaque(args, kwargs)
 
     def _run_compiled(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.torch_distributed import is_fsdp_hook
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,17 @@ def has_hooks(module: nn.Module) -> bool:
     if not torch_compat.carries_hooks(module):
         return False
     return any(_is_live(hook) for name in torch_compat.HOOK_DICTS for hook in getattr(module, name).values())
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Return whether `module` itself carries a live hook other than those that gather and reduce its parameters."""
+    if not torch_compat.carries_hooks(module):
+        return False
+    return any(
+        _is_live(hook) and not is_fsdp_hook(hook)
+        for name in torch_compat.HOOK_DICTS
+        for hook in getattr(module, name).values()
+    )
 
 
 def find_hooks(module: nn.Module) -> Hooks:

@@ -16,9 +16,11 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.agreement import Agreement
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
 from fxopt.capture.dispatch import BlockCalls
+from fxopt.capture.engines import check_spread, inside_engine
 from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.libraries import find_doubts
@@ -35,6 +37,7 @@ from fxopt.capture.sharing import share_mappings
 from fxopt.capture.shortage import Shortage
 from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_compat import SLOT
+from fxopt.capture.torch_distributed import is_first_fsdp
 from fxopt.errors import FxoptError
 
 log = logging.getLogger("fxopt")
@@ -109,7 +112,8 @@ class Installation:
             root: Callable[..., Any] = self.model_call.run
         else:
             root = self._root_as_region
-        self.model.__dict__[SLOT] = _Slot(self, root)
+        agreement = Agreement(self.model, (block for _, block in self.regions.blocks), self.options)
+        self.model.__dict__[SLOT] = _Slot(self, root, agreement)
 
     def _share_mappings(self) -> None:
         """Make the leaves see through mappings that blocks hand on; each then costs guards of its own per call."""
@@ -180,6 +184,7 @@ class Installation:
             mark = dataclasses.replace(mark, offload=self.offloader and weakref.proxy(self.offloader))
 
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            check_spread(example_inputs)
             number = f"capture {1 + sum(capture.region == region for capture in self.ledger.captures)}"
             progress.show(name, f"{number}, rewriting and proving")
             outcome = self._transform(gm, region=region, lazy_outputs=False)
@@ -215,6 +220,7 @@ class Installation:
     def _compile_model(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         assert self.model_call is not None
         tail = cut_tail(gm, is_leaf)
+        check_spread([example_inputs[index] for index in tail.placeholders])
         progress = self.ledger.progress
         progress.show(AFTER_BLOCKS, "rewriting and proving")
         outcome = self._transform(tail.graph, region=REGION, lazy_outputs=self.model.training)
@@ -260,9 +266,10 @@ def _unhooked(transform: Transform) -> Transform:
 class _Slot:
     """What sits in an optimized model's compile slot: callable, and the way back to its installation."""
 
-    def __init__(self, installation: Installation, call: Callable[..., Any]) -> None:
+    def __init__(self, installation: Installation, call: Callable[..., Any], agreement: Agreement) -> None:
         self.installation = installation
         self._call = call
+        self._agreement = agreement
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caller = find_caller(sys._getframe(1))
@@ -271,6 +278,8 @@ class _Slot:
         if torch_compat.is_recorded():
             self.installation.ledger.note(RECORDED)
             return torch_compat.stock_call(self.installation.model, *args, **kwargs)
+        if torch.is_grad_enabled():
+            self._agreement.check()
         return self._call(*args, **kwargs)
 
 
@@ -313,10 +322,10 @@ def slots_emptied(model: nn.Module) -> Iterator[None]:
 
 
 def check_model(model: object) -> nn.Module:
-    """Return `model` if it is a module.
+    """Return `model` if it is a module; of DistributedDataParallel the model inside.
 
     Raises:
-        FxoptError: not a module, or the wrapper that torch.compile returns.
+        FxoptError: not a module, or the wrapper that torch.compile or the first FSDP returns.
     """
     if not isinstance(model, nn.Module):
         raise FxoptError(
@@ -327,6 +336,12 @@ def check_model(model: object) -> nn.Module:
         raise FxoptError(
             "model: already under torch.compile, expected the model itself\n"
             "pass model._orig_mod, or use torch.compile(model, backend='fxopt') alone"
+        )
+    model = inside_engine(model)
+    if is_first_fsdp(model):
+        raise FxoptError(
+            "model: got FullyShardedDataParallel, which flattens parameters, expected one sharded by fully_shard\n"
+            "use torch.distributed.fsdp.fully_shard on each block and on the model"
         )
     return model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_compat, torch_distributed
 from fxopt.errors import FxoptError, StaleLogitsError
 from fxopt.graph.torch_private import tree_leaves, tree_map_only
 
@@ -90,6 +90,7 @@ class LazyLogits(torch.Tensor):
     _step: Step | None
     _needs_grad: bool
     _value: torch.Tensor | None
+    _engine_hooks: list[Any]
 
     @staticmethod
     def make(
@@ -105,7 +106,7 @@ class LazyLogits(torch.Tensor):
         """Return output `index` of `source` on `device`, or `step` of `parent`; `form` has shape, strides and dtype."""
         lazy = torch_compat.make_form(LazyLogits, form, device)
         lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
-        lazy._parent, lazy._step, lazy._value = parent, step, None
+        lazy._parent, lazy._step, lazy._value, lazy._engine_hooks = parent, step, None, []
         return lazy
 
     def materialize(self) -> torch.Tensor:
@@ -118,7 +119,18 @@ class LazyLogits(torch.Tensor):
                 else:
                     with torch_compat.with_torch_function():
                         self._value = step(parent.materialize())
+                if self._value.requires_grad:
+                    for hook in self._engine_hooks:
+                        self._value.register_hook(hook)
             return self._value
+
+    def _hook_later(self, hook: Any) -> None:
+        """Put FSDP2's `hook`, which asks where backward begins, on the values if they are ever computed."""
+        with torch_compat.without_torch_function():
+            if self._value is None:
+                self._engine_hooks.append(hook)
+            elif self._value.requires_grad:
+                self._value.register_hook(hook)
 
     @property
     def is_lazy(self) -> bool:
@@ -144,6 +156,8 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
         if lazy is not None:
+            if func is torch.Tensor.register_hook and torch_distributed.is_fsdp_hook(args[1]):
+                return lazy._hook_later(args[1])
             if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
                 raise FxoptError(
                     f"logits.{func.__name__}: the loss was computed without these logits, expected a tensor that "
@@ -152,6 +166,8 @@ class LazyLogits(torch.Tensor):
             if func in _READS_OF_FORM:
                 with torch_compat.without_torch_function():
                     return func(*args, **kwargs)
+            if func == torch_distributed.READ_OF_BASE:
+                return None
             if func == _READ_OF_REQUIRES_GRAD:
                 with torch_compat.without_torch_function():
                     return lazy._needs_grad

@@ -22,7 +22,8 @@ from fxopt.capture import torch_compat
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.hooks import Hidden, has_hooks, hide_hooks, show_hooks
+from fxopt.capture.engines import Sharding
+from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, show_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
@@ -66,6 +67,7 @@ class ModelCall:
         self._owner: int | None = None
         self._settings = torch_compat.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
+        self._sharding = Sharding(model, self.blocks, self._around)
         self._takes_cache = accepts(model.forward, "use_cache") or (
             takes_any(model.forward)
             and any(accepts(inner.forward, "use_cache") for inner in self._around[1:])
@@ -157,9 +159,12 @@ class ModelCall:
             return "Dynamo is switched off"
         if torch_compat.has_global_hooks():
             return "hooks for all modules are registered"
-        hooked = next((block for block in self.blocks if has_hooks(block)), None)
+        hooked = next((block for block in self.blocks if has_own_hooks(block)), None)
         if hooked is not None:
             return hooked_inside(type(hooked).__name__)
+        sharded = self._sharding.find_obstacle()
+        if sharded is not None:
+            return sharded
         asked = find_asked_output(self.model, self.blocks, kwargs)
         if asked is not None:
             return f"{asked} is asked for, which hooks collect on the way"
@@ -194,6 +199,7 @@ class ModelCall:
             with (
                 self._leaves(),
                 torch_compat.tensors_left_unlisted(self._around),
+                self._sharding.gathered(),
                 self._hooks_hidden(),
             ):
                 return self.compiled(self.model, self._count_eager, args, kwargs)
@@ -268,6 +274,7 @@ class ModelCall:
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
         before = weakref.WeakSet(find_trunk_modules(self.model, tail))
+        modules = [weakref.ref(module) for module in find_tail_modules(self.model, self.blocks, tail.graph)]
         on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
         leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
@@ -282,12 +289,15 @@ class ModelCall:
                 return hooked_inside(this.ledger.hooked)
             if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
-            pairs = zip(values_of(calls), examples, strict=True)
-            return next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
+            values = values_of(calls)
+            pairs = zip(values, examples, strict=True)
+            reason = next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
+            return reason or (None if this is None else this._sharding.judge(values))
 
         def run(*captured_args: Any) -> Any:
             this = find_self()
             assert this is not None, "the model is gone, expected it to make this call"
+            living = [module for find_module in modules if (module := find_module()) is not None]
             for module in this._show_hooks():
                 if module not in before:
                     raise TailMismatch(
@@ -299,9 +309,13 @@ class ModelCall:
                 if this.ledger.hooked:
                     raise TailMismatch(hooked_inside(this.ledger.hooked))
             else:
-                calls = this._trunk.run(*this._arguments, num_calls, judge)
+                with this._sharding.hooks_shown():
+                    calls = this._trunk.run(*this._arguments, num_calls, judge)
                 this.ledger.begin(REGION)
-            return call(*values_of(calls), *[captured_args[index] for index in placeholders])
+            values = this._sharding.enter(living, values_of(calls))
+            output = call(*values, *[captured_args[index] for index in placeholders])
+            this._sharding.leave(living, output)
+            return output
 
         return run
 
@@ -341,6 +355,16 @@ def find_trunk_modules(model: nn.Module, tail: Tail) -> frozenset[nn.Module]:
 def _modules_called(nodes: Iterable[fx.Node]) -> set[str]:
     """Return the paths of the modules that compute `nodes`; a placeholder stands where it was first read."""
     return {path for node in nodes if node.op != "placeholder" for path in modules_of(node)}
+
+
+def find_tail_modules(
+    model: nn.Module, blocks: frozenset[nn.Module], tail: fx.GraphModule
+) -> tuple[nn.Module, ...]:
+    """Return the modules whose calls the tail holds, in their order, `model` itself and its blocks left out."""
+    named = {path: module for module, path in walk(model, but=blocks).items() if path}
+    called = (node for node in tail.graph.nodes if node.op != "placeholder")
+    paths = dict.fromkeys(path for node in called for path in modules_of(node))
+    return tuple(named[path] for path in paths if path in named)
 
 
 def find_asked_output(model: nn.Module, blocks: frozenset[nn.Module], kwargs: dict[str, Any]) -> str | None:

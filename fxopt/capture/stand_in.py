@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_compat
+from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, hooks_hidden, say_kept
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
+from fxopt.capture.torch_distributed import is_dtensor
 from fxopt.capture.trial import try_on_values
 from fxopt.graph.torch_private import tree_map_only
 
@@ -71,16 +73,22 @@ class StandIns:
         )
 
     def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept = next((reason for module in block.modules() if (reason := say_kept(module))), None)
+        if kept is not None:
+            raise TailRefusal(kept)
         self._running = True
         before = {module: dict(module.__dict__) for module in block.modules()}
         try:
             state = {
-                name: torch_compat.make_stand_in(mode, tensor)
+                name: torch_compat.make_whole_stand_in(mode, tensor, gathered_dtype(block, tensor))
+                if is_dtensor(tensor)
+                else torch_compat.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
+            args, kwargs = cast_inputs(block, args, kwargs)
             try:
-                with torch_compat.real_tensors_allowed(mode):
-                    out = torch.func.functional_call(block, state, args, kwargs)
+                with torch_compat.real_tensors_allowed(mode), hooks_hidden(block):
+                    out = cast_output(block, torch.func.functional_call(block, state, args, kwargs))
             except Exception as error:
                 _put_back(before)
                 out = try_on_values(block, args, kwargs)

@@ -63,6 +63,7 @@ CALL = "_call_impl"
 """The method that `stock_call` is; where a module has its own, Dynamo goes through the slot."""
 CALLER = "_wrapped_call_impl"
 """The code that reads the slot."""
+FORWARD_HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks")
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
 CHILDREN = "_modules"
@@ -193,11 +194,18 @@ class FunctionSet(str):
 
 
 def make_capture_settings() -> dict[str, Any]:
-    """Return Dynamo's settings for fxopt's calls: raised capture limits, and log lines passed over."""
+    """Return Dynamo's settings for fxopt's calls: raised capture limits, and log lines passed over.
+
+    Under DistributedDataParallel Dynamo would cut each graph at gradient buckets: blocks are small enough for the
+    reductions to begin early, and cut, their patterns are lost. Under FSDP2 it would leave out guards on parameters
+    and attributes, by which blocks that share a frame are told apart.
+    """
     methods = {getattr(logging.Logger, name) for name in LOG_METHODS if hasattr(logging.Logger, name)}
     return {
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": RECOMPILE_LIMIT * 64,
+        "optimize_ddp": False,
+        "skip_fsdp_guards": False,
         "ignore_logging_functions": FunctionSet(methods.union(dynamo_config.ignore_logging_functions)),
     }
 
@@ -282,6 +290,13 @@ def make_stand_in(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
     for name, value in tensor.__dict__.items():
         stand_in.__dict__.setdefault(name, value)
     return stand_in
+
+
+def make_whole_stand_in(mode: Any, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a stand-in of `mode` for the whole of a `tensor` that is spread over ranks."""
+    with mode:
+        whole = torch.empty(tuple(tensor.shape), dtype=dtype, device=tensor.device)
+    return whole.requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager

@@ -86,6 +86,8 @@ def test_an_op_that_fails_is_left_to_the_first_call(joint_graphs, monkeypatch, c
 def test_ops_with_large_inputs_are_left_out(joint_graphs, monkeypatch) -> None:
     monkeypatch.setattr(rehearsal, "compiled_ahead", ahead)
     monkeypatch.setattr(torch.random, "fork_rng", no_gpu_state)
-    monkeypatch.setattr(rehearsal, "MOST_BYTES", 2 * 2 * 7 * 8 * 4)  # two inputs of forward, three of backward
+    monkeypatch.setattr(
+        rehearsal, "MOST_BYTES", 2 * 2 * 7 * 8 * 4
+    )  # two inputs of forward, three of backward
     run(7)
     assert joint_graphs == [1]

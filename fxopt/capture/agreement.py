@@ -1,0 +1,133 @@
+"""Ranks that train one model together have to optimize it alike: they compare before the first step.
+
+What is compared goes through the store of the process group, not through a collective: ranks that differ are told
+so, each by the same error, and one that never comes is named when the store's own timeout has passed.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from fxopt.capture import torch_distributed
+from fxopt.errors import RanksDifferError
+from fxopt.options import Options
+
+_ROUNDS: collections.Counter[str] = collections.Counter()
+"""Comparisons made so far by each group of ranks; all its ranks count alike, and so find each other's keys."""
+
+
+class Agreement:
+    """The comparison of one optimized model across the ranks of its engine, made once."""
+
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], options: Options) -> None:
+        self._model, self._blocks = model, tuple(blocks)
+        self._options = options
+        self._is_made = False
+
+    def check(self) -> None:
+        """Compare with the other ranks, at the first training call under an engine.
+
+        Raises:
+            RanksDifferError: the options differ, or a rank did not come.
+        """
+        if self._is_made or not dist.is_available() or not dist.is_initialized():
+            return
+        group = self._find_group()
+        if group is None:
+            return
+        self._is_made = True
+        ranks: list[int] = dist.get_process_group_ranks(group)
+        if len(ranks) > 1:
+            compare(ranks, dist.get_rank(), describe(self._options, self._model))
+
+    def _find_group(self) -> Any:
+        """Return the process group of the engine that runs the model right now, or None."""
+        engine = torch_distributed.active_ddp()
+        if engine is not None:
+            return engine.process_group
+        for module in (self._model, *self._blocks):
+            state = torch_distributed.fsdp_state_of(module)
+            group = None if state is None else torch_distributed.group_of(state)
+            if group is not None:
+                return group
+        return None
+
+
+def describe(options: Options, model: nn.Module) -> dict[str, str]:
+    """Return what ranks must have in common, by name."""
+    return {
+        "patterns": ", ".join(pattern.name for pattern in options.patterns),
+        "disable": ", ".join(sorted(options.disable)) or "none",
+        "lowering": options.lowering,
+        "verify": options.verify,
+        "partial": str(options.partial),
+        "memory_budget": str(options.memory_budget),
+        "plan": "none"
+        if options.plan is None
+        else hashlib.sha256(repr(options.plan).encode()).hexdigest()[:12],
+        "model": type(model).__name__,
+    }
+
+
+def compare(ranks: list[int], rank: int, mine: dict[str, str]) -> None:
+    """Compare `mine` across `ranks`: the first of them reads all and tells the others.
+
+    Raises:
+        RanksDifferError: on every rank, where two differ or one did not come.
+    """
+    name = ",".join(map(str, ranks))
+    _ROUNDS[name] += 1
+    store = torch_distributed.shared_store(f"fxopt/{name}/{_ROUNDS[name]}")
+    store.set(str(rank), json.dumps(mine))
+    if rank == ranks[0]:
+        store.set("verdict", _judge(store, ranks))
+    verdict = _read(store, "verdict")
+    text = _absent(ranks[0], store) if verdict is None else verdict
+    if text:
+        raise RanksDifferError(text)
+
+
+def _judge(store: Any, ranks: list[int]) -> str:
+    """Return what is wrong between `ranks`, or ""."""
+    found: dict[int, dict[str, str]] = {}
+    for rank in ranks:
+        value = _read(store, str(rank))
+        if value is None:
+            return _absent(rank, store)
+        found[rank] = json.loads(value)
+    first = found[ranks[0]]
+    for rank, other in found.items():
+        names = [name for name in first if other.get(name) != first[name]]
+        if names:
+            got = "; ".join(
+                f"{name} {first[name]!r} on rank {ranks[0]} and {other.get(name)!r} on rank {rank}"
+                for name in names
+            )
+            return (
+                f"options: ranks differ in {', '.join(names)}, expected the same on every rank, got {got}\n"
+                "call fxopt.optimize with the same arguments on every rank"
+            )
+    return ""
+
+
+def _absent(rank: int, store: Any) -> str:
+    return (
+        f"options: rank {rank} has not begun an optimized step, expected all ranks of the engine to, got none in "
+        f"{store.timeout.total_seconds():.0f} s\ncall fxopt.optimize on every rank, and look for an error on that one"
+    )
+
+
+def _read(store: Any, key: str) -> str | None:
+    """Return the value of `key` as soon as it is there, or None when the store's timeout has passed."""
+    try:
+        store.wait([key], store.timeout)
+    except dist.DistStoreError:
+        return None
+    return store.get(key).decode()

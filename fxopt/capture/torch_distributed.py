@@ -1,0 +1,93 @@
+"""What is private of torch's data-parallel engines: whose hooks are FSDP2's, and the store that ranks share.
+
+No engine is imported here: where nobody imported one, no module is under it.
+`tests/distributed/test_torch_distributed.py` fails in plain words when a torch version moves one of these.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+FSDP = "torch.distributed.fsdp"
+FSDP_STATE = "torch.distributed.fsdp._fully_shard._fsdp_state"
+DDP = "torch.nn.parallel.distributed"
+DTENSOR = "torch.distributed.tensor"
+READ_OF_BASE: Any = torch.Tensor._base.__get__  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+"""FSDP2 looks at it on every output, to warn of views."""
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Return whether `hook` is one that `fully_shard` put on a module or an output, for one module or a group."""
+    engine = sys.modules.get(FSDP_STATE)
+    while engine is not None and hook is not None:
+        if isinstance(getattr(hook, "__self__", None), engine.FSDPState):
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False
+
+
+def fsdp_state_of(module: nn.Module) -> Any:
+    """Return the state that `fully_shard` keeps of `module`, or None."""
+    engine: Any = sys.modules.get(FSDP)
+    if engine is None or not isinstance(module, engine.FSDPModule):
+        return None
+    state: Any = module
+    return state._get_fsdp_state()
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Return whether FSDP2 shards the parameters of `module`, with those of a module around it or alone."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def is_initialized(state: Any) -> bool:
+    """Return whether the root that `state` belongs to has begun its first forward."""
+    return state._is_root is not None
+
+
+def policy_of(state: Any) -> Any:
+    """Return the mixed precision policy of `state`."""
+    return state._mp_policy
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Return whether `tensor` is spread over ranks."""
+    engine = sys.modules.get(DTENSOR)
+    return engine is not None and isinstance(tensor, engine.DTensor)
+
+
+def ddp_class() -> Any:
+    """Return DistributedDataParallel, or None where nobody imported it."""
+    engine = sys.modules.get(DDP)
+    return None if engine is None else engine.DistributedDataParallel
+
+
+def is_first_fsdp(module: nn.Module) -> bool:
+    """Return whether `module` is a wrapper of the first FSDP."""
+    engine: Any = sys.modules.get(FSDP)
+    return engine is not None and isinstance(module, engine.FullyShardedDataParallel)
+
+
+def active_ddp() -> Any:
+    """Return the DistributedDataParallel whose forward runs right now, or None."""
+    engine = ddp_class()
+    return None if engine is None else engine._get_active_ddp_module()
+
+
+def group_of(state: Any) -> Any:
+    """Return the process group over which `state` shards, or None where it holds no parameters."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch 2.11: one at most
+        groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    return groups[0]._all_gather_process_group if groups else None
+
+
+def shared_store(prefix: str) -> Any:
+    """Return the part at `prefix` of the default process group's store: keys and values that all ranks see."""
+    import torch.distributed.distributed_c10d as c10d
+
+    return c10d.PrefixStore(prefix, c10d._get_default_store())

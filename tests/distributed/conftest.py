@@ -1,0 +1,148 @@
+"""Groups of processes that run the cases of `worker.py`: gloo on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).parent / "worker.py"
+ROOT = WORKER.parents[2]
+PATIENCE = 240
+"""Seconds a case may take before its processes are ended: a hang is a failure, and not the suite's."""
+
+
+class World:
+    """`size` processes of one group, each answering the same cases."""
+
+    def __init__(self, size: int, timeout: int = 120) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.size = size
+        self.processes: list[subprocess.Popen[str]] = []
+        for rank in range(size):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "FXOPT_TEST_TIMEOUT": str(timeout),
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                )
+            )
+        assert self._answers(tuple(range(size))) == ["ready"] * size
+
+    def start(self, case: str, **arguments: Any) -> None:
+        """Give all ranks the same case."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([case, arguments]) + "\n")
+            process.stdin.flush()
+
+    def run(self, case: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Return each rank's answer to a case; an error in one of them fails."""
+        self.start(case, **arguments)
+        answers = self.answers_of(range(self.size))
+        for rank, answer in enumerate(answers):
+            assert "error" not in answer, f"rank {rank}: {answer['error']}"
+        return answers
+
+    def answers_of(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the answers of `ranks` to what all were given."""
+        return [json.loads(answer) for answer in self._answers(tuple(ranks))]
+
+    def _answers(self, ranks: tuple[int, ...]) -> list[str]:
+        """Return one line of each of `ranks`; all processes are ended where one of these is silent or gone."""
+        waiting = selectors.DefaultSelector()
+        answers: dict[int, str] = {}
+        for rank in ranks:
+            process = self.processes[rank]
+            waiting.register(process.stdout, selectors.EVENT_READ, rank)  # pyright: ignore[reportArgumentType]
+        deadline = time.monotonic() + PATIENCE
+        while len(answers) < len(ranks):
+            for key, _ in waiting.select(max(0.0, deadline - time.monotonic())):
+                waiting.unregister(key.fileobj)
+                answers[key.data] = key.fileobj.readline().strip()  # pyright: ignore
+            silent = sorted(set(ranks) - set(answers))
+            gone = [rank for rank, answer in answers.items() if not answer]
+            if gone or (silent and time.monotonic() >= deadline):
+                self.end()
+                pytest.fail(f"ranks {gone} ended, ranks {silent} gave no answer in {PATIENCE} s")
+        return [answers[rank] for rank in ranks]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether all processes run."""
+        return all(process.poll() is None for process in self.processes)
+
+    def end(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Callable[[int], World]]:
+    """Return a function that gives the group of a size, started once and again where a test ended it."""
+    made: dict[int, World] = {}
+
+    def find(size: int) -> World:
+        if size not in made or not made[size].is_alive:
+            made[size] = World(size)
+        return made[size]
+
+    yield find
+    for world in made.values():
+        world.end()
+
+
+@pytest.fixture
+def two(worlds: Callable[[int], World]) -> World:
+    """Two processes."""
+    return worlds(2)
+
+
+@pytest.fixture
+def four(worlds: Callable[[int], World]) -> World:
+    """Four processes."""
+    return worlds(4)
+
+
+@pytest.fixture
+def new_world() -> Iterator[Callable[..., World]]:
+    """Return a function that starts a group of its own, ended with the test."""
+    made: list[World] = []
+
+    def make(size: int, **options: Any) -> World:
+        made.append(World(size, **options))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.end()

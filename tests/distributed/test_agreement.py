@@ -1,0 +1,44 @@
+"""Ranks that differ, or are gone: a named error on each of them, and nothing hangs."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_other_options_on_one_rank_are_named_on_all(engine, two):
+    answers = two.run("differ", engine=engine, number_of_rank={"1": {"disable": ["glu"]}})
+    for answer in answers:
+        assert answer["raised"] == "RanksDifferError"
+        assert answer["text"] == (
+            "options: ranks differ in disable, expected the same on every rank, got disable 'none' on rank 0 and "
+            "'glu' on rank 1\ncall fxopt.optimize with the same arguments on every rank"
+        )
+
+
+def test_options_are_compared_in_each_group_of_ranks_anew(two):
+    for number in range(2):
+        options = {"1": {"verify": "off"}} if number else {}
+        raised = [answer["raised"] for answer in two.run("differ", engine="ddp", number_of_rank=options)]
+        assert raised == (["RanksDifferError"] * 2 if number else [None, None])
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_not_optimized_is_named(new_world):
+    """The others would wait for it: until the store's timeout, which is the process group's."""
+    answers = new_world(2, timeout=8).run("one_stock")
+    assert answers[0]["raised"] == "RanksDifferError"
+    assert answers[0]["text"].startswith(
+        "options: rank 1 has not begun an optimized step, expected all ranks"
+    )
+    assert answers[1]["raised"] == "RuntimeError", "torch's own error: its collective has lost a rank"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_rank_killed_within_a_step_ends_the_others(engine, new_world):
+    world = new_world(2, timeout=20)
+    world.start("killed", engine=engine)
+    (answer,) = world.answers_of([0])
+    assert answer["raised"] in ("RuntimeError", "DistBackendError")
+    assert answer["running"] is False, "fxopt's own lock is free again"

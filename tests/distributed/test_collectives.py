@@ -1,0 +1,38 @@
+"""Collectives of a step, counted: fxopt adds none, and recomputation gathers no block a third time.
+
+FSDP2 with two blocks and the rest in the root's group: a block is gathered for its forward and for its backward, the
+root's group once, as it stays until backward. Each of the three groups' gradients are reduced once. Carved as
+accelerate does, embedding (freed after its forward) and tail (kept) are groups of their own, and the root has none.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+WHOLE = {"gather": 2 * 2 + 1, "reduce": 3}
+CARVED = {"gather": 2 * 3 + 1, "reduce": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, WHOLE), ({"carved": True}, CARVED)], ids=["whole", "carved"]
+)
+def test_fsdp2_gathers_and_reduces_as_in_stock(options, expected, two):
+    for answer in two.run("collectives", engine="fsdp2", options=options):
+        assert answer["counts"] == {"before": expected, "stock": expected}
+        assert answer["fallbacks"] == {}
+
+
+@pytest.mark.parametrize(
+    "budget", ["auto", pytest.param("min", marks=pytest.mark.slow)], ids=["checkpointed", "planned"]
+)
+def test_recomputation_gathers_nothing_again(budget, two):
+    for answer in two.run("collectives", engine="fsdp2", checkpointed=budget == "auto", budget=budget):
+        assert answer["plans"] == 1
+        assert answer["counts"] == {"before": WHOLE, "stock": WHOLE}
+
+
+@pytest.mark.parametrize("unused", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_ddp_reduces_as_many_buckets_as_in_stock(unused, two):
+    for answer in two.run("collectives", engine="ddp", options={"find_unused_parameters": unused}):
+        assert answer["counts"]["before"] == answer["counts"]["stock"] == {"bucket": 1}
+        assert answer["computed"]["before"] is False

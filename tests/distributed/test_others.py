@@ -1,0 +1,43 @@
+"""Engines of other packages, and what keeps weights where fxopt may not read them: served, or stock with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+BOUND = 5e-6
+SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
+
+
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_accelerate_prepares_an_optimized_model(engine, two):
+    """Its FSDP2 has the embedding in one group, and last norm and head in another."""
+    for answer in two.run("accelerated", engine=engine):
+        assert len(answer["sharded"]) == (5 if engine == "fsdp2" else 0), answer["sharded"]
+        assert answer["fallbacks"] == {}
+        assert answer["sites"] == SITES
+        assert answer["errors"]["stock"] <= BOUND
+
+
+@pytest.mark.slow
+def test_transformers_trainer_accumulates_under_ddp(two, tmp_path):
+    for answer in two.run("trained", folder=str(tmp_path)):
+        assert answer["fallbacks"] == {}
+        assert answer["losses"]["before"] == pytest.approx(answer["losses"]["stock"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("place", "kind"), [("all", "Embedding"), ("head", "Linear")])
+def test_a_weight_that_hooks_gather_is_not_read(place, kind, two):
+    """As under DeepSpeed's ZeRO-3: the head would be multiplied with an empty weight."""
+    for answer in two.run("gathered_by_hooks", place=place):
+        reason = f"a weight of the {kind} is empty outside its own forward, as ZeRO-3 keeps it"
+        assert answer["fallbacks"][f"model: {reason}"] == 1
+        assert answer["errors"]["stock"] <= BOUND
+        assert "linear_cross_entropy" not in answer["sites"]
+
+
+def test_a_tensor_parallel_block_runs_stock_with_the_reason(two):
+    for answer in two.run("tensor_parallel"):
+        reason = "a weight of the Linear is spread over ranks, as tensor parallel plans have it"
+        refused = f"model: what stands after the blocks was not captured: {reason}"
+        assert answer["fallbacks"] == {refused: 1, f"model.layers: {reason}": 2}
+        assert answer["errors"]["stock"] <= BOUND
