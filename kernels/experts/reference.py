@@ -56,7 +56,7 @@ def groups_of(order: Order) -> Iterator[tuple[int, slice]]:
 
 
 def plain_up(x: Tensor, w: Tensor, bias: Tensor | None, *order: Tensor) -> Tensor:
-    """Return the first products, in order of the experts; rows without an expert are zeros."""
+    """Return the first products, in order of the experts; rows of no expert, which nobody reads, are zeros here."""
     rows, _, _ = found = Order(*order)
     num_choices = rows.numel() // max(x.shape[0], 1)
     out = torch.zeros(rows.numel(), w.shape[-1], dtype=w.dtype, device=w.device)

@@ -212,7 +212,9 @@ def test_both_directions_stand_in_the_joint_graph(joint_targets: Any, op_device:
 
 def test_ops_are_sound(opcheck: Any, op_device: str) -> None:
     (x, weights, w_up, w_down, b_up, b_down), ids = make_inputs(op_device, torch.float32)
-    order = order_of(ids, 5)
+    order = order_of(
+        ids.clamp(max=4), 5
+    )  # kernels leave the rows of no expert unwritten, and nobody reads them
     form = Form("silu", layout="packed").astuple()
     a = ops.up_op(x, w_up, b_up, *order)
     y = torch.randn_like(x)
