@@ -154,6 +154,7 @@ EXPECTED: dict[str, dict[str, int]] = {
         "rope": 1,
         "attention": 1,
         "glu": 1,
+        "experts": 1,
         "linear_cross_entropy": 1,
     },
     "mamba2": {"rms_norm": 3, "add_rms_norm": 1, "linear_cross_entropy": 1},
@@ -173,10 +174,10 @@ def make_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def rewrite(captured: Any, **options: Any) -> tuple[Any, RewriteResult]:
+def rewrite(captured: Any, patterns: Any = ALL, **options: Any) -> tuple[Any, RewriteResult]:
     gm = captured.canonical()
     context = MatchContext(**{"lazy_outputs": True, "prove": Prover().prove, **options})
-    result = apply_patterns(gm, ALL, context)
+    result = apply_patterns(gm, patterns, context)
     verify(gm, "rewrite")
     assert [refusal.reason for refusal in result.refused] == []
     return gm, result
@@ -258,8 +259,9 @@ def test_a_relu_alone_is_left_with_a_reason(capture: Callable[..., Any]) -> None
 
 
 def test_one_tensor_of_both_is_read_and_no_half_of_it(capture: Callable[..., Any]) -> None:
+    patterns = [pattern for pattern in ALL if pattern.name != "experts"]  # these would take the unit over
     for name, layout in (("glm4", "packed"), ("gpt_oss", "interleaved")):
-        gm, result = rewrite(capture(make_model(name), (), **make_inputs()))
+        gm, result = rewrite(capture(make_model(name), (), **make_inputs()), patterns)
         (done,) = (done for done in result.rewrites if done.record.op == "glu")
         assert done.record.attributes["layout"] == layout
         (node,) = (node for node in gm.graph.nodes if node.name in done.after)
