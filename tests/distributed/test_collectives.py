@@ -14,7 +14,9 @@ CARVED = {"gather": 2 * 3 + 1, "reduce": 4}
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [({}, WHOLE), ({"carved": True}, CARVED)], ids=["whole", "carved"]
+    ("options", "expected"),
+    [pytest.param({}, WHOLE, marks=pytest.mark.slow), ({"carved": True}, CARVED)],
+    ids=["whole", "carved"],
 )
 def test_fsdp2_gathers_and_reduces_as_in_stock(options, expected, two):
     for answer in two.run("collectives", engine="fsdp2", options=options):
@@ -35,4 +37,5 @@ def test_recomputation_gathers_nothing_again(budget, two):
 def test_ddp_reduces_as_many_buckets_as_in_stock(unused, two):
     for answer in two.run("collectives", engine="ddp", options={"find_unused_parameters": unused}):
         assert answer["counts"]["before"] == answer["counts"]["stock"] == {"bucket": 1}
-        assert answer["computed"]["before"] is False
+        # looking for unused parameters, DDP goes through the gradient function of each output, logits too
+        assert answer["computed"]["before"] is unused

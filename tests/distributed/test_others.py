@@ -8,7 +8,8 @@ BOUND = 5e-6
 SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_accelerate_prepares_an_optimized_model(engine, two):
     """Its FSDP2 has the embedding in one group, and last norm and head in another."""
     for answer in two.run("accelerated", engine=engine):

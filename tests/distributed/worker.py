@@ -102,7 +102,7 @@ def shard(model: Any, carved: bool = False, half: bool = False, **options: Any) 
             fully_shard([table, norm, head], **options)
         else:
             fully_shard(table, **options)
-            fully_shard([norm, head], reshard_after_forward=False, **options)
+            fully_shard([norm, head], **{"reshard_after_forward": False, **options})
     return fully_shard(model, **options)
 
 

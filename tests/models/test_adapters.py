@@ -148,7 +148,7 @@ def make_adapted(tools: Any, case: Case) -> Any:
     return model.train()
 
 
-QUICK = ("dense", "dropout", "nf4")
+QUICK = ("dense", "nf4")
 """A case takes ten seconds: the others run under `make test-all` only."""
 
 

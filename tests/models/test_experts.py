@@ -29,7 +29,7 @@ MIXTURES = {
     "phimoe": LAYERS,  # chosen one by one with jitter
 }
 """Experts per model."""
-QUICK = ("mixtral", "gpt_oss", "deepseek_v3")
+QUICK = ("mixtral",)
 SHAPES = ((2, 24), (3, 17), (1, 40))
 CASES = [
     pytest.param(arch, how, marks=[] if arch in QUICK and how == "grouped_mm" else pytest.mark.slow)

@@ -68,7 +68,7 @@ def saved_per_block(model, batch):
             del calls.run
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_bit_changes_and_what_is_on_the_host_and_the_device_is_as_predicted(arch, adapted, tools):
     batch = batch_of(tools)

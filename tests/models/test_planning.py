@@ -68,7 +68,7 @@ def saved_per_block(model, batch):
     return found
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(arch, adapted, tools):
     unplanned = make(tools, arch, adapted)
@@ -154,7 +154,7 @@ def test_ten_budgets_are_monotonic(tools):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointing_means_the_smallest_plan(order, use_reentrant, tools):
     batch = batch_of(tools)
     smallest = make(tools, "llama")

@@ -31,7 +31,7 @@ SITES = {
 """Counted by hand in the files: per layer, and what stands after the last one."""
 
 
-@pytest.fixture(params=sorted(CLASSES))
+@pytest.fixture(params=["heron", "marten", pytest.param("sedge", marks=pytest.mark.slow)])
 def twins(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, Any, Any]:

@@ -38,7 +38,7 @@ def fail(model, times, monkeypatch, then=lambda: None):
     return left
 
 
-@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("accumulated", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("first", ["in the first step", "later"])
 def test_a_forward_pass_runs_again_under_a_smaller_plan(first, accumulated, tools, monkeypatch, caplog):
     batch = batch_of(tools)
