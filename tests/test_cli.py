@@ -220,6 +220,7 @@ def test_a_plan_from_a_config_is_printed_drawn_and_written(
     assert peaks[0] < peaks[-1]
 
 
+@pytest.mark.slow
 def test_a_plan_with_four_bit_weights_is_made_without_any_weight(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,8 +210,12 @@ def make_capture_settings() -> dict[str, Any]:
     }
 
 
+FUNCTION_NAMES = funcname_cache.cache
+"""What Dynamo keeps of the functions' names in each file; threads may enter and leave scopes in any order."""
+
+
 class NoNames(dict[str, dict[int, str]]):
-    """What Dynamo keeps of the functions' names in each file: none, and no file has to be read for them."""
+    """What stands in for that: no names, and no file has to be read for them."""
 
     def __contains__(self, filename: object) -> bool:
         return True
@@ -227,14 +231,13 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
     Dynamo makes the head of a log line for each call that it puts into a graph, also where nobody reads the log, and
     tokenizes whole files for the functions' names in it: 0.7 s of a first step, which are spared.
     """
-    names = funcname_cache.cache
     with dynamo_config.patch(settings):
         if not is_artifact_logged("trace_call"):
             funcname_cache.cache = NoNames()
         try:
             yield
         finally:
-            funcname_cache.cache = names
+            funcname_cache.cache = FUNCTION_NAMES
 
 
 def is_artifact_logged(name: str) -> bool:

@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "noise on the embeddings": {"neftune_noise_alpha": 5},
     "dropout": {"lora": {"lora_dropout": 0.1}},
 }
-QUICK = ("completion only", "packed")
+QUICK = ("packed",)
 
 
 def train(

@@ -126,11 +126,16 @@ def test_kernels_agree_with_the_reference(
     [
         {"num_tokens": 1, "num_choices": 1, "num_experts": 1},
         {"num_tokens": 300, "num_choices": 1, "num_experts": 3, "width": 63, "inner": 33},
-        {"num_tokens": 20, "num_choices": 4, "num_experts": 40, "width": 130, "inner": 129},
+        pytest.param(
+            {"num_tokens": 20, "num_choices": 4, "num_experts": 40, "width": 130, "inner": 129},
+            marks=pytest.mark.slow,
+        ),
         {"num_tokens": 9, "num_choices": 3, "width": 16, "inner": 8, "is_stored_transposed": False},
         {"num_tokens": 9, "num_choices": 3, "bias": False},
         {"num_tokens": 9, "num_choices": 2, "weight_dtype": torch.float32},
-        {"num_tokens": 3, "num_choices": 2, "width": 1100, "inner": 1030},
+        pytest.param(
+            {"num_tokens": 3, "num_choices": 2, "width": 1100, "inner": 1030}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -111,7 +111,7 @@ class Listing(nn.Module):
         return x * (1 + len(rows.flatten().tolist()) % 3)
 
 
-@pytest.mark.parametrize("place", ["in a block", "before the blocks"])
+@pytest.mark.parametrize("place", [pytest.param("in a block", marks=pytest.mark.slow), "before the blocks"])
 def test_sizes_that_hang_on_values_break_a_block_and_keep_a_tail_stock(place: str) -> None:
     torch.manual_seed(0)
     model = Stack(*(Listing() if place == "in a block" else nn.Tanh() for _ in range(3))).train()
