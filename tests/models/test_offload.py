@@ -85,8 +85,9 @@ def test_no_bit_changes_and_what_is_on_the_host_and_the_device_is_as_predicted(a
             assert torch.equal(step.gradients[name], gradient), name
         assert used_bytes(model) == 0
     plan = plan_of(model)
-    assert plan.host_bytes > 0
-    assert plan.peak_bytes < without.peak_bytes or not adapted  # gradients of all weights are the peak there
+    # with all weights trained their gradients are the peak: where nothing would lower it, nothing leaves
+    assert plan.host_bytes > 0 or (plan.peak_bytes == without.peak_bytes and not adapted)
+    assert plan.peak_bytes < without.peak_bytes or not adapted
     assert not plan.decisions[plan.layers[-1][1]].offloaded
     loss, saved = saved_per_block(model, batch)
     assert used_bytes(model) == plan.host_bytes

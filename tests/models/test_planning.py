@@ -201,8 +201,11 @@ def test_other_lengths_have_plans_of_their_own_and_few_captures(tools):
         for name, gradient in theirs.gradients.items():
             assert tools.relative(step.gradients[name], gradient) < 1e-4, (shape, name)
     assert [plan.tokens for plan in plans_of(model)] == [48, 192, 240, 60]
-    captures = find_installation(model).ledger.captures
-    assert sum(capture.region == "model.layers" for capture in captures) <= 4
+    installation = find_installation(model)
+    variants = len(installation._calls["model.layers"].frames)
+    assert variants <= 3
+    # each is captured for one shape, for any length, and for any length and batch
+    assert sum(capture.region == "model.layers" for capture in installation.ledger.captures) <= 3 * variants
 
 
 def test_a_planned_model_is_freed_with_its_last_reference(tools):
