@@ -73,7 +73,7 @@ def measure(setup: stacks.Setup, steps: int, most: int) -> dict[str, Any]:
         "seconds": round(sum(seconds[1:]), 3),
         "tokens_per_second": round(sum(map(len, texts[1:])) / sum(seconds[1:]), 1),
         "median_ms": round(statistics.median(seconds[1:]) * 1e3, 1),
-        "first_step_s": round(seconds[0], 1),
+        "first_step_s": round(seconds[0], 3),
         "peak_gib": stacks.peak_gib(),
         "recompiles": stacks.num_graphs() - graphs,
         "losses": [round(loss, 4) for loss in losses],

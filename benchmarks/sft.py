@@ -115,7 +115,7 @@ def measure(setup: stacks.Setup, steps: int, batch: int, accumulate: int, natura
         "steps": steps,
         "median_ms": round(statistics.median(settled) * 1e3, 1),
         "seconds": round(sum(settled), 3),
-        "first_step_s": round(spans[0], 1),
+        "first_step_s": round(spans[0], 3),
         "peak_gib": stacks.peak_gib(),
         "losses": [round(loss, ROUND) for loss in logged],
         "machine": stacks.describe_machine(),
