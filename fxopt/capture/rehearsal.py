@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.joint_codes import is_ours
-from fxopt.graph.torch_private import hint_of, unset_fake_temporarily
+from fxopt.graph.torch_private import hint_of, size_seen, unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead
 
 log = logging.getLogger("fxopt")
@@ -65,16 +65,9 @@ def _made(node: fx.Node) -> Any:
     """Return a value of the form that `node` will have; whole numbers, which may be indices, are zero."""
     value = node.meta["val"]
     if isinstance(value, torch.SymInt):
-        return _number(value)
+        return size_seen(value)
     if not isinstance(value, torch.Tensor):
         return value
-    sizes, strides = (list(map(_number, each)) for each in (value.shape, value.stride()))
+    sizes, strides = (list(map(size_seen, each)) for each in (value.shape, value.stride()))
     made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     return made if made.is_floating_point() else made.zero_()
-
-
-def _number(size: int | torch.SymInt) -> int:
-    number = size if isinstance(size, int) else hint_of(size)
-    if number is None:
-        raise ValueError(f"the size {size} hangs on the values of a tensor")
-    return int(number)

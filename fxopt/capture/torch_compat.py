@@ -323,19 +323,6 @@ def stand_ins_left() -> Iterator[None]:
         yield
 
 
-def size_seen(size: int | torch.SymInt) -> int:
-    """Return the number that a size had in the call that is being captured.
-
-    Raises:
-        ValueError: it hangs on the values of a tensor.
-    """
-    if isinstance(size, int):
-        return size
-    if not size.node.has_hint():
-        raise ValueError(f"the size {size} hangs on the values of a tensor")
-    return int(size.node.hint)
-
-
 def _named_parameters(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).named_parameters(module, *args, **kwargs)
 

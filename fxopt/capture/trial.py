@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_compat
-from fxopt.graph.torch_private import tree_leaves, tree_map, tree_map_only
+from fxopt.graph.torch_private import size_seen, tree_leaves, tree_map, tree_map_only
 
 SEEDS = (0, 1)
 """Of the values: a form that differs between them hangs on values, and is none."""
@@ -54,10 +54,10 @@ def _devices_of(block: nn.Module) -> list[torch.device]:
 def _value_like(value: Any) -> Any:
     """Return random values for a stand-in: normal ones, zeros of integers (an index of everything), True of bools."""
     if isinstance(value, torch.SymInt):
-        return torch_compat.size_seen(value)
+        return size_seen(value)
     if not isinstance(value, torch.Tensor):
         return value
-    shape = [torch_compat.size_seen(size) for size in value.shape]
+    shape = [size_seen(size) for size in value.shape]
     if value.is_floating_point() or value.is_complex():
         made = torch.randn(shape, dtype=value.dtype, device=value.device)
         return made.requires_grad_(value.requires_grad)
@@ -74,7 +74,7 @@ def _form(value: Any) -> Any:
 def _stand_in_like(value: torch.Tensor, given: list[torch.Tensor]) -> Any:
     """Return a stand-in for `value` with the sizes of one of `given`, laid out in memory as `value` is."""
     shapes = [list(tensor.shape) for tensor in given]
-    alike = [shape for shape in shapes if [*map(torch_compat.size_seen, shape)] == list(value.shape)]
+    alike = [shape for shape in shapes if [*map(size_seen, shape)] == list(value.shape)]
     if all(isinstance(size, int) for shape in shapes for size in shape):
         alike.append(list(value.shape))  # the capture holds for these sizes only
     if not alike:

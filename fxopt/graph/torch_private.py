@@ -64,6 +64,18 @@ def hint_of(size: Any) -> int | None:
     return size.node.hint if size.node.has_hint() else None
 
 
+def size_seen(size: int | torch.SymInt) -> int:
+    """Return the number that a size had in the call that is being captured.
+
+    Raises:
+        ValueError: it hangs on the values of a tensor.
+    """
+    number = size if isinstance(size, int) else hint_of(size)
+    if number is None:
+        raise ValueError(f"the size {size} hangs on the values of a tensor")
+    return int(number)
+
+
 def constant_of(number: Any) -> int | float | None:
     """Return a symbolic number as a constant where it can be no other, else None; no guard is made."""
     node = number.node
