@@ -12,11 +12,14 @@ from fxopt.errors import (
     UnmatchedError,
     VerifyError,
 )
-from fxopt.pipeline import ALL, explain, optimize, plan, restore, trace
+from fxopt.explaining import explain, trace
+from fxopt.pipeline import ALL, optimize
 from fxopt.remat.records import Plan
 from fxopt.report.records import Proof, Report, Site
+from fxopt.restoring import restore
 from fxopt.rewriting.authoring import pattern
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
+from fxopt.surveying import plan
 
 if TYPE_CHECKING:
     from fxopt.capture.callback import TrainerCallback

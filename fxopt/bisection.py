@@ -16,8 +16,9 @@ from torch import nn
 from fxopt.capture.installation import check_model, check_uncompiled, find_installation
 from fxopt.errors import FxoptError
 from fxopt.graph.view import location_of, module_of
+from fxopt.installing import new_installation
 from fxopt.options import Options, check_options
-from fxopt.pipeline import ALL, new_installation
+from fxopt.pipeline import ALL, make_transform
 from fxopt.rewriting.pattern import Match
 
 Check = Callable[[nn.Module], object]
@@ -153,7 +154,8 @@ class _Bisection:
             self._seen.setdefault(name)
             return "" if allowed is None or name in allowed else LEFT_OUT
 
-        installation = new_installation(self._model, dataclasses.replace(self._options, select=select))
+        options = dataclasses.replace(self._options, select=select)
+        installation = new_installation(self._model, options, make_transform(options))
         installation.install()
         try:
             failure = self._try(names)

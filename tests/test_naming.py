@@ -31,7 +31,7 @@ FEATURES = sorted(
 )
 FILES = ("__init__.py", "pipeline.py", "errors.py", "options.py", "cli.py", "py.typed")
 PARTS = {
-    "capture": ("regions.py", "lowering.py", "torch_compat.py"),
+    "capture": ("regions.py", "lowering.py", "torch_dynamo.py"),
     "graph": ("view.py", "canonicalize.py", "anchors/__init__.py", "verify.py"),
     "rewriting": ("pattern.py", "matcher.py", "rewrite.py", "proof.py"),
     "report": ("records.py", "text.py"),

@@ -120,7 +120,7 @@ def test_the_distribution_declares_its_command_and_backend(tmp_path: Path) -> No
     (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
     text = archive.read(entry_points).decode()
     assert "fxopt = fxopt.cli:main" in text
-    assert "[torch_dynamo_backends]\nfxopt = fxopt.pipeline:backend" in text
+    assert "[torch_dynamo_backends]\nfxopt = fxopt.backend:backend" in text
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 
 

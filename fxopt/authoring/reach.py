@@ -12,7 +12,8 @@ from fxopt.coverage.inputs import all_cases, find_cases
 from fxopt.coverage.record import Row
 from fxopt.coverage.row import NotBuilt, build
 from fxopt.options import Options
-from fxopt.pipeline import report_on_small_inputs
+from fxopt.pipeline import make_transform
+from fxopt.probing import report_on_small_inputs
 from fxopt.rewriting.pattern import Pattern
 
 
@@ -28,7 +29,8 @@ def find_reach(patterns: Sequence[Pattern], names: Sequence[str]) -> Iterator[st
     for case in tqdm(cases, unit="model", file=sys.stderr, disable=len(cases) < 3):
         try:
             model, batch = build(case, Row(str(case), case.model_type, case.task, "failed"))
-            report = report_on_small_inputs(model, Options(tuple(patterns)), batch)
+            options = Options(tuple(patterns))
+            report = report_on_small_inputs(model, options, make_transform(options), batch)
         except (NotBuilt, Exception) as error:
             yield f"{case}: not tried: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue

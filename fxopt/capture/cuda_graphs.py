@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo, torch_tensors
 from fxopt.capture.modules import tensors_of
 from fxopt.graph.torch_private import tree_map
 from fxopt.kernels import launch
@@ -56,7 +56,7 @@ class CudaGraphs:
     @property
     def are_used(self) -> bool:
         """Whether a block called now is replayed: not while activations are checkpointed or kept elsewhere."""
-        return self._token is not None and not torch_compat.packs_saved_tensors()
+        return self._token is not None and not torch_tensors.packs_saved_tensors()
 
     def _find_obstacle(self) -> str | None:
         if self._obstacle is not None:
@@ -76,9 +76,9 @@ class CudaGraphs:
         """Return `lower` so that what it compiles is replayed, and what outlives a step leaves its memory."""
 
         def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            before = torch_compat.num_unrecorded()
+            before = torch_dynamo.num_unrecorded()
             compiled = lower(gm, example_inputs, graphed=True)
-            if torch_compat.num_unrecorded() > before:
+            if torch_dynamo.num_unrecorded() > before:
                 self.refuse(f"Inductor does not record {region}; TORCH_LOGS=perf_hints says why")
 
             def run(*args: Any) -> Any:
@@ -152,7 +152,7 @@ def copies_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     copies = [torch.empty_like(tensor) for tensor in tensors]
     for dtype in {tensor.dtype for tensor in tensors}:
         pairs = [pair for pair in zip(copies, tensors, strict=True) if pair[0].dtype == dtype]
-        torch_compat.copy_each(*map(list, zip(*pairs, strict=True)))
+        torch_tensors.copy_each(*map(list, zip(*pairs, strict=True)))
     return copies
 
 

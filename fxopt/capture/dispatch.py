@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import say_kept
@@ -65,7 +65,7 @@ class BlockCalls:
         self._asked: list[Call] = [Call(1, False)]
         self._compiled: dict[tuple[int | None, bool], Callable[..., Any]] = {}
         self.pieces = (
-            torch_compat.compile_frame(block_entry, make_backend(None, False), fullgraph=False)
+            torch_dynamo.compile_frame(block_entry, make_backend(None, False), fullgraph=False)
             if partial
             else None
         )
@@ -81,7 +81,7 @@ class BlockCalls:
     def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one block: compiled where fxopt serves the call, else stock."""
         if not torch.is_grad_enabled():
-            return torch_compat.stock_call(block, *args, **kwargs)
+            return torch_modules.stock_call(block, *args, **kwargs)
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
         hooks = self._inner_hooks[block].find()
@@ -90,7 +90,7 @@ class BlockCalls:
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
-            stock = functools.partial(torch_compat.stock_call, block)
+            stock = functools.partial(torch_modules.stock_call, block)
             return self._checkpointing.run_unplanned(block, stock, args, kwargs)
         serve = functools.partial(self._serve, path, block, hooks.idle)
         if has_hooks(block):
@@ -102,17 +102,17 @@ class BlockCalls:
         broken = type(block) in self.broken_classes
         try:
             return self._run_compiled(self.pieces if broken else None, path, block, idle_hooks, args, kwargs)
-        except torch_compat.CAPTURE_ERRORS as error:
+        except torch_errors.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
-            can_break = not torch_compat.is_of_backend(error) or torch_compat.hangs_on_values(error)
+            can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
         dtypes = [parameter.dtype for parameter in block.parameters()]
         is_captured, output = False, None
         if self.pieces is not None and not broken and can_break:
             try:
                 output = self._run_compiled(self.pieces, path, block, idle_hooks, args, kwargs)
                 is_captured = True
-            except torch_compat.CAPTURE_ERRORS as error:
+            except torch_errors.CAPTURE_ERRORS as error:
                 self._reason_of(error)
         if not is_captured:
             # A call that fails in stock too says nothing of the block.
@@ -137,7 +137,7 @@ class BlockCalls:
         Raises:
             FxoptError, VerifyError: `error` wraps a mistake of the user's or of a pass.
         """
-        cause = torch_compat.cause_to_raise(error)
+        cause = torch_errors.cause_to_raise(error)
         if cause is not None:
             raise cause from None
         return reason_of(error)
@@ -148,9 +148,9 @@ class BlockCalls:
         """Return why this call cannot be served, or None."""
         if type(block) in self.stock_classes:
             return f"capture failed: {self.stock_classes[type(block)]}"
-        if torch_compat.is_switched_off():
+        if torch_settings.is_switched_off():
             return "Dynamo is switched off"
-        if torch_compat.has_global_hooks():
+        if torch_modules.has_global_hooks():
             return "hooks for all modules are registered"
         if hooks.live is not None:
             return say_kept(hooks.live) or f"a hook sits on the {type(hooks.live).__name__} inside"
@@ -183,7 +183,7 @@ class BlockCalls:
         return output
 
     def _run_pieces(self, pieces: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch_compat.frames_of_pieces_captured():
+        with torch_dynamo.frames_of_pieces_captured():
             return pieces(block, self._count_eager, args, kwargs)
 
     def _find_compiled(
@@ -197,7 +197,7 @@ class BlockCalls:
         graphed = self._cuda_graphs.are_used
         if (variant, graphed) not in self._compiled:
             backend = self._make_backend(self._make_mark(variant), graphed)
-            frame = torch_compat.compile_frame(block_entry, backend, fullgraph=True)
+            frame = torch_dynamo.compile_frame(block_entry, backend, fullgraph=True)
             self._compiled[variant, graphed] = frame
         return self._compiled[variant, graphed]
 
@@ -247,7 +247,7 @@ def call_with_forward(
 
     module.__dict__["forward"] = swapped
     try:
-        return torch_compat.stock_call(module, *args, **kwargs)
+        return torch_modules.stock_call(module, *args, **kwargs)
     finally:
         if not state["inside"]:
             _restore(module, had, previous)

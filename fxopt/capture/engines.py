@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_compat, torch_distributed
+from fxopt.capture import torch_distributed, torch_modules
 from fxopt.capture.modules import walk
 
-PRE, POST = torch_compat.FORWARD_HOOK_DICTS
+PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 Hidden = list[tuple[nn.Module, str, Any]]
 """Modules whose hooks are hidden, with the dictionaries and what was in these."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_tensors
 from fxopt.capture.lowering import Lowering
 from fxopt.errors import FxoptError
 from fxopt.graph.purity import mutated_inputs
@@ -121,7 +121,7 @@ class Watch:
             if not isinstance(value, torch.Tensor) or not value.requires_grad:
                 continue
             own = value.grad_fn
-            if torch_compat.is_compiled_node(own) and own not in given:
+            if torch_tensors.is_compiled_node(own) and own not in given:
                 node = own
                 self._numbers.setdefault(value.output_nr, set()).add(number)
             else:

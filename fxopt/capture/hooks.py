@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_modules
 from fxopt.capture.torch_distributed import is_fsdp_hook
 
 
@@ -25,18 +25,18 @@ class Hooks:
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether `module` itself carries a hook that would run at this call."""
-    if not torch_compat.carries_hooks(module):
+    if not torch_modules.carries_hooks(module):
         return False
-    return any(_is_live(hook) for name in torch_compat.HOOK_DICTS for hook in getattr(module, name).values())
+    return any(_is_live(hook) for name in torch_modules.HOOK_DICTS for hook in getattr(module, name).values())
 
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Return whether `module` itself carries a live hook other than those that gather and reduce its parameters."""
-    if not torch_compat.carries_hooks(module):
+    if not torch_modules.carries_hooks(module):
         return False
     return any(
         _is_live(hook) and not is_fsdp_hook(hook)
-        for name in torch_compat.HOOK_DICTS
+        for name in torch_modules.HOOK_DICTS
         for hook in getattr(module, name).values()
     )
 
@@ -44,16 +44,16 @@ def has_own_hooks(module: nn.Module) -> bool:
 def find_hooks(module: nn.Module) -> Hooks:
     """Return the hooks on the modules inside `module`, not on `module` itself."""
     idle = False
-    stack = list(torch_compat.children_of(module).values())
+    stack = list(torch_modules.children_of(module).values())
     while stack:
         inner = stack.pop()
         if inner is None:
             continue
-        if torch_compat.carries_hooks(inner):
+        if torch_modules.carries_hooks(inner):
             if has_hooks(inner):
                 return Hooks(inner, idle)
             idle = True
-        stack.extend(torch_compat.children_of(inner).values())
+        stack.extend(torch_modules.children_of(inner).values())
     return Hooks(None, idle)
 
 
@@ -64,8 +64,8 @@ class InnerHooks:
     in since is seen.
     """
 
-    _hooks_of: Callable[[Any], tuple[Any, ...]] = operator.itemgetter(*torch_compat.HOOK_DICTS)
-    _children_of: Callable[[Any], Any] = operator.itemgetter(torch_compat.CHILDREN)
+    _hooks_of: Callable[[Any], tuple[Any, ...]] = operator.itemgetter(*torch_modules.HOOK_DICTS)
+    _children_of: Callable[[Any], Any] = operator.itemgetter(torch_modules.CHILDREN)
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -87,7 +87,7 @@ class InnerHooks:
         self._inner, self._inside = [], []
         queue: list[nn.Module] = [self._module]
         for parent in queue:
-            for child in torch_compat.children_of(parent).values():
+            for child in torch_modules.children_of(parent).values():
                 self._inner.append(child)
                 if child is not None:
                     queue.append(child)
@@ -105,9 +105,9 @@ def hide_hooks(modules: Iterable[nn.Module], *, but_live: bool = False) -> Hidde
     """
     hidden: Hidden = []
     for module in modules:
-        if not torch_compat.carries_hooks(module):
+        if not torch_modules.carries_hooks(module):
             continue
-        for name in torch_compat.HOOK_DICTS:
+        for name in torch_modules.HOOK_DICTS:
             hooks = getattr(module, name)
             if hooks and not (but_live and any(map(_is_live, hooks.values()))):
                 hidden.append((module, name, hooks))

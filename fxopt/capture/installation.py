@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo, torch_modules, torch_settings, torch_stand_ins
 from fxopt.capture.agreement import Agreement
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
@@ -36,8 +36,8 @@ from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.sharing import share_mappings
 from fxopt.capture.shortage import Shortage
 from fxopt.capture.tail import cut_tail
-from fxopt.capture.torch_compat import SLOT
 from fxopt.capture.torch_distributed import is_first_fsdp
+from fxopt.capture.torch_modules import SLOT
 from fxopt.errors import FxoptError
 
 log = logging.getLogger("fxopt")
@@ -73,7 +73,7 @@ class Installation:
         self.ledger = Ledger()
         for line in (*find_patched(model), *find_doubts(model)):
             self.ledger.note(line)
-        self._settings = torch_compat.make_capture_settings()
+        self._settings = torch_settings.make_capture_settings()
         self._transform = _unhooked(transform)
         self._lower = lower
         self.planner = planner
@@ -139,7 +139,7 @@ class Installation:
         """Return the conditions under which the captures of `region` hold."""
         calls = self._calls.get(region) or self.model_call
         frames = () if calls is None else calls.frames
-        return tuple(guard for frame in frames for guard in torch_compat.guards_of(frame))
+        return tuple(guard for frame in frames for guard in torch_dynamo.guards_of(frame))
 
     def find_replaced(self) -> tuple[str, ...]:
         """Return the paths of the blocks, "" for the model, whose compile slot somebody else has filled since."""
@@ -150,7 +150,7 @@ class Installation:
         )
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
-        with torch_compat.capture_scope(self._settings):
+        with torch_settings.capture_scope(self._settings):
             return self._calls[REGION].run(REGION, self.model, args, kwargs)
 
     def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:
@@ -163,16 +163,16 @@ class Installation:
         def call_block(*args: Any, **kwargs: Any) -> Any:
             caller = find_caller(sys._getframe(1)) or find_caller(sys._getframe(2))
             if caller is not None and caller is not block:
-                return torch_compat.stock_call(caller, *args, **kwargs)
-            if torch_compat.is_recorded():
-                return torch_compat.stock_call(block, *args, **kwargs)
-            if torch_compat.holds_fake(args, kwargs):
+                return torch_modules.stock_call(caller, *args, **kwargs)
+            if torch_dynamo.is_recorded():
+                return torch_modules.stock_call(block, *args, **kwargs)
+            if torch_stand_ins.holds_fake(args, kwargs):
                 return model_call.stand_ins.call(block, args, kwargs)
             return model_call.call_block(block, run, args, kwargs)
 
         call_block.fxopt_leaf = True  # pyright: ignore[reportFunctionMemberAccess]
         call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
-        return torch_compat.mark_leaf(call_block)
+        return torch_dynamo.mark_leaf(call_block)
 
     def _block_backend(self, region: str, mark: Mark | None, graphed: bool) -> Callable[..., Any]:
         stacks = {
@@ -189,7 +189,7 @@ class Installation:
             progress.show(name, f"{number}, rewriting and proving")
             outcome = self._transform(gm, region=region, lazy_outputs=False)
             capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
-            if torch_compat.changes_python_state():
+            if torch_dynamo.changes_python_state():
                 self.ledger.changes_state = True
             progress.show(name, f"{number}, compiling")
             note_held(gm, example_inputs, self.model)
@@ -274,10 +274,10 @@ class _Slot:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caller = find_caller(sys._getframe(1))
         if caller is not None and caller is not self.installation.model:
-            return torch_compat.stock_call(caller, *args, **kwargs)
-        if torch_compat.is_recorded():
+            return torch_modules.stock_call(caller, *args, **kwargs)
+        if torch_dynamo.is_recorded():
             self.installation.ledger.note(RECORDED)
-            return torch_compat.stock_call(self.installation.model, *args, **kwargs)
+            return torch_modules.stock_call(self.installation.model, *args, **kwargs)
         if torch.is_grad_enabled():
             self._agreement.check()
         return self._call(*args, **kwargs)
@@ -288,7 +288,7 @@ def find_caller(frame: types.FrameType) -> nn.Module | None:
 
     `nn.DataParallel` copies a module's attributes into its replicas, this slot among them; they run stock.
     """
-    caller = frame.f_locals.get("self") if frame.f_code.co_name == torch_compat.CALLER else None
+    caller = frame.f_locals.get("self") if frame.f_code.co_name == torch_modules.CALLER else None
     return caller if isinstance(caller, nn.Module) else None
 
 
@@ -332,7 +332,7 @@ def check_model(model: object) -> nn.Module:
             f"model: expected a torch.nn.Module, got {type(model).__name__}\n"
             "pass the model object itself, e.g. AutoModelForCausalLM.from_pretrained(...)"
         )
-    if isinstance(model, torch_compat.OptimizedModule):
+    if isinstance(model, torch_modules.OptimizedModule):
         raise FxoptError(
             "model: already under torch.compile, expected the model itself\n"
             "pass model._orig_mod, or use torch.compile(model, backend='fxopt') alone"
@@ -373,7 +373,7 @@ def check_uncompiled(model: nn.Module) -> None:
     """
     for module, path in walk(model).items():
         by = ""
-        if isinstance(module, torch_compat.OptimizedModule):
+        if isinstance(module, torch_modules.OptimizedModule):
             by = "torch.compile"
         elif module.__dict__.get(SLOT) is not None and _installation_in(module) is None:
             by = "module.compile()"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph.torch_private import OpOverload, schema_of
+
 NAMESPACE = "fxopt"
 DECODING = ("packed", "shape", "blocksize", "quant_type", "dtype")
 READER = ("xs", "weights", "codes", "codings", "widths")
@@ -49,12 +51,12 @@ def read_codes(graph: fx.Graph) -> int:
 def argument_names(node: fx.Node) -> list[str]:
     """Return the names of the arguments of an op of ours, [] of any other node."""
     target: Any = node.target
-    return [argument.name for argument in target._schema.arguments] if is_ours(node) else []
+    return [argument.name for argument in schema_of(target).arguments] if is_ours(node) else []
 
 
 def is_ours(node: fx.Node) -> bool:
     """Return whether `node` calls an op of fxopt's."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+    return isinstance(node.target, OpOverload) and node.target.namespace == NAMESPACE
 
 
 def are_alike(*nodes: fx.Node) -> bool:

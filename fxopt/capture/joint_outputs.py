@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.joint_codes import NAMESPACE, are_alike, argument_names
+from fxopt.graph.torch_private import schema_of
 
 SPLIT = ("xs", "weights", "biases", "a", "b", "needs")
 
@@ -117,4 +118,4 @@ def _call(graph: fx.Graph, name: str, args: tuple[Any, ...]) -> fx.Node:
 
 def _name_of(node: Any) -> str | None:
     """Return the name of an op of ours, None of any other node."""
-    return node.target._schema.name.partition("::")[2] if argument_names(node) else None
+    return schema_of(node.target).name.partition("::")[2] if argument_names(node) else None

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxopt.capture.joint_codes import NAMESPACE, are_alike, argument_names, is_ours, read_codes
 from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 from fxopt.capture.planning import Mark
+from fxopt.graph.torch_private import OpOverload, schema_of
 
 SKIP_ARGUMENT = "dskip"
 REPLAYED_ARGUMENT = "xs"
@@ -77,7 +78,7 @@ def replay_inputs(graph: fx.Graph) -> int:
         if not is_ours(node) or node not in in_backward:
             continue
         target: Any = node.target
-        names = [argument.name for argument in target._schema.arguments]
+        names = [argument.name for argument in schema_of(target).arguments]
         if REPLAYED_ARGUMENT not in names:
             continue
         place = names.index(REPLAYED_ARGUMENT)
@@ -150,17 +151,17 @@ def _replay_output(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | 
     if not isinstance(source, fx.Node) or not is_ours(source):
         return None
     forward: Any = source.target
-    name = forward._schema.name.partition("::")[2]
+    name = schema_of(forward).name.partition("::")[2]
     packet = getattr(getattr(torch.ops, NAMESPACE), f"{name}_output_{place}", None)
     if packet is None:
         return None
     given: dict[str, Any] = dict(
-        zip((argument.name for argument in forward._schema.arguments), source.args, strict=False)
+        zip((argument.name for argument in schema_of(forward).arguments), source.args, strict=False)
     )
     given.update(source.kwargs)
     outputs = {f"output_{user.args[1]}": user for user in source.users if user.target is operator.getitem}
     given.update(outputs)
-    wanted = [argument.name for argument in packet.default._schema.arguments]
+    wanted = [argument.name for argument in schema_of(packet.default).arguments]
     if any(argument not in given for argument in wanted):
         return None
     read = [given[argument] for argument in wanted if argument in outputs]
@@ -215,7 +216,7 @@ def _mark_layout(node: fx.Node) -> None:
 
 def _is_layout(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in LAYOUT_OPS
+    return isinstance(target, OpOverload) and schema_of(target).name.partition("::")[2] in LAYOUT_OPS
 
 
 def _is_recomputed(node: fx.Node) -> bool:
@@ -246,7 +247,7 @@ def mark_recomputed(graph: fx.Graph) -> None:
 def _repeatable_outputs(node: fx.Node) -> list[fx.Node]:
     """Return the outputs of an op whose backward keeps all that they are computed from, and reads none of them."""
     outputs = [user for user in node.users if user.target is operator.getitem]
-    name = f"{node.target._schema.name.partition('::')[2]}_backward"  # pyright: ignore
+    name = f"{schema_of(node.target).name.partition('::')[2]}_backward"  # pyright: ignore
     backward = getattr(getattr(torch.ops, NAMESPACE), name, None)
     target = None if backward is None else backward.default
     for value in (*node.all_input_nodes, *outputs):

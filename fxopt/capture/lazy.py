@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fxopt.capture import torch_compat, torch_distributed
+from fxopt.capture import torch_distributed, torch_tensors
 from fxopt.errors import FxoptError, StaleLogitsError
 from fxopt.graph.torch_private import tree_leaves, tree_map_only
 
@@ -51,7 +51,7 @@ class LogitsSource:
         if self._values is None:
             for value, version in zip(self._inputs, self._versions, strict=True):
                 if _fingerprint(value) != version:
-                    written = torch_compat.version_of(value)
+                    written = torch_tensors.version_of(value)
                     raise StaleLogitsError(
                         "logits: read after the head's weight changed, expected a read before the optimizer "
                         f"step, got a weight of shape {tuple(value.shape)} at version {written}\n"
@@ -78,7 +78,7 @@ class LogitsSource:
 def _fingerprint(value: Any) -> tuple[Any, ...] | None:
     if not isinstance(value, torch.Tensor):
         return None
-    return (torch_compat.version_of(value), tuple(value.shape), value.untyped_storage().size())
+    return (torch_tensors.version_of(value), tuple(value.shape), value.untyped_storage().size())
 
 
 class LazyLogits(torch.Tensor):
@@ -104,20 +104,20 @@ class LazyLogits(torch.Tensor):
         step: Step | None = None,
     ) -> LazyLogits:
         """Return output `index` of `source` on `device`, or `step` of `parent`; `form` has shape, strides and dtype."""
-        lazy = torch_compat.make_form(LazyLogits, form, device)
+        lazy = torch_tensors.make_form(LazyLogits, form, device)
         lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
         lazy._parent, lazy._step, lazy._value, lazy._engine_hooks = parent, step, None, []
         return lazy
 
     def materialize(self) -> torch.Tensor:
         """Return the plain tensor, the same one each time, computing it at the first read."""
-        with torch_compat.without_torch_function():
+        with torch_tensors.without_torch_function():
             if self._value is None:
                 parent, step = self._parent, self._step
                 if parent is None or step is None:
                     self._value = self._source.compute(self._index)
                 else:
-                    with torch_compat.with_torch_function():
+                    with torch_tensors.with_torch_function():
                         self._value = step(parent.materialize())
                 if self._value.requires_grad:
                     for hook in self._engine_hooks:
@@ -126,7 +126,7 @@ class LazyLogits(torch.Tensor):
 
     def _hook_later(self, hook: Any) -> None:
         """Put FSDP2's `hook`, which asks where backward begins, on the values if they are ever computed."""
-        with torch_compat.without_torch_function():
+        with torch_tensors.without_torch_function():
             if self._value is None:
                 self._engine_hooks.append(hook)
             elif self._value.requires_grad:
@@ -135,7 +135,7 @@ class LazyLogits(torch.Tensor):
     @property
     def is_lazy(self) -> bool:
         """Whether the values have not been computed yet."""
-        with torch_compat.without_torch_function():
+        with torch_tensors.without_torch_function():
             return not self._source.computed
 
     def __repr__(self, **_: Any) -> str:
@@ -164,12 +164,12 @@ class LazyLogits(torch.Tensor):
                     f"its gradient flows through\n{CURE}"
                 )
             if func in _READS_OF_FORM:
-                with torch_compat.without_torch_function():
+                with torch_tensors.without_torch_function():
                     return func(*args, **kwargs)
             if func == torch_distributed.READ_OF_BASE:
                 return None
             if func == _READ_OF_REQUIRES_GRAD:
-                with torch_compat.without_torch_function():
+                with torch_tensors.without_torch_function():
                     return lazy._needs_grad
             if func in _LAZY_STEPS and not _holds_tensor(args[1:], kwargs):
                 return _extend(lazy, func, args[1:], kwargs)
@@ -256,7 +256,7 @@ def _extend(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str
     def step(value: torch.Tensor) -> torch.Tensor:
         return func(value, *args, **kwargs)
 
-    with torch_compat.without_torch_function():
+    with torch_tensors.without_torch_function():
         form = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
         device, needs_grad = lazy.device, lazy._needs_grad
         source, index = lazy._source, lazy._index

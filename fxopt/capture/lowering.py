@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.capture.mutation import find_mutated_inputs
 from fxopt.capture.planning import Mark
 from fxopt.kernels import launch
@@ -25,19 +25,19 @@ def choose_lowering(name: str, gm: fx.GraphModule) -> tuple[Lowering, str]:
     if name == "auto":
         name = "inductor" if is_on_gpu(gm) and launch.is_available() else "plain"
     if name == "plain":
-        return torch_compat.plain_backend, ""
+        return torch_lowering.plain_backend, ""
     mutated = find_mutated_inputs(gm)
     if mutated:
-        return torch_compat.plain_backend, (
+        return torch_lowering.plain_backend, (
             f"a graph that writes to its input {mutated[0].name} runs node by node: Inductor's partitioner "
             "may recompute from the written value"
         )
-    return torch_compat.inductor_backend, ""
+    return torch_lowering.inductor_backend, ""
 
 
 def name_of(lowering: Lowering) -> str:
     """Return what the options call a lowering that `choose_lowering` returned."""
-    return "inductor" if lowering is torch_compat.inductor_backend else "plain"
+    return "inductor" if lowering is torch_lowering.inductor_backend else "plain"
 
 
 def has_fixed_sizes(example_inputs: list[Any]) -> bool:

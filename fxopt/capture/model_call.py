@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
@@ -59,13 +59,13 @@ class ModelCall:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
-        self.compiled = torch_compat.compile_frame(model_entry, backend, fullgraph=True)
+        self.compiled = torch_dynamo.compile_frame(model_entry, backend, fullgraph=True)
         self._checkpointing = checkpointing
         self._cuda_graphs = cuda_graphs
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
-        self._settings = torch_compat.make_capture_settings()
+        self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
         self._takes_cache = accepts(model.forward, "use_cache") or (
@@ -90,16 +90,16 @@ class ModelCall:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
         model = self.model
-        with torch_compat.capture_scope(self._settings):
+        with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._trunk.is_running:
-                return torch_compat.stock_call(model, *args, **kwargs)
+                return torch_modules.stock_call(model, *args, **kwargs)
             kwargs = self._without_cache(kwargs)
             reason = self.find_obstacle(args, kwargs)
             if reason is None and not self._lock.acquire(blocking=False):
                 reason = "another thread runs the model"
             if reason is not None:
                 self.ledger.count_fallback(REGION, reason)
-                return torch_compat.stock_call(model, *args, **kwargs)
+                return torch_modules.stock_call(model, *args, **kwargs)
             self._owner = threading.get_ident()
             try:
                 with self._checkpointing.taken_over(), self._cuda_graphs.step():
@@ -123,12 +123,12 @@ class ModelCall:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
         try:
             return self._capture_and_run(*args, **kwargs)
-        except torch_compat.CAPTURE_ERRORS as error:
+        except torch_errors.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
-            cause = torch_compat.cause_to_raise(error)
+            cause = torch_errors.cause_to_raise(error)
             if cause is not None:
                 raise cause from None
-            root = torch_compat.root_cause(error)
+            root = torch_errors.root_cause(error)
             reason = (
                 str(root) if isinstance(root, TailRefusal) else reason_of(error, self.stand_ins.failed_in)
             )
@@ -155,9 +155,9 @@ class ModelCall:
         obstacle = self.obstacles.get(form_of(args, kwargs)) if self.obstacles else None
         if obstacle is not None:
             return obstacle
-        if torch_compat.is_switched_off():
+        if torch_settings.is_switched_off():
             return "Dynamo is switched off"
-        if torch_compat.has_global_hooks():
+        if torch_modules.has_global_hooks():
             return "hooks for all modules are registered"
         hooked = next((block for block in self.blocks if has_own_hooks(block)), None)
         if hooked is not None:
@@ -181,9 +181,9 @@ class ModelCall:
         """Run the forward compiled; where it cannot be captured with plain leaves, try leaves that share mappings."""
         try:
             return self._run_compiled(*args, **kwargs)
-        except torch_compat.CAPTURE_ERRORS as error:
+        except torch_errors.CAPTURE_ERRORS as error:
             share, self.share = self.share, None
-            if share is None or torch_compat.cause_to_raise(error) is not None:
+            if share is None or torch_errors.cause_to_raise(error) is not None:
                 raise
         share()
         self.stand_ins.clear()
@@ -198,7 +198,7 @@ class ModelCall:
         try:
             with (
                 self._leaves(),
-                torch_compat.tensors_left_unlisted(self._around),
+                torch_settings.tensors_left_unlisted(self._around),
                 self._sharding.gathered(),
                 self._hooks_hidden(),
             ):
@@ -219,7 +219,7 @@ class ModelCall:
         """
         self._checkpointed = frozenset(block for block in self.blocks if checkpoints_calls(block))
         for block in self.blocks:
-            block.__dict__[torch_compat.CALL] = functools.partial(torch_compat.stock_call, block)
+            block.__dict__[torch_modules.CALL] = functools.partial(torch_modules.stock_call, block)
         for block in self._checkpointed:
             block.__dict__["gradient_checkpointing"] = False
         try:
@@ -229,7 +229,7 @@ class ModelCall:
                 block.__dict__["gradient_checkpointing"] = True
             self._checkpointed = frozenset()
             for block in self.blocks:
-                block.__dict__.pop(torch_compat.CALL, None)
+                block.__dict__.pop(torch_modules.CALL, None)
 
     @contextlib.contextmanager
     def _hooks_hidden(self) -> Iterator[None]:
@@ -260,7 +260,7 @@ class ModelCall:
         serves it are noted once for the model.
         """
         if self._owner not in (None, threading.get_ident()):
-            return torch_compat.stock_call(block, *args, **kwargs)
+            return torch_modules.stock_call(block, *args, **kwargs)
         if block in self._checkpointed:
             checkpoint: Any = block._gradient_checkpointing_func
             return self._trunk.after_block(checkpoint(functools.partial(run, **kwargs), *args))

@@ -7,7 +7,7 @@ from collections.abc import Container
 import torch
 from torch import nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_modules
 
 
 def walk(model: nn.Module, but: Container[nn.Module] = ()) -> dict[nn.Module, str]:
@@ -24,7 +24,7 @@ def walk(model: nn.Module, but: Container[nn.Module] = ()) -> dict[nn.Module, st
             continue
         found[module] = path
         prefix = f"{path}." if path else ""
-        for name, child in reversed(torch_compat.children_of(module).items()):
+        for name, child in reversed(torch_modules.children_of(module).items()):
             stack.append((prefix + name, child))
     return found
 
@@ -33,6 +33,6 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     """Return the parameters and buffers of `model`, each once, in the order of its modules."""
     found: dict[int, torch.Tensor] = {}
     for module in walk(model):
-        for value in torch_compat.own_tensors(module):
+        for value in torch_modules.own_tensors(module):
             found.setdefault(id(value), value)
     return list(found.values())

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_tensors
 from fxopt.capture.host_memory import HostMemory
 from fxopt.capture.planning import Leaving, Planner
 from fxopt.capture.saved_batch import Batch, Saved
@@ -39,7 +39,7 @@ class Offloader:
 
         def run(*args: Any) -> Any:
             this = find_self()
-            if this is None or not torch_compat.can_hook_saved_tensors():
+            if this is None or not torch_tensors.can_hook_saved_tensors():
                 return compiled(*args)
             return this.call(compiled, leaving.numbers, args)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo, torch_errors
 from fxopt.graph.view import FRAME, location_in
 
 PLAIN_WORDS = (
@@ -26,8 +26,8 @@ def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -
 
     `raised_in` are frames below those Dynamo knows of: it ends where fxopt runs a block on stand-ins.
     """
-    cause = torch_compat.root_cause(error)
-    if torch_compat.is_of_backend(error):
+    cause = torch_errors.root_cause(error)
+    if torch_errors.is_of_backend(error):
         text = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     else:
         text = str(error) or type(error).__name__
@@ -36,7 +36,7 @@ def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -
 
 def reason_of_break(gm: fx.GraphModule) -> str:
     """Return why `gm` ends before its region does, and the innermost line of the model's source, or ""."""
-    found = torch_compat.find_break(gm)
+    found = torch_dynamo.find_break(gm)
     if found is None:
         return ""
     reason, stack = found

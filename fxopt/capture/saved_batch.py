@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_tensors
 from fxopt.capture.host_memory import HostMemory, Lane, Piece
 from fxopt.errors import FxoptError
 
@@ -34,7 +34,7 @@ class Saved:
         self.batch = batch
         self.number = number
         self.held: Any = tensor
-        self.writes = torch_compat.writes_to(tensor)
+        self.writes = torch_tensors.version_of(tensor)
 
     def give(self) -> torch.Tensor:
         """Return the tensor for backward."""
@@ -48,7 +48,7 @@ class Batch:
     """The values that one call of one block saved; `before` is that of the block that ran before."""
 
     def __init__(self, host: HostMemory, before: Batch | None) -> None:
-        top = torch_compat.top_saved_tensors_hooks()
+        top = torch_tensors.top_saved_tensors_hooks()
         self.outer: tuple[Callable[..., Any], Callable[..., Any]] = top or (_same, _same)
         self._host = host
         self._before = None if before is None else weakref.ref(before)
@@ -109,7 +109,7 @@ class Batch:
         if not self._watched:
             return
         self._let_home_wait()
-        self._is_written = any(torch_compat.writes_to(tensor) != writes for tensor, writes in self._watched)
+        self._is_written = any(torch_tensors.version_of(tensor) != writes for tensor, writes in self._watched)
         self._watched = []
         for away in self._away:
             away.raw = None

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo
 from fxopt.capture.stand_in import StandIns
 
 
 def share_mappings(leaf: Callable[..., Any], stand_ins: StandIns) -> Callable[..., Any]:
     """Return `leaf` so that mappings among its arguments hold, while Dynamo traces, what the block puts in."""
-    take = torch_compat.mark_leaf(_make_take(stand_ins))
+    take = torch_dynamo.mark_leaf(_make_take(stand_ins))
 
     @torch.compiler.assume_constant_result
     def find_keys() -> tuple[tuple[Any, ...], ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_tensors
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Planner
 
@@ -69,7 +69,7 @@ class Shortage:
     def _writes(self) -> tuple[int, ...]:
         model = self._find_model()
         assert model is not None, "the model is gone, expected it to make this call"
-        return tuple(torch_compat.writes_to(buffer) for buffer in model.buffers())
+        return tuple(torch_tensors.version_of(buffer) for buffer in model.buffers())
 
 
 def _explain(error: BaseException, plan: str, reason: str) -> None:

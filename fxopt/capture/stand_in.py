@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_modules, torch_stand_ins
 from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, hooks_hidden, say_kept
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
@@ -42,12 +42,12 @@ class StandIns:
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return stand-ins of the form `block` returns for these stand-in arguments."""
         if self._running:
-            return torch_compat.stock_call(block, *args, **kwargs)
+            return torch_modules.stock_call(block, *args, **kwargs)
         args = tuple(dict(value) if isinstance(value, dict) else value for value in args)
         kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         fakes: list[torch.Tensor] = []
         forms = _form_of((args, kwargs), fakes)
-        mode = torch_compat.fake_mode_of(fakes[0])
+        mode = torch_stand_ins.fake_mode_of(fakes[0])
         weights = tuple([(value.shape, value.dtype, value.requires_grad) for value in tensors_of(block)])
         modules = tuple([(path, type(module)) for module, path in walk(block).items()])
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
@@ -80,14 +80,14 @@ class StandIns:
         before = {module: dict(module.__dict__) for module in block.modules()}
         try:
             state = {
-                name: torch_compat.make_whole_stand_in(mode, tensor, gathered_dtype(block, tensor))
+                name: torch_stand_ins.make_whole_stand_in(mode, tensor, gathered_dtype(block, tensor))
                 if is_dtensor(tensor)
-                else torch_compat.make_stand_in(mode, tensor)
+                else torch_stand_ins.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
             args, kwargs = cast_inputs(block, args, kwargs)
             try:
-                with torch_compat.real_tensors_allowed(mode), hooks_hidden(block):
+                with torch_stand_ins.real_tensors_allowed(mode), hooks_hidden(block):
                     out = cast_output(block, torch.func.functional_call(block, state, args, kwargs))
             except Exception as error:
                 _put_back(before)
@@ -114,7 +114,7 @@ def _put_back(before: dict[nn.Module, dict[str, Any]]) -> None:
 
 def _form_of(value: Any, fakes: list[torch.Tensor]) -> Any:
     """Return what tells arguments of one form from those of another; put their stand-in tensors into `fakes`."""
-    if torch_compat.is_fake(value):
+    if torch_stand_ins.is_fake(value):
         fakes.append(value)
         return str(value.shape), value.dtype, value.requires_grad
     if isinstance(value, tuple | list):

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_compat
-from fxopt.graph.torch_private import size_seen, tree_leaves, tree_map, tree_map_only
+from fxopt.capture import torch_modules
+from fxopt.graph.torch_private import (
+    size_seen,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    unset_fake_temporarily,
+)
 
 SEEDS = (0, 1)
 """Of the values: a form that differs between them hangs on values, and is none."""
@@ -22,13 +28,13 @@ def try_on_values(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     at this call, those of a tensor it was given.
     """
     results: list[Any] = []
-    with torch_compat.stand_ins_left(), torch.random.fork_rng(devices=_devices_of(block)):
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=_devices_of(block)):
         buffers = [(buffer, buffer.detach().clone()) for buffer in block.buffers() if not buffer.is_meta]
         for seed in SEEDS:
             torch.manual_seed(seed)
             try:
                 real_args, real_kwargs = tree_map(_value_like, (args, kwargs))
-                results.append(torch_compat.stock_call(block, *real_args, **real_kwargs))
+                results.append(torch_modules.stock_call(block, *real_args, **real_kwargs))
             except Exception:  # what the block said on stand-ins is told
                 return None
             finally:

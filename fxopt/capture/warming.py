@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.kernels import launch, launcher
 
 log = logging.getLogger("fxopt")
@@ -21,7 +21,7 @@ log = logging.getLogger("fxopt")
 def start_warming(device: torch.device) -> None:
     """Start loading what Inductor and Triton need on `device`, once per process, in the background."""
     if device.type == "cuda" and launch.is_available():
-        torch_compat.share_kernel_cache(device)
+        torch_lowering.share_kernel_cache(device)
         _start()
 
 
@@ -33,6 +33,6 @@ def _start() -> None:
 def _warm() -> None:
     try:
         launcher.read_triton()
-        torch_compat.load_inductor()
+        torch_lowering.load_inductor()
     except Exception as error:  # the first step will meet it again, and raise it where it can be seen
         log.debug("warming up the compiler failed: %s: %s", type(error).__name__, error)

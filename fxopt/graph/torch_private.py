@@ -1,7 +1,7 @@
 """Everything private of torch that reading a captured graph touches, in one place.
 
-What capture itself touches is in `fxopt/capture/torch_compat.py`. `tests/fxopt/graph/test_torch_private.py` fails in
-plain words when a torch version moves one of these.
+What capture itself touches is in the files `torch_*.py` of `fxopt/capture`. `tests/fxopt/graph/test_torch_private.py`
+fails in plain words when a torch version moves one of these.
 """
 
 from __future__ import annotations

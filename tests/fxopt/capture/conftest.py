@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.capture.installation import Installation
 
 TINY = dict(
@@ -45,7 +45,7 @@ def install() -> Callable[..., Installation]:
             return None
 
         installation = Installation(
-            model, None, transform, torch_compat.plain_backend, partial=options.get("partial", False)
+            model, None, transform, torch_lowering.plain_backend, partial=options.get("partial", False)
         )
         installation.install()
         return installation

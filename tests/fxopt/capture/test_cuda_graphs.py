@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_tensors
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
 
 
@@ -87,13 +87,13 @@ def test_results_that_the_model_returns_are_kept(graphs: Any) -> None:
 
 def test_gradients_between_blocks_are_not_copied(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    original = torch_compat.copy_each
+    original = torch_tensors.copy_each
 
     def count(copies: list[torch.Tensor], values: list[torch.Tensor]) -> Any:
         counted.append(len(values))
         return original(copies, values)
 
-    monkeypatch.setattr(torch_compat, "copy_each", count)
+    monkeypatch.setattr(torch_tensors, "copy_each", count)
     x, w, b = leaves()
     call(graphs, x, w, b, times=2).sum().backward()
     assert counted == [2, 3]  # the second block's input is the first one's result

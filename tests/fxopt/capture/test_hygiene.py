@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.capture.installation import Installation
 
 
@@ -254,15 +254,6 @@ def test_partial_optimizes_the_pieces_of_a_block_that_breaks(install, assert_sam
     assert "blocks" not in installation.ledger.refused
 
 
-def test_torch_compat_isolates_code_objects():
-    def function(x: int) -> int:
-        return x + 1
-
-    copies = [torch_compat.isolate(function) for _ in range(2)]
-    assert copies[0].__code__ is not copies[1].__code__
-    assert copies[0](1) == 2
-
-
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_model_is_freed_with_its_last_reference(build, install, steps):
     """Dynamo keeps every backend and what it compiled for as long as the process lives; neither may hold a model."""
@@ -289,7 +280,7 @@ def test_hooks_on_saved_tensors_see_nothing_of_the_passes(install):
         odd = torch.randn(3, 5, requires_grad=True)
         torch.tanh(odd).sum().backward()
 
-    Installation(model, None, transform, torch_compat.plain_backend, partial=False).install()
+    Installation(model, None, transform, torch_lowering.plain_backend, partial=False).install()
 
     def pack(saved: torch.Tensor) -> torch.Tensor:
         seen.append(saved.shape)

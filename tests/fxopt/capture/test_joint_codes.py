@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
 from torch._inductor.utils import run_and_get_code
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.capture.joint_codes import read_codes
 from fxopt.capture.joint_passes import mark_recomputed
 from fxopt.kernels.dequantize_4bit import dequantize_4bit
@@ -108,7 +108,7 @@ def test_inductor_reads_the_codes_where_they_lie() -> None:
         torch.randn(shape).requires_grad_() for shape in ((3, 5, IN_WIDTH), (4, IN_WIDTH), (max(WIDTHS), 4))
     ]
     torch._dynamo.reset()
-    compiled = torch.compile(layers, backend=torch_compat.inductor_backend, fullgraph=True)
+    compiled = torch.compile(layers, backend=torch_lowering.inductor_backend, fullgraph=True)
     y, code = run_and_get_code(compiled, *leaves, packed, absmax, False)
     assert torch.allclose(y, layers(*leaves, packed, absmax, False))
     text = "".join(code)

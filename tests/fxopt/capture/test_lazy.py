@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.capture.installation import Installation
 from fxopt.capture.lazy import LazyLogits
 from fxopt.errors import FxoptError, StaleLogitsError
@@ -35,7 +35,7 @@ def keep_logits(gm: Any, *, region: str, lazy_outputs: bool) -> None:
 @pytest.fixture
 def lazy_twins(twins):
     model, stock = twins()
-    Installation(model, None, keep_logits, torch_compat.plain_backend, partial=False).install()
+    Installation(model, None, keep_logits, torch_lowering.plain_backend, partial=False).install()
     return model, stock
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_dynamo, torch_lowering
 from fxopt.capture.lowering import choose_lowering
 from fxopt.capture.mutation import find_mutated_inputs
 from fxopt.kernels.activation import activation
@@ -20,7 +20,7 @@ def capture(function, *args):
         graphs.append(gm)
         return gm.forward
 
-    torch.compile(torch_compat.isolate(function), backend=keep, fullgraph=True)(*args)
+    torch.compile(torch_dynamo.isolate(function), backend=keep, fullgraph=True)(*args)
     return graphs[0]
 
 
@@ -53,13 +53,13 @@ def test_written_inputs_are_found_and_kept_from_inductor(function, written):
     gm = capture(function, torch.randn(4), torch.randn(4))
     assert len(find_mutated_inputs(gm)) == written
     lowering, reason = choose_lowering("inductor", gm)
-    assert lowering is (torch_compat.plain_backend if written else torch_compat.inductor_backend)
+    assert lowering is (torch_lowering.plain_backend if written else torch_lowering.inductor_backend)
     assert bool(reason) == bool(written)
 
 
 def test_auto_is_plain_on_a_cpu():
     gm = capture(pure, torch.randn(4), torch.randn(4))
-    assert choose_lowering("auto", gm) == (torch_compat.plain_backend, "")
+    assert choose_lowering("auto", gm) == (torch_lowering.plain_backend, "")
 
 
 @pytest.mark.slow  # a C++ compiler runs, for a quarter of a minute
@@ -80,7 +80,7 @@ def test_a_graph_compiled_before_comes_from_inductors_cache():
 
     def step():
         counters.clear()
-        compiled = torch_compat.compile_frame(function, torch_compat.inductor_backend, fullgraph=True)
+        compiled = torch_dynamo.compile_frame(function, torch_lowering.inductor_backend, fullgraph=True)
         x, w = (torch.ones(64, requires_grad=True) for _ in range(2))
         compiled(x, w).sum().backward()
         return dict(counters["inductor"])
@@ -105,7 +105,7 @@ def test_inductor_saves_an_activations_input_alone_where_stock_saves_its_result_
         def mlp(x, first, second):
             return F.linear(function(F.linear(x, first)), second)
 
-        compiled = torch.compile(torch_compat.isolate(mlp), backend=torch_compat.inductor_backend)
+        compiled = torch.compile(torch_dynamo.isolate(mlp), backend=torch_lowering.inductor_backend)
         compiled(*tensors)
         saved = {}
 
@@ -128,7 +128,9 @@ def test_backward_ops_that_lay_out_otherwise_than_they_say_are_run_plain():
         return (F.softplus(F.linear(x, w)).transpose(1, 2).contiguous() * scale).exp()
 
     x, w = torch.randn(2, 6, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    compiled = torch.compile(torch_compat.isolate(block), backend=torch_compat.plain_backend, fullgraph=True)
+    compiled = torch.compile(
+        torch_dynamo.isolate(block), backend=torch_lowering.plain_backend, fullgraph=True
+    )
     ours = torch.autograd.grad(compiled(x, w).sum(), (x, w))
     theirs = torch.autograd.grad(block(x, w).sum(), (x, w))
     for mine, stocks in zip(ours, theirs, strict=True):

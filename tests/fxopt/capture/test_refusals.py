@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.capture import torch_compat
+from fxopt.capture import torch_lowering
 from fxopt.capture.installation import Installation
 from fxopt.errors import FxoptError, VerifyError
 
@@ -47,7 +47,7 @@ def test_a_broken_pass_raises_and_is_no_fallback(error: Exception) -> None:
     def transform(gm, *, region, lazy_outputs):
         raise error
 
-    installation = Installation(model, None, transform, torch_compat.plain_backend, partial=False)
+    installation = Installation(model, None, transform, torch_lowering.plain_backend, partial=False)
     installation.install()
     with pytest.raises(type(error), match=str(error)):
         model(IDS)
@@ -60,7 +60,7 @@ def test_another_error_of_a_pass_is_told_by_its_type_and_text() -> None:
     def transform(gm, *, region, lazy_outputs):
         raise ZeroDivisionError("by nothing")
 
-    installation = Installation(model, None, transform, torch_compat.plain_backend, partial=False)
+    installation = Installation(model, None, transform, torch_lowering.plain_backend, partial=False)
     installation.install()
     model(IDS).backward()
     reasons = [fallback.reason for fallback in installation.ledger.fallback_records()]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxopt.capture import joint_passes, rehearsal, torch_compat
+from fxopt.capture import joint_passes, rehearsal, torch_lowering
 from fxopt.kernels.glu import glu
 from fxopt.kernels.launcher import is_rehearsal, rehearsed
 
@@ -51,7 +51,7 @@ def run(length: int) -> None:
     product = graph.call_function(F.linear, (x, w))
     graph.output((graph.call_function(glu, (product, x), {"act": "silu"}),))
     inputs = [torch.randn(2, length, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)]
-    lowered = torch_compat.plain_backend(torch.fx.GraphModule(torch.nn.Module(), graph), inputs)
+    lowered = torch_lowering.plain_backend(torch.fx.GraphModule(torch.nn.Module(), graph), inputs)
     lowered(*inputs)[0].sum().backward()
     assert inputs[0].grad is not None
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from fxopt.capture import torch_compat, warming
+from fxopt.capture import torch_lowering, warming
 
 
 def test_a_cpu_model_starts_nothing(monkeypatch) -> None:
@@ -20,7 +20,7 @@ def test_a_failure_to_warm_up_is_logged_and_nothing_else(monkeypatch, caplog) ->
     def broken() -> None:
         raise OSError("no compiler")
 
-    monkeypatch.setattr(torch_compat, "load_inductor", broken)
+    monkeypatch.setattr(torch_lowering, "load_inductor", broken)
     with caplog.at_level("DEBUG", logger="fxopt"):
         warming._warm()
     assert "OSError: no compiler" in caplog.text
@@ -33,4 +33,4 @@ def test_on_a_gpu_inductor_is_loaded_in_the_background() -> None:
         if thread.name == "fxopt-warming":
             thread.join(timeout=120)
     assert "torch._inductor.compile_fx" in sys.modules
-    torch_compat.load_inductor()
+    torch_lowering.load_inductor()

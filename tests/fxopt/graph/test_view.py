@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fxopt.graph.view import (
     find_subgraphs,
     location_of,
     module_of,
+    modules_of,
     requires_grad,
     shape_of,
 )
@@ -183,3 +185,32 @@ def test_pooling_and_sizes_that_are_not_fixed_are_pure(capture) -> None:
     gm = capture(function, torch.randn(3, 2, 4, 4), dynamic=True).gm
     impure = [node.name for node in gm.graph.nodes if node.op.startswith("call") and not is_pure(node)]
     assert impure == []
+
+
+def test_module_paths_of_nodes_read_as_in_the_model():
+    node = torch.fx.Graph().placeholder("x")
+    for given in ("L['model'].layers.0.mlp", "L['model']._modules['layers']._modules['0'].mlp"):
+        node.meta["nn_module_stack"] = {"1": ("L['model']", object), "2": (given, object)}
+        assert modules_of(node) == ("", "layers.0.mlp")
+
+
+def test_module_paths_read_so_below_a_module_that_finds_attributes_itself():
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+        def __getattr__(self, name: str) -> object:
+            return super().__getattr__(name)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    paths: set[str] = set()
+
+    def note(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        paths.update(path for node in gm.graph.nodes for path in modules_of(node))
+        return gm.forward
+
+    torch.compile(Wrapper(), backend=note)(torch.ones(2))
+    assert {"inner", "inner.0"} <= paths, f"Dynamo names modules in another way: {sorted(paths)}"

@@ -68,9 +68,9 @@ def test_a_budget_below_the_smallest_peak_names_that_peak():
 
 
 def test_a_budget_above_the_device_is_said_and_unlimited(caplog):
-    from fxopt.pipeline import options_for_plan, survey_model
     from fxopt.planning import finish_plan
     from fxopt.remat.devices import DEVICES
+    from fxopt.surveying import options_for_plan, survey_model
 
     with caplog.at_level(logging.WARNING, logger="fxopt"):
         wanted = options_for_plan("500GiB")

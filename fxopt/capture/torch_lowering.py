@@ -1,0 +1,182 @@
+"""What is private of AOTAutograd and Inductor: a captured graph made into something that runs.
+
+`tests/fxopt/capture/test_torch_lowering.py` fails in plain words when a torch version moves one of these.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from fxopt.capture import joint_passes
+from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
+from fxopt.capture.rehearsal import compile_kernels
+from fxopt.graph.view import results_of
+
+
+def allow_other_strides(gm: torch.fx.GraphModule) -> None:
+    """Make each view of an AOT graph copy where an op gave its result other strides than it had said it would.
+
+    Some of torch's backward ops do (softplus on a transposed gradient), and `aten.view` raises then. The graph
+    is functional, so a copy has the same values.
+    """
+    views = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
+    for node in views:
+        node.target = torch.ops.aten.reshape.default
+    if views:
+        gm.recompile()
+
+
+def _donate_nothing() -> None:
+    """Say of the graphs being compiled that backward overwrites none of what forward saved, so that it may run twice.
+
+    AOTAutograd allows it to, and then refuses `retain_graph=True`; nodes that run one by one never do.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+
+
+def plain_backend(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
+) -> Callable[..., Any]:
+    """Return `gm` made into a differentiable callable by AOTAutograd and run node by node, never `graphed`."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import default_partition
+
+    def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
+        allow_other_strides(graph)
+        _donate_nothing()
+        return make_boxed_func(graph.forward)
+
+    held, leaving = held_by_model(gm), Leaving()
+
+    def run_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        leaving.read(graph.graph)
+        return run_nodes(graph, inputs)
+
+    def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint_passes.prepare_joint(joint.graph, mark, held)
+        return default_partition(joint, joint_inputs, **options)
+
+    compile_graph = aot_autograd(fw_compiler=run_forward, bw_compiler=run_nodes, partition_fn=partition)
+    return with_offload(compile_graph(gm, example_inputs), mark, leaving)
+
+
+def trace_joint(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, decomposed: bool = False
+) -> Callable[..., Any]:
+    """Show `mark` the joint graph of `gm`, `decomposed` as Inductor would have it; what is returned saves nothing."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import default_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    held = held_by_model(gm)
+
+    def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint_passes.prepare_joint(joint.graph, mark, held)
+        return default_partition(joint, joint_inputs, **options)
+
+    def run_nodes(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    table = {"decompositions": select_decomp_table()} if decomposed else {}
+    aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=partition, **table)(
+        gm, example_inputs
+    )
+    results = results_of(gm)
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            values = gm.forward(*args)
+        return tuple(map(_with_gradient, values, results))
+
+    return run
+
+
+def _with_gradient(value: Any, node: Any) -> Any:
+    """Return a value computed without gradients so that it requires one where the value of `node` does."""
+    example = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not isinstance(example, torch.Tensor):
+        return value
+    return value.detach().requires_grad_(example.requires_grad)
+
+
+def share_kernel_cache(device: torch.device) -> None:
+    """Name the folder of compiled kernels that Inductor will name, unless the user did.
+
+    Inductor does so at its first kernel: what was compiled before would be in another folder, and compiled again in
+    each process.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
+
+
+def load_inductor() -> None:
+    """Load Triton's driver for the current device and Inductor's modules, and start its compiling processes."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
+    import torch._inductor.compile_fx as compile_fx
+    from torch._inductor.async_compile import AsyncCompile
+
+    assert callable(compile_fx.compile_fx)
+    AsyncCompile.wakeup()
+
+
+def inductor_backend(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], mark: Mark | None = None, *, graphed: bool = False
+) -> Callable[..., Any]:
+    """Return `gm` compiled by Inductor, with the model's rounding points kept; `graphed` by CUDA graphs.
+
+    A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
+    it still comes from Inductor's cache.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    leaving = Leaving()
+
+    def compile_and_read(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
+        if not how.get("is_backward", False):
+            leaving.read(graph.graph)
+        return compile_fx_inner(graph, *inputs, **how)
+
+    patches = {
+        "emulate_precision_casts": True,
+        "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm)),
+        "triton.cudagraphs": graphed,
+    }
+    if graphed:
+        patches["graph_partition"] = False  # a graph is replayed whole, or not at all
+    caching = {} if mark is None else {"enable_autograd_cache": False}
+    with functorch_config.patch(caching):
+        inner: Any = compile_fx_inner if mark is None else compile_and_read
+        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches)
+    return with_offload(compiled, mark, leaving)
+
+
+class JointPasses(CustomGraphPass):
+    """fxopt's passes over the joint graph, as Inductor takes them; `mark` tags it for a plan."""
+
+    def __init__(self, mark: Mark | None = None, held: frozenset[int] = frozenset()) -> None:
+        self._mark = mark
+        self._held = held
+        self._plan = ""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Run the passes over `graph`."""
+        self._plan = joint_passes.prepare_joint(graph, self._mark, self._held)
+        compile_kernels(graph)
+
+    def uuid(self) -> bytes:
+        """Return what Inductor's caches know these passes by; without it every process compiles anew."""
+        return f"fxopt.JointPasses.5{self._plan}".encode()

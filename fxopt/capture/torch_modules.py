@@ -1,0 +1,67 @@
+"""What is private of `nn.Module`: its compile slot, the dictionaries of its hooks, children and tensors.
+
+`tests/fxopt/capture/test_torch_modules.py` fails in plain words when a torch version moves one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch._dynamo as dynamo
+from torch.nn.modules import module as nn_module
+
+SLOT = "_compiled_call_impl"
+"""Where `module.compile()` keeps what `module(...)` runs in place of `stock_call`; copies and pickles drop it."""
+
+CALL = "_call_impl"
+"""The method that `stock_call` is; where a module has its own, Dynamo goes through the slot."""
+
+CALLER = "_wrapped_call_impl"
+"""The code that reads the slot."""
+
+FORWARD_HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks")
+
+HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The hook dictionaries of a module that `Module._call_impl` looks at."""
+
+CHILDREN = "_modules"
+"""The dictionary of the modules right inside a module."""
+
+stock_call = torch.nn.Module._call_impl
+"""What `module(...)` runs when nothing is installed: hooks and `forward`."""
+
+
+def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """Return the modules right inside `module` by name, without the generator that `named_children` is."""
+    return module._modules
+
+
+def own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the parameters and buffers of `module` itself."""
+    for own in (module._parameters, module._buffers):
+        yield from (value for value in own.values() if value is not None)
+
+
+def carries_hooks(module: torch.nn.Module) -> bool:
+    """Return whether any hook, idle ones too, is on `module` itself."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks for all modules of the process are registered."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+OptimizedModule = dynamo.OptimizedModule
+"""What torch.compile wraps around a module."""

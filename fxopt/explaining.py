@@ -1,0 +1,67 @@
+"""`fxopt.explain` and `fxopt.trace`: what fxopt did or would do to a model, and the graphs that it sees there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fxopt.capture.installation import check_model, check_uncompiled, find_installation
+from fxopt.options import Options
+from fxopt.pipeline import ALL, make_transform
+from fxopt.probing import report_on_small_inputs
+from fxopt.report.figures import render_code
+from fxopt.report.records import Report
+from fxopt.sites import build_report
+
+
+def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Report:
+    """Return the report of what fxopt did, or would do, to `model`; nothing is changed.
+
+    On a model that has run optimized, this is what was done. Otherwise fxopt runs one forward pass in
+    training mode on small inputs of its own (`input_ids` and `labels` of 2 x 16 tokens) or on
+    `example_inputs`, keyword arguments of the model's forward. Works on the meta device.
+
+    Raises:
+        FxoptError: not a module, or no inputs could be made for it.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> report = fxopt.explain(model, {"input": torch.randn(2, 4)})
+    >>> report.sites
+    ()
+    """
+    model = check_model(model)
+    installation = find_installation(model)
+    if installation is not None and installation.ledger.has_run and example_inputs is None:
+        return build_report(installation)
+    check_uncompiled(model)
+    options = installation.options if installation is not None else Options(patterns=tuple(ALL))
+    return report_on_small_inputs(model, options, make_transform(options), example_inputs)
+
+
+def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:
+    """Return the canonical graphs of `model`'s regions, which patterns match, as Python that runs.
+
+    One function per distinct block, and `tail` for what stands after the blocks, with shapes and lines of the model's
+    source. Inputs are made as by `explain`.
+
+    Raises:
+        FxoptError: not a module, or no inputs could be made for it.
+
+    >>> import torch, fxopt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    >>> print(fxopt.trace(model, {"input": torch.randn(2, 4)}))
+    import torch
+    import torch.nn.functional as F
+    ...
+        input_1 = F.linear(l_kwargs_input, v_0_weight, v_0_bias)  # f32[2, 4]
+        # 1
+        input_2 = F.relu(input_1)  # f32[2, 4]
+        return (input_2,)
+    <BLANKLINE>
+    """
+    model = check_model(model)
+    check_uncompiled(model)
+    options = Options(patterns=())
+    return render_code(report_on_small_inputs(model, options, make_transform(options), example_inputs))

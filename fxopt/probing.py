@@ -1,0 +1,56 @@
+"""A look at a model: installed for one forward pass on small inputs, and taken off again; the model stays as it is."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from fxopt.capture.installation import Installation, Transform, slots_emptied
+from fxopt.capture.ledger import Ledger
+from fxopt.capture.lowering import run_uncompiled
+from fxopt.capture.small_inputs import run_on_small_inputs
+from fxopt.capture.torch_lowering import trace_joint
+from fxopt.installing import new_installation
+from fxopt.options import Options
+from fxopt.planning import check_inputs, make_survey
+from fxopt.remat.devices import Device
+from fxopt.remat.survey import Survey
+from fxopt.report.records import Report
+from fxopt.sites import build_report
+
+
+def report_on_small_inputs(
+    model: nn.Module, options: Options, transform: Transform, example_inputs: dict[str, Any] | None
+) -> Report:
+    """Return the report of one forward pass of `model` with `options`, its graphs compiled by nothing."""
+    with slots_emptied(model):
+        probe = new_installation(model, options, transform, run_uncompiled)
+        _run(probe, model, example_inputs)
+        return build_report(probe)
+
+
+def survey_on_small_inputs(
+    model: nn.Module,
+    options: Options,
+    transform: Transform,
+    example_inputs: dict[str, Any] | None,
+    device: Device | None = None,
+) -> tuple[Survey, Ledger]:
+    """Return what was seen of the joint graphs of `model`, for `device` or its own, and what happened meanwhile."""
+    check_inputs(model, example_inputs)
+    survey = make_survey(model, options, device)
+    trace = functools.partial(trace_joint, decomposed=survey.lowering == "inductor")
+    with slots_emptied(model):
+        probe = Installation(model, options, transform, trace, partial=False, planner=survey)
+        _run(probe, model, example_inputs)
+    return survey, probe.ledger
+
+
+def _run(probe: Installation, model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
+    probe.install()
+    try:
+        run_on_small_inputs(model, example_inputs)
+    finally:
+        probe.remove()

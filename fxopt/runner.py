@@ -1,0 +1,83 @@
+"""The runner of passes: it alone times, verifies and snapshots; passes do their one thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from torch import fx
+
+from fxopt.capture.model_call import REGION
+from fxopt.graph.anchors import find_anchors
+from fxopt.graph.node_records import node_records
+from fxopt.graph.python import to_python
+from fxopt.graph.snapshot import snapshot
+from fxopt.graph.strides import note_orders
+from fxopt.graph.verify import note_items, note_placeholders, verify
+from fxopt.options import Options
+from fxopt.report.records import GraphRecord, PassRecord
+from fxopt.rewriting.proof import Prover
+from fxopt.rewriting.rewrite import RewriteResult
+from fxopt.sites import Outcome, find_sites
+
+
+@dataclasses.dataclass
+class Job:
+    """One graph on its way through the passes: what they may read, and where they leave their records."""
+
+    options: Options
+    region: str
+    lazy_outputs: bool
+    prover: Prover | None
+    result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
+
+
+Pass = tuple[str, Callable[[fx.GraphModule, Job], None]]
+"""A name, and what changes a graph in place and leaves it valid."""
+
+
+def run_passes(
+    gm: fx.GraphModule,
+    *,
+    passes: tuple[Pass, ...],
+    region: str,
+    lazy_outputs: bool,
+    options: Options,
+    prover: Prover | None,
+) -> Outcome:
+    """Run `passes` over `gm` in place and return what was found and done.
+
+    Raises:
+        VerifyError: a pass left the graph invalid.
+    """
+    note_placeholders(gm)
+    note_items(gm)
+    note_orders(gm)
+    anchors = find_anchors(gm)
+    before, nodes_before = snapshot(gm), node_records(gm)
+    job = Job(options, region, lazy_outputs, prover)
+    records: list[PassRecord] = []
+    for name, run in passes:
+        start, num_before = time.perf_counter(), len(gm.graph.nodes)
+        run(gm, job)
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        verify(gm, name)
+        records.append(PassRecord(name, round(elapsed_ms, 2), num_before, len(gm.graph.nodes)))
+    gm.recompile()
+    sites, mismatches, backends = find_sites(
+        gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
+    )
+    rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
+    graph = GraphRecord(
+        region,
+        0,
+        before,
+        snapshot(gm),
+        rewrites,
+        tuple(records),
+        nodes_before=nodes_before,
+        nodes_after=node_records(gm),
+        code=to_python(gm, "tail" if region == REGION else "block"),
+    )
+    return Outcome(sites, mismatches, graph, backends)
