@@ -22,7 +22,7 @@ from fxopt.graph.verify import note_placeholders
 from fxopt.rewriting.functions import bind_numbers, capture
 from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
-from fxopt.rewriting.terms import Operation, Term, items_of
+from fxopt.rewriting.trees import Operation, Term, items_of
 
 FIRST_MARK, STEP = 0.7390851332151607, 0.0137
 """What stands for a number while the function is captured: nobody writes these."""

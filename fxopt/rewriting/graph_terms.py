@@ -11,7 +11,8 @@ from torch import fx
 from fxopt.errors import FxoptError
 from fxopt.graph import vocabulary
 from fxopt.graph.view import results_of
-from fxopt.rewriting.terms import Term, downcast, items_of, maybe, number, operation, tensor, upcast
+from fxopt.rewriting.terms import downcast, maybe, number, tensor, upcast
+from fxopt.rewriting.trees import Term, items_of, operation
 
 FREE = frozenset({"shape", "normalized_shape"})
 """Attributes and operands that hold sizes: a pattern fits any."""

@@ -19,7 +19,7 @@ from fxopt.graph.view import tensors_of
 from fxopt.rewriting.matcher import Bindings
 from fxopt.rewriting.modes import Mode, switched
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern
-from fxopt.rewriting.terms import name_of
+from fxopt.rewriting.trees import name_of
 
 LAYOUT_OPS = ("cast", "reshape", "contiguous", "transpose", "permute", "unsqueeze", "squeeze", "getitem")
 LAYOUT = frozenset(vocabulary.BY_NAME[name].target for name in LAYOUT_OPS)

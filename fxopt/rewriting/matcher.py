@@ -19,7 +19,8 @@ from fxopt.graph.vocabulary import COMMUTATIVE
 from fxopt.rewriting.pattern import Pattern, depth_of, walk
 from fxopt.rewriting.prefilter import Pairs, could_match, is_equal, pair_arguments
 from fxopt.rewriting.roots import climb
-from fxopt.rewriting.terms import (
+from fxopt.rewriting.trace import Bindings, Trace, first_matching
+from fxopt.rewriting.trees import (
     Also,
     Attribute,
     Either,
@@ -34,7 +35,6 @@ from fxopt.rewriting.terms import (
     items_of,
     name_of,
 )
-from fxopt.rewriting.trace import Bindings, Trace, first_matching
 
 
 def find_matches(

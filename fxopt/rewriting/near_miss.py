@@ -18,8 +18,8 @@ from fxopt.rewriting.pattern import Mismatch, Pattern, children_of, walk
 from fxopt.rewriting.prefilter import Known, could_match
 from fxopt.rewriting.rewrite import find_match
 from fxopt.rewriting.roots import find_rare_ops, find_roots
-from fxopt.rewriting.terms import Operation, Target, Term, name_of
 from fxopt.rewriting.trace import Bindings, Trace, first_matching
+from fxopt.rewriting.trees import Operation, Target, Term, name_of
 
 
 def find_nearest_miss(

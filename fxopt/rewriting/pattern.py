@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import FxoptError
-from fxopt.rewriting.terms import Either, Many, Operation, Target, Term, describe, items_of
+from fxopt.rewriting.trees import Either, Many, Operation, Target, Term, describe, items_of
 
 
 @dataclasses.dataclass(frozen=True)

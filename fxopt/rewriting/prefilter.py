@@ -11,7 +11,7 @@ from torch import fx
 
 from fxopt.graph.view import is_tensor
 from fxopt.graph.vocabulary import COMMUTATIVE
-from fxopt.rewriting.terms import (
+from fxopt.rewriting.trees import (
     Also,
     Either,
     Escaping,

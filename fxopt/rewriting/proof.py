@@ -25,7 +25,7 @@ from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.runs import Values, as_dtype, replacement_run, run_with_gradients, stock_run
 from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, layout_of, propose_sizes
-from fxopt.rewriting.terms import items_of
+from fxopt.rewriting.trees import items_of
 
 ROUNDING = 0.5
 """What is allowed whatever stock's own error, in epsilons of the coarsest dtype: one rounding to nearest.

@@ -29,8 +29,8 @@ from fxopt.rewriting.pattern import (
 from fxopt.rewriting.prefilter import Known
 from fxopt.rewriting.replacement import count_calls, evaluate_examples, find_main_call, insert_call
 from fxopt.rewriting.roots import find_climbing_terms, find_rare_ops, find_roots, make_climb_test
-from fxopt.rewriting.terms import name_of
 from fxopt.rewriting.trace import Trace
+from fxopt.rewriting.trees import name_of
 
 Prove = Callable[[Match, Replacement], Proof]
 

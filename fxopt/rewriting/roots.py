@@ -12,7 +12,7 @@ from torch import fx
 
 from fxopt.rewriting.pattern import Pattern, children_of
 from fxopt.rewriting.prefilter import Known, could_match
-from fxopt.rewriting.terms import Either, Many, Operation, Target, Term
+from fxopt.rewriting.trees import Either, Many, Operation, Target, Term
 
 MOST_READERS = 16
 

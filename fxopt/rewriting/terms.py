@@ -13,149 +13,27 @@ mul(mul(x, rsqrt(add(mean(pow(x, 2)), eps))), w)
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fxopt.graph import vocabulary
-
-Target = Callable[..., Any]
-EscapePolicy = Literal["refuse", "keep", "export"]
-
-
-class Term:
-    """Anything a pattern is made of; arithmetic on terms builds larger ones."""
-
-    def __add__(self, other: Any) -> Term:
-        return operation(torch.add, self, other)
-
-    def __radd__(self, other: Any) -> Term:
-        return operation(torch.add, self, other)
-
-    def __sub__(self, other: Any) -> Term:
-        return operation(torch.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Term:
-        return operation(torch.sub, other, self)
-
-    def __mul__(self, other: Any) -> Term:
-        return operation(torch.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Term:
-        return operation(torch.mul, self, other)
-
-    def __truediv__(self, other: Any) -> Term:
-        return operation(torch.div, self, other)
-
-    def __rtruediv__(self, other: Any) -> Term:
-        return operation(torch.div, other, self)
-
-    def __pow__(self, exponent: Any) -> Term:
-        return operation(torch.pow, self, exponent=exponent)
-
-    def __neg__(self) -> Term:
-        return operation(torch.neg, self)
-
-    def __getitem__(self, index: Any) -> Term:
-        return operation(operator.getitem, self, index=index)
-
-    def __str__(self) -> str:
-        return describe(self)
-
-    @functools.cached_property
-    def heads(self) -> frozenset[Target]:
-        """The ops that the topmost node of a match may call; empty where it may be any value."""
-        match self:
-            case Operation():
-                return frozenset({self.target})
-            case Escaping() | Named() | Also():
-                return self.term.heads
-            case Either():
-                heads = [option.heads for _, option in self.options]
-                return frozenset[Target]().union(*heads) if all(heads) else frozenset()
-            case _:
-                return frozenset()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tensor(Term):
-    """A named tensor; `shape` names its dims, `*` standing for any number of leading ones."""
-
-    name: str
-    shape: tuple[str, ...] | None = None
-    dtypes: frozenset[torch.dtype] | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Number(Term):
-    """A named Python number (not a bool, not a tensor)."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Attribute(Term):
-    """A named attribute of an op; binds whatever the node has there."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Operation(Term):
-    """One node calling `target`; an attribute may stand by name or in its place after `args`."""
-
-    target: Target
-    args: tuple[Any, ...]
-    attributes: tuple[tuple[str, Any], ...] = ()
-    condition: Callable[[torch.fx.Node], bool] | None = None
-    expected: str = ""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Either(Term):
-    """Alternatives in order of preference; a `name` binds the value beside the one that matched."""
-
-    options: tuple[tuple[Any, Term], ...]
-    name: str = ""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Escaping(Term):
-    """A value that may be read from outside the match, and what then happens to it."""
-
-    term: Term
-    policy: EscapePolicy
-    name: str = ""
-    cheap: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Named(Term):
-    """A term whose node is bound to a name as well."""
-
-    name: str
-    term: Term
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Also(Term):
-    """A further output of the pattern, taken where it is found."""
-
-    term: Term
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Many(Term):
-    """One or more items of a list of arguments, each matching `term`; binds a tuple of their own bindings."""
-
-    name: str
-    term: Term
-    at_least: int = 1
+from fxopt.rewriting.trees import (
+    Also,
+    Attribute,
+    Either,
+    Escaping,
+    Many,
+    Named,
+    Number,
+    Operation,
+    Tensor,
+    Term,
+    operation,
+)
 
 
 def tensor(name: str, shape: str | None = None, *dtypes: torch.dtype) -> Tensor:
@@ -175,11 +53,6 @@ def number(name: str) -> Number:
 def attribute(name: str) -> Attribute:
     """Return a named attribute, such as a reduction; `...` in its place means any value, unbound."""
     return Attribute(name)
-
-
-def operation(target: Target, *args: Any, **attributes: Any) -> Operation:
-    """Return a term for one call of `target`: operands in order, then its attributes by name."""
-    return Operation(target, args, tuple(attributes.items()))
 
 
 def either(*terms: Term) -> Either:
@@ -467,41 +340,3 @@ def cross_entropy(logits: Term, labels: Term, **attributes: Any) -> Operation:
     """Return torch's cross entropy without class weights; `attributes` not given match any value."""
     named = {"ignore_index": ..., "reduction": ..., "label_smoothing": ..., **attributes}
     return operation(F.cross_entropy, logits, labels, None, **named)
-
-
-def describe(term: Any) -> str:
-    """Return a term as text, on one line."""
-    match term:
-        case Tensor() | Number() | Attribute():
-            return term.name
-        case Operation():
-            attributes = [describe(value) for name, value in term.attributes if _is_shown(name, value)]
-            return f"{name_of(term.target)}({', '.join([*map(describe, term.args), *attributes])})"
-        case Either(options=((True, built), (False, _))):
-            return f"maybe {describe(built)}"
-        case Either():
-            return f"({' | '.join(describe(option) for _, option in term.options)})"
-        case Escaping() | Named():
-            return describe(term.term)
-        case Also():
-            return f"maybe also {describe(term.term)}"
-        case Many():
-            return f"{describe(term.term)}, ..."
-        case tuple():
-            return f"[{', '.join(map(describe, items_of(term)))}]"
-        case _:
-            return str(term)
-
-
-def _is_shown(name: str, value: Any) -> bool:
-    return value is not ... and name not in ("dim", "keepdim")
-
-
-def items_of(value: Any) -> tuple[Any, ...]:
-    """Return the items of a list or tuple; of anything else, the value as the only item."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-
-
-def name_of(target: Any) -> str:
-    """Return the short name of a callable, as mismatches print it."""
-    return getattr(target, "__name__", str(target)).strip("_")

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.prefilter import Known
-from fxopt.rewriting.terms import Escaping, Operation, Target
+from fxopt.rewriting.trees import Escaping, Operation, Target
 
 
 @dataclasses.dataclass(frozen=True)
