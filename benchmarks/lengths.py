@@ -13,17 +13,14 @@ ran stock, and `captures_beyond_first`, of all regions over the whole run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import stacks
+from benchmarks import processes, stacks
 
 LEAST_TOKENS, MOST_TOKENS = 64, 4096
 
@@ -108,35 +105,17 @@ def render(results: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stack in this process with `--stack`, else each of `--stacks` in one of its own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="a folder with weights; random ones are made if not given")
-    parser.add_argument("--size", default="0.5b", help="of the weights that are made: tiny, 0.5b, 1.5b, 7b")
-    parser.add_argument("--stack", choices=stacks.STACKS, help="run this one here")
-    parser.add_argument("--stacks", default="unsloth,diy,hf,fxopt")
-    parser.add_argument("--steps", type=int, default=200)
+    parser = processes.make_parser(__doc__, compared="unsloth,diy,hf,fxopt", steps=200)
     parser.add_argument("--most", type=int, default=MOST_TOKENS, help="tokens of the longest text")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lora", action="store_true", help="a bf16 base in place of four bits")
-    parser.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
-    parser.add_argument("--opts", type=json.loads, default={}, help="of fxopt.optimize, as JSON")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     given = parser.parse_args(argv)
-    folder = stacks.find_folder(given.model, given.size)
-    if given.stack is not None:
-        setup = stacks.Setup(
-            folder, given.stack, not given.lora, given.checkpointed, given.most, given.seed, given.opts
-        )
-        stacks.hand_over(measure(setup, given.steps, given.most))
+
+    def measure_one(setup: stacks.Setup) -> dict[str, Any]:
+        return measure(setup, given.steps, given.most)
+
+    results = processes.run_stacks("benchmarks.lengths", given, ("most",), given.most, measure_one)
+    if results is None:
         return 0
-    arguments = ["--model", folder, "--steps", str(given.steps), "--most", str(given.most)]
-    arguments += ["--seed", str(given.seed), "--opts", json.dumps(given.opts)]
-    arguments += ["--lora"] * given.lora + ["--checkpointed"] * given.checkpointed
-    results = stacks.run_each("benchmarks.lengths", given.stacks.split(","), arguments)
     print(render(results))
-    if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
     return int(any("error" in row for row in results))
 
 

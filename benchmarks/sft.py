@@ -11,17 +11,14 @@ trainer's own callbacks, steps 1 to 3 left out; the seconds until the first step
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import stacks
+from benchmarks import processes, stacks
 from benchmarks.lengths import draw_texts
 
 WARM_UP = 3
@@ -131,42 +128,23 @@ def measure(setup: stacks.Setup, steps: int, batch: int, accumulate: int, natura
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stack in this process with `--stack`, else each of `--stacks` in one of its own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="a folder with weights; random ones are made if not given")
-    parser.add_argument("--size", default="0.5b", help="of the weights that are made: tiny, 0.5b, 1.5b, 7b")
-    parser.add_argument("--stack", choices=stacks.STACKS, help="run this one here")
-    parser.add_argument("--stacks", default="unsloth,fxopt")
-    parser.add_argument("--steps", type=int, default=30)
+    parser = processes.make_parser(__doc__, compared="unsloth,fxopt", steps=30)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--natural", action="store_true", help="texts of their own lengths, up to --length")
-    parser.add_argument("--lora", action="store_true", help="a bf16 base in place of four bits")
-    parser.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
-    parser.add_argument("--opts", type=json.loads, default={}, help="of fxopt.optimize, as JSON")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     given = parser.parse_args(argv)
-    folder = stacks.find_folder(given.model, given.size)
-    if given.stack is not None:
-        setup = stacks.Setup(
-            folder, given.stack, not given.lora, given.checkpointed, given.length, given.seed, given.opts
-        )
-        stacks.hand_over(measure(setup, given.steps, given.batch, given.accumulate, given.natural))
+
+    def measure_one(setup: stacks.Setup) -> dict[str, Any]:
+        return measure(setup, given.steps, given.batch, given.accumulate, given.natural)
+
+    own = ("batch", "accumulate", "length", "natural")
+    results = processes.run_stacks("benchmarks.sft", given, own, given.length, measure_one)
+    if results is None:
         return 0
-    arguments = ["--model", folder, "--opts", json.dumps(given.opts)]
-    for name in ("steps", "batch", "accumulate", "length", "seed"):
-        arguments += [f"--{name}", str(getattr(given, name))]
-    for name in ("natural", "lora", "checkpointed"):
-        arguments += [f"--{name}"] * getattr(given, name)
-    results = stacks.run_each("benchmarks.sft", given.stacks.split(","), arguments)
     for row in results:
         if "error" not in row:
             print(f"{row['stack']:12} {row['median_ms']:9.1f} ms a step, peak {row['peak_gib']:.2f} GiB")
-    if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
     return int(any("error" in row for row in results))
 
 

@@ -8,11 +8,8 @@ a process of its own, and call `import_first` before anything imports transforme
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import resource
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,6 @@ ROOT = Path(__file__).parent.parent
 STACKS = ("hf", "hf-compile", "liger", "diy", "unsloth", "fxopt")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-RESULT = "RES"
-"""How the line begins by which a process of one stack hands over what it measured."""
 MOST_CAPTURES = 64
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth")
 
@@ -178,29 +173,6 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def hand_over(result: dict[str, Any]) -> None:
-    """Print what a process of one stack measured, for `run_each`."""
-    print(RESULT + json.dumps(result), flush=True)
-
-
-def run_each(module: str, stacks: list[str], arguments: list[str]) -> list[dict[str, Any]]:
-    """Run `python -m module --stack NAME ...` for each stack, in a process each, and return what they hand over.
-
-    One that fails is a result too: its `error` is the end of what it printed.
-    """
-    results: list[dict[str, Any]] = []
-    for stack in stacks:
-        command = [sys.executable, "-m", module, "--stack", stack, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-        if done.returncode == 0 and lines:
-            results.append(json.loads(lines[-1].removeprefix(RESULT)))
-        else:
-            results.append({"stack": stack, "error": (done.stdout + done.stderr)[-2000:]})
-        print(json.dumps(results[-1]), flush=True)
-    return results
 
 
 def find_folder(model: str | None, size: str) -> str:

@@ -18,10 +18,10 @@ from fxopt.demo.models import build_meta_model, default_config, load_config
 from fxopt.demo.quantized import quantize_on_meta
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.planning import finish_plan
-from fxopt.remat.budget import format_bytes
 from fxopt.remat.devices import DEVICES, Device
 from fxopt.remat.host import parse_host_memory
 from fxopt.remat.records import Plan
+from fxopt.report.units import format_bytes
 from fxopt.surveying import options_for_plan, survey_model
 
 POINTS = 12

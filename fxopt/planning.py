@@ -15,13 +15,13 @@ from fxopt.capture.regions import find_regions
 from fxopt.errors import FxoptError
 from fxopt.kernels import launch
 from fxopt.options import Options
-from fxopt.remat.budget import format_bytes
 from fxopt.remat.devices import Device, device_of
 from fxopt.remat.figures import Facts
 from fxopt.remat.host import SHARE, free_host_bytes
 from fxopt.remat.planner import StepPlanner
 from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
+from fxopt.report.units import format_bytes
 
 OPTIMIZER_STATES = 2
 """Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer."""

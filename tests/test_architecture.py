@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT / "fxopt"}
 
 RECORDS = "report.records"
+UNITS = "report.units"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "report": {"errors"},
@@ -27,9 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"errors", RECORDS},
     "capture": {"graph", "options", "errors", "kernels.launch", "kernels.launcher", RECORDS},
     "rewriting": {"graph", "options", "errors", RECORDS},
-    "remat": {"graph", "options", "errors", RECORDS},
+    "remat": {"graph", "options", "errors", RECORDS, UNITS},
     "sites": {"capture", "rewriting", "graph", RECORDS},
-    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS},
+    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS, UNITS},
     "patterns": {"rewriting", "graph", "kernels", "errors"},
     "runner": {"sites", "capture", "rewriting", "graph", "options", RECORDS},
     "installing": {"planning", "capture", "options"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "offline": {"demo", "surveying", "planning", "remat", "errors"},
+    "offline": {"demo", "surveying", "planning", "remat", "errors", UNITS},
     "authoring": {"coverage", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }

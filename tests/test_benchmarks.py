@@ -111,8 +111,8 @@ def test_texts_have_lengths_of_their_own_within_bounds(script: Any) -> None:
 
 
 def test_what_a_stack_that_fails_said_is_part_of_the_result(script: Any) -> None:
-    stacks, lengths = script("stacks"), script("lengths")
-    (row,) = stacks.run_each("benchmarks.no_such_script", ["hf"], [])
+    processes, lengths = script("processes"), script("lengths")
+    (row,) = processes.run_each("benchmarks.no_such_script", ["hf"], [])
     assert row["stack"] == "hf"
     assert "No module named" in row["error"]
     good = {"stack": "fxopt", "seconds": 2.0, "tokens_per_second": 9.0, "first_step_s": 1.0, "peak_gib": 1.0}

@@ -21,7 +21,7 @@ from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_setti
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import say_kept
-from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, idle_hooks_hidden
+from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
@@ -171,7 +171,7 @@ class BlockCalls:
             self.ledger.progress.show(path or self.region, "capturing")
         with contextlib.ExitStack() as scope:
             if idle_hooks:
-                scope.enter_context(idle_hooks_hidden(block))
+                scope.enter_context(hooks_hidden(block.modules(), is_idle))
             if pieces is None:
                 compiled = self._find_compiled(path, block, args, kwargs)
                 return compiled(block, self._count_eager, args, kwargs)

@@ -8,18 +8,17 @@ of its modules are called around it (`Sharding`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxopt.capture import torch_distributed, torch_modules
+from fxopt.capture.hooks import Hidden, hide_hooks, show_hooks
 from fxopt.capture.modules import walk
 
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
-Hidden = list[tuple[nn.Module, str, Any]]
-"""Modules whose hooks are hidden, with the dictionaries and what was in these."""
 
 
 class SpreadRefusal(Exception):
@@ -92,33 +91,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return {name: _cast(item, dtype) for name, item in value.items()} if type(value) is dict else value
 
 
-@contextlib.contextmanager
-def hooks_hidden(block: nn.Module) -> Iterator[None]:
-    """Hide FSDP2's hooks on `block` itself within the scope."""
-    hidden: Hidden = []
-    _hide((block,), hidden)
-    try:
-        yield
-    finally:
-        _show(hidden)
-
-
-def _hide(modules: Iterable[nn.Module], hidden: Hidden) -> None:
-    for module in modules:
-        for name in (PRE, POST):
-            hooks = getattr(module, name)
-            kept = {key: hook for key, hook in hooks.items() if not torch_distributed.is_fsdp_hook(hook)}
-            if len(kept) < len(hooks):
-                hidden.append((module, name, hooks))
-                module.__dict__[name] = type(hooks)(kept)
-
-
-def _show(hidden: Hidden) -> None:
-    for module, name, hooks in hidden:
-        module.__dict__[name] = hooks
-    hidden.clear()
-
-
 class Sharding:
     """The modules of one model, outside its blocks, that FSDP2 shards on their own.
 
@@ -174,21 +146,25 @@ class Sharding:
         for module in modules:
             gather: Any = module
             gather.unshard()
-        _hide(modules, self._hidden)
+        self._hidden = hide_hooks(modules, torch_distributed.is_fsdp_hook)
         try:
             yield
         finally:
-            _show(self._hidden)
+            self._show()
+
+    def _show(self) -> None:
+        show_hooks(self._hidden)
+        self._hidden = []
 
     @contextlib.contextmanager
     def hooks_shown(self) -> Iterator[None]:
         """Put the hooks back within the scope: the trunk calls modules as stock does."""
         modules = list(dict.fromkeys(module for module, *_ in self._hidden))
-        _show(self._hidden)
+        self._show()
         try:
             yield
         finally:
-            _hide(modules, self._hidden)
+            self._hidden = hide_hooks(modules, torch_distributed.is_fsdp_hook)
 
     def judge(self, values: Sequence[Any]) -> str | None:
         """Return why the hooks of sharded modules would change what the tail computes from `values`, or None."""

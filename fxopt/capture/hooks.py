@@ -98,21 +98,18 @@ Hidden = list[tuple[nn.Module, str, Any]]
 """Hook dictionaries taken off modules: module, name of the dictionary, and it itself."""
 
 
-def hide_hooks(modules: Iterable[nn.Module], *, but_live: bool = False) -> Hidden:
-    """Put an empty dictionary in the place of each that holds hooks, so that Dynamo sees none, and return these.
-
-    `but_live` leaves those that hold a hook which would run at this call.
-    """
+def hide_hooks(modules: Iterable[nn.Module], which: Callable[[Any], bool] = lambda hook: True) -> Hidden:
+    """Take the hooks for which `which` holds off `modules`, so that Dynamo sees none, and return where they were."""
     hidden: Hidden = []
     for module in modules:
         if not torch_modules.carries_hooks(module):
             continue
         for name in torch_modules.HOOK_DICTS:
             hooks = getattr(module, name)
-            if hooks and not (but_live and any(map(_is_live, hooks.values()))):
+            kept = {key: hook for key, hook in hooks.items() if not which(hook)}
+            if len(kept) < len(hooks):
                 hidden.append((module, name, hooks))
-    for module, name, hooks in hidden:
-        module.__dict__[name] = type(hooks)()
+                module.__dict__[name] = type(hooks)(kept)
     return hidden
 
 
@@ -123,21 +120,25 @@ def show_hooks(hidden: Hidden) -> None:
 
 
 @contextlib.contextmanager
-def idle_hooks_hidden(module: nn.Module) -> Iterator[None]:
-    """Hide the hooks inside `module` that do nothing at this call, so that Dynamo need not trace them."""
-    hidden = hide_hooks(module.modules(), but_live=True)
+def hooks_hidden(modules: Iterable[nn.Module], which: Callable[[Any], bool]) -> Iterator[None]:
+    """Hide the hooks of `modules` for which `which` holds within the scope."""
+    hidden = hide_hooks(modules, which)
     try:
         yield
     finally:
         show_hooks(hidden)
 
 
-def _is_live(hook: Any) -> bool:
-    """Return False for transformers' output-capturing hooks while nothing is being captured.
+def is_idle(hook: Any) -> bool:
+    """Return whether `hook` does nothing at this call, so that Dynamo need not trace it.
 
-    transformers leaves these on every layer after the first `output_hidden_states=True` call; they
+    transformers leaves its output-capturing hooks on every layer after the first `output_hidden_states=True` call; they
     return at once unless a collector is active that wants their key.
     """
+    return not _is_live(hook)
+
+
+def _is_live(hook: Any) -> bool:
     try:
         from transformers.utils import output_capturing
     except ImportError:

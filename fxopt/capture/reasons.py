@@ -30,7 +30,7 @@ def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -
     if torch_errors.is_of_backend(error):
         text = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     else:
-        text = str(error) or type(error).__name__
+        text = str(torch_errors.telling(error)) or type(error).__name__
     return _say(text, location_in([*_frames(str(error).splitlines()), *raised_in]))
 
 

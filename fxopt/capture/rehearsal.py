@@ -7,14 +7,14 @@ yet. Each op of ours is run once, on memory of the sizes it will get, with its l
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt.capture.joint_codes import is_ours
-from fxopt.graph.torch_private import hint_of, size_seen, unset_fake_temporarily
+from fxopt.graph.sizes import num_bytes_of
+from fxopt.graph.torch_private import size_seen, unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead
 
 log = logging.getLogger("fxopt")
@@ -49,11 +49,7 @@ def _run(node: fx.Node, device: torch.device) -> None:
 def _num_bytes(node: fx.Node) -> int:
     values = (item.meta.get("val") for item in node.all_input_nodes)
     tensors = (value for value in values if isinstance(value, torch.Tensor))
-    return sum(
-        math.prod(hint_of(size) or 0 if isinstance(size, torch.SymInt) else size for size in each.shape)
-        * each.element_size()
-        for each in tensors
-    )
+    return sum(map(num_bytes_of, tensors))
 
 
 def _device_of(node: fx.Node) -> torch.device | None:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules, torch_stand_ins
-from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, hooks_hidden, say_kept
+from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, say_kept
+from fxopt.capture.hooks import hooks_hidden
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.tail import TailRefusal
-from fxopt.capture.torch_distributed import is_dtensor
+from fxopt.capture.torch_distributed import is_dtensor, is_fsdp_hook
 from fxopt.capture.trial import try_on_values
 from fxopt.graph.torch_private import tree_map_only
 
@@ -87,7 +88,7 @@ class StandIns:
             }
             args, kwargs = cast_inputs(block, args, kwargs)
             try:
-                with torch_stand_ins.real_tensors_allowed(mode), hooks_hidden(block):
+                with torch_stand_ins.real_tensors_allowed(mode), hooks_hidden((block,), is_fsdp_hook):
                     out = cast_output(block, torch.func.functional_call(block, state, args, kwargs))
             except Exception as error:
                 _put_back(before)

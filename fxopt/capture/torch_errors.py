@@ -36,6 +36,12 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def telling(error: BaseException) -> BaseException:
+    """Return the error that says why: at the limit of captures Dynamo raises another one from it."""
+    is_limit = isinstance(error, dynamo_exc.FailOnRecompileLimitHit)
+    return error.__cause__ if is_limit and error.__cause__ is not None else error
+
+
 def cause_to_raise(error: BaseException) -> BaseException | None:
     """Return the mistake of the user or of a pass that `error` wraps, or None: Dynamo could not capture."""
     cause = root_cause(error)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.graph.purity import MODE_SWITCHES
+from fxopt.graph.sizes import num_bytes_of
 from fxopt.graph.snapshot import readable_names, short_name, type_text
 from fxopt.graph.storage import key_of, keys_of
 from fxopt.graph.view import find_subgraphs, location_of, module_of, tensors_of, value_of
@@ -89,15 +90,8 @@ def _bytes_written(node: fx.Node) -> int:
     sizes: dict[int, int] = {}
     for value in tensors_of(node):
         if key_of(value) not in given:
-            sizes[key_of(value)] = max(sizes.get(key_of(value), 0), _size(value))
+            sizes[key_of(value)] = max(sizes.get(key_of(value), 0), num_bytes_of(value))
     return sum(sizes.values())
-
-
-def _size(value: Tensor) -> int:
-    items = 1
-    for size in value.shape:
-        items *= size if isinstance(size, int) else int(size.node.hint or 1)
-    return items * value.element_size()
 
 
 def _find_lazy(graph: fx.Graph) -> set[fx.Node]:

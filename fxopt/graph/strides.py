@@ -60,7 +60,7 @@ def find_order(value: Any) -> Order | None:
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dim() < 2:
         return None
-    sizes, strides = [_hint(size) for size in value.shape], [_hint(stride) for stride in value.stride()]
+    sizes, strides = list(map(hint_of, value.shape)), list(map(hint_of, value.stride()))
     known = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size is not None]
     if len(known) < value.dim() or any(not stride and size > 1 for size, stride in known):
         return None
@@ -103,10 +103,3 @@ def _lay_out(output: fx.Node, node: fx.Node, order: Order) -> fx.Node:
         made.meta["example_value"] = target(value, *args)
         node = made
     return node
-
-
-def _hint(size: Any) -> int | None:
-    """Return a size as it was at capture; asked for otherwise, a symbolic one would become a guard."""
-    if isinstance(size, int):
-        return size
-    return hint_of(size)

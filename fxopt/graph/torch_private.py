@@ -60,8 +60,11 @@ def expression_of(size: Any) -> Any:
 
 
 def hint_of(size: Any) -> int | None:
-    """Return the value that a size which is not fixed had at capture, or None; asking for it makes no guard."""
-    return size.node.hint if size.node.has_hint() else None
+    """Return the value that a size had at capture, or None; asking for it makes no guard."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    node: Any = size.node
+    return int(node.hint) if node.has_hint() else None
 
 
 def size_seen(size: int | torch.SymInt) -> int:
@@ -70,10 +73,10 @@ def size_seen(size: int | torch.SymInt) -> int:
     Raises:
         ValueError: it hangs on the values of a tensor.
     """
-    number = size if isinstance(size, int) else hint_of(size)
+    number = hint_of(size)
     if number is None:
         raise ValueError(f"the size {size} hangs on the values of a tensor")
-    return int(number)
+    return number
 
 
 def constant_of(number: Any) -> int | float | None:

@@ -53,18 +53,3 @@ def _refusal(got: str) -> FxoptError:
         'memory_budget: expected bytes, a size like "12GiB", a share of the device between 0 and 1, "min", "auto" or '
         f"None, got {got}\nuse one of the units {', '.join(UNITS)}, with a capital letter or without"
     )
-
-
-def format_bytes(size: float) -> str:
-    """Return `size` in the unit in which it reads best.
-
-    >>> format_bytes(512), format_bytes(3 * 2**20), format_bytes(12.5 * 2**30)
-    ('512 B', '3.0 MiB', '12.50 GiB')
-    """
-    if size >= 2**30:
-        return f"{size / 2**30:.2f} GiB"
-    if size >= 2**20:
-        return f"{size / 2**20:.1f} MiB"
-    if size >= 2**10:
-        return f"{size / 2**10:.1f} KiB"
-    return f"{size:.0f} B"

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from fxopt.graph.sizes import num_bytes_of, number_of
 from fxopt.remat.devices import BANDWIDTH_SHARE, GEMM_SHARE, Device
 
 PICOSECONDS = 1e12
@@ -39,12 +40,12 @@ def flops_of(node: fx.Node) -> int:
         return 0
     args = fx.map_arg(node.args, _value_of)
     kwargs = fx.map_arg(node.kwargs, _value_of)
-    return int(hint(formula(*args, **kwargs, out_val=node.meta.get("val"))))
+    return number_of(formula(*args, **kwargs, out_val=node.meta.get("val")))
 
 
 def workspace_of(node: fx.Node, count: Callable[..., int]) -> int:
     """Return what `count` says that the op of `node` holds for itself while it runs, in bytes."""
-    return int(hint(count(*fx.map_arg(node.args, _value_of), **fx.map_arg(node.kwargs, _value_of))))
+    return number_of(count(*fx.map_arg(node.args, _value_of), **fx.map_arg(node.kwargs, _value_of)))
 
 
 def op_of(node: fx.Node) -> Any:
@@ -65,7 +66,7 @@ def _value_of(node: fx.Node) -> Any:
 
 def bytes_in(node: fx.Node) -> int:
     """Return the bytes of the items that the value of `node` has, of all tensors where it is a tuple."""
-    return sum(hint(value.numel()) * value.dtype.itemsize for value in tensors_in(node.meta.get("val")))
+    return sum(map(num_bytes_of, tensors_in(node.meta.get("val"))))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -76,10 +77,3 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
         return [item for item in items if isinstance(item, torch.Tensor)]
     return []
-
-
-def hint(size: Any) -> int:
-    """Return a size as a number: a symbolic one as it was when the graph was captured."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    return int(size)

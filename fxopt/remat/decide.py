@@ -9,9 +9,9 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxopt.graph.sizes import number_of
 from fxopt.graph.view import location_of
 from fxopt.remat.apply import TAG
-from fxopt.remat.cost import hint
 from fxopt.remat.joint import Joint
 from fxopt.remat.liveness import simulate
 from fxopt.remat.menu import Choice, find_menu, make_choice
@@ -120,7 +120,7 @@ def _residuals(joint: Joint, places: Iterable[int]) -> Iterable[Residual]:
             continue
         if node.op != "call_function" and not (set(storages) <= joint.chained | joint.shared):
             continue
-        shape = tuple(map(hint, tensor.shape))
+        shape = tuple(map(number_of, tensor.shape))
         yield Residual(
             op=value.label,
             shape=shape,

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from fxopt.errors import FxoptError
-from fxopt.remat.budget import format_bytes, parse_size
+from fxopt.remat.budget import parse_size
+from fxopt.report.units import format_bytes
 
 SHARE = 0.5
 """How much of what is free on the host is used where nobody says."""

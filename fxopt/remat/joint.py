@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph.sizes import number_of
 from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import schema_of
-from fxopt.remat.cost import cost_of, hint, is_fusible, op_of, tensors_in, workspace_of
+from fxopt.remat.cost import cost_of, is_fusible, op_of, tensors_in, workspace_of
 from fxopt.remat.dag import Dag, Value
 from fxopt.remat.devices import Device
 
@@ -172,7 +173,8 @@ def _storages_of(node: fx.Node) -> tuple[int, ...]:
 
 def _sizes_of(node: fx.Node) -> dict[int, int]:
     return {
-        key_of(value): hint(value.untyped_storage().nbytes()) for value in tensors_in(node.meta.get("val"))
+        key_of(value): number_of(value.untyped_storage().nbytes())
+        for value in tensors_in(node.meta.get("val"))
     }
 
 
@@ -180,7 +182,7 @@ def _form(node: fx.Node) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    return tuple(hint(size) for size in value.shape), value.dtype
+    return tuple(map(number_of, value.shape)), value.dtype
 
 
 def is_view(node: fx.Node, storages: dict[fx.Node, tuple[int, ...]]) -> bool:

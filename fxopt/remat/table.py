@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fxopt.remat.budget import format_bytes
 from fxopt.remat.records import Decision, Plan
+from fxopt.report.units import format_bytes
 
 SHOWN = 12
 """So many residuals of one decision are listed, the largest first."""

@@ -6,9 +6,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
-from fxopt.report.figures import layer_figures, readable_bytes
+from fxopt.report.figures import layer_figures
 from fxopt.report.records import Report
 from fxopt.report.text import wrap
+from fxopt.report.units import format_bytes
 
 Key = tuple[str, str]
 
@@ -127,7 +128,7 @@ def _changed_figures(first: Report, second: Report) -> list[str]:
         if key in after and before[key] != after[key]:
             (ops, size), (new_ops, new_size) = before[key], after[key]
             lines.append(
-                f"{key}: {ops} ops -> {new_ops}, {readable_bytes(size)} written -> {readable_bytes(new_size)}"
+                f"{key}: {ops} ops -> {new_ops}, {format_bytes(size)} written -> {format_bytes(new_size)}"
             )
     return lines
 

@@ -43,21 +43,6 @@ def _sum_bytes(nodes: Sequence[NodeRecord]) -> int:
     return sum(node.bytes for node in nodes)
 
 
-def readable_bytes(number: float) -> str:
-    """Return a number of bytes with a unit.
-
-    >>> readable_bytes(512), readable_bytes(1536), readable_bytes(5 * 2**30)
-    ('512 B', '1.5 KiB', '5.0 GiB')
-    """
-    if abs(number) < 1024:
-        return f"{number:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        number /= 1024
-        if abs(number) < 1024:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1024:.1f} TiB"
-
-
 def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:
     """Return the graphs to show: of captures of one region with the same text before and after, the first.
 

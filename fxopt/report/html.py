@@ -15,8 +15,9 @@ from typing import Any
 import jinja2
 
 from fxopt.report.alignment import align
-from fxopt.report.figures import distinct_graphs, layer_figures, readable_bytes
+from fxopt.report.figures import distinct_graphs, layer_figures
 from fxopt.report.records import GraphRecord, NodeRecord, Report
+from fxopt.report.units import format_bytes
 
 NUM_COLOURS = 12
 """How many colours the style sheet has for patterns; more patterns use them again."""
@@ -33,7 +34,7 @@ def render_html(report: Report) -> str:
     return _template().render(
         report=report,
         headline=_headline(report),
-        readable_bytes=readable_bytes,
+        format_bytes=format_bytes,
         figures=layer_figures(report),
         graphs=graphs,
         patterns=patterns,
@@ -96,7 +97,7 @@ def _node_data(node: NodeRecord | None) -> dict[str, Any] | None:
         "title": node.op or ("return" if node.kind == "output" else node.label),
         "kind": node.kind,
         "type": node.type,
-        "bytes": readable_bytes(node.bytes) if node.bytes else "",
+        "bytes": format_bytes(node.bytes) if node.bytes else "",
         "module": node.module,
         "at": node.location,
         "origins": list(node.origins),

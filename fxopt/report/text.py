@@ -11,8 +11,9 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fxopt.report.figures import layer_figures, readable_bytes
+from fxopt.report.figures import layer_figures
 from fxopt.report.records import GraphRecord, PassRecord, Proof, Report, Site, Status
+from fxopt.report.units import format_bytes
 
 WIDTH = 100
 DIFF_CONTEXT = 2
@@ -172,7 +173,7 @@ def _render_layers(report: Report) -> list[str]:
     for figure in figures:
         name = f"{figure.region or 'the model'}, capture {figure.capture}"
         ops = (str(figure.ops_before), str(figure.ops_after))
-        sizes = (readable_bytes(figure.bytes_before), readable_bytes(figure.bytes_after))
+        sizes = (format_bytes(figure.bytes_before), format_bytes(figure.bytes_after))
         rows.append((name, str(figure.layers), *ops, *sizes))
     return ["Per layer (ops that compute, and the bytes they write)", *_table(rows, right=(1, 2, 3, 4, 5))]
 

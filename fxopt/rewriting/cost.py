@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch import fx
 
-from fxopt.graph import torch_private
+from fxopt.graph.sizes import num_bytes_of
 from fxopt.graph.storage import UNKNOWN, key_of
 from fxopt.graph.view import tensors_of
 from fxopt.rewriting.pattern import Match, Mismatch
@@ -33,22 +31,6 @@ def sizes_in_bytes(nodes: Iterable[fx.Node]) -> int:
         else:
             sizes.setdefault(key, num_bytes_of(value))
     return num_bytes + sum(sizes.values())
-
-
-def num_bytes_of(value: torch.Tensor) -> int:
-    """Return the bytes of one tensor's items, symbolic sizes by their hints."""
-    count = 1
-    for size in value.shape:
-        count *= hint_of(size)
-    return count * value.element_size()
-
-
-def hint_of(size: Any) -> int:
-    """Return a size as a number: the one seen at capture where it is symbolic, 8 where none was seen."""
-    if isinstance(size, int):
-        return size
-    hint = torch_private.hint_of(size)
-    return 8 if hint is None else int(hint)
 
 
 def traffic_of(nodes: Iterable[fx.Node]) -> int:

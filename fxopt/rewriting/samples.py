@@ -18,9 +18,9 @@ from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.arguments import same_size
+from fxopt.graph.sizes import number_of
 from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import is_tensor
-from fxopt.rewriting.cost import hint_of
 from fxopt.rewriting.pattern import Match
 
 FEW_TOKENS = 6
@@ -149,10 +149,10 @@ class Layout(NamedTuple):
 
 def layout_of(value: torch.Tensor) -> Layout:
     """Return the layout of `value`, its symbolic strides read by their hints."""
-    strides = [hint_of(stride) for stride in value.stride()]
+    strides = [number_of(stride) for stride in value.stride()]
     expanded = frozenset(dim for dim, stride in enumerate(strides) if stride == 0)
     order = sorted(range(len(strides)), key=lambda dim: (dim in expanded, strides[dim]), reverse=True)
-    stored = [stride for dim, stride in enumerate(strides) if hint_of(value.shape[dim]) > 1 and stride]
+    stored = [stride for dim, stride in enumerate(strides) if number_of(value.shape[dim]) > 1 and stride]
     return Layout(tuple(order), expanded, 2 if min(stored, default=1) > 1 else 1)
 
 
@@ -236,7 +236,7 @@ class Sampler:
                 return (self._uniform(shape, torch.float64, example.device) * bound).to(example.dtype)
             high = 255 if example.dtype == torch.uint8 else 8
             return (self._uniform(shape, torch.float32, example.device) * high + 1).to(example.dtype)
-        num_classes = hint_of(loss.args[0].meta["example_value"].shape[-1])
+        num_classes = number_of(loss.args[0].meta["example_value"].shape[-1])
         values = (self._uniform(shape, torch.float64, example.device) * num_classes).to(example.dtype)
         flat = values.reshape(-1)
         ignore_index = loss.kwargs.get("ignore_index", -100)

@@ -212,14 +212,26 @@ def test_products_of_complex_numbers_are_rotations(arch, overrides, twins, tools
     assert sum(site.count for site in turned) == 2 * LAYERS
 
 
-def test_nan_and_inf_come_out_as_in_stock(twins, tools):
-    for poison in (float("nan"), float("inf")):
-        model, stock = twins("llama")
-        for each in (model, stock):
-            with torch.no_grad():
-                each.model.embed_tokens.weight[5, 3] = poison
-        batch = tools.make_batch((2, 24), padded="none", device="cpu")
-        batch["input_ids"][0, 2] = 5
-        ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
-        assert torch.equal(ours.loss.isnan(), theirs.loss.isnan())
-        assert torch.equal(ours.loss.isinf(), theirs.loss.isinf())
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("arch", DEEP)
+def test_nan_and_inf_come_out_as_in_stock(arch, poison, device, twins, tools):
+    """Of one token: loss, all gradients and logits have the NaN and inf of stock, and no others."""
+    model, stock = twins(arch, device)
+    table = next(name for name, _ in stock.named_parameters())
+    for each in (model, stock):
+        with torch.no_grad():
+            each.get_parameter(table)[5, 3] = poison
+    batch = tools.make_batch((2, 24), padded="none", device=device)
+    batch["input_ids"][0, 2] = 5
+    ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+    pairs = {name: (ours.gradients[name], theirs.gradients[name]) for name in theirs.gradients}
+    pairs["loss"] = (ours.loss, theirs.loss)
+    with torch.no_grad():
+        pairs["logits"] = tuple(each(**batch).logits for each in (model, stock))
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, (found, expected) in pairs.items():
+        assert torch.equal(found.isnan(), expected.isnan()), name
+        assert torch.equal(found.isposinf(), expected.isposinf()), name
+        assert torch.equal(found.isneginf(), expected.isneginf()), name
+    assert not theirs.loss.isfinite()
+    assert fxopt.explain(model).fallbacks == ()

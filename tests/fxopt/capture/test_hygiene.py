@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.capture import torch_lowering
+from fxopt.capture import torch_lowering, torch_settings
 from fxopt.capture.installation import Installation
 
 
@@ -23,6 +23,52 @@ def test_twelve_models_in_one_process_are_all_captured(build, install, assert_sa
         assert_same_step(model, build(num_hidden_layers=2))
         assert not installation.ledger.fallbacks
         assert [c.region for c in installation.ledger.captures].count("model.layers") == 1
+
+
+class Modes(nn.Module):
+    """A block that computes otherwise for each number it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mode: str) -> torch.Tensor:
+        return self.linear(x) * len(mode)
+
+
+class ModesModel(nn.Module):
+    """Two such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Modes() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, mode: str) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, mode)
+        return x.square().mean()
+
+
+def test_forms_beyond_the_limit_run_stock_and_are_counted_with_the_reason(
+    install, assert_same_step, monkeypatch
+):
+    monkeypatch.setattr(torch_settings, "RECOMPILE_LIMIT", 4)
+    model = ModesModel()
+    stock = copy.deepcopy(model)
+    installation = install(model)
+    x = torch.randn(4, 8, requires_grad=True)  # so that both blocks share their captures
+    for number in range(1, 4):
+        assert_same_step(model, stock, lambda m, n=number: m(x, "m" * n))
+    assert not installation.ledger.fallbacks
+    for number in range(4, 8):
+        assert_same_step(model, stock, lambda m, n=number: m(x, "m" * n))
+    counts = {
+        region: count
+        for (region, reason), count in installation.ledger.fallbacks.items()
+        if "the calls took too many forms, each of which needs a capture of its own" in reason
+    }
+    assert counts, installation.ledger.fallbacks
+    assert len(installation.ledger.captures) <= 2 * torch_settings.RECOMPILE_LIMIT
 
 
 def test_a_second_identical_model_makes_captures_of_its_own(build, install):
