@@ -176,3 +176,32 @@ def test_stacks_run_tiny_in_processes_of_their_own_and_see_the_same(
     if name == "lengths":
         assert ours["fallbacks"] == 0
         assert hf["recompiles"] == 0
+
+
+@pytest.mark.slow
+def test_mixtures_are_measured_against_stock_on_the_same_weights(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "experts.json"
+    sizes = ["--tokens", "40", "--divide", "64", "--steps", "1"]
+    assert script("experts").main([*sizes, "--contestants", "grouped_mm,fxopt", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["mixtral", "deepseek_v3"]
+    for row in rows:
+        assert row["fxopt"]["experts"] == ["rewritten: experts"]
+        assert row["fxopt"]["fallbacks"] == 0
+        assert 0 < row["fxopt"]["difference"] < 0.02, "as two roundings to bfloat16 differ"
+        assert row["grouped_mm"]["difference"] == 0
+
+
+@pytest.mark.slow
+def test_types_that_fail_are_rows_among_those_that_are_timed(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "architectures.json"
+    given = ["--tiny", "--steps", "1", "--types", "gpt2,no_such_type", "--most", "1000", "--out", str(out)]
+    assert script("architectures").main(given) == 1
+    found = json.loads(out.read_text())
+    assert found["failed"] == ["no_such_type"]
+    assert found["slower"] == []
+    (row,) = [row for row in found["rows"] if row["type"] == "gpt2"]
+    assert row["fallbacks"] == {}
+    assert set(row["regions"].values()) == {"captured"}
+    assert row["loss_fxopt"] == pytest.approx(row["loss_stock"], rel=1e-3)
+    assert row["ratio"] == pytest.approx(row["fxopt_ms"] / row["stock_ms"], rel=0.01)
