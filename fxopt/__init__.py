@@ -13,7 +13,7 @@ from fxopt.errors import (
     VerifyError,
 )
 from fxopt.pipeline import ALL, explain, optimize, plan, restore, trace
-from fxopt.remat.records import Plan
+from fxopt.report.plan import Plan
 from fxopt.report.records import Proof, Report, Site
 from fxopt.rewriting.authoring import pattern
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern

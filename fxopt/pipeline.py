@@ -5,11 +5,12 @@ Read `PASSES` top to bottom. The runner alone times, verifies and snapshots; pas
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -50,9 +51,9 @@ from fxopt.planning import check_inputs, check_plan, finish_plan, make_planner, 
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import Device
 from fxopt.remat.host import check_host_memory
-from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
 from fxopt.report.figures import render_code
+from fxopt.report.plan import Plan
 from fxopt.report.records import GraphRecord, PassRecord, Report
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover
@@ -295,6 +296,15 @@ def survey_model(
     model: nn.Module, options: Options, example_inputs: dict[str, Any] | None, device: Device | None = None
 ) -> tuple[Survey, Ledger]:
     """Return what was seen of the joint graphs of `model`, for `device` or its own, and what happened meanwhile."""
+    with surveyed(model, options, example_inputs, device) as (survey, probe):
+        return survey, probe.ledger
+
+
+@contextlib.contextmanager
+def surveyed(
+    model: nn.Module, options: Options, example_inputs: dict[str, Any] | None, device: Device | None
+) -> Generator[tuple[Survey, Installation]]:
+    """Run the body while `model` still has what saw its joint graphs in one forward pass."""
     check_inputs(model, example_inputs)
     survey = make_survey(model, options, device)
     trace = functools.partial(trace_joint, decomposed=survey.lowering == "inductor")
@@ -303,9 +313,9 @@ def survey_model(
         probe.install()
         try:
             run_on_small_inputs(model, example_inputs)
+            yield survey, probe
         finally:
             probe.remove()
-    return survey, probe.ledger
 
 
 def options_for_plan(

@@ -20,8 +20,8 @@ from fxopt.remat.devices import Device, device_of
 from fxopt.remat.figures import Facts
 from fxopt.remat.host import SHARE, free_host_bytes
 from fxopt.remat.planner import StepPlanner
-from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
+from fxopt.report.plan import Plan
 
 OPTIMIZER_STATES = 2
 """Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer."""

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT / "fxopt"}
 
 RECORDS = "report.records"
+PLAN = {"report.plan", "report.plan_table"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "report": {"errors"},
@@ -27,9 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"errors", RECORDS},
     "capture": {"graph", "options", "errors", "kernels.launch", "kernels.launcher", RECORDS},
     "rewriting": {"graph", "options", "errors", RECORDS},
-    "remat": {"graph", "options", "errors", RECORDS},
+    "remat": {"graph", "options", "errors", RECORDS, *PLAN},
     "sites": {"capture", "rewriting", "graph", RECORDS},
-    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS},
+    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS, *PLAN},
     "patterns": {"rewriting", "graph", "kernels", "errors"},
     "pipeline": {
         "kernels.launcher",
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "offline": {"demo", "pipeline", "planning", "remat", "errors"},
+    "offline": {"demo", "pipeline", "sites", "planning", "remat", "options", "errors", "report"},
     "authoring": {"coverage", "pipeline", "rewriting", "graph", "options", "errors"},
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }

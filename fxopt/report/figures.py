@@ -47,15 +47,15 @@ def readable_bytes(number: float) -> str:
     """Return a number of bytes with a unit.
 
     >>> readable_bytes(512), readable_bytes(1536), readable_bytes(5 * 2**30)
-    ('512 B', '1.5 KiB', '5.0 GiB')
+    ('512 B', '1.5 KiB', '5.00 GiB')
     """
     if abs(number) < 1024:
         return f"{number:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
+    for unit, digits in (("KiB", 1), ("MiB", 1), ("GiB", 2)):
         number /= 1024
         if abs(number) < 1024:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1024:.1f} TiB"
+            return f"{number:.{digits}f} {unit}"
+    return f"{number / 1024:.2f} TiB"
 
 
 def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:
