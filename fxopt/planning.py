@@ -19,8 +19,8 @@ from fxopt.remat.devices import Device, device_of
 from fxopt.remat.figures import Facts
 from fxopt.remat.host import SHARE, free_host_bytes
 from fxopt.remat.planner import StepPlanner
-from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
+from fxopt.report.plan import Plan
 from fxopt.report.units import format_bytes
 
 OPTIMIZER_STATES = 2

@@ -311,7 +311,7 @@ class ModelCall:
             else:
                 with this._sharding.hooks_shown():
                     calls = this._trunk.run(*this._arguments, num_calls, judge)
-                this.ledger.begin(REGION)
+            this.ledger.begin(REGION)
             values = this._sharding.enter(living, values_of(calls))
             output = call(*values, *[captured_args[index] for index in placeholders])
             this._sharding.leave(living, output)

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fxopt.remat.knapsack import Option, find_front
-from fxopt.remat.records import Decision
 from fxopt.remat.step import Around, peak_bytes
+from fxopt.report.plan import Decision
 
 PAIRS = 64
 """So many combinations of menus with two options each are tried; beyond it only neighbours on the hull are paired."""

@@ -10,8 +10,8 @@ from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.devices import Device
 from fxopt.remat.joint import Workspaces
-from fxopt.remat.records import Decision, Plan, Residual
 from fxopt.remat.step import Around, find_peak, simulate_step
+from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
 log = logging.getLogger("fxopt")

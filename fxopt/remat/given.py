@@ -6,7 +6,7 @@ from fxopt.errors import FxoptError
 from fxopt.remat.decide import Menu, find_choice, make_decision
 from fxopt.remat.figures import Facts
 from fxopt.remat.joint import Joint
-from fxopt.remat.records import Plan
+from fxopt.report.plan import Plan
 
 CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
 

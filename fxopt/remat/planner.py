@@ -34,11 +34,11 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import menu_of, number_of
 from fxopt.remat.joint import Joint, read_joint
-from fxopt.remat.records import Decision, Plan
 from fxopt.remat.step import Around
-from fxopt.remat.table import summarize_plan
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
+from fxopt.report.plan import Decision, Plan
+from fxopt.report.plan_table import summarize_plan
 
 log = logging.getLogger("fxopt")
 

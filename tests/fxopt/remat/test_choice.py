@@ -16,8 +16,8 @@ from fxopt.remat.choice import (
     peak_of,
     time_of,
 )
-from fxopt.remat.records import Decision
 from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
+from fxopt.report.plan import Decision
 
 
 def decision(saved: int, recompute_ms: float, extra: int = 0, gradients: int = 0) -> Decision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -40,12 +41,11 @@ def four_bit_with_adapters() -> nn.Module:
 
 @functools.cache
 def explained(name: str) -> Report:
-    if name == "qlora":
-        return fxopt.explain(four_bit_with_adapters())
-    return fxopt.explain(build_meta_model(tiny_config(name)))
+    model = four_bit_with_adapters() if name == "qlora" else build_meta_model(tiny_config(name))
+    return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),))
 
 
 @pytest.fixture(scope="session")
 def report_of() -> Callable[[str], Report]:
-    """Return a function that explains a model type, "qlora" for one in four bits with adapters."""
+    """Return a function that explains and plans a model type, "qlora" for one in four bits with adapters."""
     return explained
