@@ -22,9 +22,8 @@ LOWER = 0.9
 class Facts:
     """What the planner knows of a model and its device when a plan is made.
 
-    `static_bytes` live all the time, `update_bytes` while the optimizer works, `gradient_bytes` are those of all
-    parameters; `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much
-    may wait on the host.
+    `static_bytes` live all the time, `gradient_bytes` are those of all parameters; `free_bytes` is how much may be
+    allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host.
     """
 
     model: str
@@ -33,7 +32,6 @@ class Facts:
     lowering: str
     static_bytes: int
     gradient_bytes: int
-    update_bytes: int
     free_bytes: int | None
     workspaces: Workspaces
     host_bytes: int = 0
@@ -107,7 +105,7 @@ def without_update(goal: Goal, around: Around) -> Around:
     """Return `around` for "min" without the optimizer, which is not known: the rest is made smallest by itself."""
     if goal.budget != "min":
         return around
-    return dataclasses.replace(around, gradient_bytes=0, update_bytes=0)
+    return dataclasses.replace(around, gradient_bytes=0)
 
 
 def make_plan(

@@ -12,14 +12,13 @@ from fxopt.remat.records import Decision, Instant
 class Around:
     """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
 
-    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters; `update_bytes`
-    is what the optimizer's step needs for itself. `host_bytes` is how much may wait on the host.
+    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters.
+    `host_bytes` is how much may wait on the host.
     """
 
     static_bytes: int
     tail: tuple[Decision, ...] = ()
     gradient_bytes: int = 0
-    update_bytes: int = 0
     host_bytes: int = 0
 
 
@@ -45,7 +44,7 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
         lives = held[number] + moving[number] + gradients
         instants.append(Instant(f"backward of {name}", lives + decision.backward_bytes))
         gradients += decision.gradient_bytes
-    instants.append(Instant("optimizer", base + around.gradient_bytes + around.update_bytes))
+    instants.append(Instant("optimizer", base + around.gradient_bytes))
     return tuple(instants)
 
 
@@ -53,7 +52,7 @@ def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     """Return the most bytes of `simulate_step`, without naming its instants."""
     regions = (*decisions, *around.tail)
     held = around.static_bytes
-    most = held + around.gradient_bytes + around.update_bytes
+    most = held + around.gradient_bytes
     before: list[int] = []
     moving = 0
     for decision in regions:
