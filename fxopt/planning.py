@@ -154,7 +154,7 @@ def facts_of(
         static_bytes=static,
         gradient_bytes=trained,
         free_bytes=free,
-        workspaces=launch.WORKSPACES,
+        declared=launch.DECLARED,
         host_bytes=_host_bytes(options),
     )
 

@@ -8,8 +8,8 @@ import logging
 from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget, format_bytes
 from fxopt.remat.choice import Candidates, find_smallest
+from fxopt.remat.cost import Declarations
 from fxopt.remat.devices import Device
-from fxopt.remat.joint import Workspaces
 from fxopt.remat.records import Decision, Plan, Residual
 from fxopt.remat.step import Around, find_peak, simulate_step
 
@@ -33,7 +33,7 @@ class Facts:
     static_bytes: int
     gradient_bytes: int
     free_bytes: int | None
-    workspaces: Workspaces
+    declared: Declarations
     host_bytes: int = 0
 
 

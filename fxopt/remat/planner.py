@@ -173,7 +173,7 @@ class StepPlanner:
     def _read(self, graph: fx.Graph, held: frozenset[int], *, last: bool = False) -> Joint:
         facts = self._look()
         fuses = facts.lowering == "inductor"
-        return read_joint(graph, held, facts.device, fuses=fuses, last=last, workspaces=facts.workspaces)
+        return read_joint(graph, held, facts.device, fuses=fuses, last=last, declared=facts.declared)
 
     def form_of(self, path: str) -> Any:
         """Return what tells the captured form of the block at `path` from others, None before it was seen."""
