@@ -170,7 +170,8 @@ def _host_bytes(options: Options) -> int:
     """
     most = options.max_host_memory
     if most is None:
-        most = 0 if options.plan is None else int(free_host_bytes() * SHARE)
+        wanted = options.plan is not None and options.plan.host_bytes > 0
+        most = int(free_host_bytes() * SHARE) if wanted else 0
     if options.plan is not None and options.plan.host_bytes > most:
         raise FxoptError(
             f"plan: keeps {format_bytes(options.plan.host_bytes)} on the host, expected at most {format_bytes(most)}\n"
