@@ -72,7 +72,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "offline": {"demo", "explaining", "surveying", "sites", "planning", "remat", "options", "errors", "report"},
+    "offline": {
+        "demo",
+        "explaining",
+        "surveying",
+        "sites",
+        "planning",
+        "remat",
+        "options",
+        "errors",
+        "report",
+    },
     "authoring": {"coverage", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }

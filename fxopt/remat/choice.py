@@ -98,7 +98,10 @@ def _candidates(menus: Sequence[Menu]) -> Iterator[tuple[int, ...]]:
     for chosen in itertools.product(*offers.values()):
         offered = dict(zip(forms, chosen, strict=True))
         options = {
-            key: [Option(form[n].saved_bytes, round(form[n].extra_ms * 1e9)) for n in offered[key]]
+            key: [
+                Option(form[n].saved_bytes, round(form[n].extra_ms * 1e9), form[n].offloaded_bytes)
+                for n in offered[key]
+            ]
             for key, form in forms.items()
         }
         for picked in find_front([options[id(menu)] for menu in menus]):

@@ -12,14 +12,13 @@ from fxopt.report.plan import Decision, Instant
 class Around:
     """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
 
-    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters; `update_bytes`
-    is what the optimizer's step needs for itself. `host_bytes` is how much may wait on the host.
+    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters.
+    `host_bytes` is how much may wait on the host.
     """
 
     static_bytes: int
     tail: tuple[Decision, ...] = ()
     gradient_bytes: int = 0
-    update_bytes: int = 0
     host_bytes: int = 0
 
 
@@ -47,7 +46,7 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
         name, decision = all_regions[number]
         note(f"backward of {name}", saved[number], moving[number], gradients, decision.backward_bytes)
         gradients += decision.gradient_bytes
-    note("optimizer", 0, 0, around.gradient_bytes, around.update_bytes)
+    note("optimizer", 0, 0, around.gradient_bytes, 0)
     return tuple(instants)
 
 
@@ -55,7 +54,7 @@ def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     """Return the most bytes of `simulate_step`, without naming its instants."""
     regions = (*decisions, *around.tail)
     held = around.static_bytes
-    most = held + around.gradient_bytes + around.update_bytes
+    most = held + around.gradient_bytes
     before: list[int] = []
     moving = 0
     for decision in regions:
