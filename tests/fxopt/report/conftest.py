@@ -42,7 +42,9 @@ def four_bit_with_adapters() -> nn.Module:
 def explained(name: str) -> Report:
     if name == "qlora":
         return fxopt.explain(four_bit_with_adapters())
-    return fxopt.explain(build_meta_model(tiny_config(name)))
+    model = build_meta_model(tiny_config(name))
+    # Torch 2.11 has no grouped product of float32 on the meta device: there mixtures run in bfloat16 alone.
+    return fxopt.explain(model.to(torch.bfloat16) if "moe" in name else model)
 
 
 @pytest.fixture(scope="session")
