@@ -159,13 +159,14 @@ class Step:
 
 
 def run_step(model: Any, batch: dict[str, torch.Tensor], autocast: torch.dtype | None = None) -> Step:
-    """Run forward and backward of one step; under `autocast` in float16 the loss is scaled as GradScaler does."""
+    """Run forward and backward of one step; under `autocast` in float16 GradScaler scales the loss."""
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device.type
-    scale = 1024.0 if autocast is torch.float16 else 1.0
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=autocast is torch.float16)
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         loss = model(**batch).loss
-    (loss * scale).backward()
+    scaler.scale(loss).backward()
+    scale = scaler.get_scale()
     gradients = {n: p.grad.double() / scale for n, p in model.named_parameters() if p.grad is not None}
     return Step(loss.detach().double(), gradients)
 
