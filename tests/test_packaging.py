@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fxopt
 import fxopt.kernels
@@ -75,6 +78,29 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def test_declared_packages_are_the_folders() -> None:
     # A forgotten subpackage works in an editable install and is missing from the wheel.
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+
+
+def test_constraints_pin_one_version_of_all_that_is_asked_for() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(is_pin, lines))}
+    exact = {name: [(each.operator, each.version) for each in pin.specifier] for name, pin in pins.items()}
+    assert {name for name, found in exact.items() if [operator for operator, _ in found] != ["=="]} == set()
+    project = PROJECT["project"]
+    for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+        asked = Requirement(text)
+        ((_, version),) = exact[canonicalize_name(asked.name)]
+        assert asked.specifier.contains(version), f"{text}: constraints.txt pins {version}"
+    assert (exact["torch"], exact["triton"]) == ([("==", "2.13.0")], [("==", "3.7.1")])
+
+
+def is_pin(line: str) -> bool:
+    return bool(line.strip()) and not line.startswith("#")
+
+
+def test_ci_runs_what_a_user_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^make test test-all$", script, re.MULTILINE)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def test_the_two_links_lead_to_the_folders() -> None:

@@ -26,7 +26,8 @@ class Form:
 
     def astuple(self) -> tuple[Any, ...]:
         """Return the values as the op takes them."""
-        return dataclasses.astuple(self)
+        # Dynamo of torch 2.11 cannot follow dataclasses.astuple, which copies each value.
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def constants(self) -> dict[str, Any]:
         """Return what the kernels are compiled for."""

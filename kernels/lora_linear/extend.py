@@ -76,7 +76,7 @@ def tile_of(num_rows: int, rank: int) -> dict[str, Any]:
         BLOCK_ROWS=16 if is_small else 64,
         BLOCK_COLUMNS=64 if block_rank > 128 else 128,
         BLOCK_RANK=block_rank,
-        num_warps=8 if block_rank > 64 and not is_small else 4,
+        num_warps=4 if block_rank <= 64 or (is_small and block_rank <= 128) else 8,
         num_stages=4 if block_rank <= 64 else 3,
     )
 

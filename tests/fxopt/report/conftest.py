@@ -42,6 +42,9 @@ def four_bit_with_adapters() -> nn.Module:
 @functools.cache
 def explained(name: str) -> Report:
     model = four_bit_with_adapters() if name == "qlora" else build_meta_model(tiny_config(name))
+    if "moe" in name:
+        # Torch 2.11 has no grouped product of float32 on the meta device: there mixtures run in bfloat16 alone.
+        model = model.to(torch.bfloat16)
     return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),))
 
 
