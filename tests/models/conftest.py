@@ -181,7 +181,11 @@ def run_step(
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Let torch's other kernels serve attention: cuDNN's are wrong where a row of a mask lets nothing through."""
+    """Let torch's other kernels serve attention: cuDNN's are wrong where a row of a mask lets nothing through.
+
+    Measured on an H100, torch 2.11, llama in bf16, left padding: stock's gradients are 27 % off in the median with
+    cuDNN's, 0.8 % with the others.
+    """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
