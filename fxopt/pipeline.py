@@ -36,6 +36,7 @@ from fxopt.errors import FxoptError, ProofError, UnmatchedError
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
+from fxopt.graph.lift import check_taken, lift_loops
 from fxopt.graph.node_records import node_records
 from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
@@ -123,7 +124,9 @@ def run_passes(
 
     Raises:
         VerifyError: a pass left the graph invalid.
+        TurnsError: a loop that was captured for one turn is none that a pattern takes.
     """
+    loops = lift_loops(gm)
     note_placeholders(gm)
     note_items(gm)
     note_orders(gm)
@@ -137,6 +140,7 @@ def run_passes(
         elapsed_ms = (time.perf_counter() - start) * 1e3
         verify(gm, name)
         records.append(PassRecord(name, round(elapsed_ms, 2), num_before, len(gm.graph.nodes)))
+    check_taken(gm, loops)
     gm.recompile()
     sites, mismatches, backends = find_sites(
         gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
