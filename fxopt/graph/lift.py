@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.errors import TurnsError
+from fxopt.graph.arguments import same_size
 from fxopt.graph.names import op_name
 from fxopt.graph.purity import is_pure
 from fxopt.graph.torch_private import tree_map_only
@@ -81,6 +82,8 @@ class _Lift:
         choices = self._make(add, "reshape", value, -1, self.num_choices, _value(target).shape[1])
         total = self._make(add, "sum", choices, 1)
         result = self._make(add, "to", total, _value(target).dtype)
+        if not same_size(_value(result).shape[0], _value(target).shape[0]):
+            raise TurnsError("a loop over hits, expected its rows added to zeros of their tokens")
         add.replace_all_uses_with(result)
         target.replace_all_uses_with(result, lambda user: user is not add)
         self.graph.erase_node(add)
@@ -160,9 +163,14 @@ class _Lift:
             if user is add:
                 continue
             read, index = user.args[:2] if op_name(user) == "getitem" else (None, None)
-            if index in tokens:
+            if index in tokens and _has_rows(read, self.ids):
                 new = self._make(user, torch.repeat_interleave, read, self.num_choices, dim=0)
-            elif isinstance(index, tuple) and index[0] in tokens and index[1] in choices:
+            elif (
+                isinstance(index, tuple)
+                and index[0] in tokens
+                and index[1] in choices
+                and self._is_of_ids(read)
+            ):
                 new = self._make(user, "reshape", read, -1)
                 if index[2:] == (None,):
                     new = self._make(user, "unsqueeze", new, -1)
@@ -197,6 +205,11 @@ class _Lift:
             f"{user.name} reads what an expert has, expected a product with a matrix or a bias added"
         )
 
+    def _is_of_ids(self, read: Any) -> bool:
+        """Return whether `read` has one item for each choice, as the ids have."""
+        ours, theirs = _value(self.ids).shape, _value(read).shape
+        return len(theirs) == len(ours) and all(map(same_size, ours, theirs))
+
     def _copies(self, at: fx.Node, pick: fx.Node) -> fx.Node:
         flat = self._make(at, "reshape", self.ids, -1)
         return self._make(at, operator.getitem, self.stacks[pick], flat)
@@ -219,6 +232,11 @@ class _Lift:
             run = getattr(known[0], target) if isinstance(target, str) else target
             new.meta["example_value"] = run(*known[isinstance(target, str) :], **named)
         return new
+
+
+def _has_rows(read: Any, ids: fx.Node) -> bool:
+    value = _value(read)
+    return value.dim() == 2 and same_size(value.shape[0], _value(ids).shape[0])
 
 
 def _value(node: fx.Node) -> Any:

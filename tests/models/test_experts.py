@@ -76,6 +76,17 @@ def test_a_mixture_equals_stock_and_all_experts_are_rewritten(arch, how, device,
     assert sum(site.count for site in units) == MIXTURES[arch], "the unit is a part of them"
 
 
+@pytest.mark.slow
+def test_experts_of_all_tokens_are_computed_for_the_chosen_alone(device, tools) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama4_text")).train().to(device)
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    report = check_steps(tools, model, stock, device)
+    assert count_experts(report) == LAYERS
+    assert sum(rewrite.pattern == "experts_of_all" for rewrite in report.rewrites) > 0
+
+
 @pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])
 def test_less_is_saved_than_in_stock(how, tools) -> None:
     model = make_mixture("mixtral", how)

@@ -210,3 +210,19 @@ def test_other_loops_run_as_they_stand(body: Body, reason: str, device: str, too
     assert [site.status for site in report.sites if site.pattern == "experts"] == []
     assert any(reason in note for note in report.notes), report.notes
     assert any(region.breaks for region in report.regions)
+
+
+@pytest.mark.slow
+def test_a_loop_under_autocast_is_experts(device: str, tools: Any) -> None:
+    torch.manual_seed(0)
+    stock = Train(plain).train().to(device)
+    model = fxopt.optimize(copy.deepcopy(stock))
+    batch = tools.make_batch((2, 24), padded="none", device=device)
+    with torch.autocast(device, torch.bfloat16):
+        ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+    exact = tools.run_step(copy.deepcopy(stock).double(), batch)
+    for name, reference in exact.gradients.items():
+        own = tools.relative(theirs.gradients[name], reference)
+        assert tools.relative(ours.gradients[name], reference) < 2 * own + 2**-9, name
+    sites = [site for site in fxopt.explain(model).sites if site.pattern == "experts"]
+    assert [(site.status, site.count) for site in sites] == [("rewritten", LAYERS)]
