@@ -33,3 +33,7 @@ class RanksDifferError(FxoptError):
 
 class VerifyError(RuntimeError):
     """An invariant of the graph that a pass broke; the text names the pass."""
+
+
+class TurnsError(RuntimeError):
+    """A loop that was captured for one turn and cannot stand for all; its block is captured in pieces around it."""

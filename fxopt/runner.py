@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt.capture.model_call import REGION
 from fxopt.graph.anchors import find_anchors
+from fxopt.graph.lift import check_taken, lift_loops
 from fxopt.graph.node_records import node_records
 from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
@@ -50,7 +51,9 @@ def run_passes(
 
     Raises:
         VerifyError: a pass left the graph invalid.
+        TurnsError: a loop that was captured for one turn is none that a pattern takes.
     """
+    loops = lift_loops(gm)
     note_placeholders(gm)
     note_items(gm)
     note_orders(gm)
@@ -64,6 +67,7 @@ def run_passes(
         elapsed_ms = (time.perf_counter() - start) * 1e3
         verify(gm, name)
         records.append(PassRecord(name, round(elapsed_ms, 2), num_before, len(gm.graph.nodes)))
+    check_taken(gm, loops)
     gm.recompile()
     sites, mismatches, backends = find_sites(
         gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable

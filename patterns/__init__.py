@@ -6,6 +6,7 @@ from fxopt.patterns.attention import ATTENTION
 from fxopt.patterns.cross_entropy import CROSS_ENTROPY
 from fxopt.patterns.dequantize_4bit import DEQUANTIZE_4BIT
 from fxopt.patterns.experts import EXPERTS
+from fxopt.patterns.experts_of_all import EXPERTS_OF_ALL
 from fxopt.patterns.glu import GLU
 from fxopt.patterns.join_lora_linear import JOIN_LORA_LINEAR
 from fxopt.patterns.layer_norm import LAYER_NORM
@@ -27,6 +28,7 @@ ALL = (
     ATTENTION,
     GLU,
     EXPERTS,  # reads the unit that stands between its products
+    EXPERTS_OF_ALL,
     ACTIVATION,
     LINEAR_CROSS_ENTROPY,
     CROSS_ENTROPY,
@@ -40,6 +42,7 @@ __all__ = [
     "CROSS_ENTROPY",
     "DEQUANTIZE_4BIT",
     "EXPERTS",
+    "EXPERTS_OF_ALL",
     "GLU",
     "JOIN_LORA_LINEAR",
     "LAYER_NORM",

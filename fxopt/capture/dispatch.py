@@ -25,9 +25,12 @@ from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_i
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
+from fxopt.capture.turns import StockCheck, turns_entry
+from fxopt.errors import TurnsError
 
 PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
 
+NO_TURN = "its loop over hits was not captured for one turn"
 NO_PIECE = "its graph breaks before a piece of it could be captured"
 
 
@@ -63,7 +66,7 @@ class BlockCalls:
         self._cuda_graphs = cuda_graphs
         self._planner = planner
         self._asked: list[Call] = [Call(1, False)]
-        self._compiled: dict[tuple[int | None, bool], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[int | None, bool, bool], Callable[..., Any]] = {}
         self.pieces = (
             torch_dynamo.compile_frame(block_entry, make_backend(None, False), fullgraph=False)
             if partial
@@ -71,6 +74,7 @@ class BlockCalls:
         )
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self.broken_classes: set[type] = set()
+        self._looping_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
 
     @property
@@ -106,6 +110,13 @@ class BlockCalls:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
+            may_loop = not (
+                broken or type(block) in self._looping_classes or torch_errors.is_of_backend(error)
+            )
+        if may_loop:
+            found = self._serve_looping(path, block, idle_hooks, args, kwargs)
+            if found is not None:
+                return found[0]
         dtypes = [parameter.dtype for parameter in block.parameters()]
         is_captured, output = False, None
         if self.pieces is not None and not broken and can_break:
@@ -130,6 +141,24 @@ class BlockCalls:
             self.stock_classes[type(block)] = reason
             self.ledger.refused[self.region] = reason
         return output
+
+    def _serve_looping(self, path: str, block: nn.Module, idle_hooks: bool, args: Any, kwargs: Any) -> Any:
+        """Run `block`'s forward with its loops over hits captured for one turn, and return (its result,) or None."""
+        self._looping_classes.add(type(block))
+        check = StockCheck(block, args, kwargs)
+        try:
+            output = self._run_compiled(None, path, block, idle_hooks, args, kwargs)
+            if check.agrees(output):
+                return (output,)
+            self.ledger.note(f"{self.region}: {NO_TURN}: what it counts in Python would be counted once")
+        except torch_errors.CAPTURE_ERRORS as error:
+            self._reason_of(error)
+            cause = torch_errors.root_cause(error)
+            if isinstance(cause, TurnsError):
+                self.ledger.note(f"{self.region}: {NO_TURN}: {cause}")
+        self.ledger.progress.wipe()
+        self._looping_classes.discard(type(block))
+        return None
 
     def _reason_of(self, error: Exception) -> str:
         """Return why a block could not be captured.
@@ -199,11 +228,12 @@ class BlockCalls:
             # Replays write to memory of their own: it is not given up, and what came back would be copied once more.
             self._cuda_graphs.refuse("a plan may leave values on the host")
             graphed = False
-        if (variant, graphed) not in self._compiled:
+        key = (variant, graphed, type(block) in self._looping_classes)
+        if key not in self._compiled:
             backend = self._make_backend(self._make_mark(variant), graphed)
-            frame = torch_dynamo.compile_frame(block_entry, backend, fullgraph=True)
-            self._compiled[variant, graphed] = frame
-        return self._compiled[variant, graphed]
+            entry = turns_entry if key[-1] else block_entry
+            self._compiled[key] = torch_dynamo.compile_frame(entry, backend, fullgraph=True)
+        return self._compiled[key]
 
     def _make_mark(self, variant: int | None) -> Mark | None:
         """Return what shows the planner a joint graph; torch may keep it for good, so it holds no block."""

@@ -19,6 +19,7 @@ from torch._C._dynamo import eval_frame
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.torch_function import TorchFunctionModeStackVariable
 
 GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
 """How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
@@ -108,12 +109,15 @@ def changes_python_state() -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 
     To be asked by a backend, while Dynamo calls it. Mappings among its arguments do not count: what is put into
-    these is seen where the model is captured.
+    these is seen where the model is captured. Nor do modes, which `with` leaves as they were.
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     new = (AttributeMutationNew, ValueMutationNew)
     return any(
-        not isinstance(item.mutation_type, new) and effects.is_modified(item) and not _is_given_mapping(item)
+        not isinstance(item, TorchFunctionModeStackVariable)
+        and not isinstance(item.mutation_type, new)
+        and effects.is_modified(item)
+        and not _is_given_mapping(item)
         for item in effects.id_to_variable.values()
     )
 

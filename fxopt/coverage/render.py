@@ -12,6 +12,8 @@ from fxopt.coverage.record import STATUSES, Row, versions
 
 BUILT = ("captured", "blocks captured", "partly captured", "stock", "wrong", "failed")
 MOST_REASONS = 60
+KNOWN_FORMS = ("rms_norm", "layer_norm", "rope", "glu", "linear_cross_entropy", "cross_entropy")
+"""The patterns whose sites nearly every model has, in spellings without number: their share is the one to look at."""
 
 
 def render_json(rows: Sequence[Row]) -> str:
@@ -30,7 +32,8 @@ def render_markdown(document: dict[str, Any]) -> str:
         f"Written by `make coverage` ({listed}). Each row is a tiny model of random weights, built from its config, "
         "whose training step in fp32 on a CPU was compared with stock's: `error` is the largest relative error of "
         "the loss and of all gradients (beyond 1e-4 a float64 run decides which of the two is off, and stock's own "
-        "distance to it is shown). Sites are counted over all layers, `rewritten/found`; `saved` is what one forward "
+        "distance to it is shown). A block that is not in one graph is captured in pieces around what hangs on values. "
+        "Sites are counted over all layers, `rewritten/found`; `saved` is what one forward "
         "saves for backward, against stock's bytes.",
         "## Summary",
         _summary(rows),
@@ -63,10 +66,11 @@ def _summary(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row.task == task]
         counts = collections.Counter(row.status for row in own)
         built = sum(counts[status] for status in BUILT)
-        whole = counts["captured"] + counts["blocks captured"]
-        share = f"{whole / built:.1%}" if built else ""
-        lines.append([task, len(own), built, share, *(counts[status] or "" for status in STATUSES)])
-    return _table(["task", "types", "built", "blocks captured, of built", *STATUSES], lines)
+        captured = [row for row in own if row.status in ("captured", "blocks captured")]
+        whole = [row for row in captured if not any(region.get("breaks") for region in row.regions)]
+        shares = [f"{len(each) / built:.1%}" if built else "" for each in (captured, whole)]
+        lines.append([task, len(own), built, *shares, *(counts[status] or "" for status in STATUSES)])
+    return _table(["task", "types", "built", "every block captured", "each in one graph", *STATUSES], lines)
 
 
 def _patterns(rows: Sequence[Row]) -> str:
@@ -74,18 +78,15 @@ def _patterns(rows: Sequence[Row]) -> str:
     for row in rows:
         for pattern, counts in row.sites.items():
             totals[pattern].update(counts)
+    listed = sorted(totals.items())
+    known = [each for pattern, each in listed if pattern in KNOWN_FORMS]
+    listed.append(("norms, rope, gated units and losses", sum(known, collections.Counter())))
+    columns = ("found", "rewritten", "refused", "unmatched")
     lines = [
-        [
-            pattern,
-            each["found"],
-            each["rewritten"],
-            each["refused"],
-            each["unmatched"],
-            f"{each['rewritten'] / each['found']:.1%}",
-        ]
-        for pattern, each in sorted(totals.items())
+        [name, *(each[column] for column in columns), f"{each['rewritten'] / max(each['found'], 1):.1%}"]
+        for name, each in listed
     ]
-    return _table(["pattern", "found", "rewritten", "refused", "unmatched", "share"], lines)
+    return _table(["pattern", *columns, "share"], lines)
 
 
 def _left(rows: Sequence[Row]) -> str:

@@ -47,7 +47,7 @@ def make_pure(graph: fx.Graph) -> int:
         if target is torch.index_put:
             node.args, node.kwargs = (overwritten, (node.args[1],), node.args[2]), {}
             aliases.adopt(node, overwritten)
-        elif target in (torch.clamp, torch.masked_fill):
+        elif target in (torch.clamp, torch.masked_fill, torch.scatter):
             pass  # they take the very arguments of the method
         else:
             node.args, node.kwargs = node.args[:1] if _is_activation(node) else node.args[:2], {}
@@ -68,6 +68,8 @@ def _pure_target(node: fx.Node) -> Any:
         return torch.index_put if _is_put(node) else None
     if name in LIMITS:
         return LIMITS[name] if is_tensor(node) and _keeps_dtype(node) else None
+    if name == "scatter_":
+        return torch.scatter if _scatters_tensors(node) else None
     if _is_activation(node):
         bound = bind(node, "x", inplace=False)
         is_inplace = bound is not None and bound["inplace"] is True and is_tensor(bound["x"])
@@ -94,6 +96,14 @@ def _is_put(node: fx.Node) -> bool:
         return False
     fits = new.dtype == written.dtype and new.device == written.device and index.dtype == torch.int64
     return fits and not (written.requires_grad or new.requires_grad)
+
+
+def _scatters_tensors(node: fx.Node) -> bool:
+    """Return whether a `scatter_` puts the items of a tensor of its own dtype, at places that another one says."""
+    if len(node.args) != 4 or node.kwargs or not isinstance(node.args[1], int):
+        return False
+    written, _, _, new = node.args
+    return isinstance(written, fx.Node) and isinstance(new, fx.Node) and _dtype_of(written) == _dtype_of(new)
 
 
 def _keeps_dtype(node: fx.Node) -> bool:

@@ -83,6 +83,12 @@ def _sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any,
     return tuple(sizes)
 
 
+def _repeat(node: fx.Node, editor: Editor) -> Form | None:
+    times = sizes_of(node)
+    is_known = times and is_tensor(node) and len(times) == rank_of(node) and all(map(is_integer, times))
+    return Form(torch.tile, (node.args[0],), {"dims": tuple(times or ())}) if is_known else None
+
+
 def _expand(node: fx.Node, editor: Editor) -> Form | None:
     sizes = sizes_of(node)
     if not sizes or not is_tensor(node) or not is_tensor(node.args[0]):
@@ -264,6 +270,7 @@ RULES: dict[str, Rule] = {
     "reshape_as": _reshape_as,
     "flatten": _flatten,
     "unflatten": _unflatten,
+    "repeat": _repeat,
     "expand": _expand,
     "broadcast_to": _expand,
     "contiguous": _contiguous,

@@ -33,6 +33,7 @@ SET_GRAD = torch._C._set_grad_enabled
 unset_fake_temporarily = fake_tensor.unset_fake_temporarily
 """A scope in which tensors are made as real ones, whatever capture is under way."""
 
+FakeTensor = fake_tensor.FakeTensor
 tree_leaves = _pytree.tree_leaves
 tree_map = _pytree.tree_map
 tree_map_only = _pytree.tree_map_only

@@ -159,6 +159,7 @@ OPS: tuple[Op, ...] = (
     ),
     Op("reshape", reshape, ("x",), ("shape",)),
     Op("expand", expand, ("x",), ("shape",)),
+    Op("tile", torch.tile, ("x",), ("dims",)),
     Op("transpose", torch.transpose, ("x",), ("dim0", "dim1")),
     Op("permute", torch.permute, ("x",), ("dims",)),
     Op("unsqueeze", torch.unsqueeze, ("x",), ("dim",)),

@@ -20,7 +20,7 @@ from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLD_IN_FULL = ("rms_norm", "glu")
 """Patterns whose near misses give the whole reason; those of the others give a part of it."""
-OPS = {"join_lora_linear": "lora_linear"}
+OPS = {"join_lora_linear": "lora_linear", "experts_of_all": "experts"}
 """What a pattern makes that has no op of its own."""
 UNUSED = {DEQUANTIZE_4BIT}
 """Patterns whose ops others take along where they are there; examples for those need a library's own op."""
