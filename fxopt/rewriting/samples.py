@@ -62,6 +62,8 @@ def propose_sizes(match: Match) -> Iterator[Sizes]:
     small_symbols = {
         symbol: min(size, FEW_TOKENS + place) for place, (symbol, size) in enumerate(symbols.items())
     }
+    firsts = [node.meta["example_value"].shape[0] for node in match.inputs if is_stack_of_matrices(node)]
+    stacked = {size for size in firsts if isinstance(size, int)}
     leading = _leading_sizes(match, floats=True)
     numbers = {size: min(size, FEW_TOKENS + place) for place, size in enumerate(leading)}
     folded = dict(numbers)
@@ -70,9 +72,8 @@ def propose_sizes(match: Match) -> Iterator[Sizes]:
             shrunk = max(numbers[b] - shift, 1)
             folded.setdefault(b - shift, shrunk)
             for a in leading:
-                folded.setdefault(a * (b - shift), numbers[a] * shrunk)
-    firsts = [node.meta["example_value"].shape[0] for node in match.inputs if is_stack_of_matrices(node)]
-    stacked = {size for size in firsts if isinstance(size, int)}
+                if stacked.isdisjoint((a, b)):  # a stack's matrices are not counted in tokens
+                    folded.setdefault(a * (b - shift), numbers[a] * shrunk)
     for size in _leading_sizes(match, floats=False):
         divisors = [b for b in numbers if size % b == 0 and b not in stacked]
         tokens = max(divisors, default=None)  # several things per token

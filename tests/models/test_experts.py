@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -74,6 +75,17 @@ def test_a_mixture_equals_stock_and_all_experts_are_rewritten(arch, how, device,
     assert count_experts(report) == MIXTURES[arch]
     units = [site for site in report.sites if site.pattern == "glu" and site.op == "experts"]
     assert sum(site.count for site in units) == MIXTURES[arch], "the unit is a part of them"
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_proofs_run_few_tokens_whatever_the_sizes_have_in_common(tokens, tools) -> None:
+    """With 4 experts and 2 choices a token, 8 tokens make as many choices as there are pairs of experts."""
+    model = make_mixture("mixtral", "grouped_mm")
+    report = fxopt.explain(model, tools.make_batch((1, tokens), padded="none", device="cpu"))
+    shapes = [shape for site in report.sites if site.pattern == "experts" for shape in site.proof.shapes]
+    sizes = [int(size) for shape in shapes for size in re.findall(r"\d+", shape.partition(": ")[2])]
+    assert shapes
+    assert not {tokens, 2 * tokens} & set(sizes), shapes
 
 
 @pytest.mark.slow
