@@ -14,7 +14,7 @@ from fxopt.errors import (
 )
 from fxopt.explaining import explain, trace
 from fxopt.pipeline import ALL, optimize
-from fxopt.remat.records import Plan
+from fxopt.report.plan import Plan
 from fxopt.report.records import Proof, Report, Site
 from fxopt.restoring import restore
 from fxopt.rewriting.authoring import pattern

@@ -30,6 +30,16 @@ Source = Annotated[
     str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
 ]
 Arch = Annotated[str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")]
+Budget = Annotated[
+    str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
+]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences of a step.")]
+Seq = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
+Lora = Annotated[bool, typer.Option("--lora", help="With low-rank adapters on all linear layers.")]
+FourBit = Annotated[
+    bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
+]
+Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 
@@ -84,21 +94,26 @@ def demo(
 def report(
     source: Source = None,
     arch: Arch = None,
+    budget: Budget = "auto",
+    batch: Batch = 1,
+    seq: Seq = 4096,
+    lora: Lora = False,
+    four_bit: FourBit = False,
+    device: Gpu = "H100",
     json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one HTML file instead of printing.")] = None,
 ) -> None:
-    """Print what fxopt would do to a model, from its config alone: no weights are loaded."""
-    import fxopt
+    """Print what fxopt would do to a model and plan for it, from its config alone: no weights are loaded."""
+    _check_source("report", source, arch)
+    from fxopt.offline import Setting, report_offline
 
-    found = fxopt.explain(_build("report", source, arch))
+    found = report_offline(Setting(source, arch, budget, batch, seq, lora, device, four_bit))
     if html is not None:
         _write(html, found.save_html)
         print(f"fxopt report: wrote {html}", file=sys.stderr)
     if json:
         print(found.to_json())
-    elif html is not None:
-        return
-    else:
+    elif html is None:
         _print_report(_console(), str(found))
 
 
@@ -185,21 +200,15 @@ def new_pattern(
 def plan(
     source: Source = None,
     arch: Arch = None,
-    budget: Annotated[
-        str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
-    ] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
-    seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 4096,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="With low-rank adapters on all linear layers.")
-    ] = False,
-    four_bit: Annotated[
-        bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
-    ] = False,
+    budget: Budget = "auto",
+    batch: Batch = 1,
+    seq: Seq = 4096,
+    lora: Lora = False,
+    four_bit: FourBit = False,
     host_memory: Annotated[
         str, typer.Option(help='How much may wait in the host\'s memory, as "64GiB".')
     ] = "0",
-    device: Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")] = "H100",
+    device: Gpu = "H100",
     out: Annotated[
         Path,
         typer.Option(help="Where the curve of time over memory goes, as a PNG; beside it the same as CSV."),
@@ -208,10 +217,10 @@ def plan(
 ) -> None:
     """Plan what a model's blocks save for backward and compute again, from its config alone."""
     _check_source("plan", source, arch)
-    from fxopt.offline import PlanOptions, plan_offline, render_curve
+    from fxopt.offline import Setting, plan_offline, render_curve
 
-    options = PlanOptions(source, arch, budget, batch, seq, lora, device, out, four_bit, host_memory)
-    found, curve = plan_offline(options)
+    setting = Setting(source, arch, budget, batch, seq, lora, device, four_bit, host_memory)
+    found, curve = plan_offline(setting, out)
     if json:
         print(found.to_json())
         return

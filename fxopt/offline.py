@@ -1,4 +1,4 @@
-"""`fxopt plan`: a plan for a named GPU from a model's config alone, and the curve of time over memory.
+"""`fxopt plan` and `fxopt report`: what fxopt would do to a model on a named GPU, from the model's config alone.
 
 No weights exist: the model is built on the meta device, its blocks are captured there, and costs come from the GPU's
 datasheet.
@@ -17,20 +17,24 @@ import torch
 from fxopt.demo.models import build_meta_model, default_config, load_config
 from fxopt.demo.quantized import quantize_on_meta
 from fxopt.errors import FxoptError, UnknownNameError
+from fxopt.explaining import explain
+from fxopt.options import Options
 from fxopt.planning import finish_plan
 from fxopt.remat.devices import DEVICES, Device
 from fxopt.remat.host import parse_host_memory
-from fxopt.remat.records import Plan
+from fxopt.report.plan import Plan
+from fxopt.report.records import Report
 from fxopt.report.units import format_bytes
-from fxopt.surveying import options_for_plan, survey_model
+from fxopt.sites import build_report
+from fxopt.surveying import options_for_plan, survey_model, surveyed
 
 POINTS = 12
 LORA_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """What `fxopt plan` was asked for."""
+class Setting:
+    """A model by its config, on a GPU by its name, in a step of so many tokens under a budget."""
 
     source: str | None
     arch: str | None
@@ -39,38 +43,75 @@ class PlanOptions:
     seq: int
     lora: bool
     device: str
-    out: Path
     four_bit: bool = False
     host_memory: str = "0"
 
 
-def plan_offline(options: PlanOptions) -> tuple[Plan, tuple[Plan, ...]]:
-    """Return the plan that `options` ask for, and the curve from the smallest peak to the fastest step, written too.
+def plan_offline(setting: Setting, out: Path) -> tuple[Plan, tuple[Plan, ...]]:
+    """Return the plan of `setting`, and the curve from the smallest peak to the fastest step, written to `out` too.
 
     Raises:
         FxoptError: a mistake in the options.
         UnknownNameError: no such device or model type.
     """
-    device = _find_device(options.device)
-    wanted = options_for_plan(_parse_budget(options.budget))
-    wanted = dataclasses.replace(wanted, max_host_memory=parse_host_memory(options.host_memory))
-    config = default_config(options.arch) if options.arch is not None else load_config(str(options.source))
-    model = build_meta_model(config).to(torch.bfloat16).train()
-    if options.four_bit:
-        if not options.lora:
-            raise FxoptError(
-                "--4bit: four-bit weights are not trained, expected adapters beside them\nadd --lora"
-            )
-        model = quantize_on_meta(model, torch.bfloat16)
-    if options.lora:
-        model = _adapt(model)
-    ids = torch.zeros(options.batch, options.seq, dtype=torch.long, device="meta")
-    survey, ledger = survey_model(model, wanted, {"input_ids": ids, "labels": ids}, device)
+    options, device = _options_of(setting), _find_device(setting.device)
+    model = build_model(setting)
+    survey, ledger = survey_model(model, options, _inputs_of(setting), device)
     plan = finish_plan(survey, ledger)
     curve = survey.trace_curve(POINTS)
-    write_csv(curve, options.out.with_suffix(".csv"))
-    draw_curve(plan, curve, options.out)
+    write_csv(curve, out.with_suffix(".csv"))
+    draw_curve(plan, curve, out)
     return plan, curve
+
+
+def report_offline(setting: Setting) -> Report:
+    """Return the report of one forward pass of `setting`, with its plan.
+
+    Where no plan can be made unasked, a note says why, and the pass is one on small inputs.
+
+    Raises:
+        FxoptError: a mistake in the options, or the model fails.
+        UnknownNameError: no such device or model type.
+    """
+    options, device = _options_of(setting), _find_device(setting.device)
+    model = build_model(setting)
+    try:
+        with surveyed(model, options, _inputs_of(setting), device) as (survey, probe):
+            plan = finish_plan(survey, probe.ledger)
+            return dataclasses.replace(build_report(probe), plans=(plan,))
+    except FxoptError as error:
+        if setting.budget != "auto":
+            raise
+        reason = str(error).partition("\n")[0]
+    report = explain(model)
+    return dataclasses.replace(report, notes=(*report.notes, f"no plan was made: {reason}"))
+
+
+def build_model(setting: Setting) -> torch.nn.Module:
+    """Return the model of `setting` on the meta device, in bfloat16.
+
+    Raises:
+        FxoptError: no such model, or four-bit weights without adapters.
+    """
+    if setting.four_bit and not setting.lora:
+        raise FxoptError(
+            "--4bit: four-bit weights are not trained, expected adapters beside them\nadd --lora"
+        )
+    config = default_config(setting.arch) if setting.arch is not None else load_config(str(setting.source))
+    model = build_meta_model(config).to(torch.bfloat16).train()
+    if setting.four_bit:
+        model = quantize_on_meta(model, torch.bfloat16)
+    return _adapt(model) if setting.lora else model
+
+
+def _inputs_of(setting: Setting) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(setting.batch, setting.seq, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+def _options_of(setting: Setting) -> Options:
+    options = options_for_plan(_parse_budget(setting.budget))
+    return dataclasses.replace(options, max_host_memory=parse_host_memory(setting.host_memory))
 
 
 def _parse_budget(text: str) -> str | float | int | None:

@@ -38,7 +38,7 @@ from fxopt.planning import check_plan
 from fxopt.probing import report_on_small_inputs
 from fxopt.remat.budget import check_budget
 from fxopt.remat.host import check_host_memory
-from fxopt.remat.records import Plan
+from fxopt.report.plan import Plan
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import MatchContext, apply_patterns

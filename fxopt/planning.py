@@ -19,12 +19,14 @@ from fxopt.remat.devices import Device, device_of
 from fxopt.remat.figures import Facts
 from fxopt.remat.host import SHARE, free_host_bytes
 from fxopt.remat.planner import StepPlanner
-from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
+from fxopt.report.plan import Plan
 from fxopt.report.units import format_bytes
 
 OPTIMIZER_STATES = 2
-"""Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer."""
+"""Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer.
+
+It is taken to be fused, as transformers' Trainer makes it: its step then needs nothing for itself."""
 MARGIN = 0.03
 """The share of what is free that "auto" leaves alone: for what is not simulated, and for fragments."""
 
@@ -132,9 +134,7 @@ def facts_of(
     place = next((parameter.device for parameter in parameters), torch.device("cpu"))
     device = named or device_of(place)
     trained = sum(_num_bytes(parameter) for parameter in parameters if parameter.requires_grad)
-    scales = {id(tensor): tensor for parameter in parameters for tensor in _attached_to(parameter)}
-    held = sum(map(_num_bytes, (*tensors_of(model), *scales.values())))
-    static = held + OPTIMIZER_STATES * trained
+    static = held_bytes(model) + OPTIMIZER_STATES * trained
     free: int | None = None
     if place.type == "cuda":
         allocated = torch.cuda.memory_allocated(place)
@@ -153,9 +153,8 @@ def facts_of(
         lowering=lowering,
         static_bytes=static,
         gradient_bytes=trained,
-        update_bytes=trained,
         free_bytes=free,
-        workspaces=launch.WORKSPACES,
+        declared=launch.DECLARED,
         host_bytes=_host_bytes(options),
     )
 
@@ -171,13 +170,20 @@ def _host_bytes(options: Options) -> int:
     """
     most = options.max_host_memory
     if most is None:
-        most = 0 if options.plan is None else int(free_host_bytes() * SHARE)
+        wanted = options.plan is not None and options.plan.host_bytes > 0
+        most = int(free_host_bytes() * SHARE) if wanted else 0
     if options.plan is not None and options.plan.host_bytes > most:
         raise FxoptError(
             f"plan: keeps {format_bytes(options.plan.host_bytes)} on the host, expected at most {format_bytes(most)}\n"
             "make one with fxopt.plan(model, memory_budget, max_host_memory=...), or give max_host_memory"
         )
     return most
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights and buffers of `model`, and of what hangs on these."""
+    scales = {id(tensor): tensor for parameter in model.parameters() for tensor in _attached_to(parameter)}
+    return sum(map(_num_bytes, (*tensors_of(model), *scales.values())))
 
 
 def _attached_to(holder: object, depth: int = 3) -> Iterator[torch.Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Generator
 from typing import Any
 
 from torch import nn
 
 from fxopt.capture.installation import Installation, Transform, slots_emptied
-from fxopt.capture.ledger import Ledger
 from fxopt.capture.lowering import run_uncompiled
 from fxopt.capture.small_inputs import run_on_small_inputs
 from fxopt.capture.torch_lowering import trace_joint
@@ -27,30 +28,33 @@ def report_on_small_inputs(
     """Return the report of one forward pass of `model` with `options`, its graphs compiled by nothing."""
     with slots_emptied(model):
         probe = new_installation(model, options, transform, run_uncompiled)
-        _run(probe, model, example_inputs)
-        return build_report(probe)
+        with _run(probe, model, example_inputs):
+            return build_report(probe)
 
 
-def survey_on_small_inputs(
+@contextlib.contextmanager
+def surveyed_on_small_inputs(
     model: nn.Module,
     options: Options,
     transform: Transform,
     example_inputs: dict[str, Any] | None,
     device: Device | None = None,
-) -> tuple[Survey, Ledger]:
-    """Return what was seen of the joint graphs of `model`, for `device` or its own, and what happened meanwhile."""
+) -> Generator[tuple[Survey, Installation]]:
+    """Run the body while `model` still has what saw its joint graphs in one forward pass, for `device` or its own."""
     check_inputs(model, example_inputs)
     survey = make_survey(model, options, device)
     trace = functools.partial(trace_joint, decomposed=survey.lowering == "inductor")
     with slots_emptied(model):
         probe = Installation(model, options, transform, trace, partial=False, planner=survey)
-        _run(probe, model, example_inputs)
-    return survey, probe.ledger
+        with _run(probe, model, example_inputs):
+            yield survey, probe
 
 
-def _run(probe: Installation, model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
+@contextlib.contextmanager
+def _run(probe: Installation, model: nn.Module, example_inputs: dict[str, Any] | None) -> Generator[None]:
     probe.install()
     try:
         run_on_small_inputs(model, example_inputs)
+        yield
     finally:
         probe.remove()

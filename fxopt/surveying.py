@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from torch import nn
 
-from fxopt.capture.installation import check_model
+from fxopt.capture.installation import Installation, check_model
 from fxopt.capture.ledger import Ledger
 from fxopt.options import Options, check_options
 from fxopt.pipeline import ALL, make_transform
 from fxopt.planning import finish_plan
-from fxopt.probing import survey_on_small_inputs
+from fxopt.probing import surveyed_on_small_inputs
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import Device
 from fxopt.remat.host import check_host_memory
-from fxopt.remat.records import Plan
 from fxopt.remat.survey import Survey
+from fxopt.report.plan import Plan
 from fxopt.rewriting.pattern import Pattern
 
 
@@ -63,7 +64,17 @@ def survey_model(
     model: nn.Module, options: Options, example_inputs: dict[str, Any] | None, device: Device | None = None
 ) -> tuple[Survey, Ledger]:
     """Return what was seen of the joint graphs of `model`, for `device` or its own, and what happened meanwhile."""
-    return survey_on_small_inputs(model, options, make_transform(options), example_inputs, device)
+    with surveyed(model, options, example_inputs, device) as (survey, probe):
+        return survey, probe.ledger
+
+
+@contextlib.contextmanager
+def surveyed(
+    model: nn.Module, options: Options, example_inputs: dict[str, Any] | None, device: Device | None
+) -> Generator[tuple[Survey, Installation]]:
+    """Run the body while `model` still has what saw its joint graphs in one forward pass."""
+    with surveyed_on_small_inputs(model, options, make_transform(options), example_inputs, device) as seen:
+        yield seen
 
 
 def options_for_plan(

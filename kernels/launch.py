@@ -8,6 +8,7 @@ Triton is optional, since it exists for few platforms: kernel files import `jit`
 without it a kernel is an object that cannot be launched.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import warnings
@@ -49,8 +50,23 @@ OLDEST_BFLOAT16_CAPABILITY = (8, 0)
 SHARED_SLACK_BYTES = 16 * 1024  # for reductions
 INTERPRETED_PROGRAMS = 3  # few, so that each program of a persistent grid does several turns under test
 
-WORKSPACES: dict[torch._ops.OpOverload, Callable[..., int]] = {}
-"""By the op: what it holds for itself while it runs, in bytes, from its arguments."""
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What a plan has to know of an op beside its floating-point operations; functions take the op's arguments.
+
+    `workspace`: the most bytes that it holds for itself while it runs. `moved`: the bytes that it moves through memory
+    beside its large products, which wait for that. `share`: what its products reach of the datasheet's, as measured on
+    an H100 on single calls; None: what large matrix products reach.
+    """
+
+    workspace: Callable[..., int] | None = None
+    moved: Callable[..., int] | None = None
+    share: float | None = None
+
+
+DECLARED: dict[torch._ops.OpOverload, Declared] = {}
+"""By the op."""
 LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 
 
@@ -204,7 +220,7 @@ def register_op(
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
     flops: Callable[..., int] | None = None,
-    workspace: Callable[..., int] | None = None,
+    declared: Declared | None = None,
 ) -> Any:
     """Define `fxopt::<schema>`, run by `plain` on a CPU, `fused` on CUDA, `fake` under FakeTensor; return the op.
 
@@ -213,8 +229,8 @@ def register_op(
     `output_<m>`, its output m: what a backward op of ours reads by an argument `xs` is computed so in backward.
     `<op>_backward_output` is `<op>_backward` (its first argument the gradient, then the arguments of `<op>`) that also
     returns the value of `<op>`, last: for what needs that value no sooner than its gradient.
-    `flops` and `workspace` return, from the op's arguments, its floating-point operations (torch's own counter
-    knows them then), and the most bytes that it holds for itself while it runs.
+    `flops` returns, from the op's arguments, its floating-point operations: torch's own counter knows them then.
+    `declared` is what plans have to know besides.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -227,8 +243,8 @@ def register_op(
         register_flop_formula(packet, get_raw=True)(
             lambda *args, out_val=None, **kwargs: count(*args, **kwargs)
         )
-    if workspace is not None:
-        WORKSPACES[packet.default] = workspace
+    if declared is not None:
+        DECLARED[packet.default] = declared
     return packet.default
 
 

@@ -189,11 +189,14 @@ def _ordered(
     bias: bool = False,
     is_stored_transposed: bool = True,
     masks: bool = False,
-    num_counted: int = NUM_EXPERTS,
-    num_summed: int = NUM_CHOICES,
+    num_experts: int = NUM_EXPERTS,
+    num_counted: int | None = None,
+    num_choices: int = NUM_CHOICES,
+    num_summed: int | None = None,
     restore: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Return experts as grouped products of (x, ids, weights, w_up, w_down, biases)."""
+    last = (num_counted or num_experts) - 1
 
     def product(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(x.to(w.dtype), w.transpose(-2, -1) if is_stored_transposed else w, offs=ends)
@@ -203,14 +206,14 @@ def _ordered(
     ) -> torch.Tensor:
         w_up, w_down, *biases = matrices
         sorted_ids, rows = torch.sort(ids.reshape(-1))
-        selected = x[rows // NUM_CHOICES]
+        selected = x[rows // num_choices]
         counted = sorted_ids.int() if x.is_cuda else sorted_ids.float()
-        counts = torch.histc(counted, bins=NUM_EXPERTS, min=0, max=num_counted - 1)
+        counts = torch.histc(counted, bins=num_experts, min=0, max=last)
         ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
         mask = None
         if masks:
-            mask = (sorted_ids >= NUM_EXPERTS).unsqueeze(-1)
-            sorted_ids.clamp_(max=NUM_EXPERTS - 1)
+            mask = (sorted_ids >= num_experts).unsqueeze(-1)
+            sorted_ids.clamp_(max=num_experts - 1)
             selected.masked_fill_(mask, 0.0)
         up = product(selected, w_up, ends)
         up = up.add_(biases[0][sorted_ids]) if bias else up
@@ -223,7 +226,7 @@ def _ordered(
         places = torch.empty_like(rows)
         places[rows] = torch.arange(rows.size(0), device=rows.device)
         down = down[places] if restore is None else restore(down, rows, places)
-        return down.view(-1, num_summed, down.shape[-1]).sum(dim=1).to(x.dtype)
+        return down.view(-1, num_summed or num_choices, down.shape[-1]).sum(dim=1).to(x.dtype)
 
     return run
 
@@ -277,6 +280,8 @@ def _inputs(
     bias: bool = False,
     is_stored_transposed: bool = True,
     num_tokens: int = 9,
+    num_experts: int = NUM_EXPERTS,
+    num_choices: int = NUM_CHOICES,
     width: int = 16,
     inner: int = 24,
 ) -> tuple[torch.Tensor, ...]:
@@ -284,11 +289,11 @@ def _inputs(
         return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
     x = torch.randn(num_tokens, width, dtype=dtype, device=device, requires_grad=True)
-    ids = torch.randint(0, NUM_EXPERTS, (num_tokens, NUM_CHOICES), device=device)
-    weights = torch.rand(num_tokens, NUM_CHOICES, dtype=dtype, device=device, requires_grad=True)
+    ids = torch.randint(0, num_experts, (num_tokens, num_choices), device=device)
+    weights = torch.rand(num_tokens, num_choices, dtype=dtype, device=device, requires_grad=True)
     shapes = [(width, 2 * inner), (inner, width)]
-    matrices = [draw(NUM_EXPERTS, *(shape[::-1] if is_stored_transposed else shape)) for shape in shapes]
-    biases = [draw(NUM_EXPERTS, shape[1]) for shape in shapes] if bias else []
+    matrices = [draw(num_experts, *(shape[::-1] if is_stored_transposed else shape)) for shape in shapes]
+    biases = [draw(num_experts, shape[1]) for shape in shapes] if bias else []
     return x, ids, weights, *matrices, *biases
 
 
@@ -309,6 +314,11 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     wide = _inputs(device, half)
     weights = torch.rand(9, NUM_CHOICES, device=device, requires_grad=True)
     yield "in order, weights in fp32", (_ordered(), (*wide[:2], weights, *wide[3:]))
+    many: dict[str, Any] = {"num_experts": 80, "num_choices": 4}
+    yield (
+        "in order, more experts than tokens",
+        (_ordered(**many), _inputs(device, half, num_tokens=40, **many)),
+    )
     yield "by copies, picked", (_picked, _inputs(device, torch.float32))
     for dtype in (half, torch.float32):
         name = str(dtype).removeprefix("torch.")

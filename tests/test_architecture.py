@@ -20,6 +20,7 @@ FOLDERS = {"patterns": ROOT / "patterns", "kernels": ROOT / "kernels", "": ROOT 
 
 RECORDS = "report.records"
 UNITS = "report.units"
+PLAN = {"report.plan", "report.plan_table"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "report": {"errors"},
@@ -28,9 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"errors", RECORDS},
     "capture": {"graph", "options", "errors", "kernels.launch", "kernels.launcher", RECORDS},
     "rewriting": {"graph", "options", "errors", RECORDS},
-    "remat": {"graph", "options", "errors", RECORDS, UNITS},
+    "remat": {"graph", "options", "errors", RECORDS, UNITS, *PLAN},
     "sites": {"capture", "rewriting", "graph", RECORDS},
-    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS, UNITS},
+    "planning": {"capture", "remat", "kernels.launch", "options", "errors", RECORDS, UNITS, *PLAN},
     "patterns": {"rewriting", "graph", "kernels", "errors"},
     "runner": {"sites", "capture", "rewriting", "graph", "options", RECORDS},
     "installing": {"planning", "capture", "options"},
@@ -50,9 +51,10 @@ ALLOWED: dict[str, set[str]] = {
         "remat",
         "graph",
         "options",
+        *PLAN,
     },
     "explaining": {"pipeline", "probing", "sites", "capture", "options", "report"},
-    "surveying": {"pipeline", "probing", "planning", "capture", "rewriting", "remat", "options"},
+    "surveying": {"pipeline", "probing", "planning", "capture", "rewriting", "remat", "options", *PLAN},
     "backend": {"pipeline", "capture", "options"},
     "bisection": {"pipeline", "installing", "capture", "graph", "rewriting", "options", "errors"},
     "__init__": {
@@ -70,7 +72,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
-    "offline": {"demo", "surveying", "planning", "remat", "errors", UNITS},
+    "offline": {
+        "demo",
+        "explaining",
+        "surveying",
+        "sites",
+        "planning",
+        "remat",
+        "options",
+        "errors",
+        "report",
+    },
     "authoring": {"coverage", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +179,152 @@ def test_stacks_run_tiny_in_processes_of_their_own_and_see_the_same(
     if name == "lengths":
         assert ours["fallbacks"] == 0
         assert hf["recompiles"] == 0
+
+
+@pytest.mark.slow
+def test_mixtures_are_measured_against_stock_on_the_same_weights(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "experts.json"
+    sizes = ["--tokens", "40", "--divide", "64", "--steps", "1"]
+    assert script("experts").main([*sizes, "--contestants", "grouped_mm,fxopt", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["mixtral", "deepseek_v3"]
+    for row in rows:
+        assert row["fxopt"]["experts"] == ["rewritten: experts"]
+        assert row["fxopt"]["fallbacks"] == 0
+        assert 0 < row["fxopt"]["difference"] < 0.02, "as two roundings to bfloat16 differ"
+        assert row["grouped_mm"]["difference"] == 0
+
+
+@pytest.mark.slow
+def test_types_that_fail_are_rows_among_those_that_are_timed(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "architectures.json"
+    given = ["--tiny", "--steps", "1", "--types", "gpt2,no_such_type", "--most", "1000", "--out", str(out)]
+    assert script("architectures").main(given) == 1
+    found = json.loads(out.read_text())
+    assert found["failed"] == ["no_such_type"]
+    assert found["slower"] == []
+    (row,) = [row for row in found["rows"] if row["type"] == "gpt2"]
+    assert row["fallbacks"] == {}
+    assert set(row["regions"].values()) == {"captured"}
+    assert row["loss_fxopt"] == pytest.approx(row["loss_stock"], rel=1e-3)
+    assert row["ratio"] == pytest.approx(row["fxopt_ms"] / row["stock_ms"], rel=0.01)
+
+
+def test_all_groups_of_predictions_together_take_every_length_and_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    rows = importlib.import_module("benchmarks.prediction_rows")
+    groups = len(rows.MODELS) * len(rows.MODES)
+    drawn = [rows.draw(group, rows.ROWS) for group in range(groups)]
+    assert all(len(set(group)) == rows.ROWS for group in drawn)
+    assert {row for group in drawn for row in group} == {(a, b) for a in range(4) for b in range(4)}
+    assert sum(map(len, drawn)) >= 40
+
+
+def test_predictions_are_compared_with_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    script = importlib.import_module("benchmarks.predictions")
+    named = {"model": "m", "mode": "full", "tokens": 8}
+    records = [
+        {
+            "kind": "predicted",
+            **named,
+            "budget": "min",
+            "peak_bytes": 100,
+            "step_ms": 1.0,
+            "limit_bytes": 101,
+        },
+        {"kind": "measured", **named, "budget": "min", "peak_bytes": 104, "step_ms": 1.05},
+        {
+            "kind": "predicted",
+            **named,
+            "budget": "None",
+            "peak_bytes": 200,
+            "step_ms": 1.0,
+            "limit_bytes": None,
+        },
+        {"kind": "measured", **named, "budget": "None", "error": "OutOfMemoryError: of | it"},
+        {"kind": "measured", **named, "budget": "third", "error": "ValueError: before any plan"},
+    ]
+    (tmp_path / "m-full.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = script.collect(tmp_path)
+    assert [("predicted" in row, "measured" in row) for row in rows] == [
+        (True, True),
+        (True, True),
+        (False, True),
+    ]
+    summary = script.summarize(rows)
+    assert summary["failed"] == 2
+    assert (summary["peak_bytes"]["within 3%"], summary["peak_bytes"]["within 8%"]) == (0, 1)
+    assert summary["step_ms"] == {
+        "measured": 1,
+        "within 3%": 0,
+        "within 8%": 1,
+        "within 10%": 1,
+        "worst": 0.05,
+    }
+    assert (summary["most above the budget"], summary["above the budget by more than 2 %"]) == (0.0297, 1)
+    page = script.render(
+        {"rows": rows, "summary": summary, "machine": {"device": "d", "versions": {"t": "1"}}}
+    )
+    assert "| m | full | 8 | min | 0.00 | 0.00 | +4.0% | 1.0 | 1.1 | +5.0% |" in page
+    assert "failed: OutOfMemoryError: of / it |" in page
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from benchmarks.turns import Turn
+turn = Turn()
+print("goes with the errors")
+for _ in range(3):
+    with turn:
+        begun = time.time()
+        time.sleep(0.05)
+        open({out!r}, "a").write(f"{{begun}} {{time.time()}}\\n")
+"""
+
+
+def test_processes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    turns = importlib.import_module("benchmarks.turns")
+    code, told = CHILD.format(root=str(ROOT), out=str(tmp_path / "turns")), []
+    logs = [tmp_path / str(number) for number in range(3)]
+    commands = [[sys.executable, "-c", code]] * 3
+    turns.run_in_turns(commands, logs, at_once=2, until=time.time() + 60, tell=told.append)
+    spans = sorted(tuple(map(float, line.split())) for line in (tmp_path / "turns").read_text().splitlines())
+    assert len(spans) == 9
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert [log.read_text() for log in logs] == ["goes with the errors\n"] * 3
+    assert len(told) == 3
+    assert all(text.endswith("ended with 0") for text in told)
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_predicted_and_measured_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    script = importlib.import_module("benchmarks.predictions")
+    arguments = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        str(tmp_path),
+        "--group",
+        "llama3.2-1b:lora",
+        "--rows",
+        "1",
+    ]
+    assert script.main(arguments) == 0
+    (row,) = script.collect(tmp_path)
+    assert row["predicted"]["at"] < row["measured"]["at"]
+    assert row["measured"]["fallbacks"] == 0
+    between = row["predicted"]["phases"]["between"], row["measured"]["phases"]["between"]
+    assert between[1] == pytest.approx(between[0], rel=1e-3)
+    if not torch.cuda.is_available():
+        assert script.main(["--out", str(tmp_path)]) == 2

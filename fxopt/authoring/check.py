@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from fxopt.graph.edit import copy_of
 from fxopt.graph.verify import note_placeholders, verify
 from fxopt.pipeline import ALL
 from fxopt.rewriting.functions import capture
+from fxopt.rewriting.given import function_place
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Example, Mismatch, Pattern
 from fxopt.rewriting.proof import Prover
@@ -72,10 +71,7 @@ def _check_example(pattern: Pattern, name: str, example: Example) -> Iterator[Fi
     try:
         stock, values = capture(function, inputs)
     except Exception as error:
-        text = next((line for line in str(error).splitlines() if line.strip()), "")
-        yield Finding(
-            "example", name, False, f"{_place(function)}: cannot be captured: {type(error).__name__}: {text}"
-        )
+        yield Finding("example", name, False, _not_captured(function, error))
         return
     gm, result = _rewrite(stock, pattern)
     done = [rewrite for rewrite in result.rewrites if rewrite.match.pattern is pattern]
@@ -96,6 +92,14 @@ def _check_example(pattern: Pattern, name: str, example: Example) -> Iterator[Fi
     yield _check_mutations(pattern, name, list(mutations(stock)), values)
 
 
+def _not_captured(function: Any, error: Exception) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    where, kind = function_place(function), type(error).__name__
+    return (
+        f"{where}: cannot be captured, expected one graph of torch ops, got {kind}: {text}; mend the function"
+    )
+
+
 def _why_not_once(
     pattern: Pattern,
     function: Any,
@@ -104,7 +108,7 @@ def _why_not_once(
     result: RewriteResult,
     number: int,
 ) -> str:
-    where = _place(function)
+    where = function_place(function)
     if number:
         return f"{where}: expected one rewrite, got {number}; give an example that holds the form once"
     refused = [refusal.reason for refusal in result.refused if refusal.pattern == pattern.name]
@@ -123,19 +127,21 @@ def _misses(pattern: Pattern, stock: fx.GraphModule, gm: fx.GraphModule) -> list
 
 def _check_near_miss(pattern: Pattern, name: str, example: Example, reason: str) -> Finding:
     function, inputs = example
-    stock, _ = capture(function, inputs)
+    try:
+        stock, _ = capture(function, inputs)
+    except Exception as error:
+        return Finding("near miss", name, False, _not_captured(function, error))
     gm, result = _rewrite(stock, pattern)
     if any(rewrite.match.pattern is pattern for rewrite in result.rewrites):
-        wrong = f"{_place(function)}: expected to be left alone, got rewritten; narrow the search, or give a check"
+        where = function_place(function)
+        wrong = f"{where}: expected to be left alone, got rewritten; narrow the search, or give a check"
         return Finding("near miss", name, False, wrong)
     told = [refusal.reason for refusal in result.refused]
     told += [miss.reason for miss in _misses(pattern, stock, gm)]
     found = next((text for text in told if reason in text), None)
     if found is None:
         got = repr(told[0]) if told else "none"
-        wrong = (
-            f"{_place(function)}: left alone, expected the reason {reason!r}, got {got}; state what it says"
-        )
+        wrong = f"{function_place(function)}: left alone, expected the reason {reason!r}, got {got}; state what it says"
         return Finding("near miss", name, False, wrong)
     return Finding("near miss", name, True, found)
 
@@ -145,12 +151,15 @@ def _check_spellings(
 ) -> Finding:
     missed: list[str] = []
     number = 0
+    size = _canonical_size(stock)
     for law, variant in spellings(stock):
         try:
             if _difference(stock, variant, values):
                 continue
         except Exception:  # no program at all
             continue
+        if _canonical_size(variant) > size:
+            continue  # the canonicalizer keeps apart what was added here: a bit, or memory of its own, differs
         number += 1
         _, result = _rewrite(variant, pattern)
         if not any(rewrite.match.pattern is pattern for rewrite in result.rewrites):
@@ -188,13 +197,23 @@ def _check_mutations(
     )
 
 
-def _rewrite(stock: fx.GraphModule, pattern: Pattern) -> tuple[fx.GraphModule, RewriteResult]:
-    """Return a rewritten copy of the stock graph, and what was done."""
+def _canonical(stock: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the stock graph in canonical form."""
     gm = copy_of(stock)
     for new, old in zip(gm.graph.nodes, stock.graph.nodes, strict=True):
         new.meta = dict(old.meta)
     note_placeholders(gm)
     canonicalize(gm)
+    return gm
+
+
+def _canonical_size(stock: fx.GraphModule) -> int:
+    return len(_canonical(stock).graph.nodes)
+
+
+def _rewrite(stock: fx.GraphModule, pattern: Pattern) -> tuple[fx.GraphModule, RewriteResult]:
+    """Return a rewritten copy of the stock graph, and what was done."""
+    gm = _canonical(stock)
     built_on = {target.__name__ for target in pattern.targets if "fxopt.kernels" in target.__module__}
     used = [*(other for other in ALL if other.name in built_on and other is not pattern), pattern]
     result = apply_patterns(gm, used, MatchContext(prove=Prover().prove))
@@ -243,9 +262,3 @@ def _difference(stock: fx.GraphModule, gm: fx.GraphModule, values: Sequence[torc
         if not error <= allowed:
             return f"value {place} is off by {error:.1e}, expected at most {allowed:.1e}"
     return ""
-
-
-def _place(function: Any) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    name = getattr(function, "__name__", type(function).__name__)
-    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name

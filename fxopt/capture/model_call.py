@@ -278,6 +278,7 @@ class ModelCall:
         on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
         leaves, placeholders, num_calls = tail.leaves, tail.placeholders, len(tail.calls)
+        wanted = frozenset(index for index, _ in leaves)
         find_self = weakref.ref(self)
 
         def values_of(calls: list[Any]) -> list[Any]:
@@ -310,8 +311,8 @@ class ModelCall:
                     raise TailMismatch(hooked_inside(this.ledger.hooked))
             else:
                 with this._sharding.hooks_shown():
-                    calls = this._trunk.run(*this._arguments, num_calls, judge)
-                this.ledger.begin(REGION)
+                    calls = this._trunk.run(*this._arguments, num_calls, wanted, judge)
+            this.ledger.begin(REGION)
             values = this._sharding.enter(living, values_of(calls))
             output = call(*values, *[captured_args[index] for index in placeholders])
             this._sharding.leave(living, output)

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_tensors
+from fxopt.capture import torch_modules, torch_tensors
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Planner
+
+Holders = list[dict[str, torch.Tensor | None]]
+"""Where modules keep their buffers: the same dictionaries as long as the modules are the same."""
 
 log = logging.getLogger("fxopt")
 
@@ -29,6 +32,7 @@ class Shortage:
         self._find_model = weakref.ref(model)
         self._planner = planner
         self._ledger = ledger
+        self._holders: Holders | None = None
 
     def run(self, serve: Callable[[], Any]) -> Any:
         """Return what `serve` returns, a forward pass of the model.
@@ -36,12 +40,15 @@ class Shortage:
         Raises:
             torch.OutOfMemoryError: it needs more than there is under any plan, or cannot be run twice.
         """
-        before = self._writes()
+        if self._holders is None:
+            self._holders = torch_modules.find_buffers(self._model())
+        before = _writes(self._holders)
         try:
             return serve()
         except torch.OutOfMemoryError as error:
             plan = self._planner.describe_last()
             reason = self._find_obstacle(before)
+            self._holders = None
             smaller = None if reason else self._planner.lower()
             if smaller is None:
                 _explain(error, plan, reason or "no plan needs less")
@@ -62,14 +69,27 @@ class Shortage:
     def _find_obstacle(self, before: tuple[int, ...]) -> str:
         if self._ledger.changes_state:
             return "a block changes Python objects, which a second forward pass would do twice"
-        if self._writes() != before:
+        if self._holders is None or not _are_same(torch_modules.find_buffers(self._model()), self._holders):
+            return (
+                "modules were put into the model since its first call, whose buffers may have been written to"
+            )
+        if _writes(self._holders) != before:
             return "the forward pass writes to a buffer of the model, which a second one would do twice"
         return ""
 
-    def _writes(self) -> tuple[int, ...]:
+    def _model(self) -> nn.Module:
         model = self._find_model()
         assert model is not None, "the model is gone, expected it to make this call"
-        return tuple(torch_tensors.version_of(buffer) for buffer in model.buffers())
+        return model
+
+
+def _are_same(some: Holders, others: Holders) -> bool:
+    return list(map(id, some)) == list(map(id, others))
+
+
+def _writes(holders: Holders) -> tuple[int, ...]:
+    buffers = (buffer for holder in holders for buffer in holder.values() if buffer is not None)
+    return tuple(map(torch_tensors.version_of, buffers))
 
 
 def _explain(error: BaseException, plan: str, reason: str) -> None:

@@ -15,6 +15,7 @@ from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fxopt.capture import joint_passes
+from fxopt.capture.caching import find_cacheable, source_digest
 from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
 from fxopt.capture.rehearsal import compile_kernels
 from fxopt.graph.view import results_of
@@ -138,8 +139,8 @@ def inductor_backend(
 ) -> Callable[..., Any]:
     """Return `gm` compiled by Inductor, with the model's rounding points kept; `graphed` by CUDA graphs.
 
-    A plan is made when the joint graph is seen, so that has to be made anew in each process; what is compiled of
-    it still comes from Inductor's cache.
+    What an earlier process compiled of the same graph comes from AOTAutograd's cache. A plan is made when the joint
+    graph is seen, so that has to be made anew in each process; what is compiled of it still comes from Inductor's.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -150,8 +151,9 @@ def inductor_backend(
             leaving.read(graph.graph)
         return compile_fx_inner(graph, *inputs, **how)
 
-    patches = {
+    patches: dict[str, Any] = {
         "emulate_precision_casts": True,
+        "unsafe_marked_cacheable_functions": find_cacheable(gm),
         "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm)),
         "triton.cudagraphs": graphed,
     }
@@ -179,4 +181,4 @@ class JointPasses(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Return what Inductor's caches know these passes by; without it every process compiles anew."""
-        return f"fxopt.JointPasses.5{self._plan}".encode()
+        return f"fxopt.JointPasses {source_digest()} {self._plan}".encode()

@@ -37,6 +37,11 @@ def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     return module._modules
 
 
+def find_buffers(module: torch.nn.Module) -> list[dict[str, torch.Tensor | None]]:
+    """Return where the modules in `module` that have buffers keep them: the dictionaries themselves."""
+    return [inner._buffers for inner in module.modules() if inner._buffers]
+
+
 def own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the parameters and buffers of `module` itself."""
     for own in (module._parameters, module._buffers):

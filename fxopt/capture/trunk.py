@@ -29,6 +29,7 @@ class Trunk(threading.local):
         self.model = model
         self._values: list[Any] | None = None
         self._num_calls = 0
+        self._wanted: frozenset[int] = frozenset()
         self._judge: Callable[[list[Any]], str | None] = lambda values: None
         self._reason: str | None = None
 
@@ -42,14 +43,18 @@ class Trunk(threading.local):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         num_calls: int,
+        wanted: frozenset[int],
         judge: Callable[[list[Any]], str | None],
     ) -> list[Any]:
-        """Return what each of `num_calls` block calls returned, if `judge` finds no fault with these.
+        """Return what those `wanted` of `num_calls` block calls returned, None for the others, if `judge` allows it.
+
+        The others are not held: what a block was given may have left for the host since.
 
         Raises:
             TailMismatch: `judge` gave a reason, or fewer blocks were called; the forward ran on to its end.
         """
         self._values, self._num_calls, self._judge = [], num_calls, judge
+        self._wanted = wanted
         self._reason = None
         try:
             output = self.model.forward(*args, **kwargs)
@@ -64,7 +69,7 @@ class Trunk(threading.local):
         """Note a block's value while the trunk runs; interrupt the trunk after the last one."""
         if self._values is None or self._reason is not None:
             return value
-        self._values.append(value)
+        self._values.append(value if len(self._values) in self._wanted else None)
         if len(self._values) == self._num_calls:
             self._reason = self._judge(self._values)
             if self._reason is None:

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fxopt.remat.knapsack import Option, find_front
-from fxopt.remat.records import Decision
 from fxopt.remat.step import Around, peak_bytes
+from fxopt.report.plan import Decision
 
 PAIRS = 64
 """So many combinations of menus with two options each are tried; beyond it only neighbours on the hull are paired."""
@@ -98,7 +98,10 @@ def _candidates(menus: Sequence[Menu]) -> Iterator[tuple[int, ...]]:
     for chosen in itertools.product(*offers.values()):
         offered = dict(zip(forms, chosen, strict=True))
         options = {
-            key: [Option(form[n].saved_bytes, round(form[n].extra_ms * 1e9)) for n in offered[key]]
+            key: [
+                Option(form[n].saved_bytes, round(form[n].extra_ms * 1e9), form[n].offloaded_bytes)
+                for n in offered[key]
+            ]
             for key, form in forms.items()
         }
         for picked in find_front([options[id(menu)] for menu in menus]):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -17,16 +17,48 @@ FUSIBLE = ("aten", "prims")
 """Namespaces whose pointwise ops Inductor computes within the kernel that reads them."""
 
 
-def cost_of(node: fx.Node, device: Device) -> int:
+class Declared(Protocol):
+    """What an op says of itself beside its floating-point operations; functions take its arguments."""
+
+    @property
+    def workspace(self) -> Callable[..., int] | None:
+        """The most bytes that it holds for itself."""
+        ...
+
+    @property
+    def moved(self) -> Callable[..., int] | None:
+        """The bytes that it moves beside its large products, which wait for that."""
+        ...
+
+    @property
+    def share(self) -> float | None:
+        """What its products reach of the datasheet's; None: what large ones do."""
+        ...
+
+
+Declarations = Mapping[Any, Declared]
+
+
+def cost_of(node: fx.Node, device: Device, declared: Declarations) -> int:
     """Return the picoseconds that `node` takes on `device`."""
     moved = sum(map(bytes_in, node.all_input_nodes)) + bytes_in(node)
-    seconds = moved / (device.bandwidth * BANDWIDTH_SHARE)
+    bandwidth = device.bandwidth * BANDWIDTH_SHARE
+    seconds = moved / bandwidth
+    known = declared.get(node.target)
     flops = flops_of(node)
     if flops:
-        narrow = any(value.dtype.itemsize < 4 for value in tensors_in(node.meta.get("val")))
-        rate = device.half_flops if narrow else device.single_flops
-        seconds = max(seconds, flops / (rate * GEMM_SHARE))
+        rate = device.half_flops if multiplies_narrowly(node) else device.single_flops
+        share = GEMM_SHARE if known is None or known.share is None else known.share
+        seconds = max(seconds, flops / (rate * share))
+        if known is not None and known.moved is not None:
+            seconds += count(node, known.moved) / bandwidth
     return int(seconds * PICOSECONDS) + device.launch_ps
+
+
+def multiplies_narrowly(node: fx.Node) -> bool:
+    """Return whether `node` multiplies in 16 bits: where anything it reads or writes has so many."""
+    values = [value for other in (node, *node.all_input_nodes) for value in tensors_in(_value_of(other))]
+    return any(value.dtype.is_floating_point and value.dtype.itemsize < 4 for value in values)
 
 
 def flops_of(node: fx.Node) -> int:
@@ -43,9 +75,15 @@ def flops_of(node: fx.Node) -> int:
     return number_of(formula(*args, **kwargs, out_val=node.meta.get("val")))
 
 
-def workspace_of(node: fx.Node, count: Callable[..., int]) -> int:
-    """Return what `count` says that the op of `node` holds for itself while it runs, in bytes."""
-    return number_of(count(*fx.map_arg(node.args, _value_of), **fx.map_arg(node.kwargs, _value_of)))
+def workspace_of(node: fx.Node, declared: Declarations) -> int:
+    """Return what the op of `node` says that it holds for itself while it runs, in bytes."""
+    known = declared.get(node.target)
+    return 0 if known is None or known.workspace is None else count(node, known.workspace)
+
+
+def count(node: fx.Node, declared: Callable[..., int]) -> int:
+    """Return what a declaration of its op comes to for the arguments of `node`."""
+    return number_of(declared(*fx.map_arg(node.args, _value_of), **fx.map_arg(node.kwargs, _value_of)))
 
 
 def op_of(node: fx.Node) -> Any:

@@ -16,7 +16,7 @@ from fxopt.remat.joint import Joint
 from fxopt.remat.liveness import simulate
 from fxopt.remat.menu import Choice, find_menu, make_choice
 from fxopt.remat.offload import add_offloads, wait_of
-from fxopt.remat.records import Decision, Residual
+from fxopt.report.plan import Decision, Residual
 
 MS = 1e-9
 """Milliseconds in a picosecond."""

@@ -8,10 +8,10 @@ import logging
 from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
+from fxopt.remat.cost import Declarations
 from fxopt.remat.devices import Device
-from fxopt.remat.joint import Workspaces
-from fxopt.remat.records import Decision, Plan, Residual
 from fxopt.remat.step import Around, find_peak, simulate_step
+from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
 log = logging.getLogger("fxopt")
@@ -23,9 +23,8 @@ LOWER = 0.9
 class Facts:
     """What the planner knows of a model and its device when a plan is made.
 
-    `static_bytes` live all the time, `update_bytes` while the optimizer works, `gradient_bytes` are those of all
-    parameters; `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much
-    may wait on the host.
+    `static_bytes` live all the time, `gradient_bytes` are those of all parameters; `free_bytes` is how much may be
+    allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host.
     """
 
     model: str
@@ -34,9 +33,8 @@ class Facts:
     lowering: str
     static_bytes: int
     gradient_bytes: int
-    update_bytes: int
     free_bytes: int | None
-    workspaces: Workspaces
+    declared: Declarations
     host_bytes: int = 0
 
 
@@ -108,7 +106,7 @@ def without_update(goal: Goal, around: Around) -> Around:
     """Return `around` for "min" without the optimizer, which is not known: the rest is made smallest by itself."""
     if goal.budget != "min":
         return around
-    return dataclasses.replace(around, gradient_bytes=0, update_bytes=0)
+    return dataclasses.replace(around, gradient_bytes=0)
 
 
 def make_plan(

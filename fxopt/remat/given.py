@@ -6,7 +6,7 @@ from fxopt.errors import FxoptError
 from fxopt.remat.decide import Menu, find_choice, make_decision
 from fxopt.remat.figures import Facts
 from fxopt.remat.joint import Joint
-from fxopt.remat.records import Plan
+from fxopt.report.plan import Plan
 
 CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
 
@@ -36,8 +36,11 @@ def menu_of(given: Plan, joint: Joint, tokens: int, facts: Facts) -> Menu:
     return Menu(tuple(choice for _, choice in fitting), decisions, tokens, numbers)
 
 
-def number_of(given: Plan, menu: Menu, place: int, tokens: int) -> int:
+def number_of(given: Plan, menu: Menu, place: int, tokens: int, *, is_known: bool) -> int:
     """Return the number in `menu` of what `given` decided for the block at `place`.
+
+    A block not known yet is taken to be like another one: where that has no such decision, any stands for it until
+    its own menu is there.
 
     Raises:
         FxoptError: the plan was made for another model, or for fewer tokens.
@@ -48,9 +51,9 @@ def number_of(given: Plan, menu: Menu, place: int, tokens: int) -> int:
             f"got {tokens}\n{CURE}"
         )
     path, number = given.layers[place]
-    if number not in menu.numbers:
+    if number not in menu.numbers and is_known:
         raise FxoptError(
             f"plan: made for another model, expected for {path} a decision that it can carry out, "
             f"got number {number}\n{CURE}"
         )
-    return menu.numbers[number]
+    return menu.numbers.get(number, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from torch import fx
 from fxopt.graph.sizes import number_of
 from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import schema_of
-from fxopt.remat.cost import cost_of, is_fusible, op_of, tensors_in, workspace_of
+from fxopt.remat.cost import Declarations, cost_of, is_fusible, op_of, tensors_in, workspace_of
 from fxopt.remat.dag import Dag, Value
 from fxopt.remat.devices import Device
 
 ROUNDING = 512
 """Torch's CUDA allocator gives out whole blocks of this many bytes."""
-Workspaces = Mapping[Any, Callable[..., int]]
 INPUT = "input"
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
@@ -67,13 +66,13 @@ def read_joint(
     *,
     fuses: bool,
     last: bool = False,
-    workspaces: Workspaces | None = None,
+    declared: Declarations | None = None,
 ) -> Joint:
     """Return `graph` as the planner reads it.
 
     `held` are the numbers of the graph's inputs that are the model's own tensors; `fuses` whether pointwise
     ops are computed within the kernels that read them. A block hands on a value of the form it was given; with `last`,
-    of a piece after the blocks, every input is its own. `workspaces` say what ops hold for themselves.
+    of a piece after the blocks, every input is its own. `declared` is what ops say of themselves.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
     backward = _find_backward(nodes)
@@ -85,7 +84,7 @@ def read_joint(
     sizes = {storage: size for node in nodes for storage, size in _sizes_of(node).items()}
     inputs = [node for node in forward if node.op == "placeholder"]
     own = [node for number, node in enumerate(inputs) if number not in held]
-    workspaces = workspaces or {}
+    declared = declared or {}
     forms = {_form(node) for node in results}
     chained = frozenset(s for node in own if last or _form(node) in forms for s in storages[node])
     inner = {_form(node) for node in own if last or _form(node) in forms}
@@ -100,7 +99,7 @@ def read_joint(
             names[node],
             tuple(places[source] for source in node.all_input_nodes),
             _saved_bytes(node, storages, sizes, rest),
-            _recompute_cost(node, storages, device, fused),
+            _recompute_cost(node, storages, device, declared, fused),
             by_name.get(node.meta.get(REPLAYS, "")),
         )
         for node in forward
@@ -124,9 +123,11 @@ def read_joint(
         results,
         gradients,
         fused,
-        {node: workspace_of(node, workspaces[node.target]) for node in nodes if node.target in workspaces},
-        sum(_run_cost(node, storages, device, fused) for node in nodes if REPLAYS not in node.meta),
-        sum(_run_cost(node, storages, device, fused) for node in forward if REPLAYS not in node.meta),
+        {node: workspace_of(node, declared) for node in nodes if node.target in declared},
+        sum(_run_cost(node, storages, device, declared, fused) for node in nodes if REPLAYS not in node.meta),
+        sum(
+            _run_cost(node, storages, device, declared, fused) for node in forward if REPLAYS not in node.meta
+        ),
         tuple(_form(node) for number, node in enumerate(inputs) if number in held),
         device,
     )
@@ -205,7 +206,11 @@ def _saved_bytes(
 
 
 def _recompute_cost(
-    node: fx.Node, storages: dict[fx.Node, tuple[int, ...]], device: Device, fused: Collection[fx.Node]
+    node: fx.Node,
+    storages: dict[fx.Node, tuple[int, ...]],
+    device: Device,
+    declared: Declarations,
+    fused: Collection[fx.Node],
 ) -> int | None:
     if node.op != "call_function":
         return None
@@ -213,17 +218,21 @@ def _recompute_cost(
         return 0
     if is_random(node):
         return None
-    return 0 if node in fused else cost_of(node, device)
+    return 0 if node in fused else cost_of(node, device, declared)
 
 
 def _run_cost(
-    node: fx.Node, storages: dict[fx.Node, tuple[int, ...]], device: Device, fused: Collection[fx.Node]
+    node: fx.Node,
+    storages: dict[fx.Node, tuple[int, ...]],
+    device: Device,
+    declared: Declarations,
+    fused: Collection[fx.Node],
 ) -> int:
     """Return what `node` takes once; a fused one only writes, where something outside its kernel reads it."""
     inlined = node in fused and all(user in fused for user in node.users)
-    known = _recompute_cost(node, storages, device, ())
+    known = _recompute_cost(node, storages, device, declared, ())
     return (
-        cost_of(node, device)
+        cost_of(node, device, declared)
         if known is None and node.op == "call_function"
         else 0
         if inlined

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One point of a layer's menu: the bytes it keeps, and the picoseconds it costs."""
+    """One point of a layer's menu: the bytes it keeps, the picoseconds it costs, and its bytes on the host."""
 
     bytes: int
     cost: int
+    host: int = 0
 
 
 def choose(menus: Sequence[Sequence[Option]], capacity: int) -> tuple[int, ...] | None:
@@ -30,7 +31,7 @@ def choose(menus: Sequence[Sequence[Option]], capacity: int) -> tuple[int, ...] 
 
 
 def find_front(menus: Sequence[Sequence[Option]], capacity: int | None = None) -> list[tuple[int, ...]]:
-    """Return every choice of one option per menu that no other beats in both bytes and cost, by rising bytes.
+    """Return every choice of one option per menu that no other beats in bytes, cost and host bytes, by rising bytes.
 
     The sums are kept layer by layer, and nothing is rounded. Those that cannot end within `capacity` are dropped.
     """
@@ -38,21 +39,23 @@ def find_front(menus: Sequence[Sequence[Option]], capacity: int | None = None) -
     for menu in reversed(menus):
         rest.append(rest[-1] + min(option.bytes for option in menu))
     rest.reverse()
-    sums: list[tuple[int, int]] = [(0, 0)]
+    sums: list[tuple[int, int, int]] = [(0, 0, 0)]
     steps: list[list[int]] = []
     for number, menu in enumerate(menus):
         extended = sorted(
-            (size + option.bytes, cost + option.cost, choice * len(sums) + place)
+            (size + option.bytes, cost + option.cost, host + option.host, choice * len(sums) + place)
             for choice, option in enumerate(menu)
-            for place, (size, cost) in enumerate(sums)
+            for place, (size, cost, host) in enumerate(sums)
         )
         sums = []
         step: list[int] = []
-        for size, cost, made_of in extended:
+        best: list[tuple[int, int]] = []
+        for size, cost, host, made_of in extended:
             if capacity is not None and size + rest[number + 1] > capacity:
                 break
-            if not sums or cost < sums[-1][1]:
-                sums.append((size, cost))
+            if not any(c <= cost and h <= host for c, h in best):
+                best = [(c, h) for c, h in best if c < cost or h < host] + [(cost, host)]
+                sums.append((size, cost, host))
                 step.append(made_of)
         if not sums:
             return []

@@ -19,10 +19,18 @@ SMALLEST = 1 << 14
 
 
 def add_offloads(joint: Joint, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-    """Return `choices` and those of their offloading forms that lie on the lower hull of all, the fastest first."""
+    """Return `choices` and their offloading forms that are worth a look, the fastest first.
+
+    These are the forms on the lower hull of all, and of each choice the one that leaves most: what is on its way lives
+    beside the neighbouring block, so of two forms that keep the same, the one that moves less may need less.
+    """
     offloading = [form for choice in choices for form in _forms(joint, choice)]
     hull = _lower_hull({_point(joint, choice): choice for choice in reversed([*choices, *offloading])})
     found = [*choices, *(choice for choice in hull if choice.offloaded)]
+    for choice in choices:
+        whole = max(_forms(joint, choice), key=lambda form: len(form.offloaded), default=choice)
+        if not any(_is_beaten(joint, whole, other) for other in found):
+            found.append(whole)
     return tuple(sorted(found, key=lambda choice: (_point(joint, choice)[1], len(choice.offloaded))))
 
 
@@ -45,6 +53,12 @@ def _transfer_cost(joint: Joint, places: frozenset[int]) -> int:
 
 def _point(joint: Joint, choice: Choice) -> tuple[int, int]:
     return choice.bytes, choice.cost + wait_of(joint, choice)
+
+
+def _is_beaten(joint: Joint, choice: Choice, other: Choice) -> bool:
+    """Return whether `other` is as good as `choice` in what it keeps, takes and moves."""
+    mine, others = ((*_point(joint, each), joint.dag.bytes_of(each.offloaded)) for each in (choice, other))
+    return all(b <= a for a, b in zip(mine, others, strict=True))
 
 
 def _forms(joint: Joint, choice: Choice) -> Iterator[Choice]:

@@ -34,11 +34,11 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import menu_of, number_of
 from fxopt.remat.joint import Joint, read_joint
-from fxopt.remat.records import Decision, Plan
 from fxopt.remat.step import Around
-from fxopt.remat.table import summarize_plan
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
+from fxopt.report.plan import Decision, Plan
+from fxopt.report.plan_table import summarize_plan
 
 log = logging.getLogger("fxopt")
 
@@ -173,7 +173,7 @@ class StepPlanner:
     def _read(self, graph: fx.Graph, held: frozenset[int], *, last: bool = False) -> Joint:
         facts = self._look()
         fuses = facts.lowering == "inductor"
-        return read_joint(graph, held, facts.device, fuses=fuses, last=last, workspaces=facts.workspaces)
+        return read_joint(graph, held, facts.device, fuses=fuses, last=last, declared=facts.declared)
 
     def form_of(self, path: str) -> Any:
         """Return what tells the captured form of the block at `path` from others, None before it was seen."""
@@ -233,7 +233,8 @@ class StepPlanner:
         for place, (path, offered) in enumerate(zip(facts.paths, self._offered(goal), strict=True)):
             settled = None
             if self._given is not None:
-                settled = number_of(self._given, self._menus[self._form_of[path]], place, goal.tokens)
+                menu, is_known = self._menus[self._form_of[path]], path in self._seen
+                settled = number_of(self._given, menu, place, goal.tokens, is_known=is_known)
             elif before is not None and path in self._seen and path != current:
                 settled = before.numbers[place]
             menus.append(offered if settled is None else (offered[settled],))
@@ -268,7 +269,7 @@ class StepPlanner:
         scale = goal.tokens / (self._tail_tokens or goal.tokens)
         tail = tuple(scale_decision(decision, scale) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
-        return Around(facts.static_bytes, tail, facts.gradient_bytes, facts.update_bytes, usable)
+        return Around(facts.static_bytes, tail, facts.gradient_bytes, usable)
 
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from fxopt.remat.records import Decision, Instant
+from fxopt.report.plan import Decision, Instant
 
 
 @dataclasses.dataclass(frozen=True)
 class Around:
     """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
 
-    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters; `update_bytes`
-    is what the optimizer's step needs for itself. `host_bytes` is how much may wait on the host.
+    `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters.
+    `host_bytes` is how much may wait on the host.
     """
 
     static_bytes: int
     tail: tuple[Decision, ...] = ()
     gradient_bytes: int = 0
-    update_bytes: int = 0
     host_bytes: int = 0
 
 
@@ -28,24 +27,26 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
 
     What a block offloads leaves while the next one runs, and comes back while that one runs backward.
     """
-    base = around.static_bytes
     instants: list[Instant] = []
     all_regions = [
         *zip(paths, decisions, strict=True),
-        *((f"after the blocks {i}", d) for i, d in enumerate(around.tail)),
+        *((f"tail {i}" if len(around.tail) > 1 else "tail", d) for i, d in enumerate(around.tail)),
     ]
-    held = [base]
+    saved = [0]
     moving = [0, *(decision.offloaded_bytes for _, decision in all_regions)]
+
+    def note(name: str, *parts: int) -> None:
+        instants.append(Instant(name, around.static_bytes + sum(parts), *parts))
+
     for number, (name, decision) in enumerate(all_regions):
-        instants.append(Instant(f"forward of {name}", held[-1] + moving[number] + decision.forward_bytes))
-        held.append(held[-1] + decision.saved_bytes)
+        note(f"forward of {name}", saved[-1], moving[number], 0, decision.forward_bytes)
+        saved.append(saved[-1] + decision.saved_bytes)
     gradients = 0
     for number in reversed(range(len(all_regions))):
         name, decision = all_regions[number]
-        lives = held[number] + moving[number] + gradients
-        instants.append(Instant(f"backward of {name}", lives + decision.backward_bytes))
+        note(f"backward of {name}", saved[number], moving[number], gradients, decision.backward_bytes)
         gradients += decision.gradient_bytes
-    instants.append(Instant("optimizer", base + around.gradient_bytes + around.update_bytes))
+    note("optimizer", 0, 0, around.gradient_bytes, 0)
     return tuple(instants)
 
 
@@ -53,7 +54,7 @@ def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     """Return the most bytes of `simulate_step`, without naming its instants."""
     regions = (*decisions, *around.tail)
     held = around.static_bytes
-    most = held + around.gradient_bytes + around.update_bytes
+    most = held + around.gradient_bytes
     before: list[int] = []
     moving = 0
     for decision in regions:

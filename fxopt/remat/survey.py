@@ -9,8 +9,8 @@ from torch import fx
 from fxopt.remat.budget import Budget
 from fxopt.remat.figures import Goal
 from fxopt.remat.planner import StepPlanner
-from fxopt.remat.records import Plan
 from fxopt.remat.tokens import Call
+from fxopt.report.plan import Plan
 
 
 class Survey(StepPlanner):

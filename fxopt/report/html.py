@@ -16,6 +16,8 @@ import jinja2
 
 from fxopt.report.alignment import align
 from fxopt.report.figures import distinct_graphs, layer_figures
+from fxopt.report.memory import readable_budget
+from fxopt.report.memory_chart import chart_of
 from fxopt.report.records import GraphRecord, NodeRecord, Report
 from fxopt.report.units import format_bytes
 
@@ -35,7 +37,10 @@ def render_html(report: Report) -> str:
         report=report,
         headline=_headline(report),
         format_bytes=format_bytes,
+        readable_budget=readable_budget,
+        relative=_relative,
         figures=layer_figures(report),
+        charts=[chart for plan in report.plans if (chart := chart_of(plan)) is not None],
         graphs=graphs,
         patterns=patterns,
         colours={name: place % NUM_COLOURS for place, name in enumerate(patterns)},
@@ -45,6 +50,17 @@ def render_html(report: Report) -> str:
         script=_asset("report.js"),
         dagre=_asset("dagre.min.js"),
     )
+
+
+def _relative(before: float, after: float) -> str:
+    """Return the change as per cent, with as many digits as tell it from nothing left.
+
+    >>> _relative(74, 17), _relative(1000, 1), _relative(10, 10)
+    ('−77 %', '−99.9 %', '0 %')
+    """
+    change = 100 * (after / before - 1)
+    text = f"{abs(change):.1f}" if 99 < abs(change) < 100 else f"{abs(change):.0f}"
+    return f"{'' if text == '0' else '−' if change < 0 else '+'}{text} %"
 
 
 def _headline(report: Report) -> dict[str, int]:

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from fxopt.report.plan import Plan
+
 SCHEMA = 1
 """The version of the JSON form; raised where a field goes or changes its meaning, not where one comes."""
 
@@ -186,7 +188,7 @@ class Report:
     notes: tuple[str, ...] = ()
     lowering: str = ""
     patterns: tuple[str, ...] = ()
-    plans: tuple[Any, ...] = ()
+    plans: tuple[Plan, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole report as JSON text, of the form that `docs/report.md` describes."""

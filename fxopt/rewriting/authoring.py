@@ -7,10 +7,9 @@ are free, and numbers that are arguments may be any.
 
 from __future__ import annotations
 
-import inspect
+import keyword
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,21 @@ from fxopt.errors import FxoptError
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.verify import note_placeholders
 from fxopt.rewriting.functions import bind_numbers, capture
+from fxopt.rewriting.given import (
+    Arguments,
+    NearMiss,
+    check_arguments,
+    check_cases,
+    check_near_miss,
+    check_results,
+    function_place,
+)
 from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
-from fxopt.rewriting.trees import Operation, Term, items_of
+from fxopt.rewriting.trees import Operation, Term
 
 FIRST_MARK, STEP = 0.7390851332151607, 0.0137
 """What stands for a number while the function is captured: nobody writes these."""
-
-Arguments = Sequence[Any]
-NearMiss = tuple[Callable[..., Any], Arguments, str]
 
 
 def pattern(
@@ -64,20 +69,23 @@ def pattern(
     >>> print(pattern(growth, torch.expm1, [(torch.randn(4),)]))
     growth: sub(exp(x), 1)
     """
+    for what, function in (("search", search), ("replacement", replacement)):
+        if not callable(function):
+            raise FxoptError(
+                f"pattern: expected a function as {what}, got {type(function).__name__}\n"
+                "give fxopt.pattern(search, replacement, examples=[(x, ...)])"
+            )
     name = name or getattr(search, "__name__", "")
-    cases = [tuple(case) for case in examples]
-    subject = f"{name}: {_place(search)}"
-    if not name.isidentifier():
+    subject = f"{name}: {function_place(search)}"
+    if not name.isidentifier() or keyword.iskeyword(name):
         raise FxoptError(
             f"{name or 'pattern'}: expected a name that is an identifier, got {name!r}\ngive name='my_pattern'"
         )
-    if not cases:
-        raise FxoptError(
-            f"{subject}: no examples, expected at least one tuple of arguments\ngive examples=[(x, ...)]"
-        )
-    names = _parameters(search, cases, subject)
+    cases = check_cases(examples, subject)
+    near = [check_near_miss(item, subject) for item in near_misses]
+    names = check_arguments(search, cases, subject)
     for case in cases:
-        _compare(search, replacement, case, name)
+        check_results(search, replacement, case, name)
     first = cases[0]
     gm, order = _capture(search, first, subject)
     terms = GraphTerms(gm, [names[place] for place in order], _marks(first, names), subject).terms()
@@ -100,8 +108,6 @@ def pattern(
             return result
         return tuple(call(operator.getitem, result, place) for place in range(outputs))
 
-    near = [(function, tuple(inputs), reason) for function, inputs, reason in near_misses]
-
     def yield_examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         for place, case in enumerate(cases):
             yield f"example {place}", bind_numbers(search, case, device)
@@ -117,7 +123,7 @@ def pattern(
         replace=replace,
         examples=yield_examples,
         near_misses=yield_near_misses,
-        source=_place(search),
+        source=function_place(search),
         **optional,
     )
 
@@ -165,49 +171,6 @@ def _names_in(term: Term) -> set[str]:
     }
 
 
-def _parameters(search: Callable[..., Any], cases: Sequence[Arguments], subject: str) -> list[str]:
-    """Return the names of the arguments of `search`; every example must give as many."""
-    names = list(inspect.signature(search).parameters)
-    for place, case in enumerate(cases):
-        if len(case) != len(names):
-            raise FxoptError(
-                f"{subject}: example {place} gives {len(case)} arguments, expected {len(names)} ({', '.join(names)})\n"
-                "give a value for each argument, defaults too"
-            )
-    return names
-
-
-def _compare(search: Callable[..., Any], replacement: Callable[..., Any], case: Arguments, name: str) -> None:
-    """Raise unless `replacement` returns what `search` does, in number, shape and dtype."""
-    results: list[tuple[Any, ...]] = []
-    for function in (search, replacement):
-        try:
-            with torch.no_grad():
-                found: Any = function(*case)
-        except Exception as error:
-            text = next(iter(str(error).splitlines()), "")
-            raise FxoptError(
-                f"{name}: {_place(function)} raised {type(error).__name__} on an example: {text}\n"
-                "both functions take the same arguments; give examples that they accept"
-            ) from error
-        results.append(items_of(found))
-    expected, got = (
-        [
-            f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
-            if isinstance(v, torch.Tensor)
-            else repr(v)
-            for v in r
-        ]
-        for r in results
-    )
-    if expected != got:
-        raise FxoptError(
-            f"{name}: {_place(replacement)} returns other values than {_place(search)}, "
-            f"expected {', '.join(expected)}, got {', '.join(got)}\n"
-            "return tensors of the same number, shapes and dtypes"
-        )
-
-
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return `function`, under `name` where it has none that a graph can call it by."""
     if getattr(function, "__name__", "").isidentifier():
@@ -218,10 +181,3 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     run.__name__ = run.__qualname__ = name
     return run
-
-
-def _place(function: Callable[..., Any]) -> str:
-    """Return "name (file:line)" of a function, its name alone where it has no source."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    name = getattr(function, "__name__", type(function).__name__)
-    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name

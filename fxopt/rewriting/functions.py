@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ def bind_numbers(function: Callable[..., Any], case: Sequence[Any], device: torc
             values[place] = value
         return function(*values)
 
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) == len(case):
+        run.__dict__["__signature__"] = inspect.Signature([parameters[place] for place in places])
     return run, tensors
 
 
@@ -62,5 +66,20 @@ def capture(
     try:
         compiled(*inputs)
     except _Captured as reached:
-        return graphs[-1], reached.args[0]
+        values = reached.args[0]
+        _name_inputs(graphs[-1], function, {id(value): place for place, value in enumerate(inputs)}, values)
+        return graphs[-1], values
     raise RuntimeError("it computes nothing from its tensors")
+
+
+def _name_inputs(
+    gm: fx.GraphModule, function: Callable[..., Any], place_of: dict[int, int], values: Sequence[Any]
+) -> None:
+    """Call the placeholders as `function` calls its arguments, where that name is free."""
+    names = list(inspect.signature(function).parameters)
+    taken = {node.name for node in gm.graph.nodes}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=True):
+        place = place_of.get(id(value), len(names))
+        if place < len(names) and names[place] not in taken:
+            node.name = names[place]
+    gm.recompile()

@@ -143,6 +143,19 @@ def _undisturbed(device: torch.device) -> Generator[None]:
             torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
 
 
+@contextlib.contextmanager
+def _without_chance(device: torch.device) -> Generator[None]:
+    """Run the body, which must draw no random numbers: two runs of what does cannot be compared."""
+    before = _random_state(device)
+    yield
+    if not torch.equal(_random_state(device), before):
+        raise RuntimeError("the stock code draws random numbers, expected what computes the same each time")
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 def _fingerprints(inputs: dict[fx.Node, Any]) -> dict[str, Any]:
     tensors = ((node.name, value) for node, value in inputs.items() if isinstance(value, torch.Tensor))
     return {
@@ -171,14 +184,17 @@ def _compare(
     oracle_dtype = torch.float64 if _largest_float(inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
     gradients = _draw_gradients(match, sizes, inputs, autocast)
     exact = as_dtype(inputs, oracle_dtype)
-    oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
+    with _without_chance(_device_of(match)):
+        oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
     del exact
     before = _fingerprints(inputs)
     with uncached_autocast(autocast):
         by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
         by_new = run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
-    comparisons = [_compare_value(name, by_new[name], by_stock[name], oracle[name], floor) for name in oracle]
+    comparisons = [
+        _compare_value(name, by_new.get(name), by_stock[name], oracle[name], floor) for name in oracle
+    ]
     del by_stock, by_new
     wide = as_dtype(inputs, torch.float32)
     by_stock = oracle
@@ -187,7 +203,7 @@ def _compare(
     by_new = run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
     _check_unchanged(inputs, before)
     comparisons += [
-        _compare_value(f"{name} in float32", by_new[name], by_stock[name], oracle[name], FLOAT32_ERROR)
+        _compare_value(f"{name} in float32", by_new.get(name), by_stock[name], oracle[name], FLOAT32_ERROR)
         for name in oracle
     ]
     shapes = tuple(
@@ -243,7 +259,8 @@ def _draw_gradients(match: Match, sizes: Sizes, inputs: Values, autocast: Autoca
     """
     sampler = Sampler(match, sizes, GRADIENT_SEED)
     with torch.no_grad(), uncached_autocast(autocast):
-        return [sampler.like(output) for output in stock_run(match, sizes, None)(inputs)]
+        outputs = stock_run(match, sizes, None)(inputs)
+        return [sampler.like(out) if out.is_floating_point() or out.is_complex() else out for out in outputs]
 
 
 def _largest_float(inputs: Mapping[fx.Node, Any]) -> int:
@@ -255,12 +272,16 @@ def _coarsest_eps(match: Match) -> float:
     """Return the epsilon of the narrowest float dtype in the matched arithmetic."""
     values = (node.meta.get("example_value") for node in (*match.inputs, *match.nodes))
     tensors = (value for value in values if isinstance(value, torch.Tensor))
-    return max(torch.finfo(value.dtype).eps for value in tensors if value.is_floating_point())
+    return max((torch.finfo(value.dtype).eps for value in tensors if value.is_floating_point()), default=0.0)
 
 
 def _compare_value(
-    name: str, new: torch.Tensor, stock: torch.Tensor, oracle: torch.Tensor, floor: float
+    name: str, new: torch.Tensor | None, stock: torch.Tensor, oracle: torch.Tensor, floor: float
 ) -> Comparison:
+    if new is None:
+        return Comparison(
+            f"{name} (none: nothing the replacement returns depends on it)", math.inf, 0.0, floor
+        )
     if new.shape != oracle.shape:
         return Comparison(f"{name} (shape {list(new.shape)}, not {list(oracle.shape)})", math.inf, 0.0, floor)
     if new.dtype != stock.dtype:
@@ -270,6 +291,8 @@ def _compare_value(
 
 
 def _relative_error(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    if not (oracle.is_floating_point() or oracle.is_complex()):
+        return 0.0 if torch.equal(value, oracle) else math.inf
     norm = oracle.pow(2).sum().sqrt().item()
     distance = (value.to(oracle.dtype) - oracle).pow(2).sum().sqrt().item()
     return distance / norm if norm else distance

@@ -230,7 +230,13 @@ def find_match(
 
 
 def _judge_by_author(match: Match) -> Mismatch | None:
-    refusal = match.pattern.check(match)
+    """Return what the pattern's own check says, a check that cannot say it being a "no" too."""
+    try:
+        refusal: Any = match.pattern.check(match)
+    except Exception as error:
+        return match.fail(f"its check raised {type(error).__name__}: {error}")
+    if refusal is not None and not isinstance(refusal, Mismatch):
+        return match.fail(f"its check returned {refusal!r}, expected None or match.fail(reason, name)")
     # A mismatch is falsy: only None says that the pattern holds.
     return check_cost(match) if refusal is None else refusal
 

@@ -71,8 +71,11 @@ def propose_sizes(match: Match) -> Iterator[Sizes]:
             folded.setdefault(b - shift, shrunk)
             for a in leading:
                 folded.setdefault(a * (b - shift), numbers[a] * shrunk)
+    firsts = [node.meta["example_value"].shape[0] for node in match.inputs if is_stack_of_matrices(node)]
+    stacked = {size for size in firsts if isinstance(size, int)}
     for size in _leading_sizes(match, floats=False):
-        tokens = max((b for b in numbers if size % b == 0), default=None)  # several things per token
+        divisors = [b for b in numbers if size % b == 0 and b not in stacked]
+        tokens = max(divisors, default=None)  # several things per token
         repeated = min(size, FEW_TOKENS) if tokens is None else numbers[tokens] * (size // tokens)
         folded.setdefault(size, repeated)
     yield Sizes({**folded, 1: 1}, small_symbols)

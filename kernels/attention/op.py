@@ -10,7 +10,7 @@ from fxopt.kernels.attention.call import Call, with_call
 from fxopt.kernels.attention.choice import fused_backward, fused_forward
 from fxopt.kernels.attention.masks import find_intervals
 from fxopt.kernels.attention.reference import plain_backward, plain_forward
-from fxopt.kernels.launch import register_gradient, register_op, wide_dtype
+from fxopt.kernels.launch import Declared, register_gradient, register_op, wide_dtype
 
 
 def _new_heads_last(x: Tensor, width: Any = None) -> Tensor:
@@ -51,6 +51,8 @@ def _backward_workspace(call: Call, out: Tensor, lse: Tensor, *_: Any) -> int:
     return 4 * (call.q.numel() + lse.numel())
 
 
+FORWARD_SHARE, BACKWARD_SHARE = 0.57, 0.45
+"""Of an H100's 989 TFLOP/s: 2 x 4096 tokens, causal, with 28 heads of 128 take 0.422 and 1.334 ms."""
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? intervals, Tensor? reads, Tensor? sinks,"
     " bool causal, float scale, float softcap, bool safe"
@@ -61,6 +63,7 @@ _forward_op = register_op(
     fused=with_call(fused_forward),
     fake=with_call(_fake_forward),
     flops=with_call(_forward_flops),
+    declared=Declared(share=FORWARD_SHARE),
 )
 _backward_op = register_op(
     f"attention_backward({INPUTS}, Tensor out, Tensor lse, Tensor dout, bool[] needs)"
@@ -69,7 +72,7 @@ _backward_op = register_op(
     fused=with_call(fused_backward),
     fake=with_call(_fake_backward),
     flops=with_call(_backward_flops),
-    workspace=with_call(_backward_workspace),
+    declared=Declared(workspace=with_call(_backward_workspace), share=BACKWARD_SHARE),
 )
 
 

@@ -24,7 +24,7 @@ from fxopt.kernels.experts.reference import (
     plain_up_backward,
 )
 from fxopt.kernels.glu import LAYOUTS, Form
-from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op
 
 ORDER_TENSORS = 3
 
@@ -142,7 +142,7 @@ up_op = register_op(
     fused=_without_autocast(_fused_up),
     fake=_new_up,
     flops=_up_flops,
-    workspace=_up_workspace,
+    declared=Declared(workspace=_up_workspace),
 )
 up_backward_op = register_op(
     f"experts_up_backward(Tensor da, Tensor x, Tensor w, {_ORDER}, bool need_x, bool need_w, bool need_bias)"
@@ -151,7 +151,7 @@ up_backward_op = register_op(
     fused=_without_autocast(_fused_up_backward),
     fake=_new_up_gradients,
     flops=_up_backward_flops,
-    workspace=_up_backward_workspace,
+    declared=Declared(workspace=_up_backward_workspace),
 )
 down_op = register_op(
     f"experts_down(Tensor a, Tensor w, Tensor? bias, Tensor weights, {_ORDER}, {_ATTRIBUTES}, "
@@ -160,7 +160,7 @@ down_op = register_op(
     fused=_without_autocast(_fused_down),
     fake=_new_down,
     flops=_down_flops,
-    workspace=_down_workspace,
+    declared=Declared(workspace=_down_workspace),
 )
 down_backward_op = register_op(
     f"experts_down_backward(Tensor dy, Tensor a, Tensor w, Tensor? bias, Tensor weights, {_ORDER}, {_ATTRIBUTES}, "
@@ -169,7 +169,7 @@ down_backward_op = register_op(
     fused=_without_autocast(_fused_down_backward),
     fake=_new_down_gradients,
     flops=_down_backward_flops,
-    workspace=_down_backward_workspace,
+    declared=Declared(workspace=_down_backward_workspace),
 )
 
 

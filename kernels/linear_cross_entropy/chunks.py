@@ -3,9 +3,9 @@
 Method: rows go through in chunks whose logits take at most `chunk_bytes`. Per chunk: one GEMM for the logits, one
 kernel that writes the row losses and turns the logits in place into their gradient, then the GEMMs for the gradients of
 h and W, accumulated. Gradients are so computed in forward, for the inputs that require them; backward only scales them.
-Ignored rows are left out before the first GEMM (unless `z_rows="all"` counts them). Their number is read by the host,
-which waits for the device once; while a CUDA graph is captured they are computed instead, with gradient 0. Nothing
-else waits.
+Ignored rows are left out (unless `z_rows="all"` counts them), but for those that fill up the first chunk, as zeros. The
+host reads their number once, after it has launched that chunk; while a CUDA graph is captured all are computed, with
+gradient 0. Nothing else waits. A head that is frozen has a shorter first chunk: with dW each chunk reads and writes it.
 
 Memory beside the gradients: the logits of one chunk, its rows of h and of dh, one loss per row. A row of logits is
 padded to a multiple of ROW_ALIGNMENT columns: with 32,001 classes the GEMMs would otherwise find rows at odd
@@ -19,6 +19,7 @@ dW is summed over chunks in the dtype of W up to MOST_ROUNDED_SUMS chunks; beyon
 dW in bf16 over eager's own: 1.4 times at 4 rounded sums, 1.85 at 8, 2.45 at 16; 1.0 with sums in fp32.)
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,12 +28,14 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import ceil_div, wide_dtype
+from fxopt.kernels.linear_cross_entropy.labelled import Labelled, find_chunks
 from fxopt.kernels.row_loss import Shaping, find_divisor, find_z_weight
 
 CHUNK_BYTES = 512 * 2**20
 ROW_MULTIPLE = 128  # GEMM tiles are full in chunks of whole multiples
 ROW_ALIGNMENT = 16
 MOST_ROUNDED_SUMS = 6
+FIRST_ROWS = 1024
 
 
 class Outputs(NamedTuple):
@@ -90,28 +93,31 @@ def run_chunks(
         row_divisor = divisor
     z_weight = find_z_weight(divisor, labels.shape[0], shaping)
 
-    kept = None if shaping.reads_ignored_rows else find_labelled_rows(labels, ignore_index)
-    num_rows = labels.shape[0] if kept is None else kept.shape[0]
+    labelled = None if shaping.reads_ignored_rows else find_labelled(labels, ignore_index)
+    num_rows = labelled.num_rows if labelled and labelled.is_counted else labels.shape[0]
     width = ceil_div(vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    rows = plan_chunk_rows(num_rows, width * h.element_size(), chunk_bytes)
+    row_bytes = width * h.element_size()
+    rows = plan_chunk_rows(num_rows, row_bytes, chunk_bytes)
     with_gradient = need_h or need_weight or need_bias
     sum_wide = divide_later or num_rows > rows * MOST_ROUNDED_SUMS
 
-    dh = None
-    if need_h:
-        dh = h.new_empty(h.shape) if kept is None else h.new_zeros(h.shape)
+    is_all = labelled is None or (labelled.is_counted and num_rows == labels.shape[0])
+    make = h.new_empty if is_all else h.new_zeros
+    dh = make(h.shape) if need_h else None
     sum_dtype = wide if sum_wide else weight.dtype
     dweight = weight.new_empty(weight.shape, dtype=sum_dtype) if need_weight else None
     dbias = weight.new_zeros(vocabulary, dtype=wide) if need_bias else None
     if dweight is not None and num_rows == 0:
         dweight.zero_()
-    losses = h.new_empty(num_rows, dtype=wide)
+    losses = make(num_rows, dtype=wide)
     buffer = h.new_empty((min(rows, num_rows), width))[:, :vocabulary]
 
-    for start in range(0, num_rows, rows):
-        end = min(start + rows, num_rows)
-        part = slice(start, end) if kept is None else kept[start:end]
-        h_part, logits = h[part], buffer[: end - start]
+    first = rows if need_weight else min(rows, FIRST_ROWS)
+    plan = functools.partial(plan_chunk_rows, row_bytes=row_bytes, chunk_bytes=max(1, rows) * row_bytes)
+    for places, part, blank in find_chunks(labelled, num_rows, first, plan):
+        h_part, logits = h[part], buffer[: places.stop - places.start]
+        if blank is not None:
+            h_part.masked_fill_(blank.unsqueeze(1), 0)
         if bias is None:
             torch.mm(h_part, weight.t(), out=logits)
         else:
@@ -119,7 +125,7 @@ def run_chunks(
         run_rows(
             logits,
             labels[part],
-            losses[start:end],
+            losses[places],
             row_divisor,
             z_weight,
             ignore_index,
@@ -132,7 +138,7 @@ def run_chunks(
             else:
                 dh.index_copy_(0, part, torch.mm(logits, weight))
         if dweight is not None:
-            _add_product(dweight, logits.t(), h_part, first=start == 0)
+            _add_product(dweight, logits.t(), h_part, first=places.start == 0)
         if dbias is not None:
             dbias += logits.sum(0, dtype=wide)
     if dweight is not None and not divide_later:
@@ -140,12 +146,11 @@ def run_chunks(
     return Outputs(losses.sum() / divisor, later_divisor, dh, dweight, dbias)
 
 
-def find_labelled_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Return the indices of the rows to compute, or None for all of them."""
+def find_labelled(labels: Tensor, ignore_index: int) -> Labelled | None:
+    """Return the rows to compute, or None for all of them."""
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    return None if kept.shape[0] == labels.shape[0] else kept
+    return Labelled(labels, ignore_index)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

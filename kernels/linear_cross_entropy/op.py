@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
+from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, plan_chunk_rows, run_chunks
 from fxopt.kernels.linear_cross_entropy.kernels import launch_backward, launch_forward
 from fxopt.kernels.row_loss import (
@@ -148,6 +148,11 @@ def _workspace(h: Tensor, weight: Tensor, *arguments: Any) -> int:
     return rows * (row_bytes + 2 * h.shape[-1] * h.element_size())
 
 
+def _moved(h: Tensor, weight: Tensor, *arguments: Any) -> int:
+    """Return the bytes of the logits, read twice and turned into their gradient."""
+    return 3 * h.shape[0] * weight.shape[0] * h.element_size()
+
+
 _forward_op = register_op(
     "linear_cross_entropy(Tensor h, Tensor weight, Tensor labels, Tensor? bias, Tensor? denominator, "
     f"int ignore_index, bool mean, {SHAPING_SCHEMA}, "
@@ -157,7 +162,7 @@ _forward_op = register_op(
     fused=_fused_forward,
     fake=_fake_forward,
     flops=_flops,
-    workspace=_workspace,
+    declared=Declared(workspace=_workspace, moved=_moved),
 )
 _backward_op = register_op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor divisor, Tensor? dh, Tensor? dweight, Tensor? dbias, "

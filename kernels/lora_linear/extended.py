@@ -67,8 +67,11 @@ def moves_less(copied: int, added: int) -> bool:
 
 
 def is_extensible(x: Tensor) -> bool:
-    """Return whether longer rows would be as aligned as these: on a GPU, whose memory is what bounds such sums."""
-    return x.is_cuda and x.shape[1] % ALIGNED == 0
+    """Return whether longer rows would be as aligned as these: on a GPU, whose memory is what bounds such sums.
+
+    Without a device, on meta, it is a GPU that is planned for.
+    """
+    return x.device.type != "cpu" and x.shape[1] % ALIGNED == 0
 
 
 def extended_forward(

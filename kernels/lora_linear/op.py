@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.launch import register_gradient, register_op
+from fxopt.kernels.launch import Declared, register_gradient, register_op
 from fxopt.kernels.lora_linear.backward import run_backward
+from fxopt.kernels.lora_linear.costs import (
+    backward_flops,
+    backward_moved,
+    backward_workspace,
+    forward_flops,
+    forward_moved,
+    forward_workspace,
+)
 from fxopt.kernels.lora_linear.form import CODE_TENSORS, Form, split_lists
 from fxopt.kernels.lora_linear.forward import run_forward
 
@@ -41,34 +49,6 @@ def _fake_backward(
     ]
 
 
-def _forward_flops(
-    xs: list[Tensor], weights: Any, biases: Any, a: list[Tensor], b: list[Tensor], *arguments: Any
-) -> int:
-    """Count the products with the weights and with both factors of each adapter."""
-    widths = arguments[2]
-    rows = xs[0].numel() // xs[0].shape[-1]
-    return 2 * rows * (xs[0].shape[-1] * sum(widths) + sum(factor.numel() for factor in (*a, *b)))
-
-
-def _backward_flops(
-    dys: Any, xs: list[Tensor], weights: Any, biases: Any, a: list[Tensor], b: list[Tensor], *arguments: Any
-) -> int:
-    """Count one product per weight, and per factor one for its own gradient and one for its input's; x A^T again."""
-    return _forward_flops(xs, weights, biases, [*a, *a, *a], [*b, *b], *arguments)
-
-
-def _workspace(xs: list[Tensor], weights: Any, biases: Any, a: Any, b: Any, *arguments: Any) -> int:
-    """Return the bytes of the largest weight that is decoded within the op."""
-    _, codings, widths = arguments[:3]
-    decoded = [width for coding, width in zip(codings, widths, strict=True) if coding]
-    return xs[0].shape[-1] * max(decoded, default=0) * xs[0].element_size()
-
-
-def _backward_workspace(dys: Any, *arguments: Any) -> int:
-    """Return what forward holds for itself."""
-    return _workspace(*arguments)
-
-
 _TENSORS = (
     "Tensor[] xs, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, "
     "Tensor?[] codes, str[] codings, int[] widths"
@@ -79,16 +59,16 @@ _forward_op = register_op(
     plain=run_forward,
     fused=run_forward,
     fake=_fake_forward,
-    flops=_forward_flops,
-    workspace=_workspace,
+    flops=forward_flops,
+    declared=Declared(workspace=forward_workspace, moved=forward_moved),
 )
 _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",
     plain=run_backward,
     fused=run_backward,
     fake=_fake_backward,
-    flops=_backward_flops,
-    workspace=_backward_workspace,
+    flops=backward_flops,
+    declared=Declared(workspace=backward_workspace, moved=backward_moved),
 )
 
 

@@ -17,6 +17,7 @@ from fxopt.kernels.linear_cross_entropy import (
     linear_cross_entropy_reference,
     op,
 )
+from fxopt.kernels.linear_cross_entropy.labelled import Labelled
 from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,6 +140,30 @@ def test_chunks(
     inputs, labels = make(20, 48, 200, dtype, device, ignored=ignored)
     chunk_bytes = rows_per_chunk * 200 * inputs[0].element_size()  # type: ignore[union-attr]
     compare(inputs, labels, {}, check, gradients, chunk_bytes)
+
+
+@pytest.mark.parametrize("first_rows", [2, 100])
+@pytest.mark.parametrize("ignored", [0, 5, 18, 20])
+def test_rows_counted_after_the_first_chunk(
+    ignored: int, first_rows: int, device: str, check: Any, gradients: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the host must not wait for their number; NaN in rows without a label changes nothing."""
+    monkeypatch.setattr(Labelled, "is_counted", False)
+    monkeypatch.setattr(chunks, "FIRST_ROWS", first_rows)
+    inputs, labels = make(20, 48, 200, torch.float32, device, ignored=ignored)
+    with torch.no_grad():
+        inputs[0][labels == -100] = float("nan")  # type: ignore[index]
+    one, chunk_bytes = torch.ones((), device=device), 7 * 208 * 4
+    for frozen in (False, True):
+        inputs[1].requires_grad_(not frozen)  # type: ignore[union-attr]
+        loss, found = run_kernel(inputs, labels, one, chunk_bytes=chunk_bytes, reduction="sum")
+        with monkeypatch.context() as patch:
+            patch.setattr(Labelled, "is_counted", True)
+            counted_loss, counted = run_kernel(inputs, labels, one, chunk_bytes=chunk_bytes, reduction="sum")
+        torch.testing.assert_close(loss, counted_loss)
+        assert (found[1] is None) == frozen
+        for one_found, other in zip(found, counted, strict=True):
+            torch.testing.assert_close(one_found, other)
 
 
 @pytest.mark.parametrize("num_chunks", [2, chunks.MOST_ROUNDED_SUMS, chunks.MOST_ROUNDED_SUMS + 1])
@@ -318,7 +343,7 @@ def test_rows_ignored_inside_the_kernel(device: str, monkeypatch: pytest.MonkeyP
     inputs, labels = make(9, 48, 100, torch.float32, device)
     one = torch.ones((), device=device)
     loss, found = run_kernel(inputs, labels, one)
-    monkeypatch.setattr(chunks, "find_labelled_rows", lambda *_: None)
+    monkeypatch.setattr(chunks, "find_labelled", lambda *_: None)
     whole_loss, whole_found = run_kernel(inputs, labels, one)
     torch.testing.assert_close(whole_loss, loss)
     for whole, part in zip(whole_found, found, strict=True):

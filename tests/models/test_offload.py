@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fxopt
 from fxopt.capture.installation import find_installation
@@ -95,6 +96,30 @@ def test_no_bit_changes_and_what_is_on_the_host_and_the_device_is_as_predicted(a
     del loss
     gc.collect()
     assert used_bytes(model) == 0
+
+
+def test_nothing_holds_what_has_left(tools):
+    """The input of a block is the result of the one before: once it has left, its memory is given up."""
+    model, batch = make(tools, adapted=True), batch_of(tools)
+    fxopt.optimize(model, memory_budget="min", max_host_memory=HOST)
+    tools.run_step(model, batch)
+    plan = plan_of(model)
+    leaves = [any(r.op.startswith("input#") for r in plan.decisions[n].offloaded) for _, n in plan.layers]
+    assert any(leaves[1:])
+    (calls,) = find_installation(model)._calls.values()
+    run, made = calls.run, []
+
+    def watched(path, block, args, kwargs):
+        value = run(path, block, args, kwargs)
+        made.append(StorageWeakRef(value.untyped_storage()))
+        # the block that ran before has sent off its values by now: its input is the result of the one before that
+        assert all(made[number - 1].expired() for number in range(1, len(made) - 1) if leaves[number])
+        return value
+
+    calls.run = watched
+    loss = model(**batch).loss
+    assert [made[number - 1].expired() for number in range(1, len(leaves))] == leaves[1:]
+    loss.backward()
 
 
 def test_gradients_accumulate_and_graphs_may_live_side_by_side(tools):

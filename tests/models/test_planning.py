@@ -108,8 +108,14 @@ def test_what_follows_the_blocks_is_predicted_too(tools):
     assert saved.total == plan.residual_bytes
 
 
-def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(tools):
-    model, batch = make(tools, "gemma2"), batch_of(tools)
+@pytest.mark.parametrize(
+    ("arch", "adapted"), [("gemma2", False), pytest.param("llama", True, marks=pytest.mark.slow)]
+)
+def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(arch, adapted, tools):
+    model, batch = (
+        make(tools, arch, adapted),
+        batch_of(tools),
+    )  # with adapters the first block is another form
     plan = fxopt.plan(model, "min", batch)
     read = fxopt.Plan.from_json(plan.to_json())
     assert read == plan

@@ -101,3 +101,14 @@ def test_what_would_be_done_twice_is_not_run_again(tools, monkeypatch):
         model(**batch_of(tools))
     assert left == [1]
     assert "writes to a buffer" in error.value.__notes__[0]
+
+
+def test_buffers_of_modules_put_in_since_are_not_known(tools, monkeypatch):
+    model = make(tools, memory_budget=None)
+    model(**batch_of(tools)).loss.backward()
+    model.register_buffer("count", torch.zeros(()))
+    left = fail(model, 2, monkeypatch, lambda: model.count.add_(1))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        model(**batch_of(tools))
+    assert left == [1]
+    assert "put into the model since" in error.value.__notes__[0]

@@ -12,6 +12,17 @@
     const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = isDark ? "light" : "dark";
   });
+  // Comments of the code are dimmed and keywords coloured; texts are set, never parsed.
+  for (const block of document.querySelectorAll("pre.code")) {
+    const parts = block.textContent.split(/(#[^\n]*|\b(?:import|from|def|return|as|None|True|False)\b)/);
+    block.replaceChildren(...parts.map((text, place) => {
+      if (place % 2 === 0) return document.createTextNode(text);
+      const made = document.createElement("span");
+      made.className = text.startsWith("#") ? "com" : "key";
+      made.textContent = text;
+      return made;
+    }));
+  }
   if (!data.graphs.length) return;
 
   const state = { graph: data.graphs[0], folded: new Set(), drawn: new Map(), view: null, size: null, selected: null };
@@ -64,7 +75,7 @@
     return { boxes, boxOf };
   }
 
-  const shortType = (type) => (type.length > 30 ? type.slice(0, 29) + "…" : type);
+  const shortType = (type) => { const text = type.replaceAll(", ", ","); return text.length > 30 ? text.slice(0, 29) + "…" : text; };
   const shortTitle = (title) => (title.length > 34 ? "…" + title.slice(-33) : title);
 
   function labelOf(box, side) {
@@ -90,7 +101,7 @@
   function layOut() {
     const { boxes, boxOf } = boxesOf(state.graph);
     const graph = new dagre.graphlib.Graph();
-    graph.setGraph({ rankdir: "LR", nodesep: 8, edgesep: 6, ranksep: 22, marginx: 12, marginy: 12 });
+    graph.setGraph({ rankdir: "LR", nodesep: 8, edgesep: 6, ranksep: 16, marginx: 12, marginy: 12 });
     graph.setDefaultEdgeLabel(() => ({}));
     for (const box of boxes.values()) {
       box.label = Object.fromEntries(SIDES.map((side) => [side, labelOf(box, side)]));
@@ -126,12 +137,21 @@
         const edge = state.layout.edge(a, b);
         if (edge) el("path", { class: "edge", d: pathOf(edge.points), "data-from": a, "data-to": b }, lines);
       }
+      if (side === "after") for (const box of state.boxes.values()) if (!box.label.after) drawGhost(svg, box);
       for (const box of state.boxes.values()) drawBox(svg, box, side);
+      at(`count-${side}`).textContent = `${state.graph.cells.filter((cell) => cell[side]).length} nodes`;
     }
     drawOverview();
     drawChips();
     search();
     select(state.boxes.has(state.selected) ? state.selected : null, false);
+  }
+
+  // What went leaves its outline, in the colour of the pattern that took it.
+  function drawGhost(svg, box) {
+    const place = state.layout.node(box.id), pattern = box.cells.map((cell) => cell.pattern).filter(Boolean).pop();
+    el("rect", { class: `ghost ${pattern ? colour.get(pattern) || "" : ""}`, x: place.x - place.width / 2, y: place.y - HEIGHT / 2,
+      width: place.width, height: HEIGHT, rx: 5 }, svg);
   }
 
   function drawBox(svg, box, side) {
@@ -140,9 +160,10 @@
     const place = state.layout.node(box.id);
     const patterns = [...new Set(box.cells.map((cell) => cell.pattern).filter(Boolean))];
     const isChanged = patterns.length > 0;
+    const isNew = side === "after" && box.cells.some((cell) => cell.after && cell.pattern);
     const isGone = !isChanged && box.cells.every((cell) => !cell.after);
     const group = el("g", {
-      class: `node ${label.kind}${isChanged ? ` changed ${colour.get(patterns[patterns.length - 1]) || ""}` : ""}${isGone ? " gone" : ""}`,
+      class: `node ${label.kind}${isChanged ? ` changed ${colour.get(patterns[patterns.length - 1]) || ""}` : ""}${isNew ? " came" : ""}${isGone ? " gone" : ""}`,
       transform: `translate(${(place.x - place.width / 2).toFixed(1)},${(place.y - HEIGHT / 2).toFixed(1)})`,
       "data-box": box.id, role: "img", "aria-label": `${label.title} ${label.type}`,
     }, svg);
@@ -275,15 +296,18 @@
 
   const panelSize = () => { const panel = at("before").getBoundingClientRect(); return { width: panel.width || 600, height: panel.height || 400 }; };
 
+  // The start of the graph, as large as shows the first op that came, in the middle of what is seen.
   function startView() {
-    const panel = panelSize();
-    const scale = Math.min(0.8, Math.max(0.6, panel.height / state.size.height)), height = panel.height / scale;
-    const first = Math.min(...state.layout.nodes().map((id) => state.layout.node(id).x));
-    const starts = state.layout.nodes().map((id) => state.layout.node(id)).filter((place) => place.x < first + 400);
-    const middle = starts.reduce((sum, place) => sum + place.y, 0) / starts.length;
+    const panel = panelSize(), places = [...state.boxes.values()].map((box) => [box, state.layout.node(box.id)]);
+    const ends = places.filter(([box]) => box.cells.some((cell) => cell.after && cell.pattern)).map(([, place]) => place.x + place.width / 2);
+    const first = ends.length ? Math.min(...ends) + 16 : panel.width;
+    const scale = Math.min(0.75, Math.max(0.5, panel.width / first));
+    const width = panel.width / scale, height = panel.height / scale;
+    const seen = places.map(([, place]) => place).filter((place) => place.x < width).map((place) => place.y);
+    const middle = (Math.min(...seen) + Math.max(...seen)) / 2;
     const y = height >= state.size.height ? (state.size.height - height) / 2
       : Math.max(0, Math.min(state.size.height - height, middle - height / 2));
-    setView({ x: 0, y, width: panel.width / scale, height });
+    setView({ x: 0, y, width, height });
   }
 
   function fit() {

@@ -62,6 +62,29 @@ def test_a_near_miss_of_another_reason_is_told() -> None:
     assert "expected the reason 'the moon', got 'expected 1, got 2'" in failed.detail
 
 
+def broken(x: torch.Tensor) -> torch.Tensor:
+    return x.no_such_method()  # pyright: ignore
+
+
+def test_a_near_miss_that_cannot_be_captured_is_told() -> None:
+    mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(broken, X, "anything")])
+    (failed,) = failures(mine)
+    assert re.search(r"broken \(test_check.py:\d+\): cannot be captured, expected .*; mend", failed.detail)
+
+
+def test_spellings_that_canonicalization_keeps_apart_are_not_asked_for() -> None:
+    """What is returned is a view of the product: without it, memory that stock has apart would be shared."""
+
+    def top(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x * 2, -1)[..., :4]
+
+    mine = fxopt.pattern(top, lambda x: torch.softmax(x * 2, -1)[..., :4], [X])
+    findings = check_pattern(mine)
+    assert [str(finding) for finding in findings if not finding.holds] == []
+    (spelled,) = [finding.detail for finding in findings if finding.kind == "spellings"]
+    assert int(spelled.split()[0]) > 8
+
+
 def test_an_example_that_does_not_match_is_told() -> None:
     mine = dataclasses.replace(GOOD, examples=lambda device: [("other", (decay, X))])
     failed = failures(mine)[0]

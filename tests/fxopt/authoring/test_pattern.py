@@ -138,6 +138,8 @@ def closed_over(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(x) * X
 
 
+odd_pattern: Any = fxopt.pattern
+"""The same, for arguments of other types than it takes."""
 PLACE = r"\(test_pattern.py:\d+\)"
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (
@@ -189,6 +191,26 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
         lambda: fxopt.pattern(lambda x: x.exp(), torch.exp, [(X,)]),
         r"expected a name that is an identifier, got '<lambda>'\ngive name",
     ),
+    (lambda: fxopt.pattern(growth, growth, [(X,)], name="class"), r"an identifier, got 'class'\ngive name"),
+    (lambda: odd_pattern(3, growth, [(X,)]), r"expected a function as search, got int\ngive"),
+    (lambda: odd_pattern(growth, None, [(X,)]), r"expected a function as replacement, got NoneType\ngive"),
+    (
+        lambda: odd_pattern(growth, growth, [X]),
+        rf"growth {PLACE}: example 0 is a Tensor, expected a tuple of arguments\ngive examples",
+    ),
+    (lambda: odd_pattern(growth, growth, X), r"example 0 is a Tensor, expected a tuple of arguments\ngive"),
+    (
+        lambda: fxopt.pattern(lambda a: torch.full((2,), a), growth, [(1.0,)], name="filled"),
+        r"example 0 has no tensor, expected at least one among the arguments\na pattern",
+    ),
+    (
+        lambda: fxopt.pattern(lambda x: {"y": x.exp()}, lambda x: {"y": x.exp()}, [(X,)], name="named"),
+        rf"named: <lambda> {PLACE} returns dict, expected a tensor or a tuple of tensors\nreturn",
+    ),
+    (
+        lambda: odd_pattern(growth, growth, [(X,)], near_misses=[(growth, (X,))]),
+        r"expected a near miss as \(function, arguments, a part of the reason\), got .*\ngive near_misses",
+    ),
 ]
 
 
@@ -197,3 +219,53 @@ def test_mistakes_name_function_line_expected_got_and_cure(make: Callable[[], An
     with pytest.raises(FxoptError) as error:
         make()
     assert re.search(message, str(error.value)), str(error.value)
+
+
+def test_integers_and_masks_are_compared_exactly() -> None:
+    def buckets(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask, (x + 1).clamp(0, 5) * 2, x)
+
+    integers = torch.arange(12).reshape(3, 4)
+    cases = [(integers, integers > 4)]
+    right = fxopt.pattern(buckets, lambda x, mask: torch.where(mask, 2 * (x + 1).clamp(0, 5), x), cases)
+    wrong = fxopt.pattern(buckets, lambda x, mask: torch.where(mask, 2 * (x + 1).clamp(0, 6), x), cases)
+    assert [str(finding) for finding in check_pattern(right) if not finding.holds] == []
+    assert [finding.kind for finding in check_pattern(wrong) if not finding.holds] == ["example"]
+
+
+def test_what_no_gradient_flows_through_is_refused() -> None:
+    mine = fxopt.pattern(growth, lambda x: torch.expm1(x).detach(), [(X,)])
+    (failed,) = [finding for finding in check_pattern(mine) if not finding.holds]
+    assert "gradient of x (none: nothing the replacement returns depends on it)" in failed.detail
+
+
+def test_what_draws_random_numbers_is_refused() -> None:
+    """Two runs of it differ, so any replacement would be within twice stock's own error."""
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, 0.1, True) * 2
+
+    mine = fxopt.pattern(noisy, lambda x: torch.nn.functional.dropout(x, 0.1, True) * 2, [(X,)])
+    (failed,) = [finding for finding in check_pattern(mine) if not finding.holds]
+    assert "the stock code draws random numbers, expected what computes the same each time" in failed.detail
+
+
+def refuse_all(match: fxopt.Match) -> Any:
+    return False
+
+
+def break_down(match: fxopt.Match) -> Any:
+    raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (refuse_all, "its check returned False, expected None or match.fail(reason, name)"),
+        (break_down, "its check raised KeyError: 'no such thing'"),
+    ],
+)
+def test_a_check_that_says_neither_yes_nor_no_is_a_no(check: Callable[[Any], Any], reason: str) -> None:
+    mine = fxopt.pattern(growth, torch.expm1, [(X,)], check=check)
+    (failed,) = [finding for finding in check_pattern(mine) if not finding.holds]
+    assert reason in failed.detail

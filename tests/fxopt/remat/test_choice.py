@@ -16,8 +16,8 @@ from fxopt.remat.choice import (
     peak_of,
     time_of,
 )
-from fxopt.remat.records import Decision
 from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
+from fxopt.report.plan import Decision
 
 
 def decision(saved: int, recompute_ms: float, extra: int = 0, gradients: int = 0) -> Decision:
@@ -54,7 +54,7 @@ def menus(draw: st.DrawFn) -> tuple[Decision, ...]:
 
 
 PATHS = ("layers.0", "layers.1", "layers.2", "layers.3")
-AROUND = Around(50, (decision(7, 0.0, 4),), 12, 2)
+AROUND = Around(50, (decision(7, 0.0, 4),), 14)
 
 
 @settings(max_examples=200, deadline=None)
@@ -105,7 +105,7 @@ def test_the_last_block_is_spared_where_its_own_recomputation_would_live_at_that
 
 def test_a_step_is_simulated_instant_by_instant():
     blocks = (decision(10, 0.0, 2, 3), decision(20, 0.0, 2, 3))
-    instants = simulate_step(("a", "b"), blocks, Around(100, (), 6, 200))
+    instants = simulate_step(("a", "b"), blocks, Around(100, (), 206))
     assert [(instant.name, instant.bytes) for instant in instants] == [
         ("forward of a", 115),
         ("forward of b", 100 + 10 + 25),
@@ -118,14 +118,14 @@ def test_a_step_is_simulated_instant_by_instant():
 
 @settings(max_examples=100, deadline=None)
 @given(menus(), st.integers(0, 500))
-def test_the_peak_is_that_of_the_simulated_step(menu, update):
-    around = Around(50, (decision(7, 0.0, 4),), 12, update)
+def test_the_peak_is_that_of_the_simulated_step(menu, gradients):
+    around = Around(50, (decision(7, 0.0, 4),), gradients)
     assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
 
 
 def test_what_moves_lives_beside_the_neighbouring_block():
     away = offloading(decision(10, 0.0, 2, 3), 8, 0.0)
-    instants = simulate_step(("a", "b"), (away, decision(20, 0.0, 2, 3)), Around(100, (), 6, 0))
+    instants = simulate_step(("a", "b"), (away, decision(20, 0.0, 2, 3)), Around(100, (), 6))
     assert [(instant.name, instant.bytes) for instant in instants[:4]] == [
         ("forward of a", 115),
         ("forward of b", 100 + 2 + 8 + 25),
@@ -136,8 +136,8 @@ def test_what_moves_lives_beside_the_neighbouring_block():
 
 @settings(max_examples=100, deadline=None)
 @given(menus_with_host(), st.integers(0, 500))
-def test_the_peak_with_values_on_the_host_is_that_of_the_simulated_step(menu, update):
-    around = Around(50, (decision(7, 0.0, 4),), 12, update)
+def test_the_peak_with_values_on_the_host_is_that_of_the_simulated_step(menu, gradients):
+    around = Around(50, (decision(7, 0.0, 4),), gradients)
     assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +41,14 @@ def four_bit_with_adapters() -> nn.Module:
 
 @functools.cache
 def explained(name: str) -> Report:
-    if name == "qlora":
-        return fxopt.explain(four_bit_with_adapters())
-    model = build_meta_model(tiny_config(name))
-    # Torch 2.11 has no grouped product of float32 on the meta device: there mixtures run in bfloat16 alone.
-    return fxopt.explain(model.to(torch.bfloat16) if "moe" in name else model)
+    model = four_bit_with_adapters() if name == "qlora" else build_meta_model(tiny_config(name))
+    if "moe" in name:
+        # Torch 2.11 has no grouped product of float32 on the meta device: there mixtures run in bfloat16 alone.
+        model = model.to(torch.bfloat16)
+    return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),))
 
 
 @pytest.fixture(scope="session")
 def report_of() -> Callable[[str], Report]:
-    """Return a function that explains a model type, "qlora" for one in four bits with adapters."""
+    """Return a function that explains and plans a model type, "qlora" for one in four bits with adapters."""
     return explained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import pytest
 
 from fxopt.report.records import Report
+from fxopt.report.units import format_bytes
 
 NAMES = ("llama", "gemma2", "qwen3_moe", "qlora")
-SHOTS = os.environ.get("FXOPT_SHOTS")
-"""A folder; where it is given, each report is also saved there as a picture."""
 
 OVERLAPS = """() => {
   const found = [];
@@ -67,8 +65,6 @@ def page(
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.goto(path.as_uri())
     yield opened
-    if SHOTS:
-        opened.screenshot(path=str(Path(SHOTS) / f"report_{request.param}.png"))
     context.close()
     assert problems == []
 
@@ -113,6 +109,59 @@ def test_both_panels_show_the_same_place_and_what_stayed_stands_still(page: Any)
     page.click("#zoom-in")
     boxes = [page.get_attribute(f"#{side}", "viewBox") for side in ("before", "after")]
     assert boxes[0] == boxes[1]
+
+
+def test_what_went_leaves_its_outline(page: Any) -> None:
+    """After the rewrites, where a node of before has none in its place, an outline stands that is no node."""
+    graph = "JSON.parse(document.getElementById('data').textContent).graphs[0]"
+    gone = page.evaluate(f"() => {graph}.cells.filter((cell) => cell.before && !cell.after).length")
+    assert count(page, "#after .ghost") == gone > 3
+    assert count(page, "#before .ghost") == 0
+
+
+def test_an_op_that_came_is_in_sight_at_first(page: Any) -> None:
+    seen = page.evaluate(
+        """() => { const panel = document.getElementById("after").getBoundingClientRect();
+          return [...document.querySelectorAll("#after .came")].map((node) => node.getBoundingClientRect())
+            .filter((box) => box.left >= panel.left && box.right <= panel.right + 1
+              && box.top >= panel.top && box.bottom <= panel.bottom).length; }"""
+    )
+    assert seen > 0
+
+
+MEMORY = """() => {
+  const box = (found) => found.getBoundingClientRect();
+  const bars = [...document.querySelectorAll(".instant")];
+  const tops = bars.map((bar) => Math.min(...[...bar.querySelectorAll(".part")].map((part) => box(part).top)));
+  const place = tops.indexOf(Math.min(...tops));
+  const marked = box(document.querySelector(".memory .peak")).left;
+  return { bars: bars.length, place, distance: Math.abs(box(bars[place].querySelector(".hit")).left - marked),
+    told: bars[place].querySelector("title").textContent,
+    label: document.querySelector(".memory .strong").textContent };
+}"""
+
+
+def test_the_memory_of_a_step_shows_its_peak_and_what_holds_it(
+    page: Any, request: pytest.FixtureRequest, report_of: Callable[[str], Report]
+) -> None:
+    (plan,) = report_of(request.node.callspec.params["page"]).plans
+    shown = page.evaluate(MEMORY)
+    assert shown["bars"] == len(plan.timeline) == 2 * (len(plan.layers) + len(plan.after)) + 1
+    peak = plan.timeline[shown["place"]]
+    assert peak.bytes == plan.peak_bytes
+    assert shown["distance"] < 1, "the bar that is marked is the highest"
+    assert shown["label"] == f"peak {format_bytes(peak.bytes)}, {plan.peak_at}"
+    assert shown["told"].startswith(f"{plan.peak_at}: {format_bytes(peak.bytes)}\n")
+    rows = page.locator(".holds table").first.inner_text()
+    assert f"{format_bytes(plan.static_bytes)}" in rows
+    assert "weights, buffers and the optimizer's state" in rows
+
+
+def test_the_parts_of_the_page_are_linked(page: Any) -> None:
+    targets = page.evaluate("() => [...document.querySelectorAll('nav a')].map((link) => link.hash.slice(1))")
+    assert targets == ["graphs", "sites", "proofs", "memory", "layers", "running", "code"]
+    page.locator("nav a", has_text="Memory").click()
+    assert page.evaluate("() => document.getElementById('memory').getBoundingClientRect().top") < 200
 
 
 def test_search_finds_and_dims(page: Any) -> None:

@@ -62,10 +62,19 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Instant:
-    """One instant of a training step, and the bytes that live then."""
+    """One instant of a training step, and the bytes that live then.
+
+    Of these `saved_bytes` are what blocks that are not running have saved for backward, `moving_bytes` are on their
+    way to the host or back, `gradient_bytes` are gradients of parameters, `running_bytes` what the running block (its
+    own residuals among it) or the optimizer works on; the rest lives all the time.
+    """
 
     name: str
     bytes: int
+    saved_bytes: int = 0
+    moving_bytes: int = 0
+    gradient_bytes: int = 0
+    running_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +143,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as a table."""
-        from fxopt.remat.table import render_plan
+        from fxopt.report.plan_table import render_plan
 
         return render_plan(self)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fxopt.remat.records import Decision, Plan
+from fxopt.report.memory import find_holdings, find_peak, find_saved, readable_budget
+from fxopt.report.plan import Decision, Plan
 from fxopt.report.units import format_bytes
 
 SHOWN = 12
 """So many residuals of one decision are listed, the largest first."""
+SHOWN_AT_PEAK = 5
 
 
 def render_plan(plan: Plan) -> str:
@@ -14,7 +16,7 @@ def render_plan(plan: Plan) -> str:
     limit = "no limit" if plan.limit_bytes is None else f"limit {format_bytes(plan.limit_bytes)}"
     lines = [
         f"fxopt plan: {plan.model} on {plan.device}, lowering {plan.lowering}, {plan.tokens} tokens a call",
-        f"budget {plan.budget} ({limit}): peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
+        f"budget {readable_budget(plan)} ({limit}): peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
         f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again"
         + (f" and {plan.wait_ms:.1f} ms waiting for the host" if plan.wait_ms else ""),
         f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
@@ -22,16 +24,36 @@ def render_plan(plan: Plan) -> str:
     ]
     if plan.host_bytes:
         lines.append(f"{format_bytes(plan.host_bytes)} wait in the host's memory")
+    lines += _render_peak(plan)
     for number, decision in enumerate(plan.decisions):
         paths = [path for path, chosen in plan.layers if chosen == number]
         lines += ["", *_render_decision(paths, decision)]
     return "\n".join(lines) + "\n"
 
 
+def _render_peak(plan: Plan) -> list[str]:
+    """Return what holds the peak, and of what waits for backward the most."""
+    place = find_peak(plan)
+    if place is None:
+        return []
+    instant = plan.timeline[place]
+    lines = ["", f"at the peak, in the {instant.name}, live {format_bytes(instant.bytes)}:"]
+    for holding in find_holdings(plan, instant):
+        if holding.bytes:
+            share = holding.bytes / instant.bytes
+            lines.append(f"  {format_bytes(holding.bytes):>10}  {share:4.0%}  {holding.title}")
+        if holding.key == "saved":
+            for value in find_saved(plan, place)[:SHOWN_AT_PEAK]:
+                form = f"{value.residual.dtype}{list(value.residual.shape)}"
+                blocks = f" x {value.blocks}" if value.blocks > 1 else ""
+                lines.append(f"  {format_bytes(value.bytes):>10}        {value.residual.op}{blocks}  {form}")
+    return lines
+
+
 def summarize_plan(plan: Plan) -> str:
     """Return the figures of `plan` in one line."""
     return (
-        f"budget {plan.budget}, predicted peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
+        f"budget {readable_budget(plan)}, predicted peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
         f"{format_bytes(plan.static_bytes)} of it weights, buffers and the optimizer's state; smallest possible "
         f"peak {format_bytes(plan.smallest_bytes)}"
     )

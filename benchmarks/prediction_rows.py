@@ -1,0 +1,291 @@
+"""Plans of one model and mode: each predicted, written down, carried out and measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import time
+import traceback
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import stacks
+from benchmarks.meters import CpuMeter, GpuMeter
+from benchmarks.turns import Turn
+
+LAYERS = 4
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2.5-7b": (
+        "qwen2",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "llama3.2-1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2-2b": (
+        "gemma2",
+        {
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+    ),
+}
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+}
+MODES = ("full", "lora", "qlora")
+LENGTHS = (512, 2048, 4096, 8192)
+TINY_LENGTHS = (32, 64, 96, 128)
+BUDGETS = ("min", "third", "two thirds", "None")
+ROWS = 6
+"""Plans of each model and mode: some are left out where two of them are the same."""
+WARM, TIMED = 1, 7
+
+
+def build(name: str, mode: str, device: str, *, tiny: bool) -> nn.Module:
+    """Return the model in training mode, made on `device`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, sizes = MODELS[name]
+    sizes = {**sizes, **(TINY if tiny else {}), "max_position_embeddings": LENGTHS[-1]}
+    config = AutoConfig.for_model(model_type, **sizes, num_hidden_layers=LAYERS, use_cache=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if mode == "qlora":
+        quantize(model, device)
+    if mode != "full":
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(
+            r=stacks.RANK,
+            lora_alpha=stacks.RANK,
+            target_modules=stacks.PROJECTIONS,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, adapters)
+    return model.train()
+
+
+def quantize(model: Any, device: str) -> None:
+    """Put NF4 weights with nested scales in the place of all linear layers but the head."""
+    import bitsandbytes
+
+    library: Any = bitsandbytes.nn
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear or layer is head:
+                continue
+            made = library.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            made.weight = library.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", module=made
+            )
+            made.bias = layer.bias
+            setattr(parent, name, made.to(device))
+    model.is_loaded_in_4bit = True
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def draw(group: int, rows: int) -> list[tuple[int, int]]:
+    """Return which lengths and budgets a group takes, by their numbers; all groups together take all.
+
+    >>> draw(0, 5)
+    [(0, 0), (1, 1), (2, 2), (3, 3), (0, 1)]
+    """
+    return [(row % 4, (row + row // 4 + group) % 4) for row in range(rows)]
+
+
+def run_group(given: argparse.Namespace) -> None:
+    """Predict and measure the rows of one model and mode, each written as soon as it is known."""
+    import fxopt
+
+    turn = Turn()
+    name, mode = given.group.split(":")
+    number = list(MODELS).index(name) * len(MODES) + MODES.index(mode)
+    lengths = TINY_LENGTHS if given.tiny else LENGTHS
+    path = given.out / f"{name}-{mode}.jsonl"
+    model = build(name, mode, given.device, tiny=given.tiny)
+    curves: dict[int, tuple[Any, ...]] = {}
+    seen: list[tuple[Any, ...]] = []
+    with path.open("a") as file:
+
+        def write(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        for place, budget in draw(number, given.rows):
+            if time.time() > given.until:
+                break
+            row: dict[str, Any] = {
+                "model": name,
+                "mode": mode,
+                "tokens": lengths[place],
+                "budget": BUDGETS[budget],
+            }
+            try:
+                batch = make_batch(model, lengths[place], given.device)
+                if place not in curves:
+                    curves[place] = plan_curve(model, batch, given.device)
+                plan = curves[place][budget]
+                if (place, plan.layers, plan.decisions) in seen:
+                    continue
+                seen.append((place, plan.layers, plan.decisions))
+                write({"kind": "predicted", **row, "at": time.time(), **describe(plan)})
+                fxopt.optimize(model, plan=plan, verify="off")
+                write({"kind": "measured", **row, **measure(model, batch, given.device, turn)})
+            except Exception as error:
+                traceback.print_exc()
+                write({"kind": "measured", **row, "error": f"{type(error).__name__}: {error}"[:2000]})
+            clean_up(model)
+
+
+def make_batch(model: nn.Module, length: int, device: str) -> dict[str, torch.Tensor]:
+    """Return one sequence, each token a label."""
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)  # pyright: ignore
+    return {"input_ids": ids, "labels": ids}
+
+
+def plan_curve(model: nn.Module, batch: dict[str, Any], device: str) -> tuple[Any, ...]:
+    """Return the plans of one length, from the smallest peak to the fastest step."""
+    from fxopt.surveying import options_for_plan, survey_model
+
+    with torch.autocast(device, torch.bfloat16):
+        survey, _ = survey_model(model, options_for_plan(None), batch)
+    return survey.trace_curve(len(BUDGETS))
+
+
+def describe(plan: Any) -> dict[str, Any]:
+    """Return what a plan predicts."""
+    fields = (
+        "limit_bytes",
+        "peak_bytes",
+        "peak_at",
+        "step_ms",
+        "recompute_ms",
+        "static_bytes",
+        "residual_bytes",
+    )
+    blocks = {instant.name: instant.bytes for instant in plan.timeline}
+    phases = {
+        phase: max(size for name, size in blocks.items() if name.startswith(phase))
+        for phase in ("forward", "backward", "optimizer")
+    }
+    return {
+        **{name: getattr(plan, name) for name in fields},
+        "phases": {**phases, "between": plan.static_bytes + plan.residual_bytes},
+        "layers": [
+            {"saved": decision.saved_bytes, "again_ms": decision.recompute_ms, "ms": decision.compute_ms}
+            for decision in (plan.decisions[number] for _, number in plan.layers)
+        ],
+        "after": [{"saved": d.saved_bytes, "ms": d.compute_ms} for d in plan.after],
+    }
+
+
+def measure(model: nn.Module, batch: dict[str, Any], device: str, turn: Turn) -> dict[str, Any]:
+    """Return what steps of an optimized model took."""
+    import fxopt
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    meter = (GpuMeter if device == "cuda" else CpuMeter)(model, optimizer)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return model(**batch).loss
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    start = time.perf_counter()
+    step()
+    meter.synchronize()
+    first_s = time.perf_counter() - start
+    with meter.peak() as peak:
+        for _ in range(WARM):
+            step()
+        meter.synchronize()
+        with turn:
+            seconds: list[float] = []
+            for _ in range(TIMED):
+                start = time.perf_counter()
+                step()
+                meter.synchronize()
+                seconds.append(time.perf_counter() - start)
+    phases: dict[str, int] = {}
+    with meter.peak() as phase:
+        loss = forward()
+    phases["forward"], phases["between"] = phase.bytes, phase.left
+    with meter.peak() as phase:
+        loss.backward()
+    phases["backward"] = phase.bytes
+    with meter.peak() as phase:
+        optimizer.step()
+    phases["optimizer"] = phase.bytes
+    optimizer.zero_grad(set_to_none=True)
+    report = fxopt.explain(model)
+    return {
+        "at": time.time(),
+        "peak_bytes": peak.bytes,
+        "step_ms": statistics.median(seconds) * 1e3,
+        "least_ms": min(seconds) * 1e3,
+        "first_s": first_s,
+        "phases": phases,
+        **meter.more(),
+        "fallbacks": sum(fallback.count for fallback in report.fallbacks),
+        "notes": list(report.notes),
+    }
+
+
+def clean_up(model: nn.Module) -> None:
+    """Give back what a row left, so that the next one finds the model as this one did."""
+    import fxopt
+
+    with contextlib.suppress(fxopt.FxoptError):
+        fxopt.restore(model)
+    model.zero_grad(set_to_none=True)
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

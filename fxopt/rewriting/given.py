@@ -1,0 +1,118 @@
+"""What a user gives to `fxopt.pattern`, checked: functions, examples, near misses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt.errors import FxoptError
+from fxopt.rewriting.trees import items_of
+
+Arguments = Sequence[Any]
+NearMiss = tuple[Callable[..., Any], Arguments, str]
+
+
+def check_cases(examples: Iterable[Arguments], subject: str) -> list[tuple[Any, ...]]:
+    """Return the examples, each a tuple of arguments with a tensor among them.
+
+    Raises:
+        FxoptError: there are none, or one is something else.
+    """
+    given = [examples] if isinstance(examples, torch.Tensor) else list(examples)
+    for place, case in enumerate(given):
+        if not isinstance(case, tuple | list):
+            raise FxoptError(
+                f"{subject}: example {place} is a {type(case).__name__}, expected a tuple of arguments\n"
+                "give examples=[(x, ...)]"
+            )
+        if not any(isinstance(value, torch.Tensor) for value in case):
+            raise FxoptError(
+                f"{subject}: example {place} has no tensor, expected at least one among the arguments\n"
+                "a pattern finds what is computed from tensors; give examples=[(x, ...)]"
+            )
+    if not given:
+        raise FxoptError(
+            f"{subject}: no examples, expected at least one tuple of arguments\ngive examples=[(x, ...)]"
+        )
+    return [tuple(case) for case in given]
+
+
+def check_near_miss(item: Any, subject: str) -> NearMiss:
+    """Return a near miss as it was given: a function, its arguments, a part of the reason to leave it alone.
+
+    Raises:
+        FxoptError: it is something else.
+    """
+    values = items_of(item)
+    if len(values) == 3 and callable(values[0]) and isinstance(values[1], tuple | list):
+        return values[0], items_of(values[1]), str(values[2])
+    raise FxoptError(
+        f"{subject}: expected a near miss as (function, arguments, a part of the reason), got {item!r:.80}\n"
+        "give near_misses=[(function, (x, ...), 'expected abs, got mul')]"
+    )
+
+
+def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subject: str) -> list[str]:
+    """Return the names of the arguments of `search`; every example must give as many."""
+    names = list(inspect.signature(search).parameters)
+    for place, case in enumerate(cases):
+        if len(case) != len(names):
+            raise FxoptError(
+                f"{subject}: example {place} gives {len(case)} arguments, expected {len(names)} ({', '.join(names)})\n"
+                "give a value for each argument, defaults too"
+            )
+    return names
+
+
+def check_results(
+    search: Callable[..., Any], replacement: Callable[..., Any], case: Arguments, name: str
+) -> None:
+    """Raise unless `replacement` returns what `search` does, in number, shape and dtype."""
+    results: list[tuple[torch.Tensor, ...]] = []
+    for function in (search, replacement):
+        try:
+            with torch.no_grad():
+                found: Any = function(*_copies(case))
+        except Exception as error:
+            text = next(iter(str(error).splitlines()), "")
+            raise FxoptError(
+                f"{name}: {function_place(function)} raised {type(error).__name__} on an example: {text}\n"
+                "both functions take the same arguments; give examples that they accept"
+            ) from error
+        results.append(_tensors_of(found, f"{name}: {function_place(function)}"))
+    expected, got = (
+        [f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" for value in values]
+        for values in results
+    )
+    if expected != got:
+        raise FxoptError(
+            f"{name}: {function_place(replacement)} returns other values than {function_place(search)}, "
+            f"expected {', '.join(expected)}, got {', '.join(got)}\n"
+            "return tensors of the same number, shapes and dtypes"
+        )
+
+
+def _tensors_of(found: Any, subject: str) -> tuple[torch.Tensor, ...]:
+    values = items_of(found)
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        kind = ", ".join(type(value).__name__ for value in values) or "empty tuple"
+        raise FxoptError(
+            f"{subject} returns {kind}, expected a tensor or a tuple of tensors\nreturn tensors only"
+        )
+    return values
+
+
+def _copies(case: Arguments) -> list[Any]:
+    """Return arguments that a function may write to."""
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in case]
+
+
+def function_place(function: Callable[..., Any]) -> str:
+    """Return "name (file:line)" of a function, its name alone where it has no source."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name

@@ -1,0 +1,58 @@
+"""What ops say of themselves to plans: products counted where they are computed, memory where it is held."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from fxopt.kernels.launch import DECLARED
+
+ROWS, K, N, RANK = 4096, 512, 1024, 16
+CODE_TENSORS = 4
+
+
+def lora_arguments(coded: bool, **gradients: bool):
+    """Return the arguments of the op on meta, where a GPU is planned for; of its backward with gradients named."""
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(N * K // 2, 1, dtype=torch.uint8) if coded else empty(N, K)
+    codes = [empty(N * K // 64, dtype=torch.uint8), empty(256), empty(N * K // 64 // 256), empty()]
+    lists = [empty(ROWS, K)], [weight], [None], [empty(RANK, K)], [empty(N, RANK)]
+    coding = (codes, ["nf4:64"], [N]) if coded else ([None] * CODE_TENSORS, [""], [N])
+    form = [0], [0], [1.0]
+    if not gradients:
+        return (*lists, *coding, *form, torch.bfloat16)
+    needs = [gradients.get(name, False) for name in ("x", "weight", "bias", "a", "b")]
+    return [empty(ROWS, N)], *lists, *coding, *form, needs
+
+
+def counted(op, arguments):
+    return flop_registry[op](*arguments, out_val=None)
+
+
+def test_a_backward_op_counts_the_gradients_that_it_computes():
+    op, base, factor = torch.ops.fxopt.lora_linear_backward, 2 * ROWS * K * N, 2 * ROWS * RANK
+    assert counted(torch.ops.fxopt.lora_linear, lora_arguments(True)) == base + factor * (K + N)
+    alone = counted(op, lora_arguments(True, a=True, b=True))
+    assert alone == factor * (N + K + K + N), "dY B, x A^T, and the gradients of A and B"
+    assert counted(op, lora_arguments(True, x=True)) == base + factor * (N + K)
+    assert counted(op, lora_arguments(False, x=True, weight=True)) == 2 * base + factor * (N + K)
+
+
+def test_memory_for_itself_is_that_of_longer_rows_and_decoded_weights():
+    forward = DECLARED[torch.ops.fxopt.lora_linear.default]
+    backward = DECLARED[torch.ops.fxopt.lora_linear_backward.default]
+    longer = 2 * (K + RANK) * (ROWS + N)
+    assert forward.workspace(*lora_arguments(True)) == longer
+    assert backward.workspace(*lora_arguments(True, x=True)) == 2 * N * K, "sums move less: N = 2 K"
+    assert backward.workspace(*lora_arguments(True, a=True, b=True)) == 0, "rows below one_read's threshold"
+
+
+def test_bytes_moved_are_those_of_decoding_and_of_the_adapters():
+    forward = DECLARED[torch.ops.fxopt.lora_linear.default]
+    decoding = N * K * 2.5
+    assert forward.moved(*lora_arguments(True)) == decoding + 2 * (ROWS * K + ROWS * (K + RANK))
+    backward = DECLARED[torch.ops.fxopt.lora_linear_backward.default]
+    assert backward.moved(*lora_arguments(True, a=True, b=True)) == 2 * ROWS * (N + K), "nothing is decoded"
