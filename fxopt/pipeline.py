@@ -43,6 +43,7 @@ from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
 from fxopt.graph.view import find_subgraphs
+from fxopt.graph.work import copy_for_work, measure_work
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
@@ -129,7 +130,7 @@ def run_passes(
     note_items(gm)
     note_orders(gm)
     anchors = find_anchors(gm)
-    before, nodes_before = snapshot(gm), node_records(gm)
+    before, nodes_before, stock = snapshot(gm), node_records(gm), copy_for_work(gm)
     job = Job(options, region, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in PASSES:
@@ -154,7 +155,9 @@ def run_passes(
         nodes_after=node_records(gm),
         code=to_python(gm, "tail" if region == REGION else "block"),
     )
-    return Outcome(sites, mismatches, graph, backends)
+    rewritten = copy_for_work(gm)
+    measure = functools.cache(lambda: (measure_work(stock), measure_work(rewritten)))
+    return Outcome(sites, mismatches, graph, backends, measure)
 
 
 def optimize(

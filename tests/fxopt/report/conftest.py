@@ -42,7 +42,7 @@ def four_bit_with_adapters() -> nn.Module:
 @functools.cache
 def explained(name: str) -> Report:
     model = four_bit_with_adapters() if name == "qlora" else build_meta_model(tiny_config(name))
-    return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),))
+    return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),)).measured()
 
 
 @pytest.fixture(scope="session")
