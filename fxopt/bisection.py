@@ -40,7 +40,8 @@ class Culprits:
 
     def __str__(self) -> str:
         """Return the result as text."""
-        tried = f"{self.num_rewrites} rewrites, {self.num_runs} runs of the check"
+        rewrites = "1 rewrite" if self.num_rewrites == 1 else f"{self.num_rewrites} rewrites"
+        tried = f"{rewrites}, {self.num_runs} runs of the check"
         if not self.rewrites:
             return f"the check holds with all rewrites ({tried})"
         plural = "s make" if len(self.rewrites) > 1 else " makes"
@@ -69,7 +70,7 @@ def bisect(
     >>> def check(model):
     ...     assert model(torch.randn(2, 4)).sum().backward() is None
     >>> print(fxopt.bisect(model, check, on_progress=lambda line: None))
-    the check holds with all rewrites (1 rewrites, 2 runs of the check)
+    the check holds with all rewrites (1 rewrite, 2 runs of the check)
     """
     model = check_model(model)
     installed = find_installation(model)
@@ -100,7 +101,9 @@ class _Bisection:
         tensors = (*model.parameters(), *model.buffers())
         self._state = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
         self._num_runs = 0
+        self._num_rewrites = 0
         self._seen: dict[str, None] = {}
+        self._known: dict[frozenset[str] | None, str] = {}
         self._failure = ""
 
     def run(self) -> Culprits:
@@ -145,8 +148,10 @@ class _Bisection:
         return names
 
     def _try_with(self, names: tuple[str, ...] | None) -> str:
-        """Return how the check fails with the rewrites `names`, all where None, or ""."""
+        """Return how the check fails with the rewrites `names`, all where None, or ""; each set is tried once."""
         allowed = None if names is None else frozenset(names)
+        if allowed in self._known:
+            return self._known[allowed]
 
         def select(region: str, match: Match) -> str:
             node = match.outputs[0]
@@ -161,7 +166,11 @@ class _Bisection:
             failure = self._try(names)
         finally:
             installation.remove()
-        shown = "all rewrites" if names is None else f"{len(names)} of {len(self._seen)} rewrites"
+        self._known[allowed] = failure
+        if allowed is None:
+            self._known[frozenset(self._seen)] = failure
+            self._num_rewrites = len(self._seen)
+        shown = "all rewrites" if names is None else f"{len(names)} of {self._num_rewrites} rewrites"
         verdict = f"fails: {failure}" if failure else "holds"
         self._on_progress(f"fxopt bisect: run {self._num_runs}, {shown}: the check {verdict}")
         return failure

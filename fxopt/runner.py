@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
+from fxopt.graph.work import copy_for_work, measure_work
 from fxopt.options import Options
 from fxopt.report.records import GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
@@ -58,7 +60,7 @@ def run_passes(
     note_items(gm)
     note_orders(gm)
     anchors = find_anchors(gm)
-    before, nodes_before = snapshot(gm), node_records(gm)
+    before, nodes_before, stock = snapshot(gm), node_records(gm), copy_for_work(gm)
     job = Job(options, region, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in passes:
@@ -84,4 +86,6 @@ def run_passes(
         nodes_after=node_records(gm),
         code=to_python(gm, "tail" if region == REGION else "block"),
     )
-    return Outcome(sites, mismatches, graph, backends)
+    rewritten = copy_for_work(gm)
+    measure = functools.cache(lambda: (measure_work(stock), measure_work(rewritten)))
+    return Outcome(sites, mismatches, graph, backends, measure)

@@ -14,7 +14,7 @@ from fxopt.capture.ledger import Capture
 from fxopt.capture.model_call import REGION
 from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
-from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site
+from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site, Work
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
@@ -27,13 +27,15 @@ Backend = Callable[[], str] | None
 class Outcome:
     """What the passes found and did in one graph; modules are named from the region's root.
 
-    `backends` holds for each site what tells its backend, None where the op has but one.
+    `backends` holds for each site what tells its backend, None where the op has but one; `measure` returns the work of
+    the graph before and after.
     """
 
     sites: tuple[Site, ...]
     mismatches: tuple[MismatchRecord, ...]
     graph: GraphRecord
     backends: tuple[Backend, ...]
+    measure: Callable[[], tuple[Work | None, Work | None]]
 
 
 def find_sites(
@@ -157,6 +159,7 @@ def build_report(installation: Installation) -> Report:
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
         patterns=tuple(pattern.name for pattern in installation.options.patterns),
         plans=() if installation.planner is None else installation.planner.plans,
+        measure=lambda: tuple(capture.outcome.measure() for capture in used),
     )
 
 

@@ -18,20 +18,24 @@ from fxopt.rewriting.pattern import Pattern
 
 
 def find_reach(patterns: Sequence[Pattern], names: Sequence[str]) -> Iterator[str]:
-    """Yield one line per model type of `names`, "all" for every one: how often each pattern is rewritten in it.
+    """Yield one line per model type of `names` and pattern: how often it is rewritten there; last, a line per pattern.
 
-    Each is a tiny model that runs one forward pass; those that cannot be built or run are told with the reason.
+    "all" in `names` stands for every type of the coverage run; those without a rewrite are then counted only. Each is a
+    tiny model that runs one forward pass; those that cannot be built or run are told with the reason.
     """
     if not names:
+        yield "not tried on any model: --over llama, or --over all (some minutes), says where each is found"
         return
     cases = all_cases() if "all" in names else find_cases(tuple(names))
     total: Counter[str] = Counter()
+    untried = 0
     for case in tqdm(cases, unit="model", file=sys.stderr, disable=len(cases) < 3):
         try:
             model, batch = build(case, Row(str(case), case.model_type, case.task, "failed"))
             options = Options(tuple(patterns))
             report = report_on_small_inputs(model, options, make_transform(options), batch)
         except (NotBuilt, Exception) as error:
+            untried += 1
             yield f"{case}: not tried: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue
         layers = Counter[str]()
@@ -43,6 +47,8 @@ def find_reach(patterns: Sequence[Pattern], names: Sequence[str]) -> Iterator[st
             total[pattern.name] += bool(layers[pattern.name])
             where = next((r.location for r in report.rewrites if r.pattern == pattern.name), "")
             number = layers[pattern.name]
-            yield f"{case}: {pattern.name} x {number}{f' ({where})' if where else ''}"
+            if number or "all" not in names:
+                yield f"{case}: {pattern.name} x {number}{f' ({where})' if where else ''}"
     for pattern in patterns:
-        yield f"{pattern.name}: found in {total[pattern.name]} of {len(cases)} model types"
+        left = f"; {untried} not tried" if untried else ""
+        yield f"{pattern.name}: found in {total[pattern.name]} of {len(cases)} model types{left}"

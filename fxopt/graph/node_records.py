@@ -25,7 +25,7 @@ def node_records(gm: fx.GraphModule) -> tuple[NodeRecord, ...]:
     records: list[NodeRecord] = []
     for prefix, part in parts:
         names = readable_names(part.graph)
-        lazy = _find_lazy(part.graph)
+        lazy = find_lazy(part.graph)
         for node in part.graph.nodes:
             if node.op == "get_attr" and isinstance(getattr(part, str(node.target), None), fx.GraphModule):
                 continue
@@ -94,7 +94,7 @@ def _bytes_written(node: fx.Node) -> int:
     return sum(sizes.values())
 
 
-def _find_lazy(graph: fx.Graph) -> set[fx.Node]:
+def find_lazy(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that run only where somebody reads what they lead to: a rewritten head's logits."""
     lazy: set[fx.Node] = set()
     for node in graph.nodes:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NN_FUNCTIONS: Any = getattr(torch._C, "_nn")  # noqa: B009
 """Holds what F.linear, F.gelu and F.pad are or call; its type stub is missing."""
@@ -34,6 +35,11 @@ unset_fake_temporarily = fake_tensor.unset_fake_temporarily
 """A scope in which tensors are made as real ones, whatever capture is under way."""
 
 FakeTensor = fake_tensor.FakeTensor
+FakeTensorMode = fake_tensor.FakeTensorMode
+"""A scope in which tensors have no storage, and ops compute forms alone."""
+DispatchMode = TorchDispatchMode
+"""A scope that sees every op that reaches torch's kernels, those of autograd's backward too."""
+
 tree_leaves = _pytree.tree_leaves
 tree_map = _pytree.tree_map
 tree_map_only = _pytree.tree_map_only

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fxopt.report.figures import layer_figures
+from fxopt.report.memory import readable_budget
 from fxopt.report.records import Report
 from fxopt.report.text import wrap
 from fxopt.report.units import format_bytes
@@ -122,19 +124,33 @@ def _compare_regions(
 
 
 def _changed_figures(first: Report, second: Report) -> list[str]:
-    lines: list[str] = []
     before, after = _figures(first), _figures(second)
-    for key in before:
-        if key in after and before[key] != after[key]:
-            (ops, size), (new_ops, new_size) = before[key], after[key]
-            lines.append(
-                f"{key}: {ops} ops -> {new_ops}, {format_bytes(size)} written -> {format_bytes(new_size)}"
-            )
-    return lines
+    lines: list[str] = []
+    for key in before.keys() & after.keys():
+        parts = [
+            f"{old} {name} -> {new}"
+            for (name, old), (other, new) in itertools.product(before[key], after[key])
+            if name == other and old != new
+        ]
+        if parts:
+            lines.append(f"{key}: {', '.join(parts)}")
+    order = list(before)
+    return sorted(
+        lines, key=lambda line: next(order.index(key) for key in order if line.startswith(f"{key}: "))
+    )
 
 
-def _figures(report: Report) -> Mapping[str, tuple[int, int]]:
-    return {
-        f"{figure.region or 'the model'}, capture {figure.capture}": (figure.ops_after, figure.bytes_after)
-        for figure in layer_figures(report)
-    }
+def _figures(report: Report) -> Mapping[str, Sequence[tuple[str, str]]]:
+    """Return what is compared of each capture and plan: names of figures, and their values as text."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for figure in layer_figures(report):
+        values = found.setdefault(f"{figure.region or 'the model'}, capture {figure.capture}", [])
+        values += [("ops", str(figure.ops_after)), ("written", format_bytes(figure.bytes_after))]
+        if figure.kernels is not None and figure.saved is not None:
+            values += [("kernels", str(figure.kernels[1])), ("saved", format_bytes(figure.saved[1]))]
+    for plan in report.plans:
+        values = found.setdefault(
+            f"plan for {plan.device}, budget {readable_budget(plan)}, {plan.tokens} tokens", []
+        )
+        values += [("peak", format_bytes(plan.peak_bytes)), ("a step", f"{plan.step_ms:.1f} ms")]
+    return found

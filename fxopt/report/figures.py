@@ -6,12 +6,16 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from fxopt.report.records import GraphRecord, NodeRecord, Report
+from fxopt.report.records import GraphRecord, NodeRecord, Report, Work
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:
-    """What one capture runs per layer: how many ops compute into memory of their own, and the bytes they write."""
+    """What one capture runs per layer.
+
+    How many ops compute into memory of their own in a forward pass, and the bytes they write; and of a whole training
+    pass what it launches and saves, None where that is not known.
+    """
 
     region: str
     capture: int
@@ -20,6 +24,24 @@ class LayerFigures:
     ops_after: int
     bytes_before: int
     bytes_after: int
+    work_before: Work | None
+    work_after: Work | None
+
+    @property
+    def kernels(self) -> tuple[int, int] | None:
+        """How many kernels a training pass launches before and after, None where one is not known."""
+        if self.work_before is None or self.work_after is None:
+            return None
+        works = (self.work_before, self.work_after)
+        first, second = (work.forward_kernels + work.backward_kernels for work in works)
+        return first, second
+
+    @property
+    def saved(self) -> tuple[int, int] | None:
+        """The bytes that a forward pass saves before and after, None where one is not known."""
+        if self.work_before is None or self.work_after is None:
+            return None
+        return self.work_before.saved_bytes, self.work_after.saved_bytes
 
 
 def layer_figures(report: Report) -> tuple[LayerFigures, ...]:
@@ -30,8 +52,9 @@ def layer_figures(report: Report) -> tuple[LayerFigures, ...]:
 def _figures_of(graph: GraphRecord) -> LayerFigures:
     before, after = graph.nodes_before, graph.nodes_after
     ops = (_count_ops(before), _count_ops(after))
+    sizes = (_sum_bytes(before), _sum_bytes(after))
     return LayerFigures(
-        graph.region, graph.capture, graph.layers, *ops, _sum_bytes(before), _sum_bytes(after)
+        graph.region, graph.capture, graph.layers, *ops, *sizes, graph.work_before, graph.work_after
     )
 
 

@@ -1,13 +1,14 @@
 """Plain records of what fxopt found and did; every other part fills them, `report/` renders them.
 
 A record is made of strings, numbers and other records, and knows neither torch nor any other part of fxopt; only a
-report's `str` goes to the renderer beside it.
+report's `str` goes to the renderer beside it, and its `measure`, while it is there, to what fills in the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,10 +124,24 @@ class NodeRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What a graph launches and keeps in one training pass, each op run by itself.
+
+    `forward_kernels` and `backward_kernels` are the ops that write memory, an op of fxopt being one; `saved_bytes` are
+    what autograd keeps from forward to backward beside the graph's own inputs.
+    """
+
+    forward_kernels: int
+    backward_kernels: int
+    saved_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class GraphRecord:
     """One capture of a region: its graph before and after, as `graph.snapshot` writes it, and what each pass did.
 
-    `layers` is how many blocks it serves, `code` the rewritten graph as Python that runs.
+    `layers` is how many blocks it serves, `code` the rewritten graph as Python that runs. `work_before` and
+    `work_after` say what it launches and saves, None where that is not known.
     """
 
     region: str
@@ -139,6 +154,8 @@ class GraphRecord:
     nodes_before: tuple[NodeRecord, ...] = ()
     nodes_after: tuple[NodeRecord, ...] = ()
     code: str = ""
+    work_before: Work | None = None
+    work_after: Work | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +185,18 @@ class Fallback:
     count: int
 
 
+Measure = Callable[[], tuple[tuple[Work | None, Work | None], ...]]
+"""Returns the work of each graph of a report, before and after."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What fxopt found and did in one model; `print(report)` is the graph diff as text.
 
     `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
     asked for where none is compiled yet; `patterns` are the names of those in use. `plans` say what the blocks save
-    for backward, each a record whose `str` is its table.
+    for backward, each a record whose `str` is its table. `measure` returns the work of each graph,
+    None where that is known.
     """
 
     model: str
@@ -189,10 +211,23 @@ class Report:
     lowering: str = ""
     patterns: tuple[str, ...] = ()
     plans: tuple[Plan, ...] = ()
+    measure: Measure | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def measured(self) -> Report:
+        """Return the report with the work of its graphs, which takes up to a second a graph and is done when shown."""
+        if self.measure is None:
+            return self
+        pairs = zip(self.graphs, self.measure(), strict=True)
+        graphs = tuple(
+            dataclasses.replace(graph, work_before=work[0], work_after=work[1]) for graph, work in pairs
+        )
+        return dataclasses.replace(self, graphs=graphs, measure=None)
 
     def to_json(self) -> str:
         """Return the whole report as JSON text, of the form that `docs/report.md` describes."""
-        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=2)
+        fields = dataclasses.asdict(self.measured())
+        del fields["measure"]
+        return json.dumps({"schema": SCHEMA, **fields}, indent=2)
 
     def why_not(self, name: str) -> str:
         """Return why sites of the form `name` were left as they are: per place the nearest miss and both graphs.
@@ -208,15 +243,15 @@ class Report:
         """Write the report to `path` as one HTML file that needs no network and no other file."""
         from fxopt.report.html import save_html
 
-        save_html(self, path)
+        save_html(self.measured(), path)
 
     def _repr_html_(self) -> str:
         from fxopt.report.html import render_notebook
 
-        return render_notebook(self)
+        return render_notebook(self.measured())
 
     def __str__(self) -> str:
         """Return the report as text, as `report.text.render_text` formats it."""
         from fxopt.report.text import render_text
 
-        return render_text(self)
+        return render_text(self.measured())

@@ -17,6 +17,8 @@ from fxopt.report.units import format_bytes
 
 WIDTH = 100
 DIFF_CONTEXT = 2
+RIGHT = (1, 2, 3, 4, 5)
+"""The columns of numbers in tables of figures per layer."""
 USUAL_ORACLE = "float64"
 STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
 
@@ -175,7 +177,17 @@ def _render_layers(report: Report) -> list[str]:
         ops = (str(figure.ops_before), str(figure.ops_after))
         sizes = (format_bytes(figure.bytes_before), format_bytes(figure.bytes_after))
         rows.append((name, str(figure.layers), *ops, *sizes))
-    return ["Per layer (ops that compute, and the bytes they write)", *_table(rows, right=(1, 2, 3, 4, 5))]
+    lines = ["Per layer, forward (ops that compute, and the bytes they write)", *_table(rows, right=RIGHT)]
+    rows = [("region", "layers", "kernels before", "after", "saved before", "after")]
+    for figure in figures:
+        if figure.kernels is not None and figure.saved is not None:
+            name = f"{figure.region or 'the model'}, capture {figure.capture}"
+            sizes = map(format_bytes, figure.saved)
+            rows.append((name, str(figure.layers), *map(str, figure.kernels), *sizes))
+    if len(rows) > 1:
+        title = "Per layer, forward and backward (kernels launched op by op, and bytes saved in between)"
+        lines += ["", title, *_table(rows, right=RIGHT)]
+    return lines
 
 
 def _render_regions(report: Report) -> list[str]:

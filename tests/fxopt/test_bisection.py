@@ -61,6 +61,32 @@ def test_the_culprits_are_found_and_none_can_be_left_out(guilty: set[str]) -> No
     assert step(model) == set(), "the model is left stock"
 
 
+class Apart(Block):
+    """Its rewrites do not build on each other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return self.last(self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+def test_no_set_of_rewrites_is_tried_twice() -> None:
+    lines: list[str] = []
+    tried: list[frozenset[str]] = []
+
+    def check(model: nn.Module) -> None:
+        done = step(model)
+        tried.append(frozenset(done))
+        assert not {"glu", "rms_norm"} <= done
+
+    found = fxopt.bisect(nn.Sequential(Apart(), Apart()), check, on_progress=lines.append)
+    assert len(found.rewrites) == 2
+    assert found.num_rewrites == 3
+    assert len(lines) == found.num_runs - 1 == len(tried) - 1
+    assert all(f" of {found.num_rewrites} rewrites" in line for line in lines[1:])
+    sets = [names for names in tried[1:] if names]
+    assert len(set(sets)) == len(sets)
+
+
 def test_a_check_that_holds_has_no_culprits() -> None:
     found = fxopt.bisect(make_model(), lambda model: bool(step(model)) or True, on_progress=quiet)
     assert found.rewrites == ()

@@ -16,6 +16,23 @@ from fxopt.coverage.shrink import tiny_config
 from fxopt.demo.models import build_meta_model
 from fxopt.report.records import Report
 
+EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
+
+
+def evil(record: object) -> object:
+    """Return a record whose every text is hostile."""
+    if isinstance(record, str):
+        return EVIL
+    if isinstance(record, tuple):
+        return tuple(map(evil, record))
+    if isinstance(record, dict):
+        return {f"{EVIL}{place}": evil(value) for place, value in enumerate(record.values())}
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        kept = {"status", "kind", "oracle_dtype"}
+        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        return dataclasses.replace(record, **{k: v if k in kept else evil(v) for k, v in values.items()})
+    return record
+
 
 def four_bit_with_adapters() -> nn.Module:
     """Return a tiny llama whose layers are in four bits, with adapters on all of them."""
@@ -45,10 +62,18 @@ def explained(name: str) -> Report:
     if "moe" in name:
         # Torch 2.11 has no grouped product of float32 on the meta device: there mixtures run in bfloat16 alone.
         model = model.to(torch.bfloat16)
-    return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),))
+    return dataclasses.replace(fxopt.explain(model), plans=(fxopt.plan(model, "min"),)).measured()
 
 
 @pytest.fixture(scope="session")
 def report_of() -> Callable[[str], Report]:
     """Return a function that explains and plans a model type, "qlora" for one in four bits with adapters."""
     return explained
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Report:
+    """Return a report with a plan in which every text is a piece of HTML that would run a script."""
+    found = evil(explained("gemma2"))
+    assert isinstance(found, Report)
+    return found

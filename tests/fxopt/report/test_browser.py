@@ -42,7 +42,10 @@ def browser() -> Iterator[Any]:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with playwright.sync_playwright() as driver:
         if path is None and not Path(driver.chromium.executable_path).exists():
-            pytest.skip("no Chromium here: neither on the path nor playwright's own")
+            pytest.skip(
+                "no Chromium, neither on the path nor playwright's own; "
+                "apt-get install chromium, or playwright install chromium"
+            )
         started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started
         started.close()
@@ -67,6 +70,23 @@ def page(
     yield opened
     context.close()
     assert problems == []
+
+
+def test_hostile_names_run_nothing(browser: Any, hostile: Report, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    hostile.save_html(path)
+    page = browser.new_page()
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.goto(path.as_uri())
+    page.locator("#modules button").first.click()
+    page.locator("#before .node").first.hover()
+    page.locator("#before .node").first.click()
+    assert page.evaluate("() => document.querySelectorAll('img, script[src]').length") == 0
+    assert page.evaluate("() => document.scripts.length") == 3
+    assert "alert(1)" in page.inner_text("h1"), "the name is shown as it is"
+    page.close()
+    assert dialogs == []
 
 
 def count(page: Any, selector: str) -> int:

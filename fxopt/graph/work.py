@@ -1,0 +1,148 @@
+"""What a graph launches and keeps in one training pass, run forward and backward on tensors without storage."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
+
+from fxopt.graph.edit import copy_of
+from fxopt.graph.node_records import find_lazy
+from fxopt.graph.storage import key_of
+from fxopt.graph.torch_private import (
+    DispatchMode,
+    FakeTensorMode,
+    hint_of,
+    registered_name,
+    schema_of,
+    tree_leaves,
+    unset_fake_temporarily,
+)
+from fxopt.graph.view import results_of
+from fxopt.report.records import Work
+
+log = logging.getLogger("fxopt")
+
+
+def copy_for_work(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of `gm` and of the bodies of its higher-order ops, which later passes leave as they are."""
+    copy = copy_of(gm)
+    for node in copy.graph.find_nodes(op="get_attr"):
+        body = getattr(copy, str(node.target), None)
+        if isinstance(body, fx.GraphModule):
+            setattr(copy, str(node.target), copy_for_work(body))
+    return copy
+
+
+def measure_work(gm: fx.GraphModule) -> Work | None:
+    """Return what `gm` launches and saves, each op run by itself; None where it cannot be run so.
+
+    What is computed only where somebody reads it is left out.
+    """
+    try:
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            return _measure(gm)
+    except Exception as error:
+        log.debug("the work of a graph is not known: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _measure(gm: fx.GraphModule) -> Work:
+    gm = copy_for_work(gm)
+    _drop_lazy(gm)
+    gm.recompile()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        inputs = [_stand_in(node) for node in gm.graph.find_nodes(op="placeholder")]
+        given = {key_of(value) for value in inputs if isinstance(value, Tensor)}
+        saved: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if key_of(tensor) not in given:
+                saved.setdefault(key_of(tensor), tensor)
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor), _Launches() as forward:
+            outputs = tree_leaves(_Run(gm).run(*inputs))
+        roots = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
+        wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        seeds = [torch.ones_like(out) for out in roots]
+        with _Launches() as backward:
+            if roots and wanted:
+                torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+        size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return Work(forward.number, backward.number, size)
+
+
+def _drop_lazy(gm: fx.GraphModule) -> None:
+    """Take what runs only where somebody reads it out of `gm`, and out of what it returns."""
+    lazy = find_lazy(gm.graph)
+    (output,) = gm.graph.find_nodes(op="output")
+    output.args = (tuple(None if result in lazy else result for result in results_of(gm)),)
+    for node in reversed(gm.graph.nodes):
+        if node in lazy:
+            gm.graph.erase_node(node)
+
+
+def _stand_in(node: fx.Node) -> Any:
+    value: Any = node.meta["example_value"]
+    if isinstance(value, torch.SymInt):
+        return hint_of(value)
+    if not isinstance(value, Tensor):
+        return value
+    sizes, strides = ([_fixed(size) for size in each] for each in (value.shape, value.stride()))
+    made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)
+
+
+def _fixed(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else hint_of(size) or 1
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph; on the meta device, stock attention as the fused kernel that a device has for it.
+
+    Torch itself takes the unfused form there, which keeps whole matrices of weights.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run one call."""
+        if target is F.scaled_dot_product_attention and args[0].device.type == "meta":
+            return _fused_attention(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(repeats, -3) for tensor in (key, value))
+    fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _Launches(DispatchMode):
+    """Counts the ops that run within it and write memory: on a device, each is one kernel or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        given = {key_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        made = {key_of(value) for value in tree_leaves(result) if isinstance(value, Tensor)}
+        writes = bool(made - given) or (bool(made) and schema_of(op).is_mutable)
+        self.number += writes and not registered_name(op).startswith(("prim::", "aten::empty"))
+        return result
