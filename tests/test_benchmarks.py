@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import fxopt
 from fxopt.kernels.glu import glu
 
 ROOT = Path(__file__).parent.parent
@@ -328,3 +330,36 @@ def test_a_tiny_model_is_predicted_and_measured_on_a_cpu(
     assert between[1] == pytest.approx(between[0], rel=1e-3)
     if not torch.cuda.is_available():
         assert script.main(["--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [None, "min"])
+def test_a_step_of_stock_ops_allocates_what_was_simulated(
+    budget: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ops of fxopt's, whose plain forms hold more than their kernels, a CPU's peak is the simulated one."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    meters = importlib.import_module("benchmarks.meters")
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("llama", **sizes, num_hidden_layers=4, vocab_size=512)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.randint(0, 512, (2, 512))
+    batch = {"input_ids": ids, "labels": ids}
+    plan = fxopt.plan(model, budget, batch, patterns=())
+    fxopt.optimize(model, plan=plan, patterns=())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    meter = meters.CpuMeter(model, optimizer)
+    with meter.peak() as whole:
+        step()
+    with meter.peak() as forward:
+        loss = model(**batch).loss
+    loss.backward()
+    assert whole.bytes == pytest.approx(plan.peak_bytes, rel=0.03)
+    assert forward.left == pytest.approx(plan.static_bytes + plan.residual_bytes, abs=1024)

@@ -28,6 +28,21 @@ class Candidates:
 
     menus: tuple[Menu, ...]
     numbers: tuple[tuple[int, ...], ...]
+    peaks: dict[Around, list[int | None]] = dataclasses.field(
+        default_factory=lambda: dict[Around, list[int | None]]()
+    )
+    """By what surrounds the blocks: the peak of each choice, None where that leaves too much on the host."""
+
+    def peaks_within(self, around: Around) -> list[int | None]:
+        """Return `peaks` of `around`, simulated once."""
+        if around not in self.peaks:
+            self.peaks[around] = [
+                peak_of(self.menus, numbers, around)
+                if host_bytes_of(self.menus, numbers) <= around.host_bytes
+                else None
+                for numbers in self.numbers
+            ]
+        return self.peaks[around]
 
 
 def find_candidates(menus: Sequence[Menu]) -> Candidates:
@@ -47,22 +62,13 @@ def choose_decisions(candidates: Candidates, around: Around, limit: int | None) 
     """
     if limit is None:
         return (0,) * len(candidates.menus)
-    fitting = (
-        numbers
-        for numbers in candidates.numbers
-        if host_bytes_of(candidates.menus, numbers) <= around.host_bytes
-        and peak_of(candidates.menus, numbers, around) <= limit
-    )
-    return next(fitting, None)
+    pairs = zip(candidates.numbers, candidates.peaks_within(around), strict=True)
+    return next((numbers for numbers, peak in pairs if peak is not None and peak <= limit), None)
 
 
 def find_smallest(candidates: Candidates, around: Around) -> int:
     """Return the lowest peak that any choice reaches."""
-    return min(
-        peak_of(candidates.menus, numbers, around)
-        for numbers in candidates.numbers
-        if host_bytes_of(candidates.menus, numbers) <= around.host_bytes
-    )
+    return min(peak for peak in candidates.peaks_within(around) if peak is not None)
 
 
 def peak_of(menus: Sequence[Menu], numbers: Sequence[int], around: Around) -> int:
@@ -96,17 +102,34 @@ def _candidates(menus: Sequence[Menu]) -> Iterator[tuple[int, ...]]:
                 dict.fromkeys((*offers[key], *_offers(range(len(form)), counts[key], pairing)))
             )
     for chosen in itertools.product(*offers.values()):
-        offered = dict(zip(forms, chosen, strict=True))
-        options = {
-            key: [
-                Option(form[n].saved_bytes, round(form[n].extra_ms * 1e9), form[n].offloaded_bytes)
-                for n in offered[key]
-            ]
-            for key, form in forms.items()
-        }
-        for picked in find_front([options[id(menu)] for menu in menus]):
-            numbers = [offered[id(menu)][number] for menu, number in zip(menus, picked, strict=True)]
-            yield _ordered(menus, numbers)
+        mixes = {key: list(_mixes(offer, counts[key])) for key, offer in zip(forms, chosen, strict=True)}
+        options = [[_sum_of(forms[key], mix) for mix in found] for key, found in mixes.items()]
+        for picked in find_front(options):
+            taken = {
+                key: iter(_ordered(forms[key], found[number]))
+                for (key, found), number in zip(mixes.items(), picked, strict=True)
+            }
+            yield tuple(next(taken[id(menu)]) for menu in menus)
+
+
+def _mixes(offer: Offer, count: int) -> Iterator[Offer]:
+    """Yield what `count` equal blocks may take of an offer: in any number one or the other, or one block any."""
+    if count == 1:
+        yield from ((number,) for number in offer)
+        return
+    first, second = offer[0], offer[-1]
+    for place in range(count + 1 if first != second else 1):
+        yield (first,) * place + (second,) * (count - place)
+
+
+def _sum_of(form: Menu, numbers: Offer) -> Option:
+    """Return what blocks of one form keep, cost and leave on the host together."""
+    taken = [form[number] for number in numbers]
+    return Option(
+        sum(decision.saved_bytes for decision in taken),
+        sum(round(decision.extra_ms * 1e9) for decision in taken),
+        sum(decision.offloaded_bytes for decision in taken),
+    )
 
 
 def _offers(
@@ -122,21 +145,12 @@ def _neighbours(numbers: Sequence[int], _: int) -> Iterable[Offer]:
     return itertools.pairwise(numbers)
 
 
-def _ordered(menus: Sequence[Menu], numbers: Sequence[int]) -> tuple[int, ...]:
+def _ordered(form: Menu, numbers: Offer) -> list[int]:
     """Return `numbers` so that of equal blocks the later save more: what they save is freed first.
 
     The first ones offload: their values have the longest time to come back.
     """
-    result = list(numbers)
-    for key, form in {id(menu): menu for menu in menus}.items():
-        places = [place for place, menu in enumerate(menus) if id(menu) == key]
-        ordered = sorted(
-            (numbers[place] for place in places),
-            key=lambda number: (not form[number].offloaded_bytes, form[number].saved_bytes),
-        )
-        for place, number in zip(places, ordered, strict=True):
-            result[place] = number
-    return tuple(result)
+    return sorted(numbers, key=lambda number: (not form[number].offloaded_bytes, form[number].saved_bytes))
 
 
 def _spare_the_last(menus: Sequence[Menu], numbers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
