@@ -43,7 +43,7 @@ from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders, restore_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
 from fxopt.graph.view import find_subgraphs
-from fxopt.graph.work import copy_for_work, measure_work
+from fxopt.graph.work import ambient_autocast, copy_for_work, measure_work
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
@@ -155,8 +155,8 @@ def run_passes(
         nodes_after=node_records(gm),
         code=to_python(gm, "tail" if region == REGION else "block"),
     )
-    rewritten = copy_for_work(gm)
-    measure = functools.cache(lambda: (measure_work(stock), measure_work(rewritten)))
+    rewritten, autocast = copy_for_work(gm), ambient_autocast()
+    measure = functools.cache(lambda: (measure_work(stock, autocast), measure_work(rewritten, autocast)))
     return Outcome(sites, mismatches, graph, backends, measure)
 
 
