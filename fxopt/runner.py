@@ -17,7 +17,7 @@ from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
-from fxopt.graph.work import copy_for_work, measure_work
+from fxopt.graph.work import ambient_autocast, copy_for_work, measure_work
 from fxopt.options import Options
 from fxopt.report.records import GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
@@ -86,6 +86,6 @@ def run_passes(
         nodes_after=node_records(gm),
         code=to_python(gm, "tail" if region == REGION else "block"),
     )
-    rewritten = copy_for_work(gm)
-    measure = functools.cache(lambda: (measure_work(stock), measure_work(rewritten)))
+    rewritten, autocast = copy_for_work(gm), ambient_autocast()
+    measure = functools.cache(lambda: (measure_work(stock, autocast), measure_work(rewritten, autocast)))
     return Outcome(sites, mismatches, graph, backends, measure)

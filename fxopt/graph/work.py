@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,12 +23,12 @@ from fxopt.graph.torch_private import (
     registered_name,
     schema_of,
     tree_leaves,
-    unset_fake_temporarily,
 )
 from fxopt.graph.view import results_of
 from fxopt.report.records import Work
 
 log = logging.getLogger("fxopt")
+Autocast = tuple[str, torch.dtype, bool]
 
 
 def copy_for_work(gm: fx.GraphModule) -> fx.GraphModule:
@@ -38,17 +41,34 @@ def copy_for_work(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def measure_work(gm: fx.GraphModule) -> Work | None:
-    """Return what `gm` launches and saves, each op run by itself; None where it cannot be run so.
+def ambient_autocast() -> tuple[Autocast, ...]:
+    """Return the autocast state of this thread, under which a graph that is captured now will run."""
+    return tuple(
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        for device in ("cpu", "cuda")
+        if torch.amp.is_autocast_available(device)  # pyright: ignore[reportPrivateImportUsage]
+    )
 
-    What is computed only where somebody reads it is left out.
+
+def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work | None:
+    """Return what `gm` launches and saves under `autocast`, each op run by itself; None where it cannot be run so.
+
+    What is computed only where somebody reads it is left out. It runs in a thread of its own: a graph that fails
+    between two switches of a mode leaves the modes of this thread as they are.
     """
-    try:
-        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-            return _measure(gm)
-    except Exception as error:
-        log.debug("the work of a graph is not known: %s: %s", type(error).__name__, error)
-        return None
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(_measure_under, gm, autocast).result()
+        except Exception as error:
+            log.debug("the work of a graph is not known: %s: %s", type(error).__name__, error)
+            return None
+
+
+def _measure_under(gm: fx.GraphModule, autocast: Sequence[Autocast]) -> Work:
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as modes:
+        for device, dtype, enabled in autocast:
+            modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        return _measure(gm)
 
 
 def _measure(gm: fx.GraphModule) -> Work:

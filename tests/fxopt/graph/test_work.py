@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxopt.graph.work import copy_for_work, measure_work
+from fxopt.graph.work import ambient_autocast, copy_for_work, measure_work
 from fxopt.report.records import Work
 from fxopt.rewriting.functions import capture
 
@@ -71,6 +71,30 @@ def test_what_cannot_run_so_is_not_known() -> None:
     next(node for node in gm.graph.nodes if "exp" in node.name).target = torch.unique_consecutive
     gm.recompile()
     assert measure_work(gm) is None
+
+
+def test_a_graph_runs_under_the_autocast_that_it_was_captured_under() -> None:
+    gm = graph_of(lambda x, w: torch.tanh(F.linear(x, w)), leaf(4, 8), leaf(16, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = ambient_autocast()
+    full, half = measure_work(gm), measure_work(gm, state)
+    assert full is not None
+    assert half is not None
+    assert full.saved_bytes == 4 * 16 * ITEM
+    assert half.saved_bytes == (4 * 16 + 4 * 8 + 16 * 8) * 2, "tanh's result, and x and w as they were cast"
+    assert half.forward_kernels == full.forward_kernels + 2
+
+
+def test_a_graph_that_fails_leaves_the_modes_alone() -> None:
+    def switched(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.exp(x @ x)
+
+    gm = graph_of(switched, leaf(4, 4))
+    next(node for node in gm.graph.nodes if node.name.startswith("exp")).target = torch.unique_consecutive
+    gm.recompile()
+    assert measure_work(gm) is None
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_copy_keeps_bodies_that_are_rewritten_later() -> None:

@@ -245,5 +245,6 @@ def test_print_shows_the_whole_graph_and_all_code(page: Any) -> None:
     page.emulate_media(media="print")
     page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
-    assert not page.locator(".tools").is_visible()
+    assert not any(page.locator(part).first.is_visible() for part in (".tools", "nav", ".screen"))
+    assert page.locator(".memory").is_visible()
     assert page.pdf()[:4] == b"%PDF"
