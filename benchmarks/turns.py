@@ -27,9 +27,8 @@ class Turn:
 
     def __init__(self) -> None:
         self._said: TextIO | None = None
-        if os.environ.get(
-            "FXOPT_TURNS"
-        ):  # what libraries print goes with the errors: stdout is for turns alone
+        if os.environ.get("FXOPT_TURNS"):
+            # What libraries print goes with the errors: stdout is for turns alone.
             self._said = os.fdopen(os.dup(1), "w", buffering=1)
             os.dup2(2, 1)
 
@@ -68,9 +67,8 @@ def run_in_turns(
                     running.append(process)
                 for key, _ in selector.select(timeout=1):
                     process = key.data
-                    said = os.read(
-                        key.fd, 1 << 16
-                    ).decode()  # a buffered reader would keep a second line to itself
+                    # A buffered reader would keep a second line to itself.
+                    said = os.read(key.fd, 1 << 16).decode()
                     if process is active and (not said or DONE in said):
                         active = None
                         _signal(running, signal.SIGCONT)

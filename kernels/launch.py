@@ -66,7 +66,7 @@ class Declared:
 
 
 DECLARED: dict[torch._ops.OpOverload, Declared] = {}
-"""By the op."""
+"""What each op declares to plans."""
 LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 
 

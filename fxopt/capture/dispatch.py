@@ -142,7 +142,9 @@ class BlockCalls:
             self.ledger.refused[self.region] = reason
         return output
 
-    def _serve_looping(self, path: str, block: nn.Module, idle_hooks: bool, args: Any, kwargs: Any) -> Any:
+    def _serve_looping(
+        self, path: str, block: nn.Module, idle_hooks: bool, args: Any, kwargs: Any
+    ) -> tuple[Any] | None:
         """Run `block`'s forward with its loops over hits captured for one turn, and return (its result,) or None."""
         self._looping_classes.add(type(block))
         check = StockCheck(block, args, kwargs)
@@ -154,7 +156,7 @@ class BlockCalls:
         except torch_errors.CAPTURE_ERRORS as error:
             self._reason_of(error)
             cause = torch_errors.root_cause(error)
-            if isinstance(cause, TurnsError):
+            if isinstance(cause, TurnsError):  # without such a loop, why the block breaks is told already
                 self.ledger.note(f"{self.region}: {NO_TURN}: {cause}")
         self.ledger.progress.wipe()
         self._looping_classes.discard(type(block))

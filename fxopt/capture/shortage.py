@@ -70,9 +70,7 @@ class Shortage:
         if self._ledger.changes_state:
             return "a block changes Python objects, which a second forward pass would do twice"
         if self._holders is None or not _are_same(torch_modules.find_buffers(self._model()), self._holders):
-            return (
-                "modules were put into the model since its first call, whose buffers may have been written to"
-            )
+            return "buffers were put into the model since its first call, and may have been written to"
         if _writes(self._holders) != before:
             return "the forward pass writes to a buffer of the model, which a second one would do twice"
         return ""

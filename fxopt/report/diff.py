@@ -126,25 +126,22 @@ def _compare_regions(
 def _changed_figures(first: Report, second: Report) -> list[str]:
     before, after = _figures(first), _figures(second)
     lines: list[str] = []
-    for key in before.keys() & after.keys():
+    for key, figures in before.items():
         parts = [
             f"{old} {name} -> {new}"
-            for (name, old), (other, new) in itertools.product(before[key], after[key])
+            for (name, old), (other, new) in itertools.product(figures, after.get(key, ()))
             if name == other and old != new
         ]
         if parts:
             lines.append(f"{key}: {', '.join(parts)}")
-    order = list(before)
-    return sorted(
-        lines, key=lambda line: next(order.index(key) for key in order if line.startswith(f"{key}: "))
-    )
+    return lines
 
 
 def _figures(report: Report) -> Mapping[str, Sequence[tuple[str, str]]]:
     """Return what is compared of each capture and plan: names of figures, and their values as text."""
     found: dict[str, list[tuple[str, str]]] = {}
     for figure in layer_figures(report):
-        values = found.setdefault(f"{figure.region or 'the model'}, capture {figure.capture}", [])
+        values = found.setdefault(figure.name, [])
         values += [("ops", str(figure.ops_after)), ("written", format_bytes(figure.bytes_after))]
         if figure.kernels is not None and figure.saved is not None:
             values += [("kernels", str(figure.kernels[1])), ("saved", format_bytes(figure.saved[1]))]

@@ -28,6 +28,11 @@ class LayerFigures:
     work_after: Work | None
 
     @property
+    def name(self) -> str:
+        """How texts call the capture."""
+        return f"{self.region or 'the model'}, capture {self.capture}"
+
+    @property
     def kernels(self) -> tuple[int, int] | None:
         """How many kernels a training pass launches before and after, None where one is not known."""
         if self.work_before is None or self.work_after is None:

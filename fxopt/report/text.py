@@ -173,17 +173,15 @@ def _render_layers(report: Report) -> list[str]:
         return []
     rows: list[tuple[str, ...]] = [("region", "layers", "ops before", "after", "bytes before", "after")]
     for figure in figures:
-        name = f"{figure.region or 'the model'}, capture {figure.capture}"
         ops = (str(figure.ops_before), str(figure.ops_after))
         sizes = (format_bytes(figure.bytes_before), format_bytes(figure.bytes_after))
-        rows.append((name, str(figure.layers), *ops, *sizes))
+        rows.append((figure.name, str(figure.layers), *ops, *sizes))
     lines = ["Per layer, forward (ops that compute, and the bytes they write)", *_table(rows, right=RIGHT)]
     rows = [("region", "layers", "kernels before", "after", "saved before", "after")]
     for figure in figures:
         if figure.kernels is not None and figure.saved is not None:
-            name = f"{figure.region or 'the model'}, capture {figure.capture}"
             sizes = map(format_bytes, figure.saved)
-            rows.append((name, str(figure.layers), *map(str, figure.kernels), *sizes))
+            rows.append((figure.name, str(figure.layers), *map(str, figure.kernels), *sizes))
     if len(rows) > 1:
         title = "Per layer, forward and backward (kernels launched op by op, and bytes saved in between)"
         lines += ["", title, *_table(rows, right=RIGHT)]

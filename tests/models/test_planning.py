@@ -112,10 +112,8 @@ def test_what_follows_the_blocks_is_predicted_too(tools):
     ("arch", "adapted"), [("gemma2", False), pytest.param("llama", True, marks=pytest.mark.slow)]
 )
 def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(arch, adapted, tools):
-    model, batch = (
-        make(tools, arch, adapted),
-        batch_of(tools),
-    )  # with adapters the first block is another form
+    # With adapters the first block is another form.
+    model, batch = make(tools, arch, adapted), batch_of(tools)
     plan = fxopt.plan(model, "min", batch)
     read = fxopt.Plan.from_json(plan.to_json())
     assert read == plan
