@@ -304,13 +304,8 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "in order with masks", (_ordered(masks=True), _inputs(device, half))
     form: dict[str, Any] = {"bias": True, "is_stored_transposed": False}
     yield "in order, clamped", (_ordered(_clamped_gate, **form), _inputs(device, half, **form))
-    yield (
-        "in order, clamped, masks",
-        (
-            _ordered(_clamped_gate, **form, masks=True),
-            _inputs(device, half, **form),
-        ),
-    )
+    masked = _ordered(_clamped_gate, **form, masks=True)
+    yield "in order, clamped, masks", (masked, _inputs(device, half, **form))
     wide = _inputs(device, half)
     weights = torch.rand(9, NUM_CHOICES, device=device, requires_grad=True)
     yield "in order, weights in fp32", (_ordered(), (*wide[:2], weights, *wide[3:]))

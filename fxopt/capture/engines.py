@@ -51,11 +51,16 @@ def check_spread(values: Sequence[Any]) -> None:
 def say_kept(module: nn.Module) -> str | None:
     """Return how an engine keeps the weights of `module` that no other code may read, or None."""
     for tensor in module.parameters(recurse=False):
-        if tensor.numel() == 0:
+        if _is_emptied(tensor):
             return f"a weight of the {type(module).__name__} is empty outside its own forward, as ZeRO-3 keeps it"
         if torch_distributed.is_dtensor(tensor) and not torch_distributed.is_managed(module):
             return f"a weight of the {type(module).__name__} is spread over ranks, as tensor parallel plans have it"
     return None
+
+
+def _is_emptied(tensor: torch.Tensor) -> bool:
+    """Return whether a weight's items were taken off it, which leaves a vector: a model's own may be [1, 0, D]."""
+    return tensor.dim() == 1 and tensor.numel() == 0
 
 
 def cast_inputs(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -118,7 +123,7 @@ class Sharding:
     def find_obstacle(self) -> str | None:
         """Return why the tail cannot be run for how modules are sharded now, or None."""
         for module in walk(self._model, but=self._blocks):
-            if any(parameter.numel() == 0 for parameter in module.parameters(recurse=False)):
+            if any(map(_is_emptied, module.parameters(recurse=False))):
                 return say_kept(module)
         for module in self._around:
             if module is not self._model and torch_distributed.fsdp_state_of(module) is not None:

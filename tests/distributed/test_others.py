@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
+
+from fxopt.capture.engines import say_kept
 
 BOUND = 5e-6
 SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
@@ -34,6 +38,15 @@ def test_a_weight_that_hooks_gather_is_not_read(place, kind, two):
         assert answer["fallbacks"][f"model: {reason}"] == 1
         assert answer["errors"]["stock"] <= BOUND
         assert "linear_cross_entropy" not in answer["sites"]
+
+
+def test_a_weight_that_has_no_items_of_its_own_is_read():
+    """As of an image model without register tokens; what an engine takes the items off is a vector."""
+    module = nn.Module()
+    module.tokens = nn.Parameter(torch.empty(1, 0, 8))
+    assert say_kept(module) is None
+    module.weight = nn.Parameter(torch.empty(0))
+    assert "is empty outside its own forward" in str(say_kept(module))
 
 
 def test_a_tensor_parallel_block_runs_stock_with_the_reason(two):
