@@ -153,6 +153,7 @@ class BlockCalls:
             if check.agrees(output):
                 return (output,)
             self.ledger.note(f"{self.region}: {NO_TURN}: what it counts in Python would be counted once")
+            check.undo()
         except torch_errors.CAPTURE_ERRORS as error:
             self._reason_of(error)
             cause = torch_errors.root_cause(error)

@@ -6,6 +6,7 @@ its queries and keys, say, of which backward reads only what was turned. The cop
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -39,12 +40,13 @@ def copy_saved_parts(graph: fx.Graph, in_backward: set[fx.Node]) -> int:
 def _are_few(nodes: list[fx.Node]) -> bool:
     """Return whether `nodes`, all in one storage, are a small part of it; equal views count once."""
     values: list[torch.Tensor] = [node.meta["val"] for node in nodes]
-    forms = {(value.storage_offset(), value.shape, value.stride()): value for value in values}
-    numbers = [size for value in values for size in (*value.shape, value.untyped_storage().nbytes())]
-    if not all(isinstance(number, int) for number in numbers):
-        return False
-    read = sum(math.prod(value.shape) * value.element_size() for value in forms.values())
-    return SHARE * read <= values[0].untyped_storage().nbytes()
+    forms = [(value.storage_offset(), *value.shape, *value.stride()) for value in values]
+    whole = values[0].untyped_storage().nbytes()
+    if not all(isinstance(number, int) for number in (whole, *itertools.chain.from_iterable(forms))):
+        return False  # of sizes that change it is not known
+    distinct = dict(zip(forms, values, strict=True))
+    read = sum(math.prod(value.shape) * value.element_size() for value in distinct.values())
+    return SHARE * read <= whole
 
 
 def _copy(graph: fx.Graph, node: fx.Node, in_backward: set[fx.Node]) -> None:

@@ -76,6 +76,7 @@ class StockCheck:
         devices = {each.device for each in block.parameters() if each.device.type == "cuda"}
         self._random = torch.random.get_rng_state()
         self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self._buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
 
     def agrees(self, output: Any) -> bool:
         """Return whether stock returns about the same, run once more from the same random state.
@@ -87,13 +88,24 @@ class StockCheck:
             return True
         devices = [device.index for device in self._random_on]
         with torch.random.fork_rng(devices), torch.no_grad():
-            torch.random.set_rng_state(self._random)
-            for device, state in self._random_on.items():
-                torch.cuda.set_rng_state(state, device)
+            self._put_random_state_back()
             weights: dict[int, Any] = {id(each): each for each in self._block.parameters()}
             stock = copy.deepcopy(self._block, weights).forward(*self._args, **self._kwargs)
         theirs = [value for value in tree_leaves(stock) if isinstance(value, torch.Tensor)]
         return len(ours) == len(theirs) and all(map(_is_close, ours, theirs))
+
+    def undo(self) -> None:
+        """Put the random state and the block's buffers back to where they were, for the block to run once more."""
+        self._put_random_state_back()
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+    def _put_random_state_back(self) -> None:
+        torch.random.set_rng_state(self._random)
+        for device, state in self._random_on.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

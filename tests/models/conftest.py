@@ -153,10 +153,11 @@ def make_batch(shape: tuple[int, int], *, padded: str, device: str) -> dict[str,
 
 @dataclasses.dataclass
 class Step:
-    """Loss and gradients of one step, all in float64."""
+    """Loss and gradients of one step, all in float64, and what the loss was scaled by."""
 
     loss: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    scale: float = 1.0
 
 
 def run_step(
@@ -176,7 +177,7 @@ def run_step(
     if scaler.is_enabled() and scale > 1 and not all(each.isfinite().all() for each in found.values()):
         return run_step(model, batch, autocast, scale / 2)
     gradients = {name: gradient.double() / scaler.get_scale() for name, gradient in found.items()}
-    return Step(loss.detach().double(), gradients)
+    return Step(loss.detach().double(), gradients, scale)
 
 
 @contextlib.contextmanager
@@ -257,9 +258,10 @@ def measure_excess(
         batch = make_batch(shape, padded="left" if seed % 2 else "right", device=device)
         reference = run_step(exact, batch)
         cast = dtype if autocast else None
-        step = run_step(model, batch, cast)
         with without_cudnn_attention():
             stock_step = run_step(stock, batch, cast)
+        step = run_step(model, batch, cast)
+        assert step.scale >= stock_step.scale, "gradients overflow that stock's do not"
         gradients.append(gradient_excess(step, stock_step, reference))
         errors = [relative(each.loss, reference.loss) for each in (step, stock_step)]
         losses.append(errors[0] - errors[1])

@@ -212,6 +212,27 @@ def test_other_loops_run_as_they_stand(body: Body, reason: str, device: str, too
     assert any(region.breaks for region in report.regions)
 
 
+def counting_calls(crew: Crew, x: torch.Tensor, names: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    crew.calls.add_(1)  # pyright: ignore
+    return counting(crew, F.dropout(x, 0.5), names, shares)
+
+
+def test_a_loop_that_is_none_leaves_chance_and_buffers_as_stock_does(tools: Any) -> None:
+    torch.manual_seed(0)
+    stock = Train(counting_calls).train()
+    for crew in stock.crews:
+        crew.register_buffer("calls", torch.zeros(()))
+    model = fxopt.optimize(copy.deepcopy(stock))
+    batch = tools.make_batch((2, 24), padded="none", device="cpu")
+    for step in (1, 2):
+        losses: list[torch.Tensor] = []
+        for each in (model, stock):
+            torch.manual_seed(step)
+            losses.append(tools.run_step(each, batch).loss)
+        assert tools.relative(*losses) < 1e-5
+        assert [crew.calls.item() for crew in model.crews] == [step] * LAYERS
+
+
 @pytest.mark.slow
 def test_a_loop_under_autocast_is_experts(device: str, tools: Any) -> None:
     torch.manual_seed(0)

@@ -45,3 +45,13 @@ def test_what_is_saved(function: Callable[..., tuple[torch.Tensor, ...]], expect
     assert saved.total == expected
     ours, stock = (torch.autograd.grad([y.sum() for y in each], (x, w)) for each in (results, function(x, w)))
     assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
+
+
+def test_sizes_that_change_are_left_alone() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(third_alone, backend=torch_lowering.plain_backend, fullgraph=True, dynamic=True)
+    for rows in (ROWS, 5):
+        x = torch.randn(rows, 3 * WIDTH, requires_grad=True)
+        w = torch.randn(rows, WIDTH, requires_grad=True)
+        ours, stock = (torch.autograd.grad(call(x, w)[0].sum(), (x, w)) for call in (compiled, third_alone))
+        assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
