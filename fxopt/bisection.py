@@ -207,6 +207,8 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
         )
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    # As `python script.py` has it, and for good: the check may import what lies beside it when it is called.
+    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:
