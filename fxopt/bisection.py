@@ -155,7 +155,8 @@ class _Bisection:
 
         def select(region: str, match: Match) -> str:
             node = match.outputs[0]
-            name = f"{match.pattern.name} in {region}: {module_of(node) or '(itself)'} ({location_of(node)})"
+            line = f" ({location_of(node)})" if location_of(node) else ""
+            name = f"{match.pattern.name} in {region or 'the model'}: {module_of(node) or '(itself)'}{line}"
             self._seen.setdefault(name)
             return "" if allowed is None or name in allowed else LEFT_OUT
 

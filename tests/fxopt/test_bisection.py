@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -123,7 +124,10 @@ def test_a_script_is_bisected(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as exit_info:
         main(["bisect", str(script)])
     assert exit_info.value.code == 1
-    assert "1 rewrite makes the check fail" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 rewrite makes the check fail" in printed
+    assert re.search(r"layer_norm in \S.*: \S", printed), printed
+    assert "()" not in printed, printed
 
 
 def test_a_script_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
