@@ -216,6 +216,25 @@ def test_why_not_shows_how_far_it_came_and_both_graphs() -> None:
         report.why_not("rop")
 
 
+def test_why_not_counts_the_rewrites_of_a_pattern_without_sites() -> None:
+    mine = fxopt.pattern(
+        lambda x: F.relu(x) ** 2,
+        lambda x: x.clamp_min(0) * x.relu(),
+        examples=[(torch.randn(4, 8),)],
+        name="mine",
+    )
+
+    class Squared(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x) ** 2
+
+    model = nn.Sequential(nn.Linear(8, 8), Squared())
+    fxopt.optimize(model, patterns=[mine])
+    model(torch.randn(2, 8)).sum().backward()
+    report = fxopt.explain(model)
+    assert report.why_not("mine") == "mine: rewritten 1 time in the captured graphs\nnothing was left out\n"
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_code_of_graphs_runs(report_of: Explained, name: str) -> None:
     for graph in report_of(name).graphs:
