@@ -155,7 +155,8 @@ class _Bisection:
 
         def select(region: str, match: Match) -> str:
             node = match.outputs[0]
-            name = f"{match.pattern.name} in {region}: {module_of(node) or '(itself)'} ({location_of(node)})"
+            line = f" ({location_of(node)})" if location_of(node) else ""
+            name = f"{match.pattern.name} in {region or 'the model'}: {module_of(node) or '(itself)'}{line}"
             self._seen.setdefault(name)
             return "" if allowed is None or name in allowed else LEFT_OUT
 
@@ -207,6 +208,8 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
         )
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    # As `python script.py` has it, and for good: the check may import what lies beside it when it is called.
+    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:

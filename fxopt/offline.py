@@ -6,9 +6,11 @@ datasheet.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from fxopt.demo.quantized import quantize_on_meta
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
 from fxopt.options import Options
-from fxopt.planning import finish_plan
+from fxopt.planning import MARGIN, finish_plan
 from fxopt.remat.devices import DEVICES, Device
 from fxopt.remat.host import parse_host_memory
 from fxopt.report.plan import Plan
@@ -76,15 +78,39 @@ def report_offline(setting: Setting) -> Report:
     options, device = _options_of(setting), _find_device(setting.device)
     model = build_model(setting)
     try:
-        with surveyed(model, options, _inputs_of(setting), device) as (survey, probe):
+        with _quiet_fakes(), surveyed(model, options, _inputs_of(setting), device) as (survey, probe):
             plan = finish_plan(survey, probe.ledger)
-            return dataclasses.replace(build_report(probe), plans=(plan,))
+            report = build_report(probe)
+            return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
     except FxoptError as error:
         if setting.budget != "auto":
             raise
         reason = str(error).partition("\n")[0]
     report = explain(model)
-    return dataclasses.replace(report, notes=(*report.notes, f"no plan was made: {reason}"))
+    note = f"no plan was made, and all figures are those of small inputs: {reason}"
+    return dataclasses.replace(report, notes=(*report.notes, note))
+
+
+def _misfit(plan: Plan, device: Device) -> tuple[str, ...]:
+    """Return a note where no plan of the step fits on `device`."""
+    there = int(device.memory_bytes * (1 - MARGIN))
+    if plan.smallest_bytes <= there:
+        return ()
+    needed = format_bytes(plan.smallest_bytes)
+    return (
+        f"the step does not fit: it needs {needed} under any plan, and {device.name} has {format_bytes(there)} free",
+    )
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Generator[None]:
+    """Keep torch from logging a traceback for a step that the model does not take: a note tells it in one line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    held, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = held
 
 
 def build_model(setting: Setting) -> torch.nn.Module:

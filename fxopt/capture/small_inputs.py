@@ -46,8 +46,9 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
     except FxoptError:
         raise
     except Exception as error:
+        given = "small inputs" if example_inputs is None else "the inputs given"
         raise FxoptError(
-            f"model: {type(model).__name__} failed on small inputs ({', '.join(inputs)}): "
+            f"model: {type(model).__name__} failed on {given} ({', '.join(inputs)}): "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
             "pass example_inputs, a dict of keyword arguments the model's forward accepts"
         ) from error

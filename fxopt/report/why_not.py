@@ -33,10 +33,17 @@ def render_why_not(report: Report, name: str) -> str:
     distinct = {(miss.anchor, miss.module, miss.location, miss.reason): miss for miss in reversed(all_misses)}
     misses = list(reversed(distinct.values()))
     done = sum(site.count for site in sites if site.status == "rewritten")
-    lines = [f"{name}: {done} of {sum(site.count for site in sites)} sites rewritten"]
+    # A pattern of the user's own has no sites: the scans of the library do not know its form.
+    made = 0 if sites else sum(rewrite.pattern == name for rewrite in report.rewrites)
+    head = f"{done} of {sum(site.count for site in sites)} sites rewritten"
+    if made:
+        head = f"rewritten {made} time{'' if made == 1 else 's'} in the captured graphs"
+    lines = [f"{name}: {head}"]
     if not left and not misses:
         lines.append(
-            "nothing was left out" if done else "no site of this form is in the model, and nothing came near"
+            "nothing was left out"
+            if done or made
+            else "no site of this form is in the model, and nothing came near"
         )
     for site in left:
         miss = (

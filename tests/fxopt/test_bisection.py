@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,7 +124,25 @@ def test_a_script_is_bisected(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as exit_info:
         main(["bisect", str(script)])
     assert exit_info.value.code == 1
-    assert "1 rewrite makes the check fail" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 rewrite makes the check fail" in printed
+    assert re.search(r"layer_norm in \S.*: \S", printed), printed
+    assert "()" not in printed, printed
+
+
+def test_a_script_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("beside_script", "beside_check"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text("from torch import nn\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from beside_script import nn\n"
+        "def model():\n    return nn.Linear(4, 4)\n"
+        "def check(model):\n    from beside_check import nn\n    return isinstance(model, nn.Linear)\n"
+    )
+    model, check = load_script(script)
+    assert check(model)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import nn
 import fxopt
 from fxopt.cli import main
 from fxopt.errors import FxoptError, UnknownNameError
+from fxopt.offline import Setting, report_offline
 from fxopt.report import plan, records
 from fxopt.report.alignment import align
 from fxopt.report.diff import diff_reports
@@ -216,6 +217,25 @@ def test_why_not_shows_how_far_it_came_and_both_graphs() -> None:
         report.why_not("rop")
 
 
+def test_why_not_counts_the_rewrites_of_a_pattern_without_sites() -> None:
+    mine = fxopt.pattern(
+        lambda x: F.relu(x) ** 2,
+        lambda x: x.clamp_min(0) * x.relu(),
+        examples=[(torch.randn(4, 8),)],
+        name="mine",
+    )
+
+    class Squared(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x) ** 2
+
+    model = nn.Sequential(nn.Linear(8, 8), Squared())
+    fxopt.optimize(model, patterns=[mine])
+    model(torch.randn(2, 8)).sum().backward()
+    report = fxopt.explain(model)
+    assert report.why_not("mine") == "mine: rewritten 1 time in the captured graphs\nnothing was left out\n"
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_code_of_graphs_runs(report_of: Explained, name: str) -> None:
     for graph in report_of(name).graphs:
@@ -311,3 +331,19 @@ def test_the_command_writes_html(tmp_path: Path, capsys: pytest.CaptureFixture[s
         main(["report", "--arch", "gpt2", "--html", str(tmp_path / "no" / "such.html")])
     assert exit_info.value.code == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_fit_is_noted() -> None:
+    report = report_offline(Setting(None, "gpt2", "auto", batch=256, seq=1024, lora=False, device="L4"))
+    assert len(report.plans) == 1
+    assert re.search(
+        r"does not fit: it needs \d.+ under any plan, and L4 has 2\d\.\d+ GiB free", report.notes[-1]
+    )
+
+
+def test_a_step_that_the_model_does_not_take_is_noted_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    report = report_offline(Setting(None, "bert", "auto", batch=1, seq=600, lora=False, device="H100"))
+    assert report.plans == ()
+    assert report.notes[-1].startswith("no plan was made, and all figures are those of small inputs: model: ")
+    assert "failed on the inputs given (input_ids, labels): " in report.notes[-1]
+    assert capfd.readouterr() == ("", "")
