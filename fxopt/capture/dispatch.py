@@ -110,9 +110,8 @@ class BlockCalls:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
-            may_loop = not (
-                broken or type(block) in self._looping_classes or torch_errors.is_of_backend(error)
-            )
+            is_of_loop = not (torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error))
+            may_loop = is_of_loop and not broken and type(block) not in self._looping_classes
         if may_loop:
             found = self._serve_looping(path, block, idle_hooks, args, kwargs)
             if found is not None:

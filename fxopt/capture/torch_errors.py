@@ -38,8 +38,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def telling(error: BaseException) -> BaseException:
     """Return the error that says why: at the limit of captures Dynamo raises another one from it."""
-    is_limit = isinstance(error, dynamo_exc.FailOnRecompileLimitHit)
-    return error.__cause__ if is_limit and error.__cause__ is not None else error
+    return error.__cause__ if is_of_limit(error) and error.__cause__ is not None else error
 
 
 def cause_to_raise(error: BaseException) -> BaseException | None:
@@ -51,6 +50,11 @@ def cause_to_raise(error: BaseException) -> BaseException | None:
 def is_of_backend(error: BaseException) -> bool:
     """Return whether `error` says that what Dynamo gave a captured graph to has failed."""
     return isinstance(error, dynamo_exc.BackendCompilerFailed)
+
+
+def is_of_limit(error: BaseException) -> bool:
+    """Return whether `error` says that a frame has as many captures as it may."""
+    return isinstance(error, dynamo_exc.FailOnRecompileLimitHit)
 
 
 def hangs_on_values(error: BaseException) -> bool:

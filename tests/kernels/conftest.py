@@ -22,12 +22,14 @@ from fxopt.kernels import launch
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 FLOOR_EPS = {"cpu": 1.0, "cuda": 0.5}
-FLOOR_EPS_FLOAT32 = 4.0
+FLOOR_EPS_FLOAT32 = {"cpu": 8.0, "cuda": 4.0}
 """How many eps of its dtype a value may be off beside twice eager's own error, by device in 16 bits and in fp32.
 
 Measured in the interpreter over all four ops, the most that was needed: 0.63 in bf16 (217 values), where the
 interpreter truncates and a GPU rounds to nearest, none in fp16 (189), and 2.8 in fp32 (374), from sums in another
-order. On a GPU half an eps is one rounding to nearest.
+order. On a CPU for which numpy takes OpenBLAS's Haswell kernels, attention needed 7.8 in fp32 (the gradient of v, heads
+of 256) and 4.7 (that of q with one key, which is 0: terms of size 8 cancel). On a GPU half an eps is one rounding to
+nearest.
 """
 
 
@@ -107,8 +109,8 @@ def check() -> Check:
         assert value is not None, f"{name}: expected a gradient, got none"
         assert (value.shape, value.dtype) == (eager.shape, eager.dtype), name
         dtype = rounded_to or value.dtype
-        eps = FLOOR_EPS_FLOAT32 if dtype == torch.float32 else FLOOR_EPS[value.device.type]
-        most = 2 * relative_error(eager, exact) + eps * torch.finfo(dtype).eps
+        floor = FLOOR_EPS_FLOAT32 if dtype == torch.float32 else FLOOR_EPS
+        most = 2 * relative_error(eager, exact) + floor[value.device.type] * torch.finfo(dtype).eps
         error = relative_error(value, exact)
         assert error <= most, f"{name}: error {error:.2e}, expected at most {most:.2e}"
 
