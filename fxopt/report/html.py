@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from fxopt.errors import FxoptError
 from fxopt.report.alignment import align
 from fxopt.report.figures import distinct_graphs, layer_figures
 from fxopt.report.memory import readable_budget
@@ -76,8 +77,20 @@ def _headline(report: Report) -> dict[str, int]:
 
 
 def save_html(report: Report, path: str | Path) -> None:
-    """Write `report` to `path` as HTML."""
-    Path(path).write_text(render_html(report), encoding="utf-8")
+    """Write `report` to `path` as HTML.
+
+    Raises:
+        FxoptError: the folder is missing, or the file cannot be written.
+    """
+    text = render_html(report)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise FxoptError(
+            f"save_html: {reason}, expected a file that can be written, got {str(path)!r}\n"
+            "make its folder first"
+        ) from None
 
 
 def render_notebook(report: Report) -> str:

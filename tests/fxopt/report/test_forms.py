@@ -347,3 +347,10 @@ def test_a_step_that_the_model_does_not_take_is_noted_in_one_line(capfd: pytest.
     assert report.notes[-1].startswith("no plan was made, and all figures are those of small inputs: model: ")
     assert "failed on the inputs given (input_ids, labels): " in report.notes[-1]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_is_missing_is_told(report_of: Explained, tmp_path: Path) -> None:
+    missing = tmp_path / "missing" / "report.html"
+    with pytest.raises(FxoptError, match="save_html: no such file or directory, expected a file") as error:
+        report_of("llama").save_html(missing)
+    assert str(missing) in str(error.value)
