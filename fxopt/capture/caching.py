@@ -24,13 +24,14 @@ def find_cacheable(gm: fx.GraphModule) -> dict[str, str]:
     A function of anybody else's, in a pattern of their own say, is not among them: what calls it is compiled anew in
     each process.
     """
-    targets = {
+    targets = (
         node.target
         for _, part in find_subgraphs(gm)
         for node in part.graph.nodes
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith(f"{PACKAGE}.")
-    }
-    return {f"{target.__module__}.{target.__name__}": source_digest() for target in targets}  # pyright: ignore
+    )
+    names = {f"{target.__module__}.{target.__name__}" for target in targets}  # pyright: ignore
+    return {name: source_digest() for name in sorted(names)}  # their order is a part of the cache's key
 
 
 @functools.cache
