@@ -88,8 +88,8 @@ def save_html(report: Report, path: str | Path) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise FxoptError(
-            f"save_html: {reason}, expected a file that can be written, got {str(path)!r}\n"
-            "make its folder first"
+            f"save_html: the file cannot be written ({reason}), expected a path in a folder that exists, "
+            f"got {str(path)!r}"
         ) from None
 
 
