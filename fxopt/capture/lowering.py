@@ -47,11 +47,14 @@ def has_fixed_sizes(example_inputs: list[Any]) -> bool:
 
 def is_on_gpu(gm: fx.GraphModule) -> bool:
     """Return whether a tensor that `gm` reads lies on a CUDA device."""
-    return any(
-        isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.device.type == "cuda"
-        for node in gm.graph.nodes
-        if node.op == "placeholder"
-    )
+    return find_gpu(gm) is not None
+
+
+def find_gpu(gm: fx.GraphModule) -> torch.device | None:
+    """Return the CUDA device of a tensor that `gm` reads, or None."""
+    values = (node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder")
+    devices = (value.device for value in values if isinstance(value, torch.Tensor))
+    return next((device for device in devices if device.type == "cuda"), None)
 
 
 def run_uncompiled(

@@ -129,9 +129,11 @@ def load_inductor() -> None:
     driver.active.get_current_target()
     import torch._inductor.compile_fx as compile_fx
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codegen.common import init_backend_registration
 
     assert callable(compile_fx.compile_fx)
     AsyncCompile.wakeup()
+    init_backend_registration()  # imports the code generators of all devices
 
 
 def inductor_backend(

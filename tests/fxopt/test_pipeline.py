@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import logging
+import shutil
 import sys
 import time
 import types
@@ -577,9 +578,18 @@ def test_what_keeps_the_head_stock_is_told_by_the_models_own_line():
     )
 
 
-def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(monkeypatch, caplog) -> None:
-    """Where kernels compile, rewrites are rehearsed on a copy: the same report, and each structure ran once."""
+def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
+    monkeypatch, caplog, tmp_path
+) -> None:
+    """Where kernels compile, rewrites are rehearsed on a copy: the same report, and each structure ran once.
+
+    What a process noted as compiled is not rehearsed again.
+    """
     rehearsed = []
+    cache = tmp_path / "triton"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(pipeline.launch, "is_available", lambda: True)
 
     def count(self, match, replacement):
         rehearsed.append(match.pattern.name)
@@ -594,9 +604,13 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(mon
 
     without = report_of()
     assert not rehearsed
-    monkeypatch.setattr(pipeline, "is_on_gpu", lambda gm: True)
+    monkeypatch.setattr(pipeline, "find_gpu", lambda gm: torch.device("cuda"))
     assert report_of().sites == without.sites
     assert sorted(rehearsed) == sorted(rewrite.pattern for rewrite in without.rewrites)
+    num_rehearsed = len(rehearsed)
+    assert report_of().sites == without.sites
+    assert len(rehearsed) == num_rehearsed
+    shutil.rmtree(cache)
     caplog.set_level("DEBUG", "fxopt")
     assert report_of(fails=True).sites == without.sites
     assert "a rehearsal of the rewrites failed: RuntimeError: no compiler" in caplog.text
