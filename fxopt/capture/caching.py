@@ -1,7 +1,7 @@
 """What caches on disk need to know of a graph that fxopt compiles.
 
-AOTAutograd's stores compiled graphs by what Dynamo captured, and leaves alone any that call a function it knows nothing of. Of
-fxopt's functions it is told by the digest of fxopt's whole source: whatever is edited makes another key.
+AOTAutograd's stores compiled graphs by what Dynamo captured, and leaves alone any that call a function it knows
+nothing of. Of fxopt's functions it is told by the digest of fxopt's whole source: whatever is edited makes another key.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def _find_pair(node: fx.Node, given: dict[str, Any]) -> tuple[fx.Node, fx.Node] 
     value, needs = given["xs"][0], given["needs"]
     if not needs[0] or not any(needs[len(given["xs"]) :]) or any(needs[1 : len(given["xs"])]):
         return None
-    name = _name_of(value)
+    name = name_of(value)
     if name is None or torch.Tag.pointwise not in value.target.tags:  # pyright: ignore
         return None
     if not hasattr(getattr(torch.ops, NAMESPACE), f"{name}_backward_output"):
@@ -57,7 +57,7 @@ def _find_pair(node: fx.Node, given: dict[str, Any]) -> tuple[fx.Node, fx.Node] 
         return None
     (gradient,) = gradients
     (backward,) = gradient.users
-    is_its = _name_of(backward) == f"{name}_backward" and backward.args[0] is gradient
+    is_its = name_of(backward) == f"{name}_backward" and backward.args[0] is gradient
     if not is_its or list(backward.args[1 : 1 + len(value.args)]) != list(value.args):
         return None
     return like, backward
@@ -70,7 +70,7 @@ def _split(node: fx.Node, given: dict[str, Any], like: fx.Node, backward: fx.Nod
     num_inputs = len(given["xs"])
     users: dict[Any, fx.Node] = {user.args[1]: user for user in node.users}
     with graph.inserting_before(backward):
-        written = _call(graph, f"{_name_of(backward)}_output", backward.args)
+        written = _call(graph, f"{name_of(backward)}_output", backward.args)
         value = graph.call_function(operator.getitem, (written, len(backward.meta["val"])))
         rest = given | {
             "xs": [value, *given["xs"][1:]],
@@ -93,10 +93,10 @@ def _split(node: fx.Node, given: dict[str, Any], like: fx.Node, backward: fx.Nod
     }
     node.args = tuple(first.values())
     node.meta["val"] = list(node.meta["val"][:1])
-    _move_behind(later)
+    move_behind(later)
 
 
-def _move_behind(node: fx.Node) -> None:
+def move_behind(node: fx.Node) -> None:
     """Move what reads `node`, directly or not, and stands before it, behind it, in the order it stands in."""
     before: set[fx.Node] = set()
     for item in node.graph.nodes:
@@ -116,6 +116,6 @@ def _call(graph: fx.Graph, name: str, args: tuple[Any, ...]) -> fx.Node:
     return graph.call_function(getattr(getattr(torch.ops, NAMESPACE), name).default, args)
 
 
-def _name_of(node: Any) -> str | None:
+def name_of(node: Any) -> str | None:
     """Return the name of an op of ours, None of any other node."""
     return schema_of(node.target).name.partition("::")[2] if argument_names(node) else None

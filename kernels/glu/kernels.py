@@ -56,6 +56,35 @@ def is_within(b_value, limit, PASSES_AT_LIMIT: tl.constexpr):
     return b_within
 
 
+@jit
+def leave_tile(
+    b_dy,
+    b_gate,
+    b_up,
+    alpha,
+    gate_scale,
+    gate_limit,
+    up_limit,
+    up_offset,
+    ACT: tl.constexpr,
+    HAS_GATE_LIMIT: tl.constexpr,
+    HAS_UP_LIMIT: tl.constexpr,
+    PASSES_AT_LIMIT: tl.constexpr,
+):
+    """Return the unit before its scale, and the gradients of gate and up; `b_dy` is scaled."""
+    b_entered, b_lifted = enter_tile(
+        b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+    )
+    b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
+    b_dgate *= gate_scale
+    if HAS_GATE_LIMIT:
+        b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
+    b_dup = b_dy * b_act
+    if HAS_UP_LIMIT:
+        b_dup = tl.where(is_within(tl.abs(b_up), up_limit, PASSES_AT_LIMIT), b_dup, 0.0)
+    return b_act * b_lifted, b_dgate, b_dup
+
+
 @jit(do_not_specialize=["blocks_per_row"])
 def glu_forward_kernel(
     p_gate,
@@ -145,19 +174,23 @@ def glu_backward_kernel(
         p_dgate += start
     b_dy = tl.load(p_dy + (row * dy_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32) * scale
     b_gate, b_up = load_pair(p_gate, p_up, num_left, BLOCK, INTERLEAVED, GATE_FIRST)
-    b_entered, b_lifted = enter_tile(
-        b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+    b_unit, b_dgate, b_dup = leave_tile(
+        b_dy,
+        b_gate,
+        b_up,
+        alpha,
+        gate_scale,
+        gate_limit,
+        up_limit,
+        up_offset,
+        ACT,
+        HAS_GATE_LIMIT,
+        HAS_UP_LIMIT,
+        PASSES_AT_LIMIT,
     )
-    b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
     if NEED_Y:
-        b_y = (b_act * b_lifted * scale).to(p_y.dtype.element_ty)
+        b_y = (b_unit * scale).to(p_y.dtype.element_ty)
         tl.store(p_y + (row * num_columns + start) + b_at, b_y, mask=b_mask)
-    b_dgate *= gate_scale
-    if HAS_GATE_LIMIT:
-        b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
-    b_dup = b_dy * b_act
-    if HAS_UP_LIMIT:
-        b_dup = tl.where(is_within(tl.abs(b_up), up_limit, PASSES_AT_LIMIT), b_dup, 0.0)
     if INTERLEAVED:
         if GATE_FIRST:
             b_pair = tl.join(b_dgate, b_dup)

@@ -22,19 +22,19 @@ def _fused_backward(
     return (launch_backward if can_launch(dy, gate, up) else plain_backward)(dy, gate, up, *attributes)
 
 
-_ATTRIBUTES = (
+ATTRIBUTES = (
     "str act, float alpha, float gate_scale, float? gate_limit, float? up_limit, float up_offset, float scale, "
     "str layout, bool gate_first"
 )
 forward_op = register_op(
-    f"glu(Tensor gate, Tensor? up, {_ATTRIBUTES}) -> Tensor",
+    f"glu(Tensor gate, Tensor? up, {ATTRIBUTES}) -> Tensor",
     plain=plain_forward,
     fused=_fused_forward,
     fake=new_output,
     tags=(torch.Tag.pointwise,),
 )
 backward_op = register_op(
-    f"glu_backward(Tensor dy, Tensor gate, Tensor? up, {_ATTRIBUTES}, bool need_gate, bool need_up)"
+    f"glu_backward(Tensor dy, Tensor gate, Tensor? up, {ATTRIBUTES}, bool need_gate, bool need_up)"
     " -> (Tensor, Tensor)",
     plain=plain_backward,
     fused=_fused_backward,
@@ -64,7 +64,7 @@ def _new_gradients_and_output(
 
 
 register_op(
-    f"glu_backward_output(Tensor dy, Tensor gate, Tensor? up, {_ATTRIBUTES}, bool need_gate, bool need_up)"
+    f"glu_backward_output(Tensor dy, Tensor gate, Tensor? up, {ATTRIBUTES}, bool need_gate, bool need_up)"
     " -> (Tensor, Tensor, Tensor)",
     plain=_plain_backward_output,
     fused=_fused_backward_output,

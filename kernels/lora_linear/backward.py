@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,20 @@ from fxopt.kernels.lora_linear.products import (
 )
 
 
+@dataclasses.dataclass
+class Products:
+    """Narrow products of a backward, as far as they are known; those of an input by its place."""
+
+    outer: dict[int, Tensor] = dataclasses.field(default_factory=dict[int, Tensor])
+    """scale dY B of the adapters of an input."""
+    inner: dict[int, Tensor] = dataclasses.field(default_factory=dict[int, Tensor])
+    """x A^T of an input."""
+    sums_of_x: dict[int, Tensor] = dataclasses.field(default_factory=dict[int, Tensor])
+    """The gradient of A of an input."""
+    sums: dict[int, Tensor] = dataclasses.field(default_factory=dict[int, Tensor])
+    """The gradient of B by the adapter's place."""
+
+
 def run_backward(
     dys: list[Tensor],
     xs: list[Tensor],
@@ -34,11 +49,15 @@ def run_backward(
     owners: list[int],
     scales: list[float],
     needs: list[bool],
+    known: Products | None = None,
 ) -> list[Tensor]:
     """Return the gradients that are needed of xs, weights, biases, a and b, in this order.
 
-    Where only those of xs are, nothing of xs is read but shape and dtype.
+    Where only those of xs are, nothing of xs is read but shape and dtype; nor where `known` has all narrow products of
+    x. What it has is not computed again.
     """
+    known = known or Products()
+    outer, inner, sums, sums_of_x = known.outer, known.inner, known.sums, known.sums_of_x
     form = Form(tuple(inputs), tuple(owners), tuple(scales), dys[0].dtype)
     need_xs, need_weights, need_biases, need_a, need_b = split_lists(needs, len(xs), len(weights))
     found: list[Tensor] = []
@@ -47,10 +66,6 @@ def run_backward(
         layers = read_weights(xs[0], weights, codes, codings, widths)
         dy_rows = [as_rows(dy).to(layer.dtype) for dy, layer in zip(dys, layers, strict=True)]
         places = list(form.places(b))
-        outer: dict[int, Tensor] = {}
-        inner: dict[int, Tensor] = {}
-        sums: dict[int, Tensor] = {}
-        sums_of_x: dict[int, Tensor] = {}
 
         def read_inner(source: int) -> Tensor:
             if source not in inner:
@@ -58,7 +73,7 @@ def run_backward(
             return inner[source]
 
         dx: dict[int, Tensor] = {}
-        if need_xs[0] and extends_backward(rows[0], dy_rows, layers, a[0], form):
+        if need_xs[0] and 0 not in outer and extends_backward(rows[0], dy_rows, layers, a[0], form):
             dx[0], outer[0] = extended_backward(dy_rows, layers, a[0], b, form)
         for source, needed in enumerate(zip(need_xs, need_a, strict=True)):
             if source not in outer and any(needed):

@@ -140,19 +140,24 @@ def launch_narrow_products(rows: Tensor, factor: Tensor, left: Tensor, scale: fl
             num_stages=NUM_STAGES,
             enable_fp_fusion=True,  # products are sums of fused multiply-adds anyway
         )
-        for parts, out in ((outer_parts, outer), (sum_parts, sums)):
-            launch(
-                narrow_sum_kernel,
-                (ceil_div(out.numel(), SUM_BLOCK),),
-                parts,
-                out,
-                parts.shape[0],
-                out.numel(),
-                rank,
-                out.stride(0),
-                scale,
-                BLOCK=SUM_BLOCK,
-                num_warps=4,
-                enable_fp_fusion=True,  # one product behind the sum
-            )
+        launch_narrow_sum(outer_parts, outer, scale)
+        launch_narrow_sum(sum_parts, sums, scale)
     return sums
+
+
+def launch_narrow_sum(parts: Tensor, out: Tensor, scale: float) -> None:
+    """Write scale * the sum of `parts` over its first dimension to `out`, whose last stride is 1."""
+    launch(
+        narrow_sum_kernel,
+        (ceil_div(out.numel(), SUM_BLOCK),),
+        parts,
+        out,
+        parts.shape[0],
+        out.numel(),
+        out.shape[1],
+        out.stride(0),
+        scale,
+        BLOCK=SUM_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,  # one product behind the sum
+    )

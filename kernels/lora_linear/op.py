@@ -32,7 +32,7 @@ def _fake_forward(xs: list[Tensor], *arguments: Any) -> list[Tensor]:
     return [xs[0].new_empty((*leading, width), dtype=dtype) for width in widths]
 
 
-def _fake_backward(
+def fake_backward(
     dys: list[Tensor],
     xs: list[Tensor],
     weights: list[Tensor],
@@ -41,6 +41,7 @@ def _fake_backward(
     b: list[Tensor],
     *attributes: Any,
 ) -> list[Tensor]:
+    """Return fresh memory for the gradients that are needed."""
     tensors, needs = (*xs, *weights, *biases, *a, *b), attributes[-1]
     return [
         tensor.new_empty(tensor.shape)
@@ -66,7 +67,7 @@ _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",
     plain=run_backward,
     fused=run_backward,
-    fake=_fake_backward,
+    fake=fake_backward,
     flops=backward_flops,
     declared=Declared(workspace=backward_workspace, moved=backward_moved),
 )

@@ -31,13 +31,15 @@ from fxopt.kernels.glu.form import Form, passes_at_limit
 from fxopt.kernels.launch import num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
-from fxopt.kernels.lora_linear import dropped, extend, one_read
+from fxopt.kernels.lora_linear import dropped, extend, gated_products, one_read
 from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = re.compile(r".*_stride$|^num_.*|^tail_.*|^rank$|^blocks_per_row$|^ignore_index$|^queries_per_row$")
+INTEGERS = re.compile(
+    r".*_stride$|^num_.*|^tail_.*|^rank$|.*_rank$|^blocks_per_row$|^ignore_index$|^queries_per_row$"
+)
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
@@ -191,6 +193,18 @@ def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
         tile = dict(BLOCK_ROWS=one_read.BLOCK_ROWS, BLOCK_COLUMNS=one_read.BLOCK_COLUMNS, BLOCK_RANK=rank)
         yield one_read.narrow_products_kernel, tile, types, (one_read.NUM_WARPS, one_read.NUM_STAGES), True
     yield one_read.narrow_sum_kernel, dict(BLOCK=one_read.SUM_BLOCK), types, 4, True
+    products = dict.fromkeys(
+        (f"p_{matrix}_{part}" for matrix in ("unit", "gate", "up") for part in ("outer", "sums")), "*fp32"
+    )
+    launch = gated_products.NUM_WARPS, gated_products.NUM_STAGES
+    for rank in (16, one_read.MOST_RANK):
+        tile = dict(
+            BLOCK_ROWS=gated_products.BLOCK_ROWS, BLOCK_COLUMNS=gated_products.BLOCK_COLUMNS, BLOCK_RANK=rank
+        )
+        for unit in (Form("silu"), Form("gelu_tanh"), Form("sigmoid_alpha", gate_limit=7.0, up_limit=7.0)):
+            constants = unit.constants() | tile | dict(PASSES_AT_LIMIT=passes_at_limit())
+            del constants["INTERLEAVED"], constants["GATE_FIRST"]
+            yield gated_products.gated_products_kernel, constants, products, launch, True
 
 
 def rope_builds() -> Iterator[Build]:
