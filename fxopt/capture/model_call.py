@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
+from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
 from fxopt.capture.engines import Sharding
@@ -191,12 +192,14 @@ class ModelCall:
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(REGION)
-        if not self.ledger.captures and not self.ledger.refused:
+        is_first = not self.ledger.captures and not self.ledger.refused
+        if is_first:
             self.ledger.progress.show("the model around its blocks", "capturing")
         previous = self._arguments
         self._arguments = (args, kwargs)
         try:
             with (
+                uncollected(needed=is_first),
                 self._leaves(),
                 torch_settings.tensors_left_unlisted(self._around),
                 self._sharding.gathered(),
