@@ -116,24 +116,33 @@ def gated_products_kernel(
     """Write the gradients of these rows and columns, and what they add to each narrow product."""
     block = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
-    b_row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    b_in_rows = b_row < num_rows
+    first_row = block * BLOCK_ROWS
+    b_row = tl.arange(0, BLOCK_ROWS)[:, None]  # within the block: 32 bits are enough, and cost fewer registers
+    b_in_rows = b_row < num_rows - first_row
     b_rank = tl.arange(0, BLOCK_RANK)[None, :]
     b_unit_in = b_in_rows & (b_rank < unit_rank)
     b_gate_in = b_in_rows & (b_rank < gate_rank)
     b_up_in = b_in_rows & (b_rank < up_rank)
+    p_unit_left += first_row * unit_left_stride
+    p_gate_left += first_row * gate_left_stride
+    p_up_left += first_row * up_left_stride
     b_unit_left = tl.load(p_unit_left + b_row * unit_left_stride + b_rank, mask=b_unit_in, other=0.0)
     b_gate_left = tl.load(p_gate_left + b_row * gate_left_stride + b_rank, mask=b_gate_in, other=0.0)
     b_up_left = tl.load(p_up_left + b_row * up_left_stride + b_rank, mask=b_up_in, other=0.0)
     b_unit_outer = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
     b_gate_outer = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
     b_up_outer = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+    p_dy += first_row * dy_row_stride
+    p_gate += first_row * gate_row_stride
+    p_up += first_row * up_row_stride
+    p_dgate += first_row * num_columns
+    p_dup += first_row * num_columns
     p_unit_sums += block * num_columns * unit_rank
     p_gate_sums += block * num_columns * gate_rank
     p_up_sums += block * num_columns * up_rank
-    first = group * num_group_columns
-    for start in range(0, num_group_columns, BLOCK_COLUMNS):
-        b_column = first + start + tl.arange(0, BLOCK_COLUMNS)
+    first = tl.program_id(1) * num_group_columns
+    for start in range(first, first + num_group_columns, BLOCK_COLUMNS):
+        b_column = start + tl.arange(0, BLOCK_COLUMNS)
         b_in_columns = b_column < num_columns
         b_mask = b_in_rows & b_in_columns[None, :]
         b_dy = tl.load(p_dy + b_row * dy_row_stride + b_column[None, :], mask=b_mask, other=0.0)
@@ -198,7 +207,7 @@ def gated_products_kernel(
             up_factor_rank_stride,
             BLOCK_RANK,
         )
-    b_at = group * num_rows + b_row
+    b_at = group * num_rows + first_row + b_row
     tl.store(p_unit_outer + b_at * unit_rank + b_rank, b_unit_outer, mask=b_unit_in)
     tl.store(p_gate_outer + b_at * gate_rank + b_rank, b_gate_outer, mask=b_gate_in)
     tl.store(p_up_outer + b_at * up_rank + b_rank, b_up_outer, mask=b_up_in)
