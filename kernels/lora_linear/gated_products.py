@@ -21,10 +21,11 @@ from fxopt.kernels.lora_linear.extend import has_kernel
 from fxopt.kernels.lora_linear.one_read import LEAST_BYTES, MOST_RANK, launch_narrow_sum
 
 BLOCK_ROWS = 128
+"""Fewer rows make more parts of the sums over rows; more take registers that a program does not have."""
 BLOCK_COLUMNS = 64
 COLUMN_GROUPS = 8
 NUM_WARPS = 8
-NUM_STAGES = 2
+NUM_STAGES = 3
 
 
 class Narrow(NamedTuple):
