@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture.caching import graph_digest
+from fxopt.capture.compiled import are_compiled, name_compiled, note_compiled
 from fxopt.capture.installation import (
     Installation,
     Transform,
@@ -22,7 +22,6 @@ from fxopt.capture.installation import (
     check_uncompiled,
     find_installation,
 )
-from fxopt.capture.lowering import find_gpu
 from fxopt.capture.regions import find_regions
 from fxopt.capture.small_inputs import check_example_inputs
 from fxopt.capture.warming import start_warming
@@ -31,8 +30,6 @@ from fxopt.graph.edit import copy_of
 from fxopt.graph.strides import restore_orders
 from fxopt.graph.view import find_subgraphs
 from fxopt.installing import new_installation
-from fxopt.kernels import launch
-from fxopt.kernels.compiled import are_compiled, note_compiled
 from fxopt.kernels.launcher import compiled_ahead
 from fxopt.options import Options, check_options
 from fxopt.patterns import ALL
@@ -60,15 +57,13 @@ def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     """Replace each proven match of a pattern by its semantic op."""
     select = job.options.select and functools.partial(job.options.select, job.region)
     context = MatchContext(job.lazy_outputs, job.prover and job.prover.prove, select)
-    device = find_gpu(gm)
-    if job.prover is None or device is None or not launch.is_available():
-        job.result = apply_patterns(gm, job.options.active_patterns, context)
-        return
-    name = graph_digest(gm, device, (pattern.name for pattern in job.options.active_patterns))
-    if not are_compiled(name):
+    patterns = job.options.active_patterns
+    name = "" if job.prover is None else name_compiled(gm, (pattern.name for pattern in patterns))
+    if job.prover is not None and name and not are_compiled(name):
         _rehearse_rewrites(gm, job, job.prover)
-    job.result = apply_patterns(gm, job.options.active_patterns, context)
-    note_compiled(name)
+    job.result = apply_patterns(gm, patterns, context)
+    if name:
+        note_compiled(name)
 
 
 def _rehearse_rewrites(gm: fx.GraphModule, job: Job, prover: Prover) -> None:

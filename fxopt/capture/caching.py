@@ -1,6 +1,6 @@
-"""What caches on disk need to know of a graph that fxopt compiles.
+"""What AOTAutograd's cache on disk needs to know of a graph that calls fxopt's functions.
 
-AOTAutograd's stores compiled graphs by what Dynamo captured, and leaves alone any that call a function it knows
+It stores compiled graphs by what Dynamo captured, and leaves alone any that call a function it knows
 nothing of. Of fxopt's functions it is told by the digest of fxopt's whole source: whatever is edited makes another key.
 """
 
@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import fx
 
 from fxopt.graph.view import find_subgraphs
@@ -48,18 +46,3 @@ def source_digest() -> str:
                 digest.update(os.path.relpath(os.path.join(folder, name), root).encode())
                 digest.update(Path(folder, name).read_bytes())
     return digest.hexdigest()
-
-
-def graph_digest(gm: fx.GraphModule, device: torch.device, used: Iterable[str]) -> str:
-    """Return what tells `gm` and its kernels on `device` from any other, where the patterns called `used` are tried.
-
-    It is the same in each process, and another one as soon as anything of fxopt is edited.
-    """
-    inputs = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
-    forms = [
-        (tuple(map(str, value.shape)), str(value.dtype), value.requires_grad)
-        for value in inputs
-        if isinstance(value, torch.Tensor)
-    ]
-    compiler = (source_digest(), torch.__version__, torch.cuda.get_device_name(device))
-    return hashlib.sha256(repr((compiler, tuple(used), forms, str(gm.graph))).encode()).hexdigest()

@@ -30,6 +30,8 @@ from fxopt.kernels.lora_linear.products import as_rows, write_product
 
 NUM_UNIT = 11
 """Attributes of the unit, and whether the gradients of gate and of up are needed, which they always are here."""
+NUM_LAYER = 11
+"""Arguments of a layer's backward behind `dys` and `xs`."""
 
 
 class Layer(NamedTuple):
@@ -68,11 +70,9 @@ class Call(NamedTuple):
 
 
 def _read(arguments: tuple[Any, ...]) -> Call:
-    unit, (dys, *after), (xs, *before) = (
-        arguments[:NUM_UNIT],
-        arguments[NUM_UNIT : -1 - len(Layer._fields)],
-        arguments[-1 - len(Layer._fields) :],
-    )
+    unit, layers = arguments[:NUM_UNIT], arguments[NUM_UNIT:]
+    dys, *after = layers[: -1 - NUM_LAYER]
+    xs, *before = layers[-1 - NUM_LAYER :]
     return Call(unit, dys, Layer(*after), xs, Layer(*before))
 
 

@@ -118,7 +118,8 @@ def gated_products_kernel(
     block = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     first_row = block * BLOCK_ROWS
-    b_row = tl.arange(0, BLOCK_ROWS)[:, None]  # within the block: 32 bits are enough, and cost fewer registers
+    # Rows count from the block's first: 32 bits are enough then, and cost fewer registers.
+    b_row = tl.arange(0, BLOCK_ROWS)[:, None]
     b_in_rows = b_row < num_rows - first_row
     b_rank = tl.arange(0, BLOCK_RANK)[None, :]
     b_unit_in = b_in_rows & (b_rank < unit_rank)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxopt
 from fxopt import pipeline, runner
+from fxopt.capture import compiled
 from fxopt.options import Options
 from fxopt.report.records import Proof
 from fxopt.rewriting.pattern import call
@@ -589,7 +590,7 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
     cache = tmp_path / "triton"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-    monkeypatch.setattr(pipeline.launch, "is_available", lambda: True)
+    monkeypatch.setattr(compiled.launch, "is_available", lambda: True)
 
     def count(self, match, replacement):
         rehearsed.append(match.pattern.name)
@@ -604,7 +605,7 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
 
     without = report_of()
     assert not rehearsed
-    monkeypatch.setattr(pipeline, "find_gpu", lambda gm: torch.device("cuda"))
+    monkeypatch.setattr(compiled, "find_gpu", lambda gm: torch.device("cuda"))
     assert report_of().sites == without.sites
     assert sorted(rehearsed) == sorted(rewrite.pattern for rewrite in without.rewrites)
     num_rehearsed = len(rehearsed)
