@@ -136,7 +136,9 @@ class BlockCalls:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
-            is_of_loop = not (torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error))
+            is_of_loop = torch_errors.hangs_on_values(error) and not (
+                torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error)
+            )
             may_loop = is_of_loop and not broken and type(block) not in self._looping_classes
         if may_loop:
             found = self._serve_looping(path, block, hooks, args, kwargs)
