@@ -1,7 +1,8 @@
 """Attention, by torch's own call or spelled out with softcap, mask or sinks -> one op.
 
 Source: transformers `sdpa_attention_forward`; `eager_attention_forward` of llama, gemma2 (softcap), gpt_oss (sinks),
-with `repeat_kv`; `torch.nn.functional.scaled_dot_product_attention`.
+granite_swa (sinks as a share of the result: what softmax sums to over that and the sink), with `repeat_kv`;
+`torch.nn.functional.scaled_dot_product_attention`.
 Saved for backward: q, k, v, out and one fp32 number per query and head. Stock repeats k and v to all heads, and
 spelled out saves two to five [Sq, Sk] per head.
 Masks are added to the scores, or what they hide is filled with a number that leaves no weight. In a row filled
@@ -28,6 +29,7 @@ from fxopt.rewriting.terms import (
     Term,
     attention,
     attribute,
+    cast,
     cat,
     choice,
     downcast,
@@ -36,6 +38,7 @@ from fxopt.rewriting.terms import (
     expand,
     fixed,
     largest,
+    logsumexp,
     masked_fill,
     matmul,
     maybe,
@@ -43,6 +46,7 @@ from fxopt.rewriting.terms import (
     number,
     operation,
     reshape,
+    sigmoid,
     softmax,
     tanh,
     tensor,
@@ -83,14 +87,19 @@ def search() -> Term:
     )
     early = product + mask
     early = choice("early", times=early * scale, over=early / scale)
-    logits = maybe(upcast, either(filled + mask, filled, added, early))
+    rounded = either(filled + mask, filled, added, early)
+    logits = maybe(upcast, rounded)
     column = expand(reshape(tensor("sinks", "HQ")))
     joined = cat(logits, maybe(upcast, column))
     joined = maybe(lambda x: x - largest(x), joined)
     without = operation(operator.getitem, softmax(maybe(upcast, joined)), index=BUT_THE_LAST)
     weights = choice("softmax", sinks=without, plain=softmax(logits))
     weights = maybe(downcast, maybe(lambda x: dropout(x, attribute("dropout_p")), maybe(downcast, weights)))
-    return choice("form", ready=ready, spelled=matmul(weights, values))
+    attended = matmul(weights, values)
+    rows = named("sink_rows", reshape(tensor("sinks", "HQ")))
+    share = unsqueeze(maybe(cast, sigmoid(maybe(cast, logsumexp(rounded) - rows))), -1)
+    spelled = choice("sinks_as", share=attended * maybe(cast, share), logits=attended)
+    return choice("form", ready=ready, spelled=spelled)
 
 
 def maybe_repeated(name: str, x: Term) -> Term:
@@ -118,6 +127,10 @@ def check(m: Match) -> Mismatch | None:
         return m.fail("is_causal is no constant", "q")
     if not q.is_floating_point():
         return m.fail(f"expected floats, got {q.dtype}", "q")
+    if m["sinks_as"] == "share" and (
+        m["softmax"] == "sinks" or [*m.example("sink_rows").shape][-2:] != [heads, 1]
+    ):
+        return m.fail("the result is scaled beside other sinks, or not by one number per head", "sinks")
     # A mismatch is falsy: `or` would lose it.
     refusals = (judge(m) for judge in (_check_scalars, _check_mask, _check_fill))
     return next((refusal for refusal in refusals if refusal is not None), None)
@@ -253,5 +266,5 @@ ATTENTION = Pattern(
     near_misses=near_misses,
     mutations=mutations,
     backend=backend,
-    source="transformers sdpa_attention_forward, eager_attention_forward of llama, gemma2 and gpt_oss",
+    source="transformers sdpa_attention_forward, eager_attention_forward of llama, gemma2, gpt_oss and granite_swa",
 )

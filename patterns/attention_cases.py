@@ -64,6 +64,23 @@ def _gpt_oss(
     return torch.matmul(weights, v).transpose(1, 2).contiguous()
 
 
+def _scaled_by_sinks(sign: int = 1) -> Callable[..., torch.Tensor]:
+    """Return attention with sinks as granite_swa has them; with the other `sign` it is none."""
+
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        k, v = _repeat(k, 2), _repeat(v, 2)
+        scores = torch.matmul(q, k.transpose(2, 3)) * 0.25 + mask
+        total, rows = torch.logsumexp(scores, dim=-1), sinks.view(1, -1, 1)
+        share = (total - rows if sign == 1 else total + rows).to(torch.float32).sigmoid()
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        out = torch.matmul(weights, v) * share.unsqueeze(-1).to(v.dtype)
+        return out.transpose(1, 2).contiguous()
+
+    return run
+
+
 def _gpt2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     scores = torch.matmul(q, k.transpose(-1, -2))
     scores = scores / torch.full([], 16**0.5, dtype=scores.dtype, device=scores.device)
@@ -140,6 +157,8 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         yield f"filled by -inf {name}", (_causally_filled, (*_inputs(device, dtype, key_heads=4), ones))
         yield f"codegen {name}", (_codegen, _inputs(device, dtype, key_heads=4, mask="added"))
         yield f"gpt_oss {name}", (_gpt_oss, _inputs(device, dtype, mask="added", sinks=True))
+        scaled = _inputs(device, dtype, mask="added", sinks=True)
+        yield f"granite_swa {name}", (_scaled_by_sinks(), scaled)
 
 
 def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
@@ -268,6 +287,16 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "keys not transposed", (lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1) @ k, triple)
     yield "no softmax", (lambda q, k, v: (q @ k.transpose(2, 3)).sigmoid() @ v, triple)
     yield "the sink comes first", (sink_first, (q, k, v, mask, sinks))
+    yield "sinks the other way", (_scaled_by_sinks(-1), (q, k, v, mask, sinks))
+
+    def queries_scaled(*inputs: torch.Tensor) -> torch.Tensor:
+        q, k, v, mask, sinks = inputs
+        q, k, v, mask = (each[:, :, :4] for each in (q, k, v, mask))
+        scores = q @ _repeat(k, 2).transpose(2, 3) * 0.25 + mask[..., :4]
+        share = (torch.logsumexp(scores, dim=-1) - sinks.view(1, 1, 4)).sigmoid()
+        return scores.softmax(-1) @ _repeat(v, 2) * share.unsqueeze(-1)
+
+    yield "sinks of queries", (queries_scaled, (q, k, v, mask, sinks))
     yield (
         "masked after the softmax",
         (lambda q, k, v: ((q @ k.transpose(2, 3)).softmax(-1)).tril() @ v, triple),

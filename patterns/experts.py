@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fxopt.graph.arguments import same_size
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.kernels.experts import experts as fused_experts
-from fxopt.kernels.glu import glu as fused_glu
+from fxopt.patterns.expert_units import form_of, unit_of
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
@@ -39,8 +39,6 @@ from fxopt.rewriting.terms import (
     total,
     unsqueeze,
 )
-
-FORM = ("act", "alpha", "gate_scale", "gate_limit", "up_limit", "up_offset", "scale", "layout", "gate_first")
 
 
 def search() -> Term:
@@ -78,7 +76,7 @@ def _in_order(x: Term, ids: Term, weights: Term) -> Term:
 
     source = operation(operator.floordiv, rows, number("num_choices"))
     up = masked(product(masked(x[source]), "up"))
-    down = masked(product(_unit_of(up), "down"))
+    down = masked(product(unit_of(up), "down"))
     empty = operation(torch.empty_like, rows)
     numbers = operation(torch.arange, ..., device=...)
     places = operation(torch.index_put, empty, (rows,), numbers)
@@ -99,7 +97,7 @@ def _by_copies(x: Term, ids: Term, weights: Term) -> Term:
         return maybe(lambda inner: inner + tensor(f"b_{name}")[ids], found)
 
     repeated = operation(torch.repeat_interleave, x, number("num_choices"), dim=-2)
-    down = product(_unit_of(product(repeated, "up")), "down")
+    down = product(unit_of(product(repeated, "up")), "down")
     return down * unsqueeze(weights, -1)
 
 
@@ -107,11 +105,6 @@ def _only_one(rows: Term, dim: int) -> Term:
     """Return `rows` without the dim of size 1 that a vector was given for a product."""
     picked = rows[..., 0] if dim == -1 else rows[..., 0, :]
     return either(operation(torch.squeeze, rows, dim=dim), picked)
-
-
-def _unit_of(up: Term) -> Term:
-    attributes = dict.fromkeys(FORM, ...)
-    return named("unit", operation(fused_glu, up, **attributes))
 
 
 def check(m: Match) -> Mismatch | None:
@@ -149,7 +142,6 @@ def _one_more(last: Any) -> Any:
 
 def replace(m: Match) -> Call:
     """Return one call of the fused op, its result in the dtype of stock's."""
-    attributes = {name: value for name, value in m["unit"].kwargs.items() if name in FORM}
     weights: list[Any] = []
     for side in ("up", "down"):
         w, dtype = m[f"w_{side}"], m.example(f"{side}_product").dtype
@@ -164,7 +156,7 @@ def replace(m: Match) -> Call:
         *weights,
         m["b_up"],
         m["b_down"],
-        **attributes,
+        **form_of(m),
         dtype=m.output.dtype,
     )
 

@@ -20,7 +20,7 @@ from fxopt.graph.arguments import same_size
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.experts import experts as fused_experts
-from fxopt.kernels.glu import glu as fused_glu
+from fxopt.patterns.expert_units import form_of, unit_of
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
@@ -39,8 +39,6 @@ from fxopt.rewriting.terms import (
     transpose,
 )
 
-FORM = ("act", "alpha", "gate_scale", "gate_limit", "up_limit", "up_offset", "scale", "layout", "gate_first")
-
 
 def search() -> Term:
     """Return the sum over all experts of what they make of the tokens' rows, weighed by scattered scores."""
@@ -53,8 +51,7 @@ def search() -> Term:
     copies = operation(torch.tile, x, dims=attribute("times"))
     shares = named("shares", reshape(transpose(scores)))
     rows = named("rows", reshape(copies * shares))
-    unit = operation(fused_glu, matmul(rows, tensor("w_up", "E H I")), **dict.fromkeys(FORM, ...))
-    down = matmul(named("unit", unit), tensor("w_down", "E J H"))
+    down = matmul(unit_of(matmul(rows, tensor("w_up", "E H I"))), tensor("w_down", "E J H"))
     return total(down, dim=(-3,), keepdim=False)
 
 
@@ -82,7 +79,6 @@ def check(m: Match) -> Mismatch | None:
 
 def replace(m: Match) -> Call:
     """Return the op of each token's chosen experts, its rows weighed before."""
-    attributes = {name: value for name, value in m["unit"].kwargs.items() if name in FORM}
     num_choices, width = m["num_choices"], m.example("x").shape[1]
     chosen = call(torch.topk, m["logits"], num_choices, dim=-1)
     ids = call(operator.getitem, chosen, 1)
@@ -92,7 +88,7 @@ def replace(m: Match) -> Call:
     rows = call(reshape_tensor, rows, shape=(-1, width))
     ones = call(torch.ones_like, shares)
     y = call(
-        fused_experts, rows, ids, ones, m["w_up"], m["w_down"], None, None, **attributes, dtype=m.output.dtype
+        fused_experts, rows, ids, ones, m["w_up"], m["w_down"], None, None, **form_of(m), dtype=m.output.dtype
     )
     if num_choices == 1:
         return y

@@ -87,7 +87,15 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {
-    "patterns": {"dropped", "logits", "rotations", "attention_cases", "rope_cases", "norm_rope_cases"},
+    "patterns": {
+        "dropped",
+        "expert_units",
+        "logits",
+        "rotations",
+        "attention_cases",
+        "rope_cases",
+        "norm_rope_cases",
+    },
     "kernels": {
         "activations",
         "dequantize_4bit",

@@ -17,12 +17,13 @@ from fxopt.coverage import row as row_module
 from fxopt.coverage.compare import Step, relative, worst_error
 from fxopt.coverage.inputs import AUTO_CLASSES, Case, all_cases
 from fxopt.coverage.record import Row, versions
-from fxopt.coverage.render import render_json, render_markdown, summary_line
+from fxopt.coverage.render import find_main, render_json, render_markdown, render_page, summary_line
 from fxopt.coverage.row import measure
 from fxopt.coverage.run import read_lines, run_cases
 from fxopt.coverage.shrink import LAYERS, shrink, tiny_config
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "coverage.json"
+DOCUMENTS = (DOCUMENT, DOCUMENT.with_name("coverage-5.17.json"))
 SAMPLE = (
     *(
         "llama",
@@ -249,8 +250,22 @@ def test_every_case_has_a_task_that_is_known() -> None:
     assert len(set(all_cases())) == len(all_cases())
 
 
-def test_the_page_in_the_docs_is_the_one_of_the_json() -> None:
-    assert DOCUMENT.with_suffix(".md").read_text() == render_markdown(json.loads(DOCUMENT.read_text()))
+def test_the_page_sums_up_other_versions_beside_it(tmp_path: Path) -> None:
+    main, other = tmp_path / "coverage.json", tmp_path / "coverage-1.2.json"
+    main.write_text(render_json([Row("llama", "llama", "causal-lm", "captured")]))
+    assert find_main(other) == (main,)
+    assert find_main(main) == ()
+    assert "## With transformers" not in render_page(main)
+    other.write_text(main.read_text().replace(transformers.__version__, "1.2.3"))
+    page = render_page(main)
+    assert "## With transformers 1.2.3" in page
+    assert "[its page](coverage-1.2.md)" in page
+    assert "## With transformers" not in render_page(other)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_page_in_the_docs_is_the_one_of_the_json(document: Path) -> None:
+    assert document.with_suffix(".md").read_text() == render_page(document)
 
 
 def test_the_sample_shows_every_normal_form_of_the_whole_run() -> None:
@@ -260,8 +275,9 @@ def test_the_sample_shows_every_normal_form_of_the_whole_run() -> None:
     assert len(set(SAMPLE)) == 25
 
 
-def test_the_whole_run_reached_its_figures() -> None:
-    rows = [Row(**row) for row in json.loads(DOCUMENT.read_text())["rows"]]
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_whole_run_reached_its_figures(document: Path) -> None:
+    rows = [Row(**row) for row in json.loads(document.read_text())["rows"]]
     assert {row.status for row in rows}.isdisjoint(("wrong", "failed", "timed out", "out of memory"))
     assert all(left["reason"] for row in rows for left in row.left)
     causal = [row for row in rows if row.task == "causal-lm"]

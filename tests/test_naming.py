@@ -18,6 +18,7 @@ NOT_A_FEATURE = {
     "launch",
     "launcher",
     "row_loss",
+    "expert_units",
     "logits",
     "rotations",
     "attention_cases",

@@ -46,6 +46,10 @@ class Checkpointing:
         """Run a block that no plan serves by `run`, checkpointed where it would have been."""
         if block not in self.taken:
             return run(*args, **kwargs)
+        return self.run_outside(block, run, *args, **kwargs)
+
+    def run_outside(self, block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block by `run`, checkpointed around what that captures."""
 
         def run_once(*inputs: Any) -> Any:
             with _switched_off(block):  # in backward too, when the model's call is long over

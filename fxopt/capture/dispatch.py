@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
-from fxopt.capture.checkpointing import Checkpointing
+from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import say_kept
-from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle
+from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle_or_recorder
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
+from fxopt.capture.recorders import Notes, Recorder, collecting
 from fxopt.capture.turns import StockCheck, turns_entry
 from fxopt.errors import TurnsError
 
@@ -66,13 +68,14 @@ class BlockCalls:
         self._cuda_graphs = cuda_graphs
         self._planner = planner
         self._asked: list[Call] = [Call(1, False)]
-        self._compiled: dict[tuple[int | None, bool, bool], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.pieces = (
             torch_dynamo.compile_frame(block_entry, make_backend(None, False), fullgraph=False)
             if partial
             else None
         )
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
+        self.notes = Notes()
         self.broken_classes: set[type] = set()
         self._looping_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
@@ -82,13 +85,33 @@ class BlockCalls:
         """The frames that Dynamo has captured blocks in: one of each variant."""
         return tuple(self._compiled.values())
 
-    def run(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(self, path: str, block: nn.Module) -> Callable[..., Any]:
+        """Return what runs one block, again where its backward pass recomputes it: both collect the same outputs."""
+        recorders: list[tuple[Recorder, ...]] = []
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self._run(path, block, recorders, args, kwargs)
+
+        return run
+
+    def _run(
+        self,
+        path: str,
+        block: nn.Module,
+        recorders: list[tuple[Recorder, ...]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Run one block: compiled where fxopt serves the call, else stock."""
         if not torch.is_grad_enabled():
             return torch_modules.stock_call(block, *args, **kwargs)
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
         hooks = self._inner_hooks[block].find()
+        if recorders:
+            hooks = dataclasses.replace(hooks, recorders=recorders[0])
+        else:
+            recorders.append(hooks.recorders)
         if hooks.live is not None:
             self.ledger.hooked = type(hooks.live).__name__
         reason = self.find_obstacle(block, hooks, args, kwargs)
@@ -96,31 +119,36 @@ class BlockCalls:
             self.ledger.count_fallback(self.region, reason)
             stock = functools.partial(torch_modules.stock_call, block)
             return self._checkpointing.run_unplanned(block, stock, args, kwargs)
-        serve = functools.partial(self._serve, path, block, hooks.idle)
+        serve: Callable[..., Any] = functools.partial(self._serve, path, block, hooks)
+        if hooks.recorders and is_checkpointed(block):
+            # Under capture nothing that a block computes leaves its own checkpoint but what it returns.
+            serve = functools.partial(self._checkpointing.run_outside, block, serve)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)
         return serve(*args, **kwargs)
 
-    def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
+    def _serve(self, path: str, block: nn.Module, hooks: Hooks, *args: Any, **kwargs: Any) -> Any:
         """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
         broken = type(block) in self.broken_classes
         try:
-            return self._run_compiled(self.pieces if broken else None, path, block, idle_hooks, args, kwargs)
+            return self._run_compiled(self.pieces if broken else None, path, block, hooks, args, kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
-            is_of_loop = not (torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error))
+            is_of_loop = torch_errors.hangs_on_values(error) and not (
+                torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error)
+            )
             may_loop = is_of_loop and not broken and type(block) not in self._looping_classes
         if may_loop:
-            found = self._serve_looping(path, block, idle_hooks, args, kwargs)
+            found = self._serve_looping(path, block, hooks, args, kwargs)
             if found is not None:
                 return found[0]
         dtypes = [parameter.dtype for parameter in block.parameters()]
         is_captured, output = False, None
         if self.pieces is not None and not broken and can_break:
             try:
-                output = self._run_compiled(self.pieces, path, block, idle_hooks, args, kwargs)
+                output = self._run_compiled(self.pieces, path, block, hooks, args, kwargs)
                 is_captured = True
             except torch_errors.CAPTURE_ERRORS as error:
                 self._reason_of(error)
@@ -142,14 +170,16 @@ class BlockCalls:
         return output
 
     def _serve_looping(
-        self, path: str, block: nn.Module, idle_hooks: bool, args: Any, kwargs: Any
+        self, path: str, block: nn.Module, hooks: Hooks, args: Any, kwargs: Any
     ) -> tuple[Any] | None:
         """Run `block`'s forward with its loops over hits captured for one turn, and return (its result,) or None."""
         self._looping_classes.add(type(block))
         check = StockCheck(block, args, kwargs)
         try:
-            output = self._run_compiled(None, path, block, idle_hooks, args, kwargs)
-            if check.agrees(output):
+            output = self._run_compiled(None, path, block, hooks, args, kwargs)
+            with collecting({}):
+                agrees = check.agrees(output)
+            if agrees:
                 return (output,)
             self.ledger.note(f"{self.region}: {NO_TURN}: what it counts in Python would be counted once")
             check.undo()
@@ -192,7 +222,7 @@ class BlockCalls:
         pieces: Callable[..., Any] | None,
         path: str,
         block: nn.Module,
-        idle_hooks: bool,
+        hooks: Hooks,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -200,25 +230,37 @@ class BlockCalls:
         self.ledger.begin(path)
         if not self.ledger.captures:
             self.ledger.progress.show(path or self.region, "capturing")
-        with contextlib.ExitStack() as scope:
-            if idle_hooks:
-                scope.enter_context(hooks_hidden(block.modules(), is_idle))
-            if pieces is None:
-                compiled = self._find_compiled(path, block, args, kwargs)
+        if pieces is None:
+            compiled = self._find_compiled(path, block, hooks, args, kwargs)
+            with self._hooks_of_frame(block, hooks):
                 return compiled(block, self._count_eager, args, kwargs)
-            run = functools.partial(self._run_pieces, pieces, block)
-            output = self._checkpointing.run_unplanned(block, run, args, kwargs)
+        run = functools.partial(self._run_pieces, pieces, block, hooks)
+        output = self._checkpointing.run_unplanned(block, run, args, kwargs)
         if not self.ledger.is_served:
             self.ledger.count_fallback(self.region, NO_PIECE)
             self.ledger.refused.setdefault(self.region, NO_PIECE)
         return output
 
-    def _run_pieces(self, pieces: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch_dynamo.frames_of_pieces_captured():
+    def _run_pieces(
+        self, pieces: Callable[..., Any], block: nn.Module, hooks: Hooks, *args: Any, **kwargs: Any
+    ) -> Any:
+        with torch_dynamo.frames_of_pieces_captured(), self._hooks_of_frame(block, hooks):
             return pieces(block, self._count_eager, args, kwargs)
 
+    @contextlib.contextmanager
+    def _hooks_of_frame(self, block: nn.Module, hooks: Hooks) -> Iterator[None]:
+        """Hide hooks inside `block` within the scope, and hand on at its end what recorders among them collect."""
+        if not hooks.idle and not hooks.recorders:
+            yield
+            return
+        with hooks_hidden(block.modules(), is_idle_or_recorder), self.notes.placed(hooks.recorders):
+            yield
+            noted = list(self.notes.noted)
+        for place, value in noted:
+            hooks.recorders[place].deliver(value)
+
     def _find_compiled(
-        self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, path: str, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
         """Return the frame of the variant that serves this call; each variant has captures of its own."""
         variant = None
@@ -230,10 +272,11 @@ class BlockCalls:
             # Replays write to memory of their own: it is not given up, and what came back would be copied once more.
             self._cuda_graphs.refuse("a plan may leave values on the host")
             graphed = False
-        key = (variant, graphed, type(block) in self._looping_classes)
+        is_looping = type(block) in self._looping_classes
+        key = (variant, graphed, is_looping, _places_of(block, hooks.recorders))
         if key not in self._compiled:
             backend = self._make_backend(self._make_mark(variant), graphed)
-            entry = turns_entry if key[-1] else block_entry
+            entry = turns_entry if is_looping else block_entry
             self._compiled[key] = torch_dynamo.compile_frame(entry, backend, fullgraph=True)
         return self._compiled[key]
 
@@ -250,6 +293,14 @@ class BlockCalls:
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")
+
+
+def _places_of(block: nn.Module, recorders: tuple[Recorder, ...]) -> tuple[tuple[str, str, int], ...]:
+    """Return what tells the frames of blocks apart that collect outputs: Dynamo looks at no hook again."""
+    if not recorders:
+        return ()
+    paths = {module: path for path, module in block.named_modules()}
+    return tuple((paths[each.module], each.key, each.index) for each in recorders)
 
 
 def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

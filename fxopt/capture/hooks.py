@@ -12,49 +12,60 @@ from typing import Any
 from torch import nn
 
 from fxopt.capture import torch_modules
+from fxopt.capture.recorders import Recorder, recorder_of
 from fxopt.capture.torch_distributed import is_fsdp_hook
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """The hooks inside a module: the first module with one that would run, and whether others stand idle."""
+    """The hooks inside a module: the first module with one that would run, and whether others stand idle.
+
+    `recorders` are those by which transformers collects outputs at this call; they count as neither.
+    """
 
     live: nn.Module | None
     idle: bool
+    recorders: tuple[Recorder, ...] = ()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether `module` itself carries a hook that would run at this call."""
     if not torch_modules.carries_hooks(module):
         return False
-    return any(_is_live(hook) for name in torch_modules.HOOK_DICTS for hook in getattr(module, name).values())
+    return any(map(_is_live, _hooks_of(module)))
 
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Return whether `module` itself carries a live hook other than those that gather and reduce its parameters."""
     if not torch_modules.carries_hooks(module):
         return False
-    return any(
-        _is_live(hook) and not is_fsdp_hook(hook)
-        for name in torch_modules.HOOK_DICTS
-        for hook in getattr(module, name).values()
-    )
+    return any(_is_live(hook) and not is_fsdp_hook(hook) for hook in _hooks_of(module))
 
 
 def find_hooks(module: nn.Module) -> Hooks:
     """Return the hooks on the modules inside `module`, not on `module` itself."""
     idle = False
+    recorders: list[Recorder] = []
     stack = list(torch_modules.children_of(module).values())
     while stack:
         inner = stack.pop()
         if inner is None:
             continue
         if torch_modules.carries_hooks(inner):
-            if has_hooks(inner):
-                return Hooks(inner, idle)
-            idle = True
+            for hook in _hooks_of(inner):
+                recorder = recorder_of(inner, hook)
+                if not _is_live(hook):
+                    idle = True
+                elif recorder is not None and recorder.is_plain:
+                    recorders.append(recorder)
+                else:
+                    return Hooks(inner, idle)
         stack.extend(torch_modules.children_of(inner).values())
-    return Hooks(None, idle)
+    return Hooks(None, idle, tuple(recorders))
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    return [hook for name in torch_modules.HOOK_DICTS for hook in getattr(module, name).values()]
 
 
 class InnerHooks:
@@ -138,17 +149,17 @@ def is_idle(hook: Any) -> bool:
     return not _is_live(hook)
 
 
+def is_not_recorder(hook: Any) -> bool:
+    """Return whether `hook` is none by which transformers collects outputs."""
+    return recorder_of(None, hook) is None
+
+
+def is_idle_or_recorder(hook: Any) -> bool:
+    """Return whether `hook` does nothing at this call, or only collects its module's output for transformers."""
+    recorder = recorder_of(None, hook)
+    return recorder is not None and (recorder.is_plain or not recorder.is_wanted)
+
+
 def _is_live(hook: Any) -> bool:
-    try:
-        from transformers.utils import output_capturing
-    except ImportError:
-        return True
-    code = getattr(hook, "__code__", None)
-    if code is None or code.co_filename != output_capturing.__file__:
-        return True
-    collector = output_capturing._active_collector.get()
-    if collector is None:
-        return False
-    cells = getattr(hook, "__closure__", None) or ()
-    key = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=False)).get("key")
-    return key is None or key in collector
+    recorder = recorder_of(None, hook)
+    return recorder is None or recorder.is_wanted

@@ -31,6 +31,7 @@ from fxopt.capture.offload import make_offloader
 from fxopt.capture.patched import find_patched
 from fxopt.capture.planning import Mark, Planner, note_held, with_mark
 from fxopt.capture.reasons import reason_of_break
+from fxopt.capture.recorders import collect_outputs
 from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.sharing import share_mappings
@@ -109,6 +110,7 @@ class Installation:
                 block.__dict__[SLOT] = self._make_leaf(self._calls[stack.path], path, block)
         if self.model_call is not None:
             self.model_call.share = self._share_mappings
+            self.model_call.collect = self._collect_outputs
             root: Callable[..., Any] = self.model_call.run
         else:
             root = self._root_as_region
@@ -118,10 +120,17 @@ class Installation:
     def _share_mappings(self) -> None:
         """Make the leaves see through mappings that blocks hand on; each then costs guards of its own per call."""
         assert self.model_call is not None
+        self._wrap_leaves(functools.partial(share_mappings, stand_ins=self.model_call.stand_ins))
+
+    def _collect_outputs(self) -> None:
+        """Make the leaves hand on what transformers collects inside their blocks; this costs guards as well."""
+        self._wrap_leaves(collect_outputs)
+
+    def _wrap_leaves(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         for _, block in self.regions.blocks:
             if _installation_in(block) is self:
-                leaf = share_mappings(block.__dict__[SLOT], self.model_call.stand_ins)
-                leaf.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
+                leaf: Any = wrap(block.__dict__[SLOT])
+                leaf.fxopt_installation = weakref.ref(self)
                 block.__dict__[SLOT] = leaf
 
     def _tell(self, text: str) -> None:
@@ -151,24 +160,23 @@ class Installation:
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
         with torch_settings.capture_scope(self._settings):
-            return self._calls[REGION].run(REGION, self.model, args, kwargs)
+            return self._calls[REGION].begin(REGION, self.model)(*args, **kwargs)
 
     def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:
         model_call = self.model_call
         assert model_call is not None
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return calls.run(path, block, args, kwargs)
-
         def call_block(*args: Any, **kwargs: Any) -> Any:
-            caller = find_caller(sys._getframe(1)) or find_caller(sys._getframe(2))
+            caller = next(
+                (found for depth in (1, 2, 3) if (found := find_caller(sys._getframe(depth)))), None
+            )
             if caller is not None and caller is not block:
                 return torch_modules.stock_call(caller, *args, **kwargs)
             if torch_dynamo.is_recorded():
                 return torch_modules.stock_call(block, *args, **kwargs)
             if torch_stand_ins.holds_fake(args, kwargs):
                 return model_call.stand_ins.call(block, args, kwargs)
-            return model_call.call_block(block, run, args, kwargs)
+            return model_call.call_block(block, calls.begin(path, block), args, kwargs)
 
         call_block.fxopt_leaf = True  # pyright: ignore[reportFunctionMemberAccess]
         call_block.fxopt_installation = weakref.ref(self)  # pyright: ignore[reportFunctionMemberAccess]
@@ -189,7 +197,7 @@ class Installation:
             progress.show(name, f"{number}, rewriting and proving")
             outcome = self._transform(gm, region=region, lazy_outputs=False)
             capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
-            if torch_dynamo.changes_python_state():
+            if torch_dynamo.changes_python_state(but=self._calls[region].notes.noted):
                 self.ledger.changes_state = True
             progress.show(name, f"{number}, compiling")
             note_held(gm, example_inputs, self.model)

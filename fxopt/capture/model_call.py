@@ -9,31 +9,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
+from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
 from fxopt.capture.engines import Sharding
-from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, show_hooks
+from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, is_not_recorder, show_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.reasons import reason_of
+from fxopt.capture.recorders import (
+    active,
+    count_collected,
+    find_added,
+    find_asked,
+    flatten,
+    install_recorders,
+    is_of_recorders,
+    may_collect,
+)
 from fxopt.capture.shortage import Shortage
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form, rehearse
-from fxopt.graph.view import modules_of
 
 REGION = "model"
 
@@ -74,6 +83,10 @@ class ModelCall:
             and any(accepts(inner.forward, "use_cache") for inner in self._around[1:])
         )
         self.stand_ins = StandIns()
+        self._collects = False
+        """Whether the leaves hand on what transformers collects inside their blocks."""
+        self.collect: Callable[[], None] = lambda: None
+        """Makes them do so; called once."""
         self.share: Callable[[], None] | None = None
         """Makes the leaves hand on mappings; called once, where the model cannot be captured without."""
         self.shortage: Shortage | None = None
@@ -137,7 +150,7 @@ class ModelCall:
             output = self.model.forward(
                 *args, **kwargs
             )  # a call that fails in stock too is no obstacle to others
-            self.obstacles[form_of(args, kwargs)] = reason
+            self.obstacles[self._form_of(args, kwargs)] = reason
             self.ledger.refused[REGION] = reason
             self.ledger.count_fallback(REGION, reason)
             for line in find_own_forwards(self.model):
@@ -153,7 +166,7 @@ class ModelCall:
 
     def find_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return why the tail cannot serve this call, or None."""
-        obstacle = self.obstacles.get(form_of(args, kwargs)) if self.obstacles else None
+        obstacle = self.obstacles.get(self._form_of(args, kwargs)) if self.obstacles else None
         if obstacle is not None:
             return obstacle
         if torch_settings.is_switched_off():
@@ -166,10 +179,10 @@ class ModelCall:
         sharded = self._sharding.find_obstacle()
         if sharded is not None:
             return sharded
-        asked = find_asked_output(self.model, self.blocks, kwargs)
-        if asked is not None:
-            return f"{asked} is asked for, which hooks collect on the way"
         return find_opaque(args, kwargs)
+
+    def _form_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return form_of(args, kwargs), find_asked(walk(self.model, but=self.blocks), kwargs)
 
     def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return `kwargs` with the key/value cache declined, unless the caller asked for one."""
@@ -179,16 +192,30 @@ class ModelCall:
         return {**kwargs, "use_cache": False}
 
     def _capture_and_run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward compiled; where it cannot be captured with plain leaves, try leaves that share mappings."""
+        """Run the forward compiled; where it cannot be captured with plain leaves, try leaves that hand on more."""
+        if may_collect(walk(self.model, but=self.blocks), kwargs):
+            self._collect_outputs()
         try:
             return self._run_compiled(*args, **kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
-            share, self.share = self.share, None
-            if share is None or torch_errors.cause_to_raise(error) is not None:
+            if torch_errors.cause_to_raise(error) is not None:
                 raise
-        share()
+            if not self._collects and is_of_recorders(error):
+                hand_on: Callable[[], None] | None = self._collect_outputs
+            else:
+                hand_on, self.share = self.share, None
+            if hand_on is None:
+                raise
+        hand_on()
         self.stand_ins.clear()
-        return self._run_compiled(*args, **kwargs)
+        return self._capture_and_run(*args, **kwargs)
+
+    def _collect_outputs(self) -> None:
+        """Make the leaves hand on what transformers collects inside their blocks, with its hooks in their places."""
+        install_recorders(walk(self.model, but=self.blocks))
+        if not self._collects:
+            self._collects = True
+            self.collect()
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.ledger.begin(REGION)
@@ -242,7 +269,7 @@ class ModelCall:
         which Dynamo refuses to follow.
         """
         around = [module for module in walk(self.model, but=self.blocks) if module is not self.model]
-        self._hidden = hide_hooks(around)
+        self._hidden = hide_hooks(around, is_not_recorder if self._collects else lambda hook: True)
         try:
             yield
         finally:
@@ -264,10 +291,16 @@ class ModelCall:
         """
         if self._owner not in (None, threading.get_ident()):
             return torch_modules.stock_call(block, *args, **kwargs)
+        collected = (self._collects and active()) or {}
+        counts = count_collected(collected)
         if block in self._checkpointed:
             checkpoint: Any = block._gradient_checkpointing_func
-            return self._trunk.after_block(checkpoint(functools.partial(run, **kwargs), *args))
-        return self._trunk.after_block(run(*args, **kwargs))
+            value = checkpoint(functools.partial(run, **kwargs), *args)
+        else:
+            value = run(*args, **kwargs)
+        return self._trunk.after_block(
+            value, flatten(value, find_added(counts, collected)) if collected else value
+        )
 
     def compile_tail(self, tail: Tail, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return the callable Dynamo runs for a captured model: the trunk, then `call` on its values.
@@ -293,7 +326,10 @@ class ModelCall:
                 return hooked_inside(this.ledger.hooked)
             if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
-            values = values_of(calls)
+            try:
+                values = values_of(calls)
+            except (IndexError, TypeError):
+                return "a block returned or collected less than when the model was captured"
             pairs = zip(values, examples, strict=True)
             reason = next((reason for pair in pairs if (reason := find_other_form(*pair)) is not None), None)
             return reason or (None if this is None else this._sharding.judge(values))
@@ -336,52 +372,6 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (value.dtype, value.ndim) if isinstance(value, torch.Tensor) else type(value).__name__
 
     return tuple(map(form, args)), tuple((name, form(value)) for name, value in sorted(kwargs.items()))
-
-
-def find_around(model: nn.Module, blocks: frozenset[nn.Module]) -> tuple[nn.Module, ...]:
-    """Return the modules below `model` that hold blocks somewhere inside and are none themselves."""
-    return tuple(
-        module
-        for module in walk(model, but=blocks)
-        if module is not model and not blocks.isdisjoint(walk(module))
-    )
-
-
-def find_trunk_modules(model: nn.Module, tail: Tail) -> frozenset[nn.Module]:
-    """Return the modules whose calls the captured model holds before its last block, and `tail` does not."""
-    captured = tail.calls[-1].graph.nodes
-    trunk = itertools.takewhile(lambda node: node is not tail.calls[-1], captured)
-    named = {path: module for module, path in walk(model).items()}
-    paths = _modules_called(trunk) - _modules_called(tail.graph.graph.nodes)
-    return frozenset(named[path] for path in paths if path in named)
-
-
-def _modules_called(nodes: Iterable[fx.Node]) -> set[str]:
-    """Return the paths of the modules that compute `nodes`; a placeholder stands where it was first read."""
-    return {path for node in nodes if node.op != "placeholder" for path in modules_of(node)}
-
-
-def find_tail_modules(
-    model: nn.Module, blocks: frozenset[nn.Module], tail: fx.GraphModule
-) -> tuple[nn.Module, ...]:
-    """Return the modules whose calls the tail holds, in their order, `model` itself and its blocks left out."""
-    named = {path: module for module, path in walk(model, but=blocks).items() if path}
-    called = (node for node in tail.graph.nodes if node.op != "placeholder")
-    paths = dict.fromkeys(path for node in called for path in modules_of(node))
-    return tuple(named[path] for path in paths if path in named)
-
-
-def find_asked_output(model: nn.Module, blocks: frozenset[nn.Module], kwargs: dict[str, Any]) -> str | None:
-    """Return the name by which this call or a config asks for an output that hooks collect, or None.
-
-    transformers' models say in `_can_record_outputs` what can be collected; `output_<key>` asks for it. A
-    block is no such model; the modules around the blocks are few, and looked at anew at each call.
-    """
-    around = walk(model, but=blocks)
-    keys = {key for module in around for key in getattr(module, "_can_record_outputs", None) or ()}
-    config = getattr(model, "config", None)
-    asked = {**getattr(config, "__dict__", {}), **kwargs}
-    return next((f"output_{key}" for key in sorted(keys) if asked.get(f"output_{key}")), None)
 
 
 def is_leaf(node: fx.Node) -> bool:

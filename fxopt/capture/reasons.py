@@ -31,7 +31,7 @@ def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -
         text = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     else:
         text = str(torch_errors.telling(error)) or type(error).__name__
-    return _say(text, location_in([*_frames(str(error).splitlines()), *raised_in]))
+    return _say(text, location_in([*frames_told(error), *raised_in]))
 
 
 def reason_of_break(gm: fx.GraphModule) -> str:
@@ -45,6 +45,11 @@ def reason_of_break(gm: fx.GraphModule) -> str:
 
 def _frames(lines: Iterable[str]) -> list[tuple[str, int]]:
     return [(found[1], int(found[2])) for line in lines if (found := FRAME.match(line.strip()))]
+
+
+def frames_told(error: BaseException) -> list[tuple[str, int]]:
+    """Return the files and lines of the model's stack that a Dynamo error tells."""
+    return _frames(str(error).splitlines())
 
 
 def frames_of(error: BaseException) -> list[tuple[str, int]]:

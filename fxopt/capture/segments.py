@@ -12,7 +12,9 @@ from torch import fx
 
 from fxopt.capture.lazy import LazyLogits, LogitsSource
 from fxopt.capture.lowering import Lowering
+from fxopt.graph.aliases import Aliases
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
+from fxopt.graph.storage import UNKNOWN
 from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import location_of, requires_grad, results_of
 
@@ -56,11 +58,31 @@ def find_segments(gm: fx.GraphModule) -> Segments:
     computed = frozenset(node for node in read if node.op not in ("placeholder", "get_attr"))
     if computed:
         cuts.append(computed)
-    write = _find_write(gm) if lazy or cuts else None
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    segments = Segments(
+        frozenset(lazy), tuple(sorted(cuts, key=lambda cut: max(map(order.__getitem__, cut))))
+    )
+    write = _find_write(gm, segments) if lazy or cuts else None
     if write is not None:
         return Segments(frozenset(), (), write, bool(lazy))
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    return Segments(frozenset(lazy), tuple(sorted(cuts, key=lambda cut: max(map(order.__getitem__, cut)))))
+    return segments
+
+
+def parts_of(gm: fx.GraphModule, segments: Segments) -> list[set[fx.Node]]:
+    """Return what runs now, part by part: what each cut is computed from, then the rest."""
+    rest = {
+        node: None
+        for node in gm.graph.nodes
+        if node.op not in ("placeholder", "output", "get_attr")
+        and node not in segments.lazy
+        and node.target not in MODE_SWITCHES
+    }
+    parts: list[set[fx.Node]] = []
+    for cut in segments.cuts:
+        parts.append({node for root in cut for node in _computed_ancestors(root) if node in rest})
+        for node in parts[-1]:
+            del rest[node]
+    return [part for part in (*parts, set(rest)) if part]
 
 
 def _is_read_on(node: Any, lazy: set[fx.Node]) -> bool:
@@ -88,10 +110,21 @@ def _find_lazy_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     return lazy
 
 
-def _find_write(gm: fx.GraphModule) -> str | None:
-    """Return why no output of `gm` may be computed later, or None: something is written to in place."""
-    for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method") and mutated_inputs(node):
+def _find_write(gm: fx.GraphModule, segments: Segments) -> str | None:
+    """Return why `gm` may not be split, or None: something is written to in place that two parts of it may touch."""
+    writes = [
+        node
+        for node in gm.graph.nodes
+        if node.op in ("call_function", "call_method") and mutated_inputs(node)
+    ]
+    if not writes:
+        return None
+    aliases, parts = Aliases(gm.graph), parts_of(gm, segments)
+    for node in writes:
+        keys = frozenset[int]().union(*map(aliases.keys_of, mutated_inputs(node)))
+        holders = {holder for key in keys for holder in aliases.holders[key]}
+        touching = {user for holder in holders for user in holder.users if user.op != "output"} | holders
+        if UNKNOWN in keys or not any(touching <= part for part in parts):
             return f"{node.name} at {location_of(node)} writes in place"
     return None
 
@@ -133,22 +166,8 @@ def compile_model_graph(
         return lower(gm, example_inputs)
     lazy, results = set(segments.lazy), results_of(gm)
     placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
-    rest = {
-        node: None
-        for node in gm.graph.nodes
-        if node.op not in ("placeholder", "output", "get_attr")
-        and node not in lazy
-        and node.target not in MODE_SWITCHES
-    }
-    parts: list[set[fx.Node]] = []
-    for cut in segments.cuts:
-        parts.append({node for root in cut for node in _computed_ancestors(root) if node in rest})
-        for node in parts[-1]:
-            del rest[node]
     pieces: list[tuple[Piece, Callable[..., Any]]] = []
-    for part in (*parts, set(rest)):
-        if not part:
-            continue
+    for part in parts_of(gm, segments):
         outputs = tuple(
             node for node in gm.graph.nodes if node in part and any(user not in part for user in node.users)
         )

@@ -12,6 +12,7 @@ from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, say_
 from fxopt.capture.hooks import hooks_hidden
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
+from fxopt.capture.recorders import Counts, active, count_collected, run_collecting
 from fxopt.capture.tail import TailRefusal
 from fxopt.capture.torch_distributed import is_dtensor, is_fsdp_hook
 from fxopt.capture.trial import try_on_values
@@ -53,12 +54,16 @@ class StandIns:
         modules = tuple([(path, type(module)) for module, path in walk(block).items()])
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
         before = [dict(mapping) for mapping in mappings]
-        key = (modules, forms, weights, block.training, id(mode), id(block) if mappings else None)
+        collected = active() or {}
+        counts = count_collected(collected)
+        key = (modules, forms, weights, block.training, id(mode), id(block) if mappings else None, counts)
         if mappings or key not in self._forms:
-            self._forms[key] = self._run(mode, block, args, kwargs)
+            self._forms[key] = self._run(mode, block, args, kwargs, counts)
             self._note_put(mappings, before)
-        form = self._forms[key]
-        return _like(form) if isinstance(form, torch.Tensor) else tree_map_only(torch.Tensor, _like, form)
+        output, added = tree_map_only(torch.Tensor, _like, self._forms[key])
+        for name, values in added.items():
+            collected[name].extend(values)
+        return output
 
     def _note_put(self, mappings: list[dict[Any, Any]], before: list[dict[Any, Any]]) -> None:
         """Note what a block has put into the mappings it was given."""
@@ -73,7 +78,9 @@ class StandIns:
             new[key] for (new, _), keys in zip(pairs, self.keys_put, strict=True) for key in keys
         )
 
-    def _run(self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, mode: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], counts: Counts
+    ) -> tuple[Any, dict[str, list[Any]]]:
         kept = next((reason for module in block.modules() if (reason := say_kept(module))), None)
         if kept is not None:
             raise TailRefusal(kept)
@@ -89,10 +96,16 @@ class StandIns:
             args, kwargs = cast_inputs(block, args, kwargs)
             try:
                 with torch_stand_ins.real_tensors_allowed(mode), hooks_hidden((block,), is_fsdp_hook):
-                    out = cast_output(block, torch.func.functional_call(block, state, args, kwargs))
+                    out, added = run_collecting(
+                        lambda *args, **kwargs: torch.func.functional_call(block, state, args, kwargs),
+                        counts,
+                        args,
+                        kwargs,
+                    )
+                    out = cast_output(block, out), added
             except Exception as error:
                 _put_back(before)
-                out = try_on_values(block, args, kwargs)
+                out = try_on_values(block, args, kwargs, counts)
                 if out is None:
                     raise error from None
             changed = _find_change(before)

@@ -105,11 +105,11 @@ def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def changes_python_state() -> bool:
+def changes_python_state(but: object = None) -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 
-    To be asked by a backend, while Dynamo calls it. Mappings among its arguments do not count: what is put into
-    these is seen where the model is captured. Nor do modes, which `with` leaves as they were.
+    To be asked by a backend, while Dynamo calls it. `but` does not count, nor do mappings among its arguments: what is
+    put into these is seen where the model is captured. Nor do modes, which `with` leaves as they were.
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     new = (AttributeMutationNew, ValueMutationNew)
@@ -118,7 +118,8 @@ def changes_python_state() -> bool:
         and not isinstance(item.mutation_type, new)
         and effects.is_modified(item)
         and not _is_given_mapping(item)
-        for item in effects.id_to_variable.values()
+        for identity, item in effects.id_to_variable.items()
+        if identity != id(but)
     )
 
 

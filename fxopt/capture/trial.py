@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxopt.capture import torch_modules
+from fxopt.capture.recorders import Counts, run_collecting
 from fxopt.graph.torch_private import (
     size_seen,
     tree_leaves,
@@ -20,8 +22,12 @@ SEEDS = (0, 1)
 """Of the values: a form that differs between them hangs on values, and is none."""
 
 
-def try_on_values(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def try_on_values(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], counts: Counts = ()
+) -> Any:
     """Return stand-ins of the form that `block` returns for these stand-in arguments, or None: that is not clear.
+
+    With them comes what is collected on the way, by key, beyond what `counts` says is there.
 
     The block runs on random values of the sizes at this call, its buffers and the random states put back. Each
     tensor it returns must have the same sizes for all values, and, where the capture is for more than the sizes
@@ -34,7 +40,8 @@ def try_on_values(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             torch.manual_seed(seed)
             try:
                 real_args, real_kwargs = tree_map(_value_like, (args, kwargs))
-                results.append(torch_modules.stock_call(block, *real_args, **real_kwargs))
+                run = functools.partial(torch_modules.stock_call, block)
+                results.append(run_collecting(run, counts, real_args, real_kwargs))
             except Exception:  # what the block said on stand-ins is told
                 return None
             finally:

@@ -65,11 +65,14 @@ class Trunk(threading.local):
         finally:
             self._values = None
 
-    def after_block(self, value: Any) -> Any:
-        """Note a block's value while the trunk runs; interrupt the trunk after the last one."""
+    def after_block(self, value: Any, flat: Any) -> Any:
+        """Note a block's value, and what was collected meanwhile, as `flat` while the trunk runs.
+
+        The trunk is interrupted after the last block.
+        """
         if self._values is None or self._reason is not None:
             return value
-        self._values.append(value if len(self._values) in self._wanted else None)
+        self._values.append(flat if len(self._values) in self._wanted else None)
         if len(self._values) == self._num_calls:
             self._reason = self._judge(self._values)
             if self._reason is None:

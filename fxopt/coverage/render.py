@@ -1,11 +1,12 @@
-"""`coverage.json` from the rows, and `coverage.md` from that file alone."""
+"""`coverage.json` from the rows, and `coverage.md` from that file and those of other versions beside it."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fxopt.coverage.record import STATUSES, Row, versions
@@ -23,10 +24,25 @@ def render_json(rows: Sequence[Row]) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def render_markdown(document: dict[str, Any]) -> str:
-    """Return the page of one `coverage.json`."""
+def find_main(out: Path) -> tuple[Path, ...]:
+    """Return the `coverage.json` beside a `coverage-<version>.json`, if there is one."""
+    main = out.with_name(out.stem.rpartition("-")[0] + out.suffix)
+    return (main,) if "-" in out.stem and main.exists() else ()
+
+
+def render_page(document: Path) -> str:
+    """Return the page of a `coverage.json`, with a summary of each `coverage-<version>.json` beside it."""
+    others = sorted(document.parent.glob(f"{document.stem}-*{document.suffix}"))
+    return render_markdown(
+        json.loads(document.read_text()),
+        {other.with_suffix(".md").name: json.loads(other.read_text()) for other in others},
+    )
+
+
+def render_markdown(document: dict[str, Any], others: Mapping[str, dict[str, Any]] | None = None) -> str:
+    """Return the page of one `coverage.json`; `others` are those of other versions, by the names of their pages."""
     rows = [Row(**row) for row in document["rows"]]
-    listed = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    listed = _versions(document)
     parts = [
         "# Coverage",
         f"Written by `make coverage` ({listed}). Each row is a tiny model of random weights, built from its config, "
@@ -46,9 +62,21 @@ def render_markdown(document: dict[str, Any]) -> str:
         "## Not captured, wrong or not built",
         _troubles(rows),
     ]
+    for page, other in (others or {}).items():
+        theirs = [Row(**row) for row in other["rows"]]
+        parts += [
+            f"## With transformers {other['versions']['transformers']}",
+            f"The same with {_versions(other)}; [its page]({page}) has each row.",
+            _summary(theirs),
+            _patterns(theirs),
+        ]
     for task in dict.fromkeys(row.task for row in rows):
         parts += [f"## Models: {task}", _models([row for row in rows if row.task == task])]
     return "\n\n".join(parts) + "\n"
+
+
+def _versions(document: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in document["versions"].items())
 
 
 def summary_line(rows: Sequence[Row]) -> str:

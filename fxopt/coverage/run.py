@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fxopt.coverage.inputs import Case, all_cases, find_cases
 from fxopt.coverage.record import Row, versions
-from fxopt.coverage.render import render_json, render_markdown, summary_line
+from fxopt.coverage.render import find_main, render_json, render_page, summary_line
 from fxopt.errors import FxoptError
 
 SECONDS = 180
@@ -51,6 +51,8 @@ def cover(
 ) -> tuple[list[str], str]:
     """Measure the cases of `names`, or all, write `out` and its page, and return what is not captured and the sum.
 
+    Beside a `coverage.json` a `coverage-<version>.json` is of other versions: the page of the first sums it up too.
+
     Raises:
         FxoptError: the files cannot be written.
     """
@@ -60,7 +62,8 @@ def cover(
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = run_cases(cases, lines, jobs=jobs, resume=resume, seconds=seconds)
         out.write_text(render_json(rows))
-        out.with_suffix(".md").write_text(render_markdown(json.loads(out.read_text())))
+        for document in (out, *find_main(out)):
+            document.with_suffix(".md").write_text(render_page(document))
     except OSError as error:
         raise FxoptError(f"--out {out}: cannot be written: {error.strerror}\ngive another file") from error
     problems = [

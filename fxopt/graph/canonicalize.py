@@ -12,6 +12,7 @@ from fxopt.graph.identities import remove_identities, remove_returned_inputs
 from fxopt.graph.inplace import make_pure
 from fxopt.graph.purity import is_pure
 from fxopt.graph.quantized import unfold_quantized_products
+from fxopt.graph.sizes import settle_sizes
 from fxopt.graph.spelling import fold_constants, unify_spelling
 from fxopt.graph.view import find_subgraphs
 
@@ -41,6 +42,7 @@ def canonicalize(gm: fx.GraphModule) -> None:
 
 def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
     graph = gm.graph
+    settle_sizes(graph)
     fold_constants(graph)
     make_pure(graph)
     editor = Editor(graph, Aliases(graph), prefix)

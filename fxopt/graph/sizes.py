@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
-from fxopt.graph.torch_private import hint_of
+from fxopt.graph.torch_private import expression_of, hint_of, tree_map_only
 
+EXAMPLE = "example_value"
 UNSEEN = 8
 """What a size is taken for that hangs on the values of a tensor."""
 
@@ -27,3 +29,30 @@ def num_bytes_of(value: Tensor) -> int:
     12
     """
     return math.prod(map(number_of, value.shape)) * value.element_size()
+
+
+def settle_sizes(graph: fx.Graph) -> None:
+    """Make numbers of the symbolic sizes in the example values of `graph` that capture has found to be numbers since.
+
+    A size that a frame was captured for as one that changes, and that met a weight's on the way, is guarded to be equal
+    to it; the tensors made before that still carry the symbol. Values in the same memory stay so.
+    """
+    for node in graph.nodes:
+        if EXAMPLE in node.meta:
+            node.meta[EXAMPLE] = tree_map_only(Tensor, _settled, node.meta[EXAMPLE])
+
+
+def _settled(value: Tensor) -> Tensor:
+    if value.layout is not torch.strided or not any(map(_is_settled, (*value.shape, *value.stride()))):
+        return value
+    shape, stride = (tuple(map(_as_number, sizes)) for sizes in (value.shape, value.stride()))
+    settled = value.detach().as_strided(shape, stride, _as_number(value.storage_offset()))
+    return settled.requires_grad_(value.requires_grad)
+
+
+def _is_settled(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(expression_of(size).is_Integer)
+
+
+def _as_number(size: Any) -> Any:
+    return int(expression_of(size)) if _is_settled(size) else size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
+from fxopt.capture import torch_dynamo
 
 
 class Experts(nn.Module):
@@ -146,3 +149,31 @@ def test_a_number_read_before_the_blocks_and_used_after_them_is_read_at_each_cal
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     assert [region.status for region in report.regions] == ["captured", "captured"]
+
+
+class Branching(nn.Module):
+    """A layer that looks at a value, and loops over nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if x.sum() > -1e9 else x
+
+
+def test_a_layer_without_a_loop_is_not_captured_with_loops_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+    compile_frame = torch_dynamo.compile_frame
+
+    def spy(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        entered.append(function.__name__)
+        return compile_frame(function, *args, **kwargs)
+
+    monkeypatch.setattr(torch_dynamo, "compile_frame", spy)
+    for kind in (Branching, Experts):
+        torch.manual_seed(0)
+        stock = Net(kind)
+        model = fxopt.optimize(copy.deepcopy(stock))
+        assert_trained_alike(model, stock, torch.randn(2, 5, 8))
+        assert ("turns_entry" in entered) == (kind is Experts)

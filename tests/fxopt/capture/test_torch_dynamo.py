@@ -99,10 +99,11 @@ def test_a_backend_can_tell_whether_the_captured_frame_changes_python_objects():
     told: list[bool] = []
 
     def note(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        told.append(torch_dynamo.changes_python_state())
+        told.append(torch_dynamo.changes_python_state(*known))
         return gm.forward
 
     kept: list[torch.Tensor] = []
+    known: list[object] = []
 
     def keeps(x: torch.Tensor) -> torch.Tensor:
         kept.append(x)
@@ -110,7 +111,9 @@ def test_a_backend_can_tell_whether_the_captured_frame_changes_python_objects():
 
     torch_dynamo.compile_frame(lambda x: x + 1, note, fullgraph=True)(torch.ones(2))
     torch_dynamo.compile_frame(keeps, note, fullgraph=True)(torch.ones(2))
-    assert told == [False, True]
+    known.append(kept)
+    torch_dynamo.compile_frame(keeps, note, fullgraph=True)(torch.ones(2))
+    assert told == [False, True, False]
 
 
 def test_where_a_graph_breaks_is_read_off_its_first_piece():

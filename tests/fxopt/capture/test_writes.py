@@ -43,6 +43,9 @@ class Writing(nn.Module):
         if self.write == "after the logits":
             x[:, 0] = 0
         loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten()) + x.square().mean()
+        if self.write == "what only the loss reads":
+            counts = torch.zeros(32).scatter_add_(0, ids.flatten(), torch.ones(ids.numel()))
+            loss = loss + (counts * self.head.bias).mean()
         return loss, logits
 
 
@@ -51,6 +54,20 @@ class Writing(nn.Module):
     ["a fresh mask before the blocks", "a buffer before the blocks", "before the logits", "after the logits"],
 )
 def test_what_is_written_in_place_is_read_as_in_stock(write: str) -> None:
+    report, _ = run_steps(write)
+    told = [*(fallback.reason for fallback in report.fallbacks), *report.notes]
+    assert any("in place" in text for text in told), told
+
+
+def test_what_is_written_where_nothing_else_reads_it_splits_nothing() -> None:
+    report, logits = run_steps("what only the loss reads")
+    assert report.fallbacks == ()
+    assert not any("in place" in note for note in report.notes)
+    assert logits.is_lazy
+
+
+def run_steps(write: str) -> tuple[fxopt.Report, Any]:
+    """Return the report and the logits after two steps that equal stock's."""
     torch.manual_seed(0)
     model = Writing(write).train()
     stock = copy.deepcopy(model)
@@ -64,6 +81,4 @@ def test_what_is_written_in_place_is_read_as_in_stock(write: str) -> None:
         torch.testing.assert_close(logits + 0, stock_logits)
     for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    report = fxopt.explain(model)
-    told = [*(fallback.reason for fallback in report.fallbacks), *report.notes]
-    assert any("in place" in text for text in told), told
+    return fxopt.explain(model), model(ids)[1]

@@ -1,0 +1,43 @@
+"""Sizes that capture found to be numbers after it had made tensors with symbols for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.graph.sizes import settle_sizes
+
+
+def capture(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.Graph:
+    graphs: list[fx.Graph] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        settle_sizes(gm.graph)
+        graphs.append(gm.graph)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=keep, fullgraph=True, dynamic=True)(*inputs)
+    return graphs[0]
+
+
+def test_a_size_that_met_a_weights_is_a_number_in_all_values_and_others_are_left() -> None:
+    weight = torch.nn.Parameter(torch.ones(16))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return (x.transpose(0, 1).square() * weight).sum(0)
+
+    graph = capture(scaled, torch.randn(3, 5, 16, requires_grad=True))
+    values = {node.name: node.meta["example_value"] for node in graph.nodes if "example_value" in node.meta}
+    seen = [value for value in values.values() if isinstance(value, torch.Tensor) and value.dim() == 3]
+    assert len(seen) >= 3
+    for value in seen:
+        assert value.shape[-1] == 16
+        assert type(value.shape[-1]) is int
+        assert all(isinstance(size, torch.SymInt) for size in value.shape[:2])
+        assert value.requires_grad
+    x, transposed = seen[:2]
+    assert x.untyped_storage()._cdata == transposed.untyped_storage()._cdata
