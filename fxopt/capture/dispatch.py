@@ -21,6 +21,7 @@ from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_setti
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import say_kept
+from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
@@ -73,6 +74,7 @@ class BlockCalls:
             else None
         )
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
+        self._four_bits: dict[nn.Module, FourBitLayers] = {}
         self.broken_classes: set[type] = set()
         self._looping_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
@@ -88,6 +90,7 @@ class BlockCalls:
             return torch_modules.stock_call(block, *args, **kwargs)
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
+            self._four_bits[block] = FourBitLayers(block)
         hooks = self._inner_hooks[block].find()
         if hooks.live is not None:
             self.ledger.hooked = type(hooks.live).__name__
@@ -103,6 +106,7 @@ class BlockCalls:
 
     def _serve(self, path: str, block: nn.Module, idle_hooks: bool, *args: Any, **kwargs: Any) -> Any:
         """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
+        self._four_bits[block].restore()
         broken = type(block) in self.broken_classes
         try:
             return self._run_compiled(self.pieces if broken else None, path, block, idle_hooks, args, kwargs)

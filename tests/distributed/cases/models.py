@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,11 +30,16 @@ TINY = dict(
 IGNORED = -100
 
 
-def make_model(arch: str, lora: bool = False, **overrides: Any) -> Any:
-    """Return a tiny model in training mode, the same weights on every rank; with `lora` on a frozen base."""
+def make_model(arch: str, lora: bool = False, storage: str = "", **overrides: Any) -> Any:
+    """Return a tiny model in training mode, the same weights on every rank.
+
+    With `lora` on a frozen base; where a dtype is named as `storage`, the base is in four bits packed into that.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(arch, **{**TINY, **overrides})
     model = AutoModelForCausalLM.from_config(config)
+    if storage:
+        quantize(model, getattr(torch, storage))
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -44,6 +49,22 @@ def make_model(arch: str, lora: bool = False, **overrides: Any) -> Any:
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
     return model.train().to(DEVICE)
+
+
+def quantize(model: Any, storage: torch.dtype) -> None:
+    """Put NF4 layers of bitsandbytes in the place of the linear layers in the blocks, packed into `storage`."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for block in find_blocks(model):
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                sizes = layer.in_features, layer.out_features
+                new = Linear4bit(*sizes, False, torch.float32, quant_type="nf4", quant_storage=storage)
+                options = {"quant_type": "nf4", "quant_storage": storage, "module": new}
+                new.weight = Params4bit(layer.weight.data, requires_grad=False, **options)
+                parent, _, attribute = name.rpartition(".")
+                setattr(block.get_submodule(parent), attribute, new.to(DEVICE))
+    model.is_loaded_in_4bit = True  # peft adds four-bit adapters to a model that says so
 
 
 def make_batch(seed: int, rows: int, length: int, ignored: bool = False) -> dict[str, torch.Tensor]:
@@ -67,8 +88,12 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
 
 
-def shard(model: Any, carved: bool = False, half: bool = False, **options: Any) -> Any:
+def shard(
+    model: Any, carved: bool = False, half: bool = False, offloaded: bool = False, **options: Any
+) -> Any:
     """Shard `model` per block and as a whole; `carved` as accelerate does, embedding and tail in their own groups."""
+    if offloaded:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ON_GPU)
     if half:
         dtype = torch.bfloat16
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype)
