@@ -123,6 +123,8 @@ def wrap(engine: str, model: Any, **options: Any) -> Any:
     """Return `model` under `engine`."""
     if engine == "ddp":
         return DistributedDataParallel(model, **options)
+    if engine == "none":
+        return model
     assert engine == "fsdp2", engine
     return shard(model, **options)
 
