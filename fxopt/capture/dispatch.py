@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.engines import say_kept
+from fxopt.capture.engines import find_kept, say_kept
 from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle
 from fxopt.capture.ledger import Ledger
@@ -113,6 +113,7 @@ class BlockCalls:
         except torch_errors.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
+            reason = find_kept((block,)) or reason
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
             is_of_loop = not (torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error))
             may_loop = is_of_loop and not broken and type(block) not in self._looping_classes

@@ -8,7 +8,7 @@ of its modules are called around it (`Sharding`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,12 @@ def say_kept(module: nn.Module) -> str | None:
         if torch_distributed.is_dtensor(tensor) and not torch_distributed.is_managed(module):
             return f"a weight of the {type(module).__name__} is spread over ranks, as tensor parallel plans have it"
     return None
+
+
+def find_kept(blocks: Iterable[nn.Module]) -> str | None:
+    """Return how an engine keeps a weight in `blocks` where it may not be read, or None: torch's own error varies."""
+    found = (say_kept(module) for block in blocks for module in walk(block))
+    return next((text for text in found if text is not None), None)
 
 
 def _is_emptied(tensor: torch.Tensor) -> bool:

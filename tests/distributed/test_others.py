@@ -49,9 +49,18 @@ def test_a_weight_that_has_no_items_of_its_own_is_read():
     assert "is empty outside its own forward" in str(say_kept(module))
 
 
+SPREAD = "a weight of the Linear is spread over ranks, as tensor parallel plans have it"
+REFUSED = f"model: what stands after the blocks was not captured: {SPREAD}"
+
+
 def test_a_tensor_parallel_block_runs_stock_with_the_reason(two):
     for answer in two.run("tensor_parallel"):
-        reason = "a weight of the Linear is spread over ranks, as tensor parallel plans have it"
-        refused = f"model: what stands after the blocks was not captured: {reason}"
-        assert answer["fallbacks"] == {refused: 1, f"model.layers: {reason}": 2}
+        assert answer["fallbacks"] == {REFUSED: 1, f"model.layers: {SPREAD}": 2}
         assert answer["errors"]["stock"] <= BOUND
+
+
+def test_the_tensor_parallel_plan_of_transformers_trains_as_stock_with_the_reason(two, tmp_path):
+    for answer in two.run("planned_by_transformers", folder=str(tmp_path)):
+        assert answer["fallbacks"] == {REFUSED: 1, f"model.layers: capture failed: {SPREAD}": 2}
+        assert answer["errors"]["stock"] <= BOUND
+        assert answer["losses"]["before"] == pytest.approx(answer["losses"]["alone"], rel=1e-6)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases.models import DEVICE, find_blocks, gradients_of, largest_error, make_batch, make_model, report_of
 from torch import nn
 
 import fxopt
-from cases.models import DEVICE, find_blocks, gradients_of, largest_error, make_batch, make_model, report_of
 
 
 def gathered_by_hooks(place: str) -> dict[str, Any]:
@@ -72,3 +72,28 @@ def tensor_parallel() -> dict[str, Any]:
         if which == "before":
             report = report_of(model)
     return {"errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
+
+
+def planned_by_transformers(folder: str) -> dict[str, Any]:
+    """A model that transformers loads under its own tensor parallel plan."""
+    from transformers import AutoModelForCausalLM
+
+    alone = make_model("llama")
+    if dist.get_rank() == 0:
+        alone.save_pretrained(folder)
+    dist.barrier()
+    batch = make_batch(0, 2, 12)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    losses: dict[str, float] = {}
+    for which in ("before", "stock", "alone"):
+        model = alone
+        if which != "alone":
+            model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).train()
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        loss = model(**batch).loss
+        loss.backward()
+        found[which], losses[which] = gradients_of(model), float(loss.detach())
+        if which == "before":
+            report = report_of(model)
+    return {"errors": {"stock": largest_error(found["before"], found["stock"])}, "losses": losses, **report}
