@@ -42,28 +42,27 @@ class Agreement:
         """
         if self._is_made or not dist.is_available() or not dist.is_initialized():
             return
-        group = self._find_group()
-        if group is None:
+        ranks = self._find_ranks()
+        if not ranks:
             return
         self._is_made = True
-        ranks: list[int] = dist.get_process_group_ranks(group)
         if len(ranks) > 1:
             limits = {} if self._planner is None else self._planner.limits
             least = compare(ranks, dist.get_rank(), describe(self._options, self._model), limits)
             if self._planner is not None:
                 self._planner.agree(least)
 
-    def _find_group(self) -> Any:
-        """Return the process group of the engine that runs the model right now, or None."""
+    def _find_ranks(self) -> list[int]:
+        """Return the ranks of the engine that runs the model right now; none where there is no engine."""
         engine = torch_distributed.active_ddp()
         if engine is not None:
-            return engine.process_group
+            return dist.get_process_group_ranks(engine.process_group)
         for module in (self._model, *self._blocks):
             state = torch_distributed.fsdp_state_of(module)
-            group = None if state is None else torch_distributed.group_of(state)
-            if group is not None:
-                return group
-        return None
+            ranks = [] if state is None else torch_distributed.ranks_of(state)
+            if ranks:
+                return ranks
+        return []
 
 
 def describe(options: Options, model: nn.Module) -> dict[str, str]:

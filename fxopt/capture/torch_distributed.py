@@ -93,6 +93,12 @@ def group_of(state: Any) -> Any:
     return groups[0]._all_gather_process_group if groups else None
 
 
+def ranks_of(state: Any) -> list[int]:
+    """Return the ranks that train what `state` shards, replicas included; none where it holds no parameters."""
+    groups = groups_of(state)
+    return groups[0].mesh_info.mesh.mesh.flatten().tolist() if groups else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharded:
     """One parameter that FSDP2 shards: what lies on this rank, and what it is while gathered."""

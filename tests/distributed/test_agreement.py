@@ -16,6 +16,14 @@ def test_other_options_on_one_rank_are_named_on_all(engine, two):
         )
 
 
+@pytest.mark.slow
+def test_options_are_compared_between_replicas_of_shards(four):
+    """Shards are spread over two ranks, of which there are two pairs."""
+    options = {"3": {"disable": ["glu"]}}
+    answers = four.run("differ", engine="fsdp2", number_of_rank=options, options={"hybrid": True})
+    assert all("'glu' on rank 3" in answer["text"] for answer in answers)
+
+
 def test_options_are_compared_in_each_group_of_ranks_anew(two):
     for number in range(2):
         options = {"1": {"verify": "off"}} if number else {}

@@ -114,6 +114,14 @@ def test_four_processes(engine, lora, four):
 
 
 @slow
+@pytest.mark.parametrize("options", [{}, {"carved": True}], ids=["whole", "carved"])
+def test_shards_in_replicas(options, four):
+    """Two replicas of the model, each in two shards: gradients are reduced within one and between both."""
+    options = {**options, "hybrid": True}
+    check(four.run("step", engine="fsdp2", order="before", options=options), SITES)
+
+
+@slow
 @pytest.mark.parametrize("carved", [False, True])
 def test_a_mixed_precision_policy_is_no_worse_than_in_stock(carved, two):
     """One draw of log(our error / stock's) scatters by 3 % (tests/models/conftest.py): 15 % is five of these."""

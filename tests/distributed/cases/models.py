@@ -6,7 +6,9 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -89,9 +91,17 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(
-    model: Any, carved: bool = False, half: bool = False, offloaded: bool = False, **options: Any
+    model: Any,
+    carved: bool = False,
+    half: bool = False,
+    offloaded: bool = False,
+    hybrid: bool = False,
+    **options: Any,
 ) -> Any:
     """Shard `model` per block and as a whole; `carved` as accelerate does, embedding and tail in their own groups."""
+    if hybrid:
+        sizes = 2, dist.get_world_size() // 2
+        options["mesh"] = init_device_mesh(DEVICE.type, sizes, mesh_dim_names=("replicate", "shard"))
     if offloaded:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ON_GPU)
     if half:

@@ -6,16 +6,18 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+from cases.models import ON_GPU, build, find_blocks, inside, make_batch, make_model, wrap
 
 import fxopt
-from cases.models import ON_GPU, build, find_blocks, inside, make_batch, make_model, wrap
 from fxopt.capture.installation import find_installation
 
 
-def differ(engine: str, number_of_rank: dict[str, Any]) -> dict[str, Any]:
+def differ(
+    engine: str, number_of_rank: dict[str, Any], options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Each rank optimizes with its own options; return what the first step raises."""
     model = fxopt.optimize(make_model("llama"), **number_of_rank.get(str(dist.get_rank()), {}))
-    model = wrap(engine, model)
+    model = wrap(engine, model, **(options or {}))
     try:
         model(**make_batch(0, 2, 12)).loss.backward()
     except fxopt.FxoptError as error:

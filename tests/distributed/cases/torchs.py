@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases.models import DEVICE
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cases.models import DEVICE
 from fxopt.capture import torch_distributed as engines
 
 
@@ -41,6 +41,7 @@ def privates() -> dict[str, Any]:
         ],
         "initialized": [before, engines.is_initialized(state)],
         "policy": [engines.policy_of(state) is policy, output.dtype is torch.float64],
+        "ranks": engines.ranks_of(state) == list(range(dist.get_world_size())),
         "group": dist.get_process_group_ranks(engines.group_of(state)) == list(range(dist.get_world_size())),
         "store": all(store.get(str(rank)) == b"1" for rank in range(dist.get_world_size())),
         "ddp": [*inside_of, engines.active_ddp() is None],
