@@ -25,9 +25,30 @@ def test_accelerate_prepares_an_optimized_model(engine, two):
 
 @pytest.mark.slow
 def test_transformers_trainer_accumulates_under_ddp(two, tmp_path):
-    for answer in two.run("trained", folder=str(tmp_path)):
+    for answer in two.run("trained", folder=str(tmp_path), library="transformers"):
         assert answer["fallbacks"] == {}
-        assert answer["losses"]["before"] == pytest.approx(answer["losses"]["stock"], rel=1e-5)
+        assert answer["sites"] == SITES
+        check_logged(answer["figures"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_trls_trainer_accumulates_under_ddp(lora, two, tmp_path):
+    """Its head is its own: that stays stock, with the reason."""
+    pytest.importorskip("trl")
+    sites = {name: count for name, count in SITES.items() if name != "linear_cross_entropy"} | {"rms_norm": 4}
+    for answer in two.run("trained", folder=str(tmp_path), library="trl", lora=lora):
+        assert [reason.partition(":")[0] for reason in answer["fallbacks"]] == ["model"]
+        assert answer["sites"] == ({**sites, "lora_linear": 14} if lora else sites)
+        check_logged(answer["figures"])
+
+
+def check_logged(figures):
+    """Losses and norms of gradients as in stock, of each of three steps."""
+    ours, stock = figures["before"], figures["stock"]
+    assert len(ours) == len(stock) == 3
+    for row, expected in zip(ours, stock, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("place", "kind"), [("all", "Embedding"), ("head", "Linear")])

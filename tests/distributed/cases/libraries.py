@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases.models import ON_GPU, find_blocks, gradients_of, largest_error, make_batch, make_model, report_of
 
 import fxopt
-from cases.models import ON_GPU, find_blocks, gradients_of, largest_error, make_batch, make_model, report_of
 from fxopt.capture import torch_distributed as engines
 
 
@@ -64,32 +64,55 @@ def _prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
     return accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def trained(folder: str) -> dict[str, Any]:
-    """Train by transformers' Trainer, which finds the process group by itself; return losses and parameters' sums."""
+def trained(folder: str, library: str, lora: bool = False) -> dict[str, Any]:
+    """Train by transformers' Trainer or TRL's, which find the process group by themselves; return what they log."""
     from accelerate.state import AcceleratorState
-    from transformers import Trainer, TrainingArguments
 
-    results: dict[str, Any] = {}
+    logged: dict[str, list[dict[str, float]]] = {}
     for which in ("before", "stock"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        model = make_model("llama")
+        model = make_model("llama", lora)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
         rows = [{name: value[0].cpu() for name, value in make_batch(n, 1, 12).items()} for n in range(16)]
-        arguments = TrainingArguments(
-            folder,
-            max_steps=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            use_cpu=not ON_GPU,
-            report_to=[],
-            logging_steps=1,
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer = _make_trainer(library, model, rows, folder)
         trainer.train()
-        results[which] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        logged[which] = [row for row in trainer.state.log_history if "loss" in row]
         if which == "before":
             report = report_of(model)
-    return {"losses": results, **report}
+    kept = ("loss", "grad_norm", "mean_token_accuracy")
+    figures = {
+        which: [[row[name] for name in kept if name in row] for row in rows] for which, rows in logged.items()
+    }
+    return {"figures": figures, **report}
+
+
+def _make_trainer(library: str, model: Any, rows: list[dict[str, torch.Tensor]], folder: str) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": not ON_GPU,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    if library == "transformers":
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer(model, TrainingArguments(**settings), train_dataset=rows)
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(128)}, unk_token="w0"))
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings, max_length=12, gradient_checkpointing=False),
+        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows]),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2"),
+    )
