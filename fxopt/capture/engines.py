@@ -8,6 +8,7 @@ of its modules are called around it (`Sharding`).
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +19,19 @@ from fxopt.capture import torch_distributed, torch_modules
 from fxopt.capture.hooks import Hidden, hide_hooks, show_hooks
 from fxopt.capture.modules import walk
 
+DEEPSPEED_HOOKS = "deepspeed.runtime.utils"
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
 class SpreadRefusal(Exception):
     """A region computes with tensors that are spread over ranks; it runs stock, for the reason in the text."""
+
+
+def is_engine_hook(hook: Any) -> bool:
+    """Return whether an engine put `hook` on an output, to learn where backward begins: FSDP2, or DeepSpeed."""
+    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
+    is_deepspeeds = deepspeed is not None and getattr(hook, "__globals__", None) is vars(deepspeed)
+    return is_deepspeeds or torch_distributed.is_fsdp_hook(hook)
 
 
 def inside_engine(model: nn.Module) -> nn.Module:

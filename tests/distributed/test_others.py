@@ -51,6 +51,34 @@ def check_logged(figures):
         assert row == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_deepspeeds_zero_2_is_served(order, lora, new_world):
+    """A world of its own, also below: DeepSpeed replaces functions of torch for good."""
+    pytest.importorskip(
+        "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
+    )
+    for answer in new_world(2).run("zero", stage=2, order=order, lora=lora):
+        assert answer["fallbacks"] == {}
+        assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
+        assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_deepspeeds_zero_3_runs_stock_with_the_reason(order, new_world):
+    pytest.importorskip(
+        "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
+    )
+    for answer in new_world(2).run("zero", stage=3, order=order):
+        assert any(
+            "is empty outside its own forward, as ZeRO-3 keeps it" in why for why in answer["fallbacks"]
+        )
+        assert answer["sites"] == {}
+        assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
+
+
 @pytest.mark.parametrize(("place", "kind"), [("all", "Embedding"), ("head", "Linear")])
 def test_a_weight_that_hooks_gather_is_not_read(place, kind, two):
     """As under DeepSpeed's ZeRO-3: the head would be multiplied with an empty weight."""

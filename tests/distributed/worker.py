@@ -16,12 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
-from cases import checkpoints, collectives, libraries, others, plans, ranks, steps, torchs
+from cases import checkpoints, collectives, libraries, others, plans, ranks, steps, torchs, zero
 from cases.models import DEVICE, ON_GPU
 
 CASES = {
     name: value
-    for module in (steps, collectives, ranks, others, libraries, checkpoints, plans, torchs)
+    for module in (steps, collectives, ranks, others, libraries, checkpoints, plans, torchs, zero)
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
 }
