@@ -57,3 +57,5 @@ def test_a_rank_killed_within_a_step_ends_the_others(engine, new_world):
     (answer,) = world.answers_of([0])
     assert answer["raised"] in ("RuntimeError", "DistBackendError")
     assert answer["running"] is False, "fxopt's own lock is free again"
+    if engine == "ddp":
+        assert answer["kept"] is False, "nothing of fxopt's keeps the model"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from typing import Any
 
 import torch.distributed as dist
@@ -55,5 +57,11 @@ def killed(engine: str) -> dict[str, Any]:
     except RuntimeError as error:
         installation = find_installation(model)
         assert installation is not None
-        return {"raised": type(error).__name__, "running": installation.model_call._lock.locked()}
-    return {"raised": None}
+        raised = {"raised": type(error).__name__, "running": installation.model_call._lock.locked()}
+        kept = weakref.ref(inside(model))
+    else:
+        return {"raised": None}
+    del model, installation
+    loss = None
+    gc.collect()
+    return {**raised, "kept": kept() is not None}
