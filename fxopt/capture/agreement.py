@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxopt.capture import torch_distributed
+from fxopt.capture.planning import Planner
 from fxopt.errors import RanksDifferError
 from fxopt.options import Options
 
@@ -26,38 +27,42 @@ _ROUNDS: collections.Counter[str] = collections.Counter()
 class Agreement:
     """The comparison of one optimized model across the ranks of its engine, made once."""
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], options: Options) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Iterable[nn.Module], options: Options, planner: Planner | None = None
+    ) -> None:
         self._model, self._blocks = model, tuple(blocks)
-        self._options = options
+        self._options, self._planner = options, planner
         self._is_made = False
 
     def check(self) -> None:
-        """Compare with the other ranks, at the first training call under an engine.
+        """Compare with the other ranks, at the first training call under an engine; plan for the least that one has.
 
         Raises:
             RanksDifferError: the options differ, or a rank did not come.
         """
         if self._is_made or not dist.is_available() or not dist.is_initialized():
             return
-        group = self._find_group()
-        if group is None:
+        ranks = self._find_ranks()
+        if not ranks:
             return
         self._is_made = True
-        ranks: list[int] = dist.get_process_group_ranks(group)
         if len(ranks) > 1:
-            compare(ranks, dist.get_rank(), describe(self._options, self._model))
+            limits = {} if self._planner is None else self._planner.limits
+            least = compare(ranks, dist.get_rank(), describe(self._options, self._model), limits)
+            if self._planner is not None:
+                self._planner.agree(least)
 
-    def _find_group(self) -> Any:
-        """Return the process group of the engine that runs the model right now, or None."""
+    def _find_ranks(self) -> list[int]:
+        """Return the ranks of the engine that runs the model right now; none where there is no engine."""
         engine = torch_distributed.active_ddp()
         if engine is not None:
-            return engine.process_group
+            return dist.get_process_group_ranks(engine.process_group)
         for module in (self._model, *self._blocks):
             state = torch_distributed.fsdp_state_of(module)
-            group = None if state is None else torch_distributed.group_of(state)
-            if group is not None:
-                return group
-        return None
+            ranks = [] if state is None else torch_distributed.ranks_of(state)
+            if ranks:
+                return ranks
+        return []
 
 
 def describe(options: Options, model: nn.Module) -> dict[str, str]:
@@ -76,8 +81,8 @@ def describe(options: Options, model: nn.Module) -> dict[str, str]:
     }
 
 
-def compare(ranks: list[int], rank: int, mine: dict[str, str]) -> None:
-    """Compare `mine` across `ranks`: the first of them reads all and tells the others.
+def compare(ranks: list[int], rank: int, mine: dict[str, str], limits: dict[str, int]) -> dict[str, int]:
+    """Compare `mine` across `ranks`, and return the least of their `limits`: the first reads all and tells the others.
 
     Raises:
         RanksDifferError: on every rank, where two differ or one did not come.
@@ -85,23 +90,27 @@ def compare(ranks: list[int], rank: int, mine: dict[str, str]) -> None:
     name = ",".join(map(str, ranks))
     _ROUNDS[name] += 1
     store = torch_distributed.shared_store(f"fxopt/{name}/{_ROUNDS[name]}")
-    store.set(str(rank), json.dumps(mine))
+    store.set(str(rank), json.dumps([mine, limits]))
     if rank == ranks[0]:
-        store.set("verdict", _judge(store, ranks))
+        store.set("verdict", json.dumps(_judge(store, ranks)))
     verdict = _read(store, "verdict")
-    text = _absent(ranks[0], store) if verdict is None else verdict
+    text, least = (_absent(ranks[0], store), {}) if verdict is None else json.loads(verdict)
     if text:
         raise RanksDifferError(text)
+    return least
 
 
-def _judge(store: Any, ranks: list[int]) -> str:
-    """Return what is wrong between `ranks`, or ""."""
+def _judge(store: Any, ranks: list[int]) -> tuple[str, dict[str, int]]:
+    """Return what is wrong between `ranks`, or "", and the least of their limits."""
     found: dict[int, dict[str, str]] = {}
+    least: dict[str, int] = {}
     for rank in ranks:
         value = _read(store, str(rank))
         if value is None:
-            return _absent(rank, store)
-        found[rank] = json.loads(value)
+            return _absent(rank, store), {}
+        found[rank], limits = json.loads(value)
+        for name, limit in limits.items():
+            least[name] = min(limit, least.get(name, limit))
     first = found[ranks[0]]
     for rank, other in found.items():
         names = [name for name in first if other.get(name) != first[name]]
@@ -110,11 +119,12 @@ def _judge(store: Any, ranks: list[int]) -> str:
                 f"{name} {first[name]!r} on rank {ranks[0]} and {other.get(name)!r} on rank {rank}"
                 for name in names
             )
-            return (
+            text = (
                 f"options: ranks differ in {', '.join(names)}, expected the same on every rank, got {got}\n"
                 "call fxopt.optimize with the same arguments on every rank"
             )
-    return ""
+            return text, {}
+    return "", least
 
 
 def _absent(rank: int, store: Any) -> str:

@@ -21,7 +21,8 @@ from torch import fx, nn
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.engines import say_kept
+from fxopt.capture.engines import find_kept, say_kept
+from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle_or_recorder
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Call, Mark, Planner, call_of
@@ -75,6 +76,7 @@ class BlockCalls:
             else None
         )
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
+        self._four_bits: dict[nn.Module, FourBitLayers] = {}
         self.notes = Notes()
         self.broken_classes: set[type] = set()
         self._looping_classes: set[type] = set()
@@ -107,6 +109,7 @@ class BlockCalls:
             return torch_modules.stock_call(block, *args, **kwargs)
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
+            self._four_bits[block] = FourBitLayers(block)
         hooks = self._inner_hooks[block].find()
         if recorders:
             hooks = dataclasses.replace(hooks, recorders=recorders[0])
@@ -129,12 +132,14 @@ class BlockCalls:
 
     def _serve(self, path: str, block: nn.Module, hooks: Hooks, *args: Any, **kwargs: Any) -> Any:
         """Run `block`'s forward compiled: whole, else in pieces, or as it is where neither can be captured."""
+        self._four_bits[block].restore()
         broken = type(block) in self.broken_classes
         try:
             return self._run_compiled(self.pieces if broken else None, path, block, hooks, args, kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
             reason = self._reason_of(error)
+            reason = find_kept((block,)) or reason
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
             is_of_loop = torch_errors.hangs_on_values(error) and not (
                 torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error)

@@ -8,7 +8,8 @@ of its modules are called around it (`Sharding`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,19 @@ from fxopt.capture import torch_distributed, torch_modules
 from fxopt.capture.hooks import Hidden, hide_hooks, show_hooks
 from fxopt.capture.modules import walk
 
+DEEPSPEED_HOOKS = "deepspeed.runtime.utils"
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
 class SpreadRefusal(Exception):
     """A region computes with tensors that are spread over ranks; it runs stock, for the reason in the text."""
+
+
+def is_engine_hook(hook: Any) -> bool:
+    """Return whether an engine put `hook` on an output, to learn where backward begins: FSDP2, or DeepSpeed."""
+    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
+    is_deepspeeds = deepspeed is not None and getattr(hook, "__globals__", None) is vars(deepspeed)
+    return is_deepspeeds or torch_distributed.is_fsdp_hook(hook)
 
 
 def inside_engine(model: nn.Module) -> nn.Module:
@@ -56,6 +65,12 @@ def say_kept(module: nn.Module) -> str | None:
         if torch_distributed.is_dtensor(tensor) and not torch_distributed.is_managed(module):
             return f"a weight of the {type(module).__name__} is spread over ranks, as tensor parallel plans have it"
     return None
+
+
+def find_kept(blocks: Iterable[nn.Module]) -> str | None:
+    """Return how an engine keeps a weight in `blocks` where it may not be read, or None: torch's own error varies."""
+    found = (say_kept(module) for block in blocks for module in walk(block))
+    return next((text for text in found if text is not None), None)
 
 
 def _is_emptied(tensor: torch.Tensor) -> bool:

@@ -114,7 +114,8 @@ class Installation:
             root: Callable[..., Any] = self.model_call.run
         else:
             root = self._root_as_region
-        agreement = Agreement(self.model, (block for _, block in self.regions.blocks), self.options)
+        blocks = (block for _, block in self.regions.blocks)
+        agreement = Agreement(self.model, blocks, self.options, self.planner)
         self.model.__dict__[SLOT] = _Slot(self, root, agreement)
 
     def _share_mappings(self) -> None:

@@ -7,12 +7,15 @@ else computes the stock arithmetic once, with its gradient, from the hidden stat
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from fxopt.capture import torch_distributed, torch_tensors
+from fxopt.capture.engines import is_engine_hook
 from fxopt.errors import FxoptError, StaleLogitsError
 from fxopt.graph.torch_private import tree_leaves, tree_map_only
 
@@ -90,7 +93,7 @@ class LazyLogits(torch.Tensor):
     _step: Step | None
     _needs_grad: bool
     _value: torch.Tensor | None
-    _engine_hooks: list[Any]
+    _engine_hooks: dict[int, Any]
 
     @staticmethod
     def make(
@@ -106,7 +109,7 @@ class LazyLogits(torch.Tensor):
         """Return output `index` of `source` on `device`, or `step` of `parent`; `form` has shape, strides and dtype."""
         lazy = torch_tensors.make_form(LazyLogits, form, device)
         lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
-        lazy._parent, lazy._step, lazy._value, lazy._engine_hooks = parent, step, None, []
+        lazy._parent, lazy._step, lazy._value, lazy._engine_hooks = parent, step, None, OrderedDict()
         return lazy
 
     def materialize(self) -> torch.Tensor:
@@ -120,17 +123,18 @@ class LazyLogits(torch.Tensor):
                     with torch_tensors.with_torch_function():
                         self._value = step(parent.materialize())
                 if self._value.requires_grad:
-                    for hook in self._engine_hooks:
+                    for hook in self._engine_hooks.values():
                         self._value.register_hook(hook)
             return self._value
 
-    def _hook_later(self, hook: Any) -> None:
-        """Put FSDP2's `hook`, which asks where backward begins, on the values if they are ever computed."""
+    def _hook_later(self, hook: Any) -> RemovableHandle:
+        """Put an engine's `hook`, which asks where backward begins, on the values if they are ever computed."""
         with torch_tensors.without_torch_function():
-            if self._value is None:
-                self._engine_hooks.append(hook)
-            elif self._value.requires_grad:
-                self._value.register_hook(hook)
+            if self._value is not None and self._value.requires_grad:
+                return self._value.register_hook(hook)
+            handle = RemovableHandle(self._engine_hooks)
+            self._engine_hooks[handle.id] = hook
+            return handle
 
     @property
     def is_lazy(self) -> bool:
@@ -156,7 +160,7 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
         if lazy is not None:
-            if func is torch.Tensor.register_hook and torch_distributed.is_fsdp_hook(args[1]):
+            if func is torch.Tensor.register_hook and is_engine_hook(args[1]):
                 return lazy._hook_later(args[1])
             if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
                 raise FxoptError(

@@ -23,7 +23,7 @@ from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
-from fxopt.capture.engines import Sharding
+from fxopt.capture.engines import Sharding, find_kept
 from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, is_not_recorder, show_hooks
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
@@ -143,7 +143,7 @@ class ModelCall:
             if cause is not None:
                 raise cause from None
             root = torch_errors.root_cause(error)
-            reason = (
+            reason = find_kept(self.blocks) or (
                 str(root) if isinstance(root, TailRefusal) else reason_of(error, self.stand_ins.failed_in)
             )
             reason = f"what stands after the blocks was not captured: {reason}"

@@ -78,6 +78,15 @@ class Planner(Protocol):
         """The plans carried out so far, as records."""
         ...
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """What this rank's device has, by name."""
+        ...
+
+    def agree(self, limits: dict[str, int]) -> None:
+        """Plan for the least that a rank has."""
+        ...
+
     def is_asked(self, *, checkpointed: bool) -> bool:
         """Return whether calls are planned, with gradient checkpointing switched on or not."""
         ...

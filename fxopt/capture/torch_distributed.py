@@ -6,6 +6,7 @@ No engine is imported here: where nobody imported one, no module is under it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -78,12 +79,63 @@ def active_ddp() -> Any:
     return None if engine is None else engine._get_active_ddp_module()
 
 
-def group_of(state: Any) -> Any:
-    """Return the process group over which `state` shards, or None where it holds no parameters."""
+def groups_of(state: Any) -> list[Any]:
+    """Return the groups of parameters of `state`: those of one are gathered together."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch 2.11: one at most
         groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    return list(groups)
+
+
+def group_of(state: Any) -> Any:
+    """Return the process group over which `state` shards, or None where it holds no parameters."""
+    groups = groups_of(state)
     return groups[0]._all_gather_process_group if groups else None
+
+
+def ranks_of(state: Any) -> list[int]:
+    """Return the ranks that train what `state` shards, replicas included; none where it holds no parameters."""
+    groups = groups_of(state)
+    return groups[0].mesh_info.mesh.mesh.flatten().tolist() if groups else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """One parameter that FSDP2 shards: what lies on this rank, and what it is while gathered."""
+
+    exposed: torch.Tensor
+    """What the module holds right now: the shard, or the gathered parameter."""
+    shard: torch.Tensor
+    num_items: int
+    waits_on_host: bool
+
+
+def sharded_in(group: Any) -> list[Sharded]:
+    """Return the parameters of a group."""
+    return [
+        Sharded(
+            getattr(item._module_info.module, item._module_info.param_name),
+            item.sharded_param._local_tensor,
+            item._orig_size.numel(),
+            item.offload_to_cpu,
+        )
+        for item in group.fsdp_params
+    ]
+
+
+def stays_gathered(group: Any) -> bool:
+    """Return whether a group gathered for its forward stays so until its backward."""
+    return group.post_forward_mesh_info is None
+
+
+def device_of(state: Any) -> torch.device:
+    """Return where gathered parameters of `state` lie, while shards may wait on the host."""
+    return state._device
+
+
+def has_buckets_of_its_own(engine: Any) -> bool:
+    """Return whether a DistributedDataParallel reduces copies of gradients, which are not views of its buckets."""
+    return not engine.gradient_as_bucket_view
 
 
 def shared_store(prefix: str) -> Any:

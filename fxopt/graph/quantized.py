@@ -31,6 +31,7 @@ PRODUCT, DECODING = "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
 NESTED_DECODING = "bitsandbytes::dequantize_blockwise"
 AROUND = frozenset({"view", "reshape", "to"})
 """What else the forward body may hold: views of the codes, casts of the scales' codebook."""
+SHAPES = AROUND - {"to"}
 Autocast = tuple[bool, torch.dtype | None]
 
 
@@ -96,8 +97,9 @@ def _unfold(
     value = x.meta["example_value"]
     with torch.no_grad():
         decoded = value.detach().new_empty(shape, dtype=dtype)
+    codes = _as_bytes(arguments["B"], result, editor)
     weight = editor.insert_before(
-        result, dequantize_4bit, (arguments["B"], *tensors), {**options, "dtype": dtype}, decoded
+        result, dequantize_4bit, (codes, *tensors), {**options, "dtype": dtype}, decoded
     )
     weight.meta["origins"] = weight.meta["origins"] | node.meta["origins"]
     linear = editor.insert_before(result, F.linear, (x, weight, bias), {}, result.meta["example_value"])
@@ -128,10 +130,30 @@ def _name_decoding(node: fx.Node, editor: Editor) -> None:
         "quant_type": named["quant_type"],
         "dtype": named["dtype"],
     }
-    new = editor.insert_before(
-        node, dequantize_4bit, (named["A"], *tensors), options, node.meta["example_value"]
-    )
+    codes = _as_bytes(named["A"], node, editor)
+    new = editor.insert_before(node, dequantize_4bit, (codes, *tensors), options, node.meta["example_value"])
     editor.replace(node, new)
+
+
+def _as_bytes(packed: fx.Node, reader: fx.Node, editor: Editor) -> fx.Node:
+    """Return `packed` as what it is, codes; an engine that shards weights wants them stored as of a floating dtype.
+
+    They are viewed as soon as they are there, in whatever shape, so that what reads several weights at once may stand
+    at the first reader.
+    """
+    if packed.meta["example_value"].dtype == torch.uint8:
+        return packed
+    stored: Any = packed
+    while op_name(stored) in SHAPES and stored.args[0].meta["example_value"].is_contiguous():
+        stored = stored.args[0]
+    place = stored.next
+    while place.op == "placeholder":
+        place = place.next
+    codes = stored.meta["example_value"].view(torch.uint8)
+    view = editor.insert_before(reader, torch.ops.aten.view.dtype, (stored, torch.uint8), {}, codes)
+    if place is not reader:
+        place.prepend(view)
+    return view
 
 
 def _nested_scales(absmax: Any) -> tuple[Any, ...] | None:

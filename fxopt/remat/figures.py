@@ -10,7 +10,7 @@ from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.cost import Declarations
 from fxopt.remat.devices import Device
-from fxopt.remat.step import Around, find_peak, simulate_step
+from fxopt.remat.step import NOT_SPREAD, Around, Spread, find_peak, simulate_step
 from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
@@ -24,7 +24,8 @@ class Facts:
     """What the planner knows of a model and its device when a plan is made.
 
     `static_bytes` live all the time, `gradient_bytes` are those of all parameters; `free_bytes` is how much may be
-    allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host.
+    allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host; `spread` what an engine
+    adds that shards the parameters.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Facts:
     free_bytes: int | None
     declared: Declarations
     host_bytes: int = 0
+    spread: Spread = NOT_SPREAD
 
 
 @dataclasses.dataclass(frozen=True)

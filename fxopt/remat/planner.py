@@ -6,6 +6,7 @@ blocks that have not run are decided again; what has been compiled stays.
 
 from __future__ import annotations
 
+import dataclasses
 import fractions
 import logging
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import menu_of, number_of
 from fxopt.remat.joint import Joint, read_joint
-from fxopt.remat.step import Around
+from fxopt.remat.step import Around, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 from fxopt.report.plan import Decision, Plan
@@ -64,7 +65,7 @@ class StepPlanner:
         self._tail_tokens: int | None = None
         self._variants = Variants()
         self._goals: dict[Goal, Chosen] = {}
-        self._scaled: dict[tuple[int, int], tuple[Decision, ...]] = {}
+        self._scaled: dict[tuple[int, ...], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
 
@@ -83,6 +84,23 @@ class StepPlanner:
     def host_limit(self) -> int:
         """The most that may be reserved on the host."""
         return self._look().host_bytes
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What this rank's device has, by name: ranks that train one model plan for the least of each."""
+        facts = self._look()
+        free = {} if facts.free_bytes is None else {"free": facts.free_bytes}
+        return {"memory": facts.device.memory_bytes, "host": facts.host_bytes, **free}
+
+    def agree(self, limits: dict[str, int]) -> None:
+        """Plan for `limits`, the least of all ranks."""
+        facts = self._look()
+        self._facts = dataclasses.replace(
+            facts,
+            device=dataclasses.replace(facts.device, memory_bytes=limits["memory"]),
+            host_bytes=limits["host"],
+            free_bytes=limits.get("free"),
+        )
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -249,12 +267,16 @@ class StepPlanner:
     def _offered(self, goal: Goal) -> list[tuple[Decision, ...]]:
         """Return the menu of each block for the tokens of `goal`."""
         offered: list[tuple[Decision, ...]] = []
-        for path in self._look().paths:
+        spread = self._look().spread
+        for place, path in enumerate(self._look().paths):
             menu = self._menus[self._form_of[path]]
-            key = id(menu), goal.tokens
+            engine = *spread.of(place), spread.num_ranks
+            key = id(menu), goal.tokens, *engine
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
-                self._scaled[key] = tuple(scale_decision(decision, scale) for decision in menu.decisions)
+                self._scaled[key] = tuple(
+                    spread_decision(scale_decision(decision, scale), *engine) for decision in menu.decisions
+                )
             offered.append(self._scaled[key])
         return offered
 
@@ -269,7 +291,8 @@ class StepPlanner:
         scale = goal.tokens / (self._tail_tokens or goal.tokens)
         tail = tuple(scale_decision(decision, scale) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
-        return Around(facts.static_bytes, tail, facts.gradient_bytes, usable)
+        engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
+        return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine)
 
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal)

@@ -13,13 +13,54 @@ class Around:
     """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
 
     `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters.
-    `host_bytes` is how much may wait on the host.
+    `host_bytes` is how much may wait on the host. `whole_bytes` are parameters outside the blocks that an engine
+    gathers for a step, `reduced_bytes` the buffers in which it reduces their gradients at its end.
     """
 
     static_bytes: int
     tail: tuple[Decision, ...] = ()
     gradient_bytes: int = 0
     host_bytes: int = 0
+    whole_bytes: int = 0
+    reduced_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What an engine that shards parameters adds to a step, in bytes.
+
+    `gathered` are the parameters of each block while it runs, `reduced` the buffers in which its gradients are
+    reduced, `num_ranks` how many share what is left of these; the rest is as in `Around`.
+    """
+
+    gathered: tuple[int, ...] = ()
+    reduced: tuple[int, ...] = ()
+    num_ranks: int = 1
+    whole_bytes: int = 0
+    reduced_bytes: int = 0
+
+    def of(self, place: int) -> tuple[int, int]:
+        """Return what is gathered for the block at `place`, and what its gradients are reduced in."""
+        return (self.gathered[place], self.reduced[place]) if self.gathered else (0, 0)
+
+
+NOT_SPREAD = Spread()
+
+
+def spread_decision(decision: Decision, gathered: int, reduced: int, num_ranks: int) -> Decision:
+    """Return `decision` for a block that an engine gathers before it runs and whose gradients it reduces after.
+
+    While a block runs forward, what was received and the parameters copied out of it both live; backward, the
+    parameters, those of the next block on their way, and the buffer of the reduction before.
+    """
+    if not gathered:
+        return decision
+    return dataclasses.replace(
+        decision,
+        forward_bytes=decision.forward_bytes + 2 * gathered,
+        backward_bytes=decision.backward_bytes + 2 * gathered + reduced,
+        gradient_bytes=decision.gradient_bytes // num_ranks,
+    )
 
 
 def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:
@@ -36,7 +77,7 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
     moving = [0, *(decision.offloaded_bytes for _, decision in all_regions)]
 
     def note(name: str, *parts: int) -> None:
-        instants.append(Instant(name, around.static_bytes + sum(parts), *parts))
+        instants.append(Instant(name, around.static_bytes + around.whole_bytes + sum(parts), *parts))
 
     for number, (name, decision) in enumerate(all_regions):
         note(f"forward of {name}", saved[-1], moving[number], 0, decision.forward_bytes)
@@ -46,15 +87,18 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
         name, decision = all_regions[number]
         note(f"backward of {name}", saved[number], moving[number], gradients, decision.backward_bytes)
         gradients += decision.gradient_bytes
-    note("optimizer", 0, 0, around.gradient_bytes, 0)
+    if around.reduced_bytes:
+        note("reduction", 0, 0, gradients, around.reduced_bytes)
+    update = around.static_bytes + around.gradient_bytes
+    instants.append(Instant("optimizer", update, gradient_bytes=around.gradient_bytes))
     return tuple(instants)
 
 
 def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     """Return the most bytes of `simulate_step`, without naming its instants."""
     regions = (*decisions, *around.tail)
-    held = around.static_bytes
-    most = held + around.gradient_bytes
+    held = around.static_bytes + around.whole_bytes
+    most = around.static_bytes + around.gradient_bytes
     before: list[int] = []
     moving = 0
     for decision in regions:
@@ -66,6 +110,8 @@ def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     for decision, held in zip(reversed(regions), reversed(before), strict=True):
         most = max(most, held + gradients + decision.backward_bytes)
         gradients += decision.gradient_bytes
+    if around.reduced_bytes:
+        most = max(most, around.static_bytes + around.whole_bytes + gradients + around.reduced_bytes)
     return most
 
 

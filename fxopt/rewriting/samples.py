@@ -106,17 +106,18 @@ def _leading_sizes(match: Match, *, floats: bool) -> list[int]:
 def is_weight(node: fx.Node) -> bool:
     """Return whether a node looks like a parameter: a vector or matrix that comes into the graph as it is.
 
-    It may be in codes of eight bits, and be cast or decoded from what came in. One whose rows are picked by integers
-    counts as tokens do: how many rows there are is no matter.
+    It may be in codes of eight bits, and be cast or decoded from what came in, or be a view of it. One whose rows
+    are picked by integers counts as tokens do: how many rows there are is no matter.
     """
     example = node.meta.get("example_value")
     if not isinstance(example, torch.Tensor) or example.dim() > WEIGHT_RANK or _is_indexed(node):
         return False
+    is_weighty = example.is_floating_point() or example.dtype == torch.uint8
     if node.op in ("placeholder", "get_attr"):
-        return example.is_floating_point() or example.dtype == torch.uint8
+        return is_weighty
     return (
         node.op == "call_function"
-        and example.is_floating_point()
+        and is_weighty
         and bool(node.all_input_nodes)
         and all(
             source.op in ("placeholder", "get_attr") and is_weight(source) for source in node.all_input_nodes

@@ -1,4 +1,9 @@
-"""Groups of processes that run the cases of `worker.py`: gloo on a CPU."""
+"""Groups of processes that run the cases of `worker.py`: over NCCL where each has a GPU of its own, else over gloo.
+
+    python -m pytest -m "gpu and not slow" tests/distributed
+
+runs them on a machine with two GPUs; those that need more processes than it has GPUs run on its CPU.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 WORKER = Path(__file__).parent / "worker.py"
 ROOT = WORKER.parents[2]
 PATIENCE = 240
 """Seconds a case may take before its processes are ended: a hang is a failure, and not the suite's."""
+NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2}
+"""GPUs that a test needs to run over NCCL, by what it asks for."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as tests of a GPU those whose processes will have one each."""
+    gpus = torch.cuda.device_count()
+    for item in items:
+        needed = [size for name, size in NEEDED.items() if name in getattr(item, "fixturenames", ())]
+        if item.path.parent == WORKER.parent and needed and max(needed) <= gpus:
+            item.add_marker("gpu")
 
 
 class World:
@@ -29,10 +47,16 @@ class World:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.size = size
+        self.on_gpu = torch.cuda.device_count() >= size
+        own = {"FXOPT_TEST_DEVICE": "cuda"}
+        if not self.on_gpu:
+            own = {"FXOPT_TEST_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        self.measured: list[str] = []
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(size):
             environment = {
                 **os.environ,
+                **own,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),
@@ -66,7 +90,13 @@ class World:
         answers = self.answers_of(range(self.size))
         for rank, answer in enumerate(answers):
             assert "error" not in answer, f"rank {rank}: {answer['error']}"
+            if "errors" in answer:
+                self.measured.append(f"{case} {arguments} rank {rank}: {answer['errors']}")
         return answers
+
+    def wait_for_end(self, rank: int) -> int:
+        """Return the exit status of `rank`, which is to end by itself."""
+        return self.processes[rank].wait(PATIENCE)
 
     def answers_of(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
         """Return the answers of `ranks` to what all were given."""
@@ -108,8 +138,11 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def worlds() -> Iterator[Callable[[int], World]]:
-    """Return a function that gives the group of a size, started once and again where a test ended it."""
+def worlds(request: pytest.FixtureRequest) -> Iterator[Callable[[int], World]]:
+    """Return a function that gives the group of a size, started once and again where a test ended it.
+
+    The errors of gradients that it measured are shown at the end, where pytest is verbose.
+    """
     made: dict[int, World] = {}
 
     def find(size: int) -> World:
@@ -120,6 +153,12 @@ def worlds() -> Iterator[Callable[[int], World]]:
     yield find
     for world in made.values():
         world.end()
+        if request.config.option.verbose > 0:
+            print(
+                f"\n{world.size} processes on {'GPUs' if world.on_gpu else 'a CPU'}",
+                *world.measured,
+                sep="\n",
+            )
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
-COMMANDS = re.findall(r"`torchrun (.+?)`", PAGE)
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone"],
+    "accelerate launch": ["accelerate.commands.launch"],
+}
+COMMANDS = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) .+?)`", PAGE)
 
 
 @pytest.fixture
@@ -28,7 +32,8 @@ def projection(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_page_runs_and_falls_back_nowhere(command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()]
+    launcher = next(name for name in LAUNCHERS if command.startswith(name))
+    run = [sys.executable, "-m", *LAUNCHERS[launcher], *command.removeprefix(launcher).split()]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "14 of 14 sites rewritten, 0 fallbacks" in done.stdout

@@ -60,6 +60,41 @@ def test_adapters_on_a_frozen_base(engine, order, two):
     check(two.run("step", engine=engine, order=order, lora=True), ADAPTED)
 
 
+@pytest.mark.parametrize(
+    ("engine", "order", "storage", "options"),
+    [
+        pytest.param("ddp", "before", "uint8", {}, id="ddp", marks=slow),
+        pytest.param("fsdp2", "before", "float32", {}, id="fsdp2"),
+        pytest.param("fsdp2", "after", "bfloat16", {"carved": True}, id="fsdp2 carved", marks=slow),
+    ],
+)
+def test_adapters_on_a_base_in_four_bits(engine, order, storage, options, two):
+    """FSDP2 shards codes that are stored as of a floating dtype; gathered, they are tensors of no class of their own.
+
+    bitsandbytes' blocks are of 64 codes, and its CPU code wants them to end with a row.
+    """
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    overrides = {**sizes, "storage": storage}
+    answers = two.run("step", engine=engine, order=order, lora=True, options=options, overrides=overrides)
+    check(answers, {**ADAPTED, "dequantize_4bit": 14})
+
+
+@pytest.mark.parametrize(
+    ("order", "lora", "options"),
+    [
+        pytest.param("before", False, {"carved": True}, id="full"),
+        pytest.param("after", False, {}, id="full after", marks=slow),
+        pytest.param("after", True, {}, id="lora", marks=slow),
+    ],
+)
+def test_parameters_that_wait_on_the_host(order, lora, options, two):
+    options = {**options, "offloaded": True}
+    check(
+        two.run("step", engine="fsdp2", order=order, lora=lora, options=options), ADAPTED if lora else SITES
+    )
+
+
 @slow
 @pytest.mark.parametrize("arch", ["qwen3", "gemma2", "olmo2"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -76,6 +111,14 @@ def test_other_architectures(engine, arch, two):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_four_processes(engine, lora, four):
     check(four.run("step", engine=engine, order="before", lora=lora), ADAPTED if lora else SITES)
+
+
+@slow
+@pytest.mark.parametrize("options", [{}, {"carved": True}], ids=["whole", "carved"])
+def test_shards_in_replicas(options, four):
+    """Two replicas of the model, each in two shards: gradients are reduced within one and between both."""
+    options = {**options, "hybrid": True}
+    check(four.run("step", engine="fsdp2", order="before", options=options), SITES)
 
 
 @slow

@@ -12,6 +12,7 @@ def test_the_private_parts_of_torchs_engines_are_where_fxopt_looks(two):
         assert answer["initialized"] == [False, True], "a state knows its root after the first forward"
         assert answer["policy"] == [True, True], "the mixed precision policy"
         assert answer["group"], "the process group that a module is sharded over"
+        assert answer["ranks"], "the ranks that train it"
         assert answer["store"], "the store of the default process group"
         assert answer["ddp"] == [True, True], "DistributedDataParallel names itself while it runs"
         assert answer["dtensor"] == [True, False]

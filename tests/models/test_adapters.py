@@ -59,8 +59,16 @@ def train_norms(model: Any) -> None:
         parameter.requires_grad_("norm" in name)
 
 
-def in_four_bits(quant_type: str = "nf4", nested: bool = True, blocksize: int = 64) -> dict[str, Any]:
-    return {"bits": 4, "quant_type": quant_type, "nested": nested, "blocksize": blocksize}
+def in_four_bits(
+    quant_type: str = "nf4", nested: bool = True, blocksize: int = 64, storage: str = "uint8"
+) -> dict[str, Any]:
+    return {
+        "bits": 4,
+        "quant_type": quant_type,
+        "nested": nested,
+        "blocksize": blocksize,
+        "storage": storage,
+    }
 
 
 FOUR_BITS: dict[str, Any] = {"decoded": LAYERS * PROJECTIONS}
@@ -99,6 +107,7 @@ CASES = {
     "nf4, blocks of 4096": Case(base=in_four_bits(blocksize=4096), **FOUR_BITS),
     "fp4": Case(base=in_four_bits("fp4"), **FOUR_BITS),
     "fp4, one scale": Case(base=in_four_bits("fp4", nested=False), **FOUR_BITS),
+    "nf4, stored as of a floating dtype": Case(base=in_four_bits(storage="bfloat16"), **FOUR_BITS),
     "nf4, bias on the base": Case(arch="qwen2", base=in_four_bits(), **FOUR_BITS),
     "nf4, dropout": Case(base=in_four_bits(), options={"lora_dropout": 0.1}, **FOUR_BITS | {"joins": 2}),
     "nf4, two adapters": Case(base=in_four_bits(), change=add_second, **FOUR_BITS),
@@ -111,7 +120,14 @@ CASES = {
 }
 
 
-def quantize(model: Any, bits: int, quant_type: str = "", nested: bool = True, blocksize: int = 64) -> None:
+def quantize(
+    model: Any,
+    bits: int,
+    quant_type: str = "",
+    nested: bool = True,
+    blocksize: int = 64,
+    storage: str = "uint8",
+) -> None:
     """Put layers of bitsandbytes in the place of all linear layers but the head."""
     library: Any = pytest.importorskip("bitsandbytes").nn
     for name, layer in list(model.named_modules()):
@@ -122,8 +138,9 @@ def quantize(model: Any, bits: int, quant_type: str = "", nested: bool = True, b
             new = library.Linear8bitLt(*sizes, has_fp16_weights=False)
             new.load_state_dict(layer.state_dict())
         else:
-            new = library.Linear4bit(*sizes, compute_dtype=torch.float32)
-            options = dict(compress_statistics=nested, quant_type=quant_type, blocksize=blocksize)
+            packed = {"quant_storage": getattr(torch, storage)}
+            new = library.Linear4bit(*sizes, compute_dtype=torch.float32, **packed)
+            options = dict(compress_statistics=nested, quant_type=quant_type, blocksize=blocksize, **packed)
             new.weight = library.Params4bit(layer.weight.data, requires_grad=False, module=new, **options)
             new.bias = layer.bias
         parent, _, attribute = name.rpartition(".")

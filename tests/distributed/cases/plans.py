@@ -1,0 +1,79 @@
+"""Plans under an engine: what they count, and that ranks agree on them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases.models import find_blocks, inside, make_batch, make_model, wrap
+
+import fxopt
+import fxopt.planning
+from fxopt.capture.installation import find_installation
+
+
+def plan(
+    engine: str, budget: Any, options: dict[str, Any] | None = None, less: float = 1.0, lora: bool = False
+) -> dict[str, Any]:
+    """Train a step under a plan and return it; the last rank's device has `less` of the memory of the others'."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = make_model("llama", lora)
+    whole = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    block = sum(parameter.nbytes for parameter in find_blocks(model)[0].parameters())
+    model = wrap(engine, fxopt.optimize(model, memory_budget=budget, verify="off"), **(options or {}))
+    with _smaller_device(less if rank == world - 1 else 1.0):
+        model(**make_batch(0, 2, 24)).loss.backward()
+    (made,) = fxopt.explain(inside(model)).plans
+    return {
+        "plan": dataclasses.asdict(made),
+        "residual_bytes": made.residual_bytes,
+        "weights": sum(whole.values()),
+        "trained": trained,
+        "buffers": buffers,
+        "block": block,
+    }
+
+
+@contextlib.contextmanager
+def _smaller_device(share: float) -> Iterator[None]:
+    """Let plans made within the scope see a device with `share` of its memory."""
+    stock = fxopt.planning.device_of
+
+    def device_of(device: torch.device) -> Any:
+        found = stock(device)
+        return dataclasses.replace(found, memory_bytes=int(found.memory_bytes * share))
+
+    fxopt.planning.device_of = device_of
+    try:
+        yield
+    finally:
+        fxopt.planning.device_of = stock
+
+
+def shortage(engine: str) -> dict[str, Any]:
+    """On every rank the last block runs out of memory once; return how often the first one was called, and the end."""
+    model = fxopt.optimize(make_model("llama", num_hidden_layers=6), memory_budget=None, verify="off")
+    installation = find_installation(model)
+    assert installation is not None
+    calls = installation._calls["model.layers"]
+    run, seen = calls.run, []
+
+    def failing(path: str, block: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(path)
+        if path == "model.layers.5" and seen.count(path) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return run(path, block, args, kwargs)
+
+    calls.run = failing
+    model = wrap(engine, model)
+    try:
+        model(**make_batch(0, 2, 12)).loss.backward()
+    except torch.OutOfMemoryError as error:
+        return {"passes": seen.count("model.layers.0"), "notes": " ".join(error.__notes__)}
+    return {"passes": seen.count("model.layers.0"), "notes": ""}

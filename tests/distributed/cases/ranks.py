@@ -1,0 +1,67 @@
+"""Ranks that differ, or are gone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+from cases.models import ON_GPU, build, find_blocks, inside, make_batch, make_model, wrap
+
+import fxopt
+from fxopt.capture.installation import find_installation
+
+
+def differ(
+    engine: str, number_of_rank: dict[str, Any], options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Each rank optimizes with its own options; return what the first step raises."""
+    model = fxopt.optimize(make_model("llama"), **number_of_rank.get(str(dist.get_rank()), {}))
+    model = wrap(engine, model, **(options or {}))
+    try:
+        model(**make_batch(0, 2, 12)).loss.backward()
+    except fxopt.FxoptError as error:
+        return {"raised": type(error).__name__, "text": str(error)}
+    return {"raised": None}
+
+
+def one_stock() -> dict[str, Any]:
+    """All ranks but the last are optimized; they are told so, and leave the group."""
+    model = make_model("llama")
+    if dist.get_rank() < dist.get_world_size() - 1:
+        model = fxopt.optimize(model)
+    model = wrap("ddp", model)
+    try:
+        model(**make_batch(0, 2, 12)).loss.backward()
+    except (fxopt.FxoptError, RuntimeError) as error:
+        return {"raised": type(error).__name__, "text": str(error)}
+    finally:
+        if not ON_GPU:  # NCCL ends the process of a rank that waits for another one
+            dist.destroy_process_group()
+    return {"raised": None}
+
+
+def killed(engine: str) -> dict[str, Any]:
+    """The last rank dies in the forward of its second step; return what the others meet."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = build(engine, "before", make_model("llama"), {})
+    model(**make_batch(0, 2, 12)).loss.backward()
+    if rank == world - 1:
+        find_blocks(inside(model))[1].register_forward_pre_hook(lambda module, given: os._exit(1))
+    try:
+        loss = model(**make_batch(1, 2, 12)).loss
+        loss.backward()
+        loss.item()  # over NCCL collectives are waited for here
+    except RuntimeError as error:
+        installation = find_installation(model)
+        assert installation is not None
+        raised = {"raised": type(error).__name__, "running": installation.model_call._lock.locked()}
+        kept = weakref.ref(inside(model))
+    else:
+        return {"raised": None}
+    del model, installation
+    loss = None
+    gc.collect()
+    return {**raised, "kept": kept() is not None}

@@ -1,0 +1,70 @@
+"""Plans under an engine: what lies on a rank, what is gathered and reduced, and one plan for all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+slow = pytest.mark.slow
+AROUND = 2 * 128 * 32 * 4 + 32 * 4
+"""Embedding, head and last norm of the tiny model, in bytes."""
+
+
+def instant(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(entry for entry in plan["timeline"] if entry["name"] == name)
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"reshard_after_forward": False}, marks=slow)])
+def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options, two):
+    """Weights and both of AdamW's moments are halved; embedding, head and norm are gathered for the whole step."""
+    alone = two.run("plan", engine="none", budget="min")[0]["plan"]
+    for answer in two.run("plan", engine="fsdp2", budget="min", options=options):
+        made, block = answer["plan"], answer["block"]
+        assert answer["weights"] == AROUND + 2 * block
+        assert made["static_bytes"] == 3 * answer["weights"] // 2 + answer["buffers"]
+        whole = AROUND + (2 * block if options else 0)
+        for entry in made["timeline"][:-1]:
+            parts = ("saved_bytes", "moving_bytes", "gradient_bytes", "running_bytes")
+            assert entry["bytes"] == made["static_bytes"] + whole + sum(entry[part] for part in parts)
+        reduction = instant(made, "reduction")
+        assert reduction["running_bytes"] == AROUND
+        update = instant(made, "optimizer")
+        assert update["bytes"] == made["static_bytes"] + answer["weights"] // 2
+        for ours, theirs in zip(made["decisions"], alone["decisions"], strict=False):
+            if ours["saved"] == theirs["saved"]:
+                gathered = 0 if options else block
+                assert ours["forward_bytes"] == theirs["forward_bytes"] + 2 * gathered
+                assert ours["backward_bytes"] == theirs["backward_bytes"] + 2 * gathered + (
+                    block if gathered else 0
+                )
+
+
+@pytest.mark.parametrize(("view", "buckets"), [(False, 1), pytest.param(True, 0, marks=slow)])
+def test_a_plan_under_ddp_counts_the_buckets_that_gradients_are_copied_to(view, buckets, two):
+    for answer in two.run("plan", engine="ddp", budget="min", options={"gradient_as_bucket_view": view}):
+        expected = (3 + buckets) * answer["weights"] + answer["buffers"]
+        assert answer["plan"]["static_bytes"] == expected
+
+
+def test_shards_that_wait_on_the_host_are_not_counted(two):
+    for answer in two.run("plan", engine="fsdp2", budget="min", options={"offloaded": True}):
+        assert answer["plan"]["static_bytes"] == answer["buffers"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=slow)])
+def test_ranks_with_other_devices_agree_on_one_plan(engine, two):
+    """The last rank's device has half the memory of the others': all plan for a share of that."""
+    alone = two.run("plan", engine=engine, budget=0.5)[0]["plan"]["limit_bytes"]
+    answers = two.run("plan", engine=engine, budget=0.5, less=0.5)
+    assert [answer["plan"]["limit_bytes"] for answer in answers] == [alone // 2] * 2
+    assert answers[0]["plan"] == answers[1]["plan"]
+    assert answers[0]["residual_bytes"] == answers[1]["residual_bytes"] > 0
+
+
+@pytest.mark.parametrize(("engine", "passes"), [("ddp", 2), ("fsdp2", 1)])
+def test_a_forward_pass_that_gathers_is_not_run_again_where_memory_ran_out(engine, passes, two):
+    """The other ranks would not gather with it; a pass without collectives of its own runs once more."""
+    for answer in two.run("shortage", engine=engine):
+        assert answer["passes"] == passes
+        assert ("gathered from all ranks" in answer["notes"]) == (engine == "fsdp2")
