@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 
 from fxopt.errors import FxoptError
 from fxopt.report.text import WIDTH
@@ -178,8 +179,8 @@ def check_pattern(
         for finding in check_pattern(pattern):
             print(f"  {finding}")
             failed |= not finding.holds
-    for line in find_reach(patterns, over or ()):
-        print(line)
+    for line in find_reach(file, over or ()):
+        tqdm.write(line)  # above the bar
     if failed:
         raise typer.Exit(1)
 

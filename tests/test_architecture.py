@@ -134,7 +134,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "coverage": {"torch", "tqdm", *HUGGING_FACE},
     "authoring": {"torch", "tqdm"},
     "offline": {"torch", "matplotlib", *HUGGING_FACE},
-    "cli": TERMINAL,
+    "cli": {"tqdm", *TERMINAL},
 }
 
 

@@ -100,14 +100,23 @@ def default_config(model_type: str) -> PreTrainedConfig:
     Raises:
         UnknownNameError: no such model type; the text lists the nearest.
     """
+    check_model_type("--arch", model_type)
+    return AutoConfig.for_model(model_type)
+
+
+def check_model_type(subject: str, model_type: str) -> None:
+    """Check that the installed transformers has `model_type`; `subject` is what named it.
+
+    Raises:
+        UnknownNameError: it has not; the text lists the nearest.
+    """
     known = list(CONFIG_MAPPING.keys())
     if model_type not in known:
         nearest = difflib.get_close_matches(model_type, known, n=5, cutoff=0.0)
         raise UnknownNameError(
-            f"--arch: unknown model type {model_type!r}, expected one that transformers knows; "
+            f"{subject}: unknown model type {model_type!r}, expected one that transformers knows; "
             f"the nearest are {', '.join(nearest)}"
         )
-    return AutoConfig.for_model(model_type)
 
 
 def load_config(source: str) -> PreTrainedConfig:
