@@ -35,7 +35,12 @@ Budget = Annotated[
     str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences of a step.")]
-Seq = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
+Seq = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Tokens of a sequence; if not given, 4096 or what the model takes.", show_default=False
+    ),
+]
 Lora = Annotated[bool, typer.Option("--lora", help="With low-rank adapters on all linear layers.")]
 FourBit = Annotated[
     bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
@@ -97,7 +102,7 @@ def report(
     arch: Arch = None,
     budget: Budget = "auto",
     batch: Batch = 1,
-    seq: Seq = 4096,
+    seq: Seq = None,
     lora: Lora = False,
     four_bit: FourBit = False,
     device: Gpu = "H100",
@@ -203,7 +208,7 @@ def plan(
     arch: Arch = None,
     budget: Budget = "auto",
     batch: Batch = 1,
-    seq: Seq = 4096,
+    seq: Seq = None,
     lora: Lora = False,
     four_bit: FourBit = False,
     host_memory: Annotated[

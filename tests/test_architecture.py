@@ -83,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "report",
     },
-    "authoring": {"coverage", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
+    "authoring": {"coverage", "demo", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {

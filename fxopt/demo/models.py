@@ -42,6 +42,8 @@ SMALL: dict[str, Any] = {
 }
 """About 10 M parameters with a vocabulary of 4096 in the Llama architecture."""
 
+MOST_TOKENS = 4096
+
 MOST_PARAMETERS = 25_000_000
 """The largest model that the demo calls small: each of its steps runs twice, maybe on a laptop's processor."""
 
@@ -117,6 +119,16 @@ def check_model_type(subject: str, model_type: str) -> None:
             f"{subject}: unknown model type {model_type!r}, expected one that transformers knows; "
             f"the nearest are {', '.join(nearest)}"
         )
+
+
+def default_tokens(config: PreTrainedConfig) -> int:
+    """Return how many tokens a sequence has where nobody says: `MOST_TOKENS`, or the power of two that a model takes.
+
+    >>> default_tokens(default_config("llama")), default_tokens(default_config("roberta"))
+    (2048, 512)
+    """
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or MOST_TOKENS
+    return min(MOST_TOKENS, 1 << (positions.bit_length() - 1))
 
 
 def load_config(source: str) -> PreTrainedConfig:

@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fxopt.graph.edit import copy_of
 from fxopt.graph.node_records import find_lazy
+from fxopt.graph.sizes import number_of
 from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import (
     DispatchMode,
     FakeTensorMode,
-    hint_of,
     registered_name,
     schema_of,
     tree_leaves,
@@ -110,16 +110,12 @@ def _drop_lazy(gm: fx.GraphModule) -> None:
 def _stand_in(node: fx.Node) -> Any:
     value: Any = node.meta["example_value"]
     if isinstance(value, torch.SymInt):
-        return hint_of(value)
+        return number_of(value)
     if not isinstance(value, Tensor):
         return value
-    sizes, strides = ([_fixed(size) for size in each] for each in (value.shape, value.stride()))
+    sizes, strides = ([number_of(size) for size in each] for each in (value.shape, value.stride()))
     made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     return made.requires_grad_(value.requires_grad)
-
-
-def _fixed(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else hint_of(size) or 1
 
 
 class _Run(fx.Interpreter):
