@@ -16,7 +16,7 @@ import jinja2
 
 from fxopt.errors import FxoptError
 from fxopt.report.alignment import align
-from fxopt.report.figures import distinct_graphs, layer_figures
+from fxopt.report.figures import distinct_graphs, distinct_misses, layer_figures
 from fxopt.report.memory import describe_budget
 from fxopt.report.memory_chart import chart_of
 from fxopt.report.records import GraphRecord, NodeRecord, Report
@@ -46,6 +46,7 @@ def render_html(report: Report) -> str:
         charts=[chart for plan in report.plans if (chart := chart_of(plan)) is not None],
         graphs=graphs,
         patterns=patterns,
+        misses=distinct_misses(report.mismatches),
         colours={name: place % NUM_COLOURS for place, name in enumerate(patterns)},
         proofs=[site for site in report.sites if site.proof is not None and site.proof.device != "meta"],
         data={"graphs": [_graph_data(graph) for graph in graphs], "patterns": patterns},

@@ -62,9 +62,10 @@ def summarize_plan(plan: Plan) -> str:
 def _render_decision(paths: list[str], decision: Decision) -> list[str]:
     where = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
     lines = [
-        f"{where}: saves {format_bytes(decision.saved_bytes)} each, "
+        f"{where}:",
+        f"  saves {format_bytes(decision.saved_bytes)} each, "
         + (f"offloads {format_bytes(decision.offloaded_bytes)}, " if decision.offloaded_bytes else "")
-        + f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms"
+        + f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms",
     ]
     parts = (
         ("saved", decision.saved),
