@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 
 from fxopt.errors import FxoptError
 from fxopt.report.text import WIDTH
@@ -34,7 +35,12 @@ Budget = Annotated[
     str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences of a step.")]
-Seq = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
+Seq = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Tokens of a sequence; if not given, 4096 or what the model takes.", show_default=False
+    ),
+]
 Lora = Annotated[bool, typer.Option("--lora", help="With low-rank adapters on all linear layers.")]
 FourBit = Annotated[
     bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
@@ -96,7 +102,7 @@ def report(
     arch: Arch = None,
     budget: Budget = "auto",
     batch: Batch = 1,
-    seq: Seq = 4096,
+    seq: Seq = None,
     lora: Lora = False,
     four_bit: FourBit = False,
     device: Gpu = "H100",
@@ -178,8 +184,8 @@ def check_pattern(
         for finding in check_pattern(pattern):
             print(f"  {finding}")
             failed |= not finding.holds
-    for line in find_reach(patterns, over or ()):
-        print(line)
+    for line in find_reach(file, over or ()):
+        tqdm.write(line)  # above the bar
     if failed:
         raise typer.Exit(1)
 
@@ -202,7 +208,7 @@ def plan(
     arch: Arch = None,
     budget: Budget = "auto",
     batch: Batch = 1,
-    seq: Seq = 4096,
+    seq: Seq = None,
     lora: Lora = False,
     four_bit: FourBit = False,
     host_memory: Annotated[

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxopt.demo.models import build_meta_model, default_config, load_config
+from fxopt.demo.models import build_meta_model, default_config, default_tokens, load_config
 from fxopt.demo.quantized import quantize_on_meta
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
@@ -36,13 +36,16 @@ LORA_RANK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model by its config, on a GPU by its name, in a step of so many tokens under a budget."""
+    """A model by its config, on a GPU by its name, in a step of so many tokens under a budget.
+
+    Without `seq` a sequence has the tokens of `default_tokens`.
+    """
 
     source: str | None
     arch: str | None
     budget: str
     batch: int
-    seq: int
+    seq: int | None
     lora: bool
     device: str
     four_bit: bool = False
@@ -58,7 +61,7 @@ def plan_offline(setting: Setting, out: Path) -> tuple[Plan, tuple[Plan, ...]]:
     """
     options, device = _options_of(setting), _find_device(setting.device)
     model = build_model(setting)
-    survey, ledger = survey_model(model, options, _inputs_of(setting), device)
+    survey, ledger = survey_model(model, options, _inputs_of(setting, model), device)
     plan = finish_plan(survey, ledger)
     curve = survey.trace_curve(POINTS)
     write_csv(curve, out.with_suffix(".csv"))
@@ -78,7 +81,7 @@ def report_offline(setting: Setting) -> Report:
     options, device = _options_of(setting), _find_device(setting.device)
     model = build_model(setting)
     try:
-        with _quiet_fakes(), surveyed(model, options, _inputs_of(setting), device) as (survey, probe):
+        with _quiet_fakes(), surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
             plan = finish_plan(survey, probe.ledger)
             report = build_report(probe)
             return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
@@ -130,8 +133,9 @@ def build_model(setting: Setting) -> torch.nn.Module:
     return _adapt(model) if setting.lora else model
 
 
-def _inputs_of(setting: Setting) -> dict[str, torch.Tensor]:
-    ids = torch.zeros(setting.batch, setting.seq, dtype=torch.long, device="meta")
+def _inputs_of(setting: Setting, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tokens = setting.seq or default_tokens(model.config)  # pyright: ignore[reportArgumentType]
+    ids = torch.zeros(setting.batch, tokens, dtype=torch.long, device="meta")
     return {"input_ids": ids, "labels": ids}
 
 

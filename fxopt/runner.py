@@ -17,7 +17,7 @@ from fxopt.graph.python import to_python
 from fxopt.graph.snapshot import snapshot
 from fxopt.graph.strides import note_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
-from fxopt.graph.work import ambient_autocast, copy_for_work, measure_work
+from fxopt.graph.work import ambient_autocast, kept_for_work, measure_work
 from fxopt.options import Options
 from fxopt.report.records import GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
@@ -60,7 +60,7 @@ def run_passes(
     note_items(gm)
     note_orders(gm)
     anchors = find_anchors(gm)
-    before, nodes_before, stock = snapshot(gm), node_records(gm), copy_for_work(gm)
+    before, nodes_before, stock = snapshot(gm), node_records(gm), kept_for_work(gm)
     job = Job(options, region, lazy_outputs, prover)
     records: list[PassRecord] = []
     for name, run in passes:
@@ -86,6 +86,6 @@ def run_passes(
         nodes_after=node_records(gm),
         code=to_python(gm, "tail" if region == REGION else "block"),
     )
-    rewritten, autocast = copy_for_work(gm), ambient_autocast()
-    measure = functools.cache(lambda: (measure_work(stock, autocast), measure_work(rewritten, autocast)))
+    rewritten, autocast = kept_for_work(gm), ambient_autocast()
+    measure = functools.cache(lambda: (measure_work(stock(), autocast), measure_work(rewritten(), autocast)))
     return Outcome(sites, mismatches, graph, backends, measure)

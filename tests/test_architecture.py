@@ -83,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "report",
     },
-    "authoring": {"coverage", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
+    "authoring": {"coverage", "demo", "pipeline", "probing", "rewriting", "graph", "options", "errors"},
     "cli": {"authoring", "offline", "coverage", "demo", "__init__", "bisection", "errors", "report"},
 }
 APART = {
@@ -142,7 +142,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "coverage": {"torch", "tqdm", *HUGGING_FACE},
     "authoring": {"torch", "tqdm"},
     "offline": {"torch", "matplotlib", *HUGGING_FACE},
-    "cli": TERMINAL,
+    "cli": {"tqdm", *TERMINAL},
 }
 
 

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -47,6 +48,30 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         line = text[: block.start(1)].count("\n")
         source = "\n" * line + block.group(1)  # so that a traceback names the page's own line
         exec(compile(source, str(page), "exec"), module.__dict__)
+
+
+TUTORIAL, EXAMPLE = ROOT / "docs" / "adding_a_pattern.md", ROOT / "examples" / "soft_norm.py"
+
+
+def test_the_tutorials_example_is_the_code_of_its_page() -> None:
+    in_file = {line.strip() for line in EXAMPLE.read_text().splitlines()}
+    blocks = [block.group(1) for block in BLOCK.finditer(TUTORIAL.read_text())]
+    starts = ("class Block(nn.Module):", "def soft_norm(", "@triton.jit", "class SoftNorm(")
+    for start in starts:
+        (code,) = [block[block.index(start) :] for block in blocks if f"\n{start}" in f"\n{block}"]
+        lines = [line.strip() for line in code.partition("\ntorch.manual_seed")[0].splitlines()]
+        assert [line for line in lines if line not in in_file] == []
+
+
+@pytest.mark.slow
+def test_the_tutorials_example_prints_its_table() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--device", "cpu"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ways = ("stock", "torch.compile", "fxopt without it", "fxopt with it")
+    found = re.findall(rf"^  ({'|'.join(ways)}) +\d+\.\d+ +-?\d+\.\d+ +\d+\.\d+", done.stdout, re.MULTILINE)
+    assert found == [*ways, *ways]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

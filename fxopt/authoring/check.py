@@ -150,7 +150,7 @@ def _check_spellings(
     pattern: Pattern, name: str, stock: fx.GraphModule, values: Sequence[torch.Tensor]
 ) -> Finding:
     missed: list[str] = []
-    number = 0
+    number = longer = 0
     size = _canonical_size(stock)
     for law, variant in spellings(stock):
         try:
@@ -159,17 +159,21 @@ def _check_spellings(
         except Exception:  # no program at all
             continue
         if _canonical_size(variant) > size:
-            continue  # the canonicalizer keeps apart what was added here: a bit, or memory of its own, differs
+            longer += (
+                1  # the canonicalizer keeps apart what was added here: a bit, or memory of its own, differs
+            )
+            continue
         number += 1
         _, result = _rewrite(variant, pattern)
         if not any(rewrite.match.pattern is pattern for rewrite in result.rewrites):
             missed.append(law)
+    left = f"; {longer} not asked for, since canonicalization leaves them longer" if longer else ""
     if missed:
-        wrong = f"{len(missed)} of {number} are not rewritten: {'; '.join(missed[:5])}"
+        wrong = f"{len(missed)} of {number} are not rewritten: {'; '.join(missed[:5])}{left}"
         return Finding(
             "spellings", name, False, f"{wrong}; a bit of theirs may differ: name both with either(...)"
         )
-    return Finding("spellings", name, True, f"{number} other spellings rewritten too")
+    return Finding("spellings", name, True, f"{number} other spellings rewritten too{left}")
 
 
 def _check_mutations(

@@ -2,53 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
-from fxopt.coverage.inputs import all_cases, find_cases
+from fxopt.authoring.files import load_patterns
+from fxopt.coverage.compare import one_line
+from fxopt.coverage.inputs import Case, all_cases, find_cases
 from fxopt.coverage.record import Row
-from fxopt.coverage.row import NotBuilt, build
+from fxopt.coverage.row import build
+from fxopt.coverage.run import work_on
+from fxopt.demo.models import check_model_type
 from fxopt.options import Options
 from fxopt.pipeline import make_transform
 from fxopt.probing import report_on_small_inputs
-from fxopt.rewriting.pattern import Pattern
+
+JOBS = 2
+MOST_REASON = 160
 
 
-def find_reach(patterns: Sequence[Pattern], names: Sequence[str]) -> Iterator[str]:
-    """Yield one line per model type of `names` and pattern: how often it is rewritten there; last, a line per pattern.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the patterns of a file met in one case: by name how often each is rewritten, and where first."""
+
+    case: str
+    counts: dict[str, int]
+    places: dict[str, str]
+
+
+def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
+    """Yield one line per model type of `names` and pattern of the file `path`: how often it is rewritten there; last, a
+    line per pattern.
 
     "all" in `names` stands for every type of the coverage run; those without a rewrite are then counted only. Each is a
-    tiny model that runs one forward pass; those that cannot be built or run are told with the reason.
+    tiny model that runs one forward pass, in a process of its own with a limit of time and of memory; those that
+    cannot be built or run, or that do not end, are told with the reason.
+
+    Raises:
+        UnknownNameError: transformers has no such type; the text lists the nearest.
     """
     if not names:
         yield "not tried on any model: --over llama, or --over all (some minutes), says where each is found"
         return
-    cases = all_cases() if "all" in names else find_cases(tuple(names))
+    for name in names:
+        if name != "all":
+            check_model_type("--over", name.partition(":")[0])
+    is_all = "all" in names
+    cases = all_cases() if is_all else find_cases(tuple(names))
+    patterns = [pattern.name for pattern in load_patterns(path)]
     total: Counter[str] = Counter()
     untried = 0
-    for case in tqdm(cases, unit="model", file=sys.stderr, disable=len(cases) < 3):
-        try:
-            model, batch = build(case, Row(str(case), case.model_type, case.task, "failed"))
-            options = Options(tuple(patterns))
-            report = report_on_small_inputs(model, options, make_transform(options), batch)
-        except (NotBuilt, Exception) as error:
-            untried += 1
-            yield f"{case}: not tried: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            continue
-        layers = Counter[str]()
-        for graph in report.graphs:
-            layers.update({rewrite.pattern: 0 for rewrite in graph.rewrites})
-            for rewrite in graph.rewrites:
-                layers[rewrite.pattern] += graph.layers
-        for pattern in patterns:
-            total[pattern.name] += bool(layers[pattern.name])
-            where = next((r.location for r in report.rewrites if r.pattern == pattern.name), "")
-            number = layers[pattern.name]
-            if number or "all" not in names:
-                yield f"{case}: {pattern.name} x {number}{f' ({where})' if where else ''}"
-    for pattern in patterns:
+    with tqdm(total=len(cases), unit="model", file=sys.stderr, smoothing=0.1) as bar:
+        for found in work_on(cases, functools.partial(count_rewrites, path), min(JOBS, len(cases))):
+            bar.set_postfix_str(found.case)
+            bar.update()
+            if isinstance(found, Row):
+                untried += 1
+                yield f"{found.case}: not tried: {found.reason[:MOST_REASON]}"
+                continue
+            for name in patterns:
+                number = found.counts.get(name, 0)
+                total[name] += bool(number)
+                if number or not is_all:
+                    where = f" ({found.places[name]})" if found.places.get(name) else ""
+                    yield f"{found.case}: {name} x {number}{where}"
+    for name in patterns:
         left = f"; {untried} not tried" if untried else ""
-        yield f"{pattern.name}: found in {total[pattern.name]} of {len(cases)} model types{left}"
+        yield f"{name}: found in {total[name]} of {len(cases)} model types{left}"
+
+
+def count_rewrites(path: Path, case: Case, on_stage: Callable[[str], None]) -> Found | Row:
+    """Return what the patterns of the file `path` meet in the tiny model of `case`; a row where it cannot be run."""
+    row = Row(str(case), case.model_type, case.task, "not built")
+    try:
+        on_stage("building")
+        model, batch = build(case, row)
+        on_stage("matching")
+        options = Options(load_patterns(path))
+        report = report_on_small_inputs(model, options, make_transform(options), batch)
+    except Exception as error:  # whatever a model of 255 raises, the others are tried
+        row.reason = one_line(error)
+        return row
+    counts: Counter[str] = Counter()
+    for graph in report.graphs:
+        for rewrite in graph.rewrites:
+            counts[rewrite.pattern] += graph.layers
+    places = {rewrite.pattern: rewrite.location for rewrite in reversed(report.rewrites)}
+    return Found(str(case), dict(counts), places)

@@ -21,6 +21,7 @@ from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 from fxopt.capture.joint_parts import copy_saved_parts
 from fxopt.capture.joint_units import join_unit_backwards
 from fxopt.capture.planning import Mark
+from fxopt.graph.backward import find_backward
 from fxopt.graph.torch_private import OpOverload, schema_of
 
 SKIP_ARGUMENT = "dskip"
@@ -52,7 +53,7 @@ def prepare_joint(graph: fx.Graph, mark: Mark | None = None, held: frozenset[int
         replay_inputs(graph)
     write_outputs_beside_gradients(graph)
     join_unit_backwards(graph)
-    copy_saved_parts(graph, _find_backward(graph))
+    copy_saved_parts(graph, find_backward(graph.nodes))
     if not decides:
         mark_recomputed(graph)
     forget_traced_inputs(graph)
@@ -76,7 +77,7 @@ def replay_inputs(graph: fx.Graph) -> int:
     input and its result. Computing the result again costs one pass over memory. So is what an op reads of weights
     alone, cast and joined.
     """
-    in_backward = _find_backward(graph)
+    in_backward = find_backward(graph.nodes)
     replays: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if not is_ours(node) or node not in in_backward:
@@ -100,7 +101,7 @@ def replay_all(graph: fx.Graph) -> None:
     Whether a norm is computed again or saved is the planner's to say: where it is saved, `meta["replays"]` names the
     forward node that backward shall read after all.
     """
-    in_backward = _find_backward(graph)
+    in_backward = find_backward(graph.nodes)
     replays: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node not in in_backward or node.op == "output":
@@ -111,16 +112,6 @@ def replay_all(graph: fx.Graph) -> None:
                 node.replace_input_with(item, new)
     for item, new in replays.items():
         new.meta["replays"] = item.name
-
-
-def _find_backward(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that depend on a gradient."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if is_tangent or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _replay(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | None:

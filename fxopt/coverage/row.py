@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -44,8 +43,6 @@ class NotBuilt(Exception):
 
 def measure(case: Case, on_stage: Callable[[str], None] = lambda stage: None) -> Row:
     """Return the row of `case`; every failure is a row with its reason. `on_stage` hears what comes next."""
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
     row = Row(str(case), case.model_type, case.task, "failed")
     start = time.process_time()
     try:

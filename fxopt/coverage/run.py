@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -34,8 +35,13 @@ BYTES = 6 * 2**30
 PRELOADED = ["torch", "transformers", "fxopt.pipeline", "torch._dynamo", "fxopt.coverage.row"]
 
 
+Result = TypeVar("Result")
+Work = Callable[[Case, Callable[[str], None]], Result]
+"""What is done with a case in its process: it tells its stages on the way, and returns anything but text."""
+
+
 @dataclasses.dataclass
-class Child:
+class Child(Generic[Result]):
     """A running case: its process, the pipe it reports on, what it was doing last."""
 
     case: Case
@@ -43,7 +49,7 @@ class Child:
     pipe: Connection
     started: float
     stage: str = "starting"
-    row: Row | None = None
+    row: Result | Row | None = None
 
 
 def cover(
@@ -95,7 +101,7 @@ def run_cases(
         threading.RLock()
     )  # its own is a semaphore of the system, told as leaked where the run is stopped
     bar = tqdm(total=len(cases), initial=len(cases) - len(left), unit="model", file=sys.stderr, smoothing=0.1)
-    with bar, lines.open("a") as file, contextlib.closing(measure_all(left, jobs, seconds)) as rows:
+    with bar, lines.open("a") as file, contextlib.closing(work_on(left, measure_case, jobs, seconds)) as rows:
         for row in rows:
             done[row.case] = row
             file.write(json.dumps(dataclasses.asdict(row)) + "\n")
@@ -124,16 +130,25 @@ def read_lines(lines: Path) -> dict[str, Row]:
     return rows
 
 
-def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Generator[Row, None, None]:
-    """Yield the rows of `cases` as they end, `jobs` processes at a time."""
+def measure_case(case: Case, on_stage: Callable[[str], None]) -> Row:
+    """Return the row of `case`."""
+    from fxopt.coverage.row import measure
+
+    return measure(case, on_stage=on_stage)
+
+
+def work_on(
+    cases: Sequence[Case], work: Work[Result], jobs: int, seconds: float = SECONDS
+) -> Generator[Result | Row, None, None]:
+    """Yield what `work` returns of each case as it ends, `jobs` processes at a time; a `Row` of one that was ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # imported once, not once per case
     queue = list(reversed(cases))
-    running: list[Child] = []
+    running: list[Child[Result]] = []
     try:
         while queue or running:
             while queue and len(running) < jobs:
-                running.append(start_child(context, queue.pop(), seconds))
+                running.append(start_child(context, queue.pop(), work, seconds))
             wait([child.pipe for child in running], timeout=1.0)
             for child in list(running):
                 row = poll(child, seconds)
@@ -145,37 +160,38 @@ def measure_all(cases: Sequence[Case], jobs: int, seconds: float) -> Generator[R
             stop(child)
 
 
-def start_child(context: Any, case: Case, seconds: float) -> Child:
+def start_child(context: Any, case: Case, work: Work[Result], seconds: float) -> Child[Result]:
     """Start the process of one case."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_child, args=(case, theirs, seconds, BYTES), daemon=True)
+    process = context.Process(target=run_child, args=(case, work, theirs, seconds, BYTES), daemon=True)
     process.start()
     theirs.close()
     return Child(case, process, ours, time.monotonic())
 
 
-def run_child(case: Case, pipe: Connection, seconds: float, most_bytes: int) -> None:
-    """Measure `case` in this process and send its stages and its row through `pipe`."""
+def run_child(case: Case, work: Work[Any], pipe: Connection, seconds: float, most_bytes: int) -> None:
+    """Do `work` on `case` in this process and send its stages and what it returns through `pipe`."""
     resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     import torch
-
-    from fxopt.coverage.row import measure
+    import transformers
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # torch logs each graph that it cannot trace; the row says why
-    pipe.send(dataclasses.asdict(measure(case, on_stage=pipe.send)))
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    pipe.send(work(case, pipe.send))
 
 
-def poll(child: Child, seconds: float) -> Row | None:
-    """Return the row of `child` if it has ended, or was ended here, else None."""
+def poll(child: Child[Result], seconds: float) -> Result | Row | None:
+    """Return what came of `child` if it has ended, or was ended here, else None."""
     with contextlib.suppress(EOFError, OSError):
         while child.row is None and child.pipe.poll():
             message = child.pipe.recv()
             if isinstance(message, str):
                 child.stage = message
             else:
-                child.row = Row(**message)
+                child.row = message
     elapsed = time.monotonic() - child.started
     if child.row is None and elapsed < seconds * PATIENCE and child.process.is_alive():
         return None
@@ -185,7 +201,7 @@ def poll(child: Child, seconds: float) -> Row | None:
     return child.row
 
 
-def ended_row(child: Child, elapsed: float, seconds: float) -> Row:
+def ended_row(child: Child[Any], elapsed: float, seconds: float) -> Row:
     """Return the row of a case that gave none: it took too long, or its process died."""
     case = child.case
     row = Row(str(case), case.model_type, case.task, "timed out", seconds=round(elapsed, 1))
@@ -201,7 +217,7 @@ def ended_row(child: Child, elapsed: float, seconds: float) -> Row:
     return row
 
 
-def stop(child: Child) -> None:
+def stop(child: Child[Any]) -> None:
     """End the process of `child` and free what it holds."""
     if child.row is None or child.process.is_alive():
         child.process.join(0 if child.row is None else 5)

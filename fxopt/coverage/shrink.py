@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from fxopt.coverage.overrides import OVERRIDES
-from fxopt.errors import UnknownNameError
+from fxopt.demo.models import check_model_type
 
 LAYERS = 4
 """At least; more where a type has more kinds of layers."""
@@ -101,8 +101,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
         UnknownNameError: the installed transformers has no such type.
         Exception: whatever the config raises that cannot be built with these sizes.
     """
-    if model_type not in CONFIG_MAPPING:
-        raise UnknownNameError(f"{model_type}: not a model type of the installed transformers")
+    check_model_type("coverage", model_type)
     own = OVERRIDES.get(model_type, {})
     config_class = CONFIG_MAPPING[model_type]
     try:

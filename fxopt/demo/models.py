@@ -42,6 +42,8 @@ SMALL: dict[str, Any] = {
 }
 """About 10 M parameters with a vocabulary of 4096 in the Llama architecture."""
 
+MOST_TOKENS = 4096
+
 MOST_PARAMETERS = 25_000_000
 """The largest model that the demo calls small: each of its steps runs twice, maybe on a laptop's processor."""
 
@@ -100,14 +102,33 @@ def default_config(model_type: str) -> PreTrainedConfig:
     Raises:
         UnknownNameError: no such model type; the text lists the nearest.
     """
+    check_model_type("--arch", model_type)
+    return AutoConfig.for_model(model_type)
+
+
+def check_model_type(subject: str, model_type: str) -> None:
+    """Check that the installed transformers has `model_type`; `subject` is what named it.
+
+    Raises:
+        UnknownNameError: it has not; the text lists the nearest.
+    """
     known = list(CONFIG_MAPPING.keys())
     if model_type not in known:
         nearest = difflib.get_close_matches(model_type, known, n=5, cutoff=0.0)
         raise UnknownNameError(
-            f"--arch: unknown model type {model_type!r}, expected one that transformers knows; "
+            f"{subject}: unknown model type {model_type!r}, expected one that transformers knows; "
             f"the nearest are {', '.join(nearest)}"
         )
-    return AutoConfig.for_model(model_type)
+
+
+def default_tokens(config: PreTrainedConfig) -> int:
+    """Return how many tokens a sequence has where nobody says: `MOST_TOKENS`, or the power of two that a model takes.
+
+    >>> default_tokens(default_config("llama")), default_tokens(default_config("roberta"))
+    (2048, 512)
+    """
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or MOST_TOKENS
+    return min(MOST_TOKENS, 1 << (positions.bit_length() - 1))
 
 
 def load_config(source: str) -> PreTrainedConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from fxopt.graph.edit import copy_of
 from fxopt.graph.node_records import find_lazy
+from fxopt.graph.sizes import number_of
 from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import (
     DispatchMode,
     FakeTensorMode,
-    hint_of,
     registered_name,
     schema_of,
     tree_leaves,
@@ -31,14 +31,19 @@ log = logging.getLogger("fxopt")
 Autocast = tuple[str, torch.dtype, bool]
 
 
-def copy_for_work(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` and of the bodies of its higher-order ops, which later passes leave as they are."""
-    copy = copy_of(gm)
-    for node in copy.graph.find_nodes(op="get_attr"):
-        body = getattr(copy, str(node.target), None)
-        if isinstance(body, fx.GraphModule):
-            setattr(copy, str(node.target), copy_for_work(body))
-    return copy
+def kept_for_work(gm: fx.GraphModule) -> Callable[[], fx.GraphModule]:
+    """Return what makes a module of `gm` and the bodies of its higher-order ops as they are now.
+
+    Only nodes are copied at once: modules, whose code is generated, are made for reports that somebody reads.
+    """
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    held: dict[str, Any] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op in ("get_attr", "call_module"):
+            held[str(node.target)] = operator.attrgetter(str(node.target))(gm)
+    bodies = {name: kept_for_work(item) for name, item in held.items() if isinstance(item, fx.GraphModule)}
+    return lambda: fx.GraphModule({**held, **{name: make() for name, make in bodies.items()}}, graph)
 
 
 def ambient_autocast() -> tuple[Autocast, ...]:
@@ -72,7 +77,7 @@ def _measure_under(gm: fx.GraphModule, autocast: Sequence[Autocast]) -> Work:
 
 
 def _measure(gm: fx.GraphModule) -> Work:
-    gm = copy_for_work(gm)
+    gm = kept_for_work(gm)()
     _drop_lazy(gm)
     gm.recompile()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
@@ -110,16 +115,12 @@ def _drop_lazy(gm: fx.GraphModule) -> None:
 def _stand_in(node: fx.Node) -> Any:
     value: Any = node.meta["example_value"]
     if isinstance(value, torch.SymInt):
-        return hint_of(value)
+        return number_of(value)
     if not isinstance(value, Tensor):
         return value
-    sizes, strides = ([_fixed(size) for size in each] for each in (value.shape, value.stride()))
+    sizes, strides = ([number_of(size) for size in each] for each in (value.shape, value.stride()))
     made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     return made.requires_grad_(value.requires_grad)
-
-
-def _fixed(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else hint_of(size) or 1
 
 
 class _Run(fx.Interpreter):

@@ -36,7 +36,7 @@ def menu_of(given: Plan, joint: Joint, tokens: int, facts: Facts) -> Menu:
     return Menu(tuple(choice for _, choice in fitting), decisions, tokens, numbers)
 
 
-def number_of(given: Plan, menu: Menu, place: int, tokens: int, *, is_known: bool) -> int:
+def decided_number(given: Plan, menu: Menu, place: int, tokens: int, *, is_known: bool) -> int:
     """Return the number in `menu` of what `given` decided for the block at `place`.
 
     A block not known yet is taken to be like another one: where that has no such decision, any stands for it until

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph.backward import find_backward
 from fxopt.graph.sizes import number_of
 from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import schema_of
@@ -75,7 +76,7 @@ def read_joint(
     of a piece after the blocks, every input is its own. `declared` is what ops say of themselves.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
-    backward = _find_backward(nodes)
+    backward = find_backward(nodes)
     forward = [node for node in nodes if node not in backward]
     outputs: list[Any] = list(graph.output_node().args[0])  # pyright: ignore
     results = tuple(node for node in outputs if isinstance(node, fx.Node) and node not in backward)
@@ -131,17 +132,6 @@ def read_joint(
         tuple(_form(node) for number, node in enumerate(inputs) if number in held),
         device,
     )
-
-
-def _find_backward(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that depend on a gradient, and those that autograd made while it went back."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        made_there = node.op != "placeholder" and node.meta.get("partitioner_tag") == "is_backward"
-        if is_tangent or made_there or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _labels_of(forward: list[fx.Node]) -> dict[fx.Node, str]:

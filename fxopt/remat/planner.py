@@ -33,7 +33,7 @@ from fxopt.remat.figures import (
     scale_decision,
     without_update,
 )
-from fxopt.remat.given import menu_of, number_of
+from fxopt.remat.given import decided_number, menu_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.step import Around, spread_decision
 from fxopt.remat.tokens import Call, Tokens
@@ -252,7 +252,7 @@ class StepPlanner:
             settled = None
             if self._given is not None:
                 menu, is_known = self._menus[self._form_of[path]], path in self._seen
-                settled = number_of(self._given, menu, place, goal.tokens, is_known=is_known)
+                settled = decided_number(self._given, menu, place, goal.tokens, is_known=is_known)
             elif before is not None and path in self._seen and path != current:
                 settled = before.numbers[place]
             menus.append(offered if settled is None else (offered[settled],))

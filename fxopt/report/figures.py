@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from fxopt.report.records import GraphRecord, NodeRecord, Report, Work
+from fxopt.report.records import GraphRecord, MismatchRecord, NodeRecord, Report, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,12 @@ def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:
             graph if known is None else dataclasses.replace(known, layers=known.layers + graph.layers)
         )
     return tuple(found.values())
+
+
+def distinct_misses(misses: Sequence[MismatchRecord]) -> list[MismatchRecord]:
+    """Return the first of those that tell the same, as captures of equal layers do."""
+    distinct = {(miss.anchor, miss.module, miss.location, miss.reason): miss for miss in reversed(misses)}
+    return list(reversed(distinct.values()))
 
 
 def render_code(report: Report) -> str:

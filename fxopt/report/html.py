@@ -16,14 +16,16 @@ import jinja2
 
 from fxopt.errors import FxoptError
 from fxopt.report.alignment import align
-from fxopt.report.figures import distinct_graphs, layer_figures
-from fxopt.report.memory import readable_budget
+from fxopt.report.figures import distinct_graphs, distinct_misses, layer_figures
+from fxopt.report.memory import describe_budget
 from fxopt.report.memory_chart import chart_of
 from fxopt.report.records import GraphRecord, NodeRecord, Report
 from fxopt.report.units import format_bytes
 
 NUM_COLOURS = 12
 """How many colours the style sheet has for patterns; more patterns use them again."""
+
+FRAME_BASE = '<base href="about:srcdoc">'
 
 
 def render_html(report: Report) -> str:
@@ -38,17 +40,18 @@ def render_html(report: Report) -> str:
         report=report,
         headline=_headline(report),
         format_bytes=format_bytes,
-        readable_budget=readable_budget,
+        describe_budget=describe_budget,
         relative=_relative,
         figures=layer_figures(report),
         charts=[chart for plan in report.plans if (chart := chart_of(plan)) is not None],
         graphs=graphs,
         patterns=patterns,
+        misses=distinct_misses(report.mismatches),
         colours={name: place % NUM_COLOURS for place, name in enumerate(patterns)},
         proofs=[site for site in report.sites if site.proof is not None and site.proof.device != "meta"],
         data={"graphs": [_graph_data(graph) for graph in graphs], "patterns": patterns},
         style=_asset("report.css"),
-        script=_asset("report.js"),
+        script=_asset("paper.js") + _asset("report.js"),
         dagre=_asset("dagre.min.js"),
     )
 
@@ -94,12 +97,15 @@ def save_html(report: Report, path: str | Path) -> None:
 
 
 def render_notebook(report: Report) -> str:
-    """Return `report` for the output cell of a notebook: the document in a frame of its own."""
-    document = html.escape(render_html(report), quote=True)
+    """Return `report` for the output cell of a notebook: the document in a frame of its own.
+
+    The frame has no address of its own: without a base, links within the document would lead to the notebook.
+    """
+    document = html.escape(render_html(report).replace("<head>", f"<head>{FRAME_BASE}", 1), quote=True)
     title = html.escape(f"fxopt report: {report.model}", quote=True)
     return (
         f'<iframe title="{title}" srcdoc="{document}" sandbox="allow-scripts" '
-        'style="width:100%;height:900px;border:1px solid #8884"></iframe>'
+        'style="width:100%;height:min(900px,90vh);border:1px solid #8884"></iframe>'
     )
 
 

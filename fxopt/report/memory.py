@@ -41,6 +41,16 @@ def readable_budget(plan: Plan) -> str:
     return format_bytes(int(plan.budget)) if plan.budget.isdigit() else plan.budget
 
 
+def describe_budget(plan: Plan) -> str:
+    """Return what was asked for and what it comes to, in words."""
+    asked = f"memory budget {readable_budget(plan)}"
+    if plan.limit_bytes is not None and plan.limit_bytes <= plan.smallest_bytes:
+        return f"{asked}: as little as possible, {format_bytes(plan.limit_bytes)}"
+    if plan.limit_bytes is None:
+        return f"{asked}: the fastest step, whatever it needs"
+    return f"{asked}: the fastest step within {format_bytes(plan.limit_bytes)}"
+
+
 def find_peak(plan: Plan) -> int | None:
     """Return the place in the timeline at which most lives, None where the plan has no timeline."""
     places = range(len(plan.timeline))

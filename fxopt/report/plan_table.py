@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxopt.report.memory import find_holdings, find_peak, find_saved, readable_budget
+from fxopt.report.memory import describe_budget, find_holdings, find_peak, find_saved, readable_budget
 from fxopt.report.plan import Decision, Plan
 from fxopt.report.units import format_bytes
 
@@ -13,10 +13,10 @@ SHOWN_AT_PEAK = 5
 
 def render_plan(plan: Plan) -> str:
     """Return `plan` as text."""
-    limit = "no limit" if plan.limit_bytes is None else f"limit {format_bytes(plan.limit_bytes)}"
     lines = [
         f"fxopt plan: {plan.model} on {plan.device}, lowering {plan.lowering}, {plan.tokens} tokens a call",
-        f"budget {readable_budget(plan)} ({limit}): peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
+        describe_budget(plan),
+        f"peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
         f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again"
         + (f" and {plan.wait_ms:.1f} ms waiting for the host" if plan.wait_ms else ""),
         f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
@@ -62,9 +62,10 @@ def summarize_plan(plan: Plan) -> str:
 def _render_decision(paths: list[str], decision: Decision) -> list[str]:
     where = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
     lines = [
-        f"{where}: saves {format_bytes(decision.saved_bytes)} each, "
+        f"{where}:",
+        f"  saves {format_bytes(decision.saved_bytes)} each, "
         + (f"offloads {format_bytes(decision.offloaded_bytes)}, " if decision.offloaded_bytes else "")
-        + f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms"
+        + f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms",
     ]
     parts = (
         ("saved", decision.saved),

@@ -250,6 +250,10 @@ class Report:
 
         return render_notebook(self.measured())
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the report in IPython, and beside the HTML in a notebook, as its text."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         """Return the report as text, as `report.text.render_text` formats it."""
         from fxopt.report.text import render_text

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 from fxopt.errors import UnknownNameError
+from fxopt.report.figures import distinct_misses
 from fxopt.report.records import MismatchRecord, Report, Site
 from fxopt.report.text import WIDTH, place_of, times, wrap
 
@@ -30,8 +31,7 @@ def render_why_not(report: Report, name: str) -> str:
     all_misses = [miss for miss in report.mismatches if name in (miss.anchor, miss.pattern)]
     # What the form's own pattern came to says most; captures of equal layers say the same.
     all_misses.sort(key=lambda miss: miss.pattern != name)
-    distinct = {(miss.anchor, miss.module, miss.location, miss.reason): miss for miss in reversed(all_misses)}
-    misses = list(reversed(distinct.values()))
+    misses = distinct_misses(all_misses)
     done = sum(site.count for site in sites if site.status == "rewritten")
     # A pattern of the user's own has no sites: the scans of the library do not know its form.
     made = 0 if sites else sum(rewrite.pattern == name for rewrite in report.rewrites)

@@ -79,7 +79,7 @@ def pattern(
     subject = f"{name}: {function_place(search)}"
     if not name.isidentifier() or keyword.iskeyword(name):
         raise FxoptError(
-            f"{name or 'pattern'}: expected a name that is an identifier, got {name!r}\ngive name='my_pattern'"
+            f"{function_place(search)}: expected a name that is an identifier, got {name!r}\ngive name='my_pattern'"
         )
     cases = check_cases(examples, subject)
     near = [check_near_miss(item, subject) for item in near_misses]

@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
@@ -25,6 +24,7 @@
   }
   if (!data.graphs.length) return;
 
+  const hint = at("detail").firstElementChild;
   const state = { graph: data.graphs[0], folded: new Set(), drawn: new Map(), view: null, size: null, selected: null };
 
   function el(tag, attributes, parent) {
@@ -216,9 +216,9 @@
     for (const edge of document.querySelectorAll(".edge"))
       edge.classList.toggle("lit", id !== null && (edge.dataset.from === id || edge.dataset.to === id));
     const detail = at("detail");
+    detail.replaceChildren(...(id === null ? [hint] : []));
     if (id === null) return;
     const box = state.boxes.get(id);
-    detail.replaceChildren();
     const list = document.createElement("dl");
     const add = (name, text) => {
       const dt = document.createElement("dt"), dd = document.createElement("dd");
@@ -411,7 +411,16 @@
 
   at("graph").addEventListener("change", (event) => show(Number(event.target.value)));
   at("search").addEventListener("input", search);
+  let searchedFrom = null;
+  at("search").addEventListener("focus", (event) => { searchedFrom = event.relatedTarget; });
   at("search").addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      event.preventDefault();
+      at("search").value = "";
+      search();
+      (searchedFrom || at("before")).focus({ preventScroll: true });
+      return;
+    }
     if (event.key !== "Enter" || !state.hits.length) return;
     const next = state.hits[(state.hits.indexOf(state.selected) + 1) % state.hits.length];
     select(next, true);
@@ -431,10 +440,22 @@
       at("search").focus();
     }
   });
+  // What is printed is what is shown: the graph that was chosen, folded as it is.
+  function fillSheets() {
+    const nodes = [...state.boxes.keys()].map((id) => state.layout.node(id)).map(({ x, y, width }) =>
+      ({ left: x - width / 2, right: x + width / 2, top: y - HEIGHT / 2, bottom: y + HEIGHT / 2 }));
+    const bends = state.layout.edges().flatMap((edge) => state.layout.edge(edge).points)
+      .map(({ x, y }) => ({ left: x, right: x, top: y, bottom: y }));
+    const title = document.createElement("h3");
+    title.textContent = `${at("graph").selectedOptions[0].textContent.trim()}: before, and below it after`;
+    at("sheets").replaceChildren(title, ...paper.sheetsOf(SIDES.map(at), nodes, [...nodes, ...bends], state.size.width));
+  }
+
   addEventListener("beforeprint", () => {
-    fit();
-    for (const closed of document.querySelectorAll("details")) closed.open = true;
+    fillSheets();
+    for (const closed of document.querySelectorAll("details:not(.guards)")) closed.open = true;
   });
+  addEventListener("afterprint", () => at("sheets").replaceChildren());
   addEventListener("resize", () => {
     const panel = panelSize();
     setView({ ...state.view, height: state.view.width * panel.height / panel.width });

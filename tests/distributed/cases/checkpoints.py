@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from cases.models import build, make_batch, make_model
 
 

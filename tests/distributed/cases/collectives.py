@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
+from cases.models import inside, make_batch, make_model, report_of, wrap
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import fxopt
-from cases.models import inside, make_batch, make_model, report_of, wrap
 from fxopt.capture.lazy import LazyLogits
 
 

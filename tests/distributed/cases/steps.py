@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-import fxopt
 from cases.models import (
     build,
     find_blocks,
@@ -21,6 +19,8 @@ from cases.models import (
     report_of,
     wrap,
 )
+
+import fxopt
 from fxopt.capture.lazy import LazyLogits
 
 

@@ -15,6 +15,7 @@ import torch
 import fxopt
 from fxopt.authoring.check import Finding, check_pattern
 from fxopt.authoring.files import load_patterns
+from fxopt.authoring.reach import find_reach
 from fxopt.authoring.skeleton import write_skeleton
 from fxopt.cli import main
 from fxopt.errors import FxoptError
@@ -82,6 +83,10 @@ def test_spellings_that_canonicalization_keeps_apart_are_not_asked_for() -> None
     findings = check_pattern(mine)
     assert [str(finding) for finding in findings if not finding.holds] == []
     (spelled,) = [finding.detail for finding in findings if finding.kind == "spellings"]
+    assert re.fullmatch(
+        r"\d+ other spellings rewritten too; \d+ not asked for, since canonicalization leaves them longer",
+        spelled,
+    )
     assert int(spelled.split()[0]) > 8
 
 
@@ -191,6 +196,12 @@ def test_bad_names_are_told(tmp_path: Path, name: str, message: str) -> None:
         write_skeleton("mine", tmp_path)
 
 
+def main_without_exit(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code in (0, None)
+
+
 def test_the_reach_over_model_types_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
@@ -200,10 +211,29 @@ def test_the_reach_over_model_types_is_told(tmp_path: Path, capsys: pytest.Captu
         "def mean_square(x):\n    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)\n"
         "MINE = fxopt.pattern(mean_square, lambda x: mean_square(x), [(torch.randn(4, 8),)])\n"
     )
-    with pytest.raises(SystemExit) as exit_info:
-        main(["check-pattern", str(path), "--over", "llama", "--over", "gpt2"])
-    assert exit_info.value.code in (0, None)
-    printed = capsys.readouterr().out
+    main_without_exit("check-pattern", str(path), "--over", "llama", "--over", "gpt2")
+    printed, progress = capsys.readouterr()
     assert re.search(r"llama: mean_square x 9 \(modeling_llama.py:\d+\)", printed)
     assert "gpt2: mean_square x 0" in printed
     assert "mean_square: found in 1 of 2 model types" in printed
+    assert "2/2" in progress
+
+
+def test_a_model_that_ends_its_process_or_is_unknown_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import multiprocessing, os, signal, torch, fxopt\n"
+        "if multiprocessing.parent_process() is not None:\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "def growth(x):\n    return torch.exp(x) - 1\n"
+        "MINE = fxopt.pattern(growth, torch.expm1, [(torch.randn(4, 8),)])\n"
+    )
+    main_without_exit("check-pattern", str(path), "--over", "llama")
+    printed = capsys.readouterr().out
+    assert "llama: not tried: the process ended with code -11 while matching" in printed
+    assert "growth: found in 0 of 1 model types; 1 not tried" in printed
+    with pytest.raises(
+        FxoptError, match=r"--over: unknown model type 'lamma', expected .* nearest are llama,"
+    ):
+        list(find_reach(path, ["lamma"]))

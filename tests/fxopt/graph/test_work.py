@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxopt.graph.work import ambient_autocast, copy_for_work, measure_work
+from fxopt.graph.work import ambient_autocast, kept_for_work, measure_work
 from fxopt.report.records import Work
 from fxopt.rewriting.functions import capture
 
@@ -104,7 +104,7 @@ def test_a_copy_keeps_bodies_that_are_rewritten_later() -> None:
     graph = fx.Graph()
     body = graph.get_attr("body")
     graph.output(body)
-    copy = copy_for_work(fx.GraphModule(root, graph))
+    copy = kept_for_work(fx.GraphModule(root, graph))()
     for node in inner.graph.nodes:
         if node.target is torch.exp:
             node.target = torch.tanh

@@ -196,6 +196,21 @@ def test_search_finds_and_dims(page: Any) -> None:
     assert page.inner_text("#found") == "0 found"
 
 
+def test_escape_leaves_the_search_as_it_was_before(page: Any) -> None:
+    page.locator("#fit").focus()
+    page.keyboard.press("/")
+    page.keyboard.type("linear")
+    page.keyboard.press("Escape")
+    assert page.input_value("#search") == page.inner_text("#found") == ""
+    assert count(page, ".node.hit") == 0
+    assert page.evaluate("() => document.activeElement.id") == "fit"
+    page.locator("#search").focus()
+    page.evaluate("() => document.activeElement.blur()")
+    page.keyboard.press("/")
+    page.keyboard.press("Escape")
+    assert page.evaluate("() => document.activeElement.id") == "before"
+
+
 def test_a_module_folds_and_unfolds(page: Any) -> None:
     whole = count(page, "#before .node")
     chip = page.locator("#modules button", has_text="mlp").first
@@ -241,10 +256,54 @@ def test_text_can_be_read_in_both_themes(page: Any, scheme: str) -> None:
     assert (colours[1] > 0.5) == (scheme == "light")
 
 
+WHOLE_ON_PAPER = """() => {
+  const strips = [...document.querySelectorAll(".strip")].map((strip) => [strip, strip.getBoundingClientRect()]);
+  const whole = new Set();
+  let least = Infinity;
+  for (const [strip, frame] of strips) for (const node of strip.querySelectorAll(".node")) {
+    const box = node.querySelector("rect").getBoundingClientRect();
+    if (box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom) continue;
+    whole.add(node.dataset.box);
+    least = Math.min(least, 12 * frame.width / strip.viewBox.baseVal.width);
+  }
+  return { whole: [...whole].sort(), least, widest: Math.max(...strips.map(([, frame]) => frame.right)) };
+}"""
+BOXES = """() => [...new Set([...document.querySelectorAll("#before .node, #after .node")]
+  .map((node) => node.dataset.box))].sort()"""
+PAPER: Any = {"width": 718, "height": 1000}
+"""A page of A4 within its margins."""
+
+
 def test_print_shows_the_whole_graph_and_all_code(page: Any) -> None:
+    drawn = page.evaluate(BOXES)
+    page.set_viewport_size(PAPER)
     page.emulate_media(media="print")
     page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open])").count() == 0
-    assert not any(page.locator(part).first.is_visible() for part in (".tools", "nav", ".screen"))
+    assert page.locator("details:not([open]):not(.guards)").count() == 0
+    assert not any(page.locator(part).first.is_visible() for part in (".tools", "nav", ".screen", ".panels"))
     assert page.locator(".memory").is_visible()
+    shown = page.evaluate(WHOLE_ON_PAPER)
+    assert shown["whole"] == drawn, "no node is cut through"
+    assert shown["least"] > 6.5, "pixels of a node's text"
+    assert shown["widest"] <= PAPER["width"]
     assert page.pdf()[:4] == b"%PDF"
+    page.evaluate("() => dispatchEvent(new Event('afterprint'))")
+    assert count(page, ".strip") == 0
+
+
+def test_links_in_a_notebook_stay_in_their_frame(
+    browser: Any, report_of: Callable[[str], Report], tmp_path: Path
+) -> None:
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<p>a cell</p>{report_of('llama')._repr_html_()}")
+    page = browser.new_page(viewport={"width": 1000, "height": 600})
+    page.goto(path.as_uri())
+    (frame,) = page.main_frame.child_frames
+    frame.locator("nav a", has_text="Memory").click()
+    page.wait_for_function("() => true")
+    top = "() => document.getElementById('memory').getBoundingClientRect().top"
+    assert frame.evaluate(top) < 200
+    assert frame.evaluate("() => document.title") == "fxopt report: LlamaForCausalLM"
+    assert page.evaluate("() => document.querySelector('iframe').getBoundingClientRect().height") < 600
+    assert page.evaluate("() => document.styleSheets.length") == 0, "the report's style stays within"
+    page.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fxopt.report.diff import diff_reports
 from fxopt.report.figures import layer_figures
 from fxopt.report.html import render_html, render_notebook
 from fxopt.report.load import load_report, parse_report
-from fxopt.report.memory import find_holdings, find_peak, find_saved
+from fxopt.report.memory import describe_budget, find_holdings, find_peak, find_saved
 from fxopt.report.records import Fallback, RegionRecord, Report, Site
 from fxopt.report.text import WIDTH
 from fxopt.report.units import format_bytes
@@ -354,3 +355,34 @@ def test_a_folder_that_is_missing_is_told(report_of: Explained, tmp_path: Path) 
     with pytest.raises(FxoptError, match="save_html: the file cannot be written") as error:
         report_of("llama").save_html(missing)
     assert str(missing) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "words"),
+    [
+        ("auto", 77 * 2**30, "memory budget auto: the fastest step within 77.00 GiB"),
+        ("min", 2**20, "memory budget min: as little as possible, 1.0 MiB"),
+        ("auto", 2**20, "memory budget auto: as little as possible, 1.0 MiB"),
+        ("None", None, "memory budget None: the fastest step, whatever it needs"),
+        (str(2**30), 2**30, "memory budget 1.00 GiB: the fastest step within 1.00 GiB"),
+    ],
+)
+def test_a_budget_is_told_in_words(report_of: Explained, asked: str, limit: int | None, words: str) -> None:
+    (made,) = report_of("llama").plans
+    made = dataclasses.replace(made, budget=asked, limit_bytes=limit, smallest_bytes=2**20)
+    assert describe_budget(made) == words
+    assert str(made).splitlines()[1] == words
+    assert words in render_html(dataclasses.replace(report_of("llama"), plans=(made,)))
+
+
+def test_without_a_length_a_step_is_one_that_the_model_takes() -> None:
+    setting = Setting(None, "bert", "auto", batch=1, seq=None, lora=False, device="H100")
+    (plan,) = report_offline(setting).plans
+    assert plan.tokens == 512
+
+
+def test_a_terminal_of_ipython_shows_the_text(report_of: Explained) -> None:
+    shown: list[str] = []
+    printer = types.SimpleNamespace(text=shown.append)
+    report_of("llama")._repr_pretty_(printer, False)
+    assert shown == [str(report_of("llama"))]
