@@ -77,6 +77,7 @@ def run_in_turns(
                     if not said:
                         selector.unregister(key.fd)
                         running.remove(process)
+                        _signal([process], signal.SIGCONT)  # it may have been stopped on its way out
                         tell(f"process {process.pid} ended with {process.wait()}")
                 if active is not None and time.time() - since > LONGEST_TURN:
                     tell(f"process {active.pid} has had its turn for {LONGEST_TURN:.0f} s: the others go on")

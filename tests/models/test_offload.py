@@ -49,24 +49,24 @@ def used_bytes(model):
 def saved_per_block(model, batch):
     """Return the loss of one forward, and the bytes that each block leaves on the device for backward."""
     found: dict[str, int] = {}
-    runs = {calls: calls.run for calls in find_installation(model)._calls.values()}
+    runs = {calls: calls._run for calls in find_installation(model)._calls.values()}
 
     def counted(run):
-        def wrapped(path, block, args, kwargs):
+        def wrapped(path, block, recorders, args, kwargs):
             with count_saved_bytes(model) as saved:
-                value = run(path, block, args, kwargs)
+                value = run(path, block, recorders, args, kwargs)
             found[path] = saved.total
             return value
 
         return wrapped
 
     for calls, run in runs.items():
-        calls.run = counted(run)
+        calls._run = counted(run)
     try:
         return model(**batch).loss, found
     finally:
         for calls in runs:
-            del calls.run
+            del calls._run
 
 
 @pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
@@ -107,16 +107,16 @@ def test_nothing_holds_what_has_left(tools):
     leaves = [any(r.op.startswith("input#") for r in plan.decisions[n].offloaded) for _, n in plan.layers]
     assert any(leaves[1:])
     (calls,) = find_installation(model)._calls.values()
-    run, made = calls.run, []
+    run, made = calls._run, []
 
-    def watched(path, block, args, kwargs):
-        value = run(path, block, args, kwargs)
+    def watched(path, block, recorders, args, kwargs):
+        value = run(path, block, recorders, args, kwargs)
         made.append(StorageWeakRef(value.untyped_storage()))
         # the block that ran before has sent off its values by now: its input is the result of the one before that
         assert all(made[number - 1].expired() for number in range(1, len(made) - 1) if leaves[number])
         return value
 
-    calls.run = watched
+    calls._run = watched
     loss = model(**batch).loss
     assert [made[number - 1].expired() for number in range(1, len(leaves))] == leaves[1:]
     loss.backward()

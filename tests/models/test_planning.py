@@ -47,24 +47,24 @@ def saved_per_block(model, batch):
     """Return the bytes each block saves for backward in one forward, in order, by hooks on saved tensors."""
     installation = find_installation(model)
     found: dict[str, int] = {}
-    runs = {calls: calls.run for calls in installation._calls.values()}
+    runs = {calls: calls._run for calls in installation._calls.values()}
 
     def counted(run):
-        def wrapped(path, block, args, kwargs):
+        def wrapped(path, block, recorders, args, kwargs):
             with count_saved_bytes(model) as saved:
-                value = run(path, block, args, kwargs)
+                value = run(path, block, recorders, args, kwargs)
             found[path] = saved.total
             return value
 
         return wrapped
 
     for calls, run in runs.items():
-        calls.run = counted(run)
+        calls._run = counted(run)
     try:
         model(**batch)
     finally:
         for calls in runs:
-            del calls.run
+            del calls._run
     return found
 
 
@@ -284,9 +284,9 @@ def test_a_second_thread_runs_stock_blocks_and_changes_no_plan(tools):
     reference = tools.run_step(model, batch)
     installation = find_installation(model)
     calls = installation._calls["model.layers"]
-    run, started, ran = calls.run, [], []
+    run, started, ran = calls._run, [], []
 
-    def within(path, block, args, kwargs):
+    def within(path, block, recorders, args, kwargs):
         ran.append(threading.get_ident())
         if not started:
             thread = threading.Thread(target=lambda: model(**other).loss.backward())
@@ -294,9 +294,9 @@ def test_a_second_thread_runs_stock_blocks_and_changes_no_plan(tools):
             thread.start()
             thread.join()
             model.zero_grad()
-        return run(path, block, args, kwargs)
+        return run(path, block, recorders, args, kwargs)
 
-    calls.run = within
+    calls._run = within
     step = tools.run_step(model, batch)
     assert set(ran) == {threading.get_ident()}
     assert [plan.tokens for plan in installation.planner.plans] == [384]

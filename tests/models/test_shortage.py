@@ -25,16 +25,16 @@ def batch_of(tools):
 def fail(model, times, monkeypatch, then=lambda: None):
     """Make the last block of `model` run out of memory in the next `times` calls of it."""
     calls = find_installation(model)._calls["model.layers"]
-    run, left = calls.run, [times]
+    run, left = calls._run, [times]
 
-    def failing(path, block, args, kwargs):
+    def failing(path, block, recorders, args, kwargs):
         if path == "model.layers.5" and left[0]:
             left[0] -= 1
             then()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB\nmore")
-        return run(path, block, args, kwargs)
+        return run(path, block, recorders, args, kwargs)
 
-    monkeypatch.setattr(calls, "run", failing)
+    monkeypatch.setattr(calls, "_run", failing)
     return left
 
 

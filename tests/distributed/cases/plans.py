@@ -62,15 +62,15 @@ def shortage(engine: str) -> dict[str, Any]:
     installation = find_installation(model)
     assert installation is not None
     calls = installation._calls["model.layers"]
-    run, seen = calls.run, []
+    run, seen = calls._run, []
 
-    def failing(path: str, block: Any, args: Any, kwargs: Any) -> Any:
+    def failing(path: str, block: Any, recorders: Any, args: Any, kwargs: Any) -> Any:
         seen.append(path)
         if path == "model.layers.5" and seen.count(path) == 1:
             raise torch.OutOfMemoryError("no memory")
-        return run(path, block, args, kwargs)
+        return run(path, block, recorders, args, kwargs)
 
-    calls.run = failing
+    calls._run = failing
     model = wrap(engine, model)
     try:
         model(**make_batch(0, 2, 12)).loss.backward()
