@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -117,6 +118,9 @@ class World:
             silent = sorted(set(ranks) - set(answers))
             gone = [rank for rank, answer in answers.items() if not answer]
             if gone or (silent and time.monotonic() >= deadline):
+                for rank in silent:
+                    self.processes[rank].send_signal(signal.SIGUSR1)  # their stacks are shown with the failure
+                time.sleep(1 if silent else 0)
                 self.end()
                 pytest.fail(f"ranks {gone} ended, ranks {silent} gave no answer in {PATIENCE} s")
         return [answers[rank] for rank in ranks]

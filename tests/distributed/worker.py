@@ -7,8 +7,10 @@ compared in the cases: optimized and stock under the same engine, and both again
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -32,6 +34,7 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not an answer
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)  # a silent rank is asked where it stands
     seconds = int(os.environ.get("FXOPT_TEST_TIMEOUT", "120"))
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
