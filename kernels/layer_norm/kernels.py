@@ -4,21 +4,29 @@ from fxopt.kernels.launch import jit, tl
 
 
 @jit
+def _load_columns(p_values, b_columns, WIDTH: tl.constexpr, HAS_VALUES: tl.constexpr):
+    if HAS_VALUES:
+        b_values = tl.load(p_values + b_columns, mask=b_columns < WIDTH, other=0.0)
+    else:
+        b_values = 0.0
+    return b_values
+
+
+@jit
 def _finish(
     b_n,
-    p_weight,
-    p_bias,
+    b_weight,
+    b_bias,
     p_y,
     b_columns,
     b_mask,
-    WIDTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     if HAS_WEIGHT:
-        b_n *= tl.load(p_weight + b_columns, mask=b_columns < WIDTH, other=0.0).to(tl.float32)
+        b_n *= b_weight.to(tl.float32)
     if HAS_BIAS:
-        b_n += tl.load(p_bias + b_columns, mask=b_columns < WIDTH, other=0.0).to(tl.float32)
+        b_n += b_bias.to(tl.float32)
     tl.store(p_y + b_columns, b_n.to(p_y.dtype.element_ty), mask=b_mask)
 
 
@@ -48,11 +56,14 @@ def layer_norm_forward_kernel(
     if WIDTH <= BLOCK_COLUMNS:
         b_mask = b_is_row[:, None] & (b_column < WIDTH)
         b_x = tl.load(p_x + b_column, mask=b_mask, other=0.0).to(tl.float32)
+        # On their way while the sums are made.
+        b_weight = _load_columns(p_weight, b_column, WIDTH, HAS_WEIGHT)
+        b_bias = _load_columns(p_bias, b_column, WIDTH, HAS_BIAS)
         b_mean = tl.sum(b_x, 1) / WIDTH
         b_x = tl.where(b_mask, b_x - b_mean[:, None], 0.0)
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / WIDTH + eps)
         b_n = b_x * b_rstd[:, None]
-        _finish(b_n, p_weight, p_bias, p_y, b_column, b_mask, WIDTH, HAS_WEIGHT, HAS_BIAS)
+        _finish(b_n, b_weight, b_bias, p_y, b_column, b_mask, HAS_WEIGHT, HAS_BIAS)
     else:
         b_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
@@ -73,7 +84,9 @@ def layer_norm_forward_kernel(
             b_mask = b_is_row[:, None] & (b_columns < WIDTH)
             b_x = tl.load(p_x + b_columns, mask=b_mask, other=0.0).to(tl.float32)
             b_n = (b_x - b_mean[:, None]) * b_rstd[:, None]
-            _finish(b_n, p_weight, p_bias, p_y, b_columns, b_mask, WIDTH, HAS_WEIGHT, HAS_BIAS)
+            b_weight = _load_columns(p_weight, b_columns, WIDTH, HAS_WEIGHT)
+            b_bias = _load_columns(p_bias, b_columns, WIDTH, HAS_BIAS)
+            _finish(b_n, b_weight, b_bias, p_y, b_columns, b_mask, HAS_WEIGHT, HAS_BIAS)
     tl.store(p_statistics + b_row, b_rstd, mask=b_is_row)
     tl.store(p_statistics + num_rows + b_row, b_mean, mask=b_is_row)
 

@@ -39,16 +39,23 @@ def _load_input(
 
 
 @jit
+def _load_weight(p_weight, b_columns, WIDTH: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    if HAS_WEIGHT:
+        b_weight = tl.load(p_weight + b_columns, mask=b_columns < WIDTH, other=0.0)
+    else:
+        b_weight = 0.0
+    return b_weight
+
+
+@jit
 def _finish(
     b_n,
-    p_weight,
+    b_weight,
     p_gate,
     p_y,
-    b_columns,
     b_mask,
     offset,
     h_type: tl.constexpr,
-    WIDTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     GATE: tl.constexpr,
     GATE_BEFORE: tl.constexpr,
@@ -57,8 +64,7 @@ def _finish(
     if CAST_FIRST:
         b_n = b_n.to(h_type).to(tl.float32)
     if HAS_WEIGHT:
-        b_weight = tl.load(p_weight + b_columns, mask=b_columns < WIDTH, other=0.0).to(tl.float32)
-        b_n *= b_weight + offset
+        b_n *= b_weight.to(tl.float32) + offset
     if GATE != "" and not GATE_BEFORE:
         b_act, _ = act_and_slope(tl.load(p_gate, mask=b_mask, other=0.0).to(tl.float32), GATE)
         b_n *= b_act
@@ -114,6 +120,7 @@ def rms_norm_forward_kernel(
             p_x + b_column, p_skip + b_column, p_gate + b_column, b_mask, scale,
             h_type, HAS_SKIP, GATE, GATE_BEFORE,
         )  # fmt: skip
+        b_weight = _load_weight(p_weight, b_column, WIDTH, HAS_WEIGHT)  # on its way while the sums are made
         if HAS_SKIP:
             tl.store(p_h + b_column, b_x.to(h_type), mask=b_mask)
         if CENTRE:
@@ -123,8 +130,8 @@ def rms_norm_forward_kernel(
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / WIDTH + eps)
         b_n = b_x * b_rstd[:, None]
         _finish(
-            b_n, p_weight, p_gate + b_column, p_y + b_column, b_column, b_mask, offset,
-            h_type, WIDTH, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,
+            b_n, b_weight, p_gate + b_column, p_y + b_column, b_mask, offset,
+            h_type, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,
         )  # fmt: skip
     else:
         b_mean = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -160,8 +167,9 @@ def rms_norm_forward_kernel(
             if HAS_SKIP:
                 tl.store(p_h + b_columns, b_x.to(h_type), mask=b_mask)
             b_n = (b_x - b_mean[:, None]) * b_rstd[:, None]
+            b_weight = _load_weight(p_weight, b_columns, WIDTH, HAS_WEIGHT)
             _finish(
-                b_n, p_weight, p_gate + b_columns, p_y + b_columns, b_columns, b_mask, offset,
-                h_type, WIDTH, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,
+                b_n, b_weight, p_gate + b_columns, p_y + b_columns, b_mask, offset,
+                h_type, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,
             )  # fmt: skip
     tl.store(p_rstd, b_rstd, mask=b_is_row)

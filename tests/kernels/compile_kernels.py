@@ -72,14 +72,13 @@ def rms_norm_builds() -> Iterator[Build]:
 
 def layer_norm_builds() -> Iterator[Build]:
     fp32 = {"p_statistics": "*fp32", "p_partial": "*fp32"}
-    plain = dict(HAS_WEIGHT=True, HAS_BIAS=True)
     for width in (*WIDTHS, ODD_WIDTH):
         rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
-        form = plain | dict(WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+        form = dict(HAS_WEIGHT=True, WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
         warps = num_warps_for(rows * columns)
-        yield layer_norm.layer_norm_forward_kernel, form, fp32, warps, True
+        for biased in (True, False):
+            yield layer_norm.layer_norm_forward_kernel, form | dict(HAS_BIAS=biased), fp32, warps, True
         keep = columns <= layer_norm.MOST_KEPT_COLUMNS
-        del form["HAS_BIAS"]
         for trainable in (True, False):
             needs = dict(NEED_X=True, NEED_WEIGHT=trainable, NEED_BIAS=trainable)
             backward = form | needs | dict(KEEP_WEIGHT=keep, RELOAD=not keep and trainable)
