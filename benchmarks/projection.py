@@ -8,11 +8,11 @@ is measured beyond one GPU: `ASSUMPTIONS` says what is taken for granted.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,13 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     """Print the assumptions and the table, and write them and the plot where a folder is given."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.projection", description=main.__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="where projection.md, .csv and .png go")
+    folder: Path | None = parser.parse_args().folder
     text = "\n".join(f"- {line}" for line in ASSUMPTIONS) + "\n\n" + render_table()
     print(text)
-    if len(sys.argv) < 2:
+    if folder is None:
         return
-    folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "projection.md").write_text(text)
     with (folder / "projection.csv").open("w", newline="") as file:
