@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.attention.call import Call
-from fxopt.kernels.attention.launches import MOST_WIDTH, Plan, launch_backward, launch_forward, plans_of
+from fxopt.kernels.attention.launches import MOST_WIDTH, launch_backward, launch_forward
+from fxopt.kernels.attention.plans import Plan, plans_of
 from fxopt.kernels.attention.reference import plain_backward, plain_forward
 from fxopt.kernels.launch import can_launch
 

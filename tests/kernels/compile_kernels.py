@@ -20,11 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxopt.kernels import activation, cross_entropy, dequantize_4bit
+from fxopt.kernels import activation, dequantize_4bit
 from fxopt.kernels.activations import ACTIVATIONS
 from fxopt.kernels.attention import backward as attention_backward
+from fxopt.kernels.attention import backward_queries, launches, masks, plans
 from fxopt.kernels.attention import forward as attention_forward
-from fxopt.kernels.attention import launches, masks
+from fxopt.kernels.cross_entropy import kernels as cross_entropy
 from fxopt.kernels.experts import launches as experts
 from fxopt.kernels.glu import launches as glu
 from fxopt.kernels.glu.form import Form, passes_at_limit
@@ -286,8 +287,8 @@ def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
         block |= dict(PRECISION="ieee" if dtype == "float32" else "tf32")
         delta = dict(HAS_SINKS=True, VALUE_WIDTH=width, BLOCK_VALUE=width, QUERIES=launches.DELTA_QUERIES)
         yield attention_backward.attention_delta_kernel, delta, types, 4, True
-        plan = launches.plans_for(width, getattr(torch, dtype), divmod(arch, 10))[0]
-        reading = launches.Plan(*[launches.READING[width]] * 3)
+        plan = plans.plans_for(width, getattr(torch, dtype), divmod(arch, 10))[0]
+        reading = plans.Plan(*[plans.READING[width]] * 3)
         forms = [(causal, plan)]
         if width == 128:
             forms += [(capped, plan), (capped | dict(READS=True), reading)]
@@ -298,7 +299,7 @@ def attention_builds(arch: int, dtype: str) -> Iterator[Build]:
                 (
                     attention_forward.attention_forward_kernel,
                     attention_backward.attention_backward_keys_kernel,
-                    attention_backward.attention_backward_queries_kernel,
+                    backward_queries.attention_backward_queries_kernel,
                 ),
                 tiles,
                 strict=True,

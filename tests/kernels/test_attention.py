@@ -13,13 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxopt.kernels.attention import attention, attention_reference, backends, choice, op
 from fxopt.kernels.attention.call import Call
-from fxopt.kernels.attention.launches import launch_backward, launch_forward, plans_for, plans_of
+from fxopt.kernels.attention.launches import launch_backward, launch_forward
 from fxopt.kernels.attention.masks import (
     launch_intervals,
     launch_key_ranges,
     mask_intervals,
     plain_intervals,
 )
+from fxopt.kernels.attention.plans import plans_for, plans_of
 
 # The interpreter multiplies the bits of bfloat16 tiles as integers.
 ON_CPU = (torch.float32, torch.float16)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fxopt.kernels import cross_entropy as file
-from fxopt.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from fxopt.kernels.cross_entropy import cross_entropy, cross_entropy_reference, kernels
 from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,11 +57,11 @@ def run_kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shaping = Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all")
     with torch.no_grad():
-        loss, lse, divisor = file.launch_forward(
+        loss, lse, divisor = kernels.launch_forward(
             logits, labels, denominator, ignore_index, reduction == "mean", *shaping
         )
         dloss = torch.ones((), device=logits.device)
-        return loss, file.launch_backward(dloss, logits, labels, lse, divisor, ignore_index, *shaping)
+        return loss, kernels.launch_backward(dloss, logits, labels, lse, divisor, ignore_index, *shaping)
 
 
 def compare(
@@ -175,7 +174,7 @@ def test_extreme_logits(values: list[float], device: str) -> None:
     """The loss that torch gives, for a label at each value; the extremes stand before and after a tile's width."""
     row = torch.tensor(values, device=device)
     logits = torch.cat(
-        [row, torch.full((file.BLOCK_COLUMNS,), float("-inf"), device=device), row[:2]]
+        [row, torch.full((kernels.BLOCK_COLUMNS,), float("-inf"), device=device), row[:2]]
     ).expand(4, -1)
     labels = torch.arange(4, device=device)
     for index in range(4):
@@ -256,11 +255,11 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 def test_opcheck(op_device: str, opcheck: Any) -> None:
     logits, labels = make(5, 64, torch.float32, op_device)
     shaping = Shaping()
-    opcheck(file._forward_op, (logits, labels, None, -100, True, *shaping))
+    opcheck(kernels._forward_op, (logits, labels, None, -100, True, *shaping))
     with torch.no_grad():
-        loss, lse, divisor = file._forward_op(logits, labels, None, -100, True, *shaping)
+        loss, lse, divisor = kernels._forward_op(logits, labels, None, -100, True, *shaping)
     arguments = (loss, logits.detach(), labels, lse, divisor, -100, *shaping)
-    opcheck(file._backward_op, arguments)
+    opcheck(kernels._backward_op, arguments)
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
