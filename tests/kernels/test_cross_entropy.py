@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fxopt.kernels.cross_entropy import cross_entropy, cross_entropy_reference, kernels
+from fxopt.kernels.cross_entropy import cross_entropy, cross_entropy_reference, kernels, op
 from fxopt.kernels.row_loss import Shaping
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -255,11 +255,11 @@ def test_op(name: str, op_device: str, check: Any, gradients: Any) -> None:
 def test_opcheck(op_device: str, opcheck: Any) -> None:
     logits, labels = make(5, 64, torch.float32, op_device)
     shaping = Shaping()
-    opcheck(kernels._forward_op, (logits, labels, None, -100, True, *shaping))
+    opcheck(op._forward_op, (logits, labels, None, -100, True, *shaping))
     with torch.no_grad():
-        loss, lse, divisor = kernels._forward_op(logits, labels, None, -100, True, *shaping)
+        loss, lse, divisor = op._forward_op(logits, labels, None, -100, True, *shaping)
     arguments = (loss, logits.detach(), labels, lse, divisor, -100, *shaping)
-    opcheck(kernels._backward_op, arguments)
+    opcheck(op._backward_op, arguments)
 
 
 def test_both_ops_stand_in_the_joint_graph(op_device: str, joint_targets: Any) -> None:
