@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.kernels.launch import ceil_div
 from fxopt.kernels.lora_linear.extended import extends_backward, extends_forward, padded
 from fxopt.kernels.lora_linear.form import Form, Weight, read_weights, split_lists
-from fxopt.kernels.lora_linear.one_read import BLOCK_ROWS, COLUMN_GROUPS, LEAST_BYTES
+from fxopt.kernels.lora_linear.one_read import LEAST_BYTES, parts_bytes
 
 PACKED_BYTES = 0.5
 """Of one four-bit value."""
@@ -132,7 +131,7 @@ def _parts_of(rows: Tensor) -> int:
     """Return the bytes, per column of a factor, of what one read of `rows` sums up in parts."""
     if rows.numel() * rows.element_size() < LEAST_BYTES or rows.device.type == "cpu":
         return 0
-    return 4 * (ceil_div(rows.shape[0], BLOCK_ROWS) * rows.shape[1] + COLUMN_GROUPS * rows.shape[0])
+    return parts_bytes(rows, 1)
 
 
 def forward_moved(*arguments: Any) -> int:

@@ -20,11 +20,12 @@ from fxopt.kernels.lora_linear.backward import Products, run_backward
 from fxopt.kernels.lora_linear.costs import backward_flops, backward_moved, backward_workspace
 from fxopt.kernels.lora_linear.form import split_lists
 from fxopt.kernels.lora_linear.gated_products import (
+    BLOCK_ROWS,
     Narrow,
     launch_gated_products,
-    parts_bytes,
     reads_gated_once,
 )
+from fxopt.kernels.lora_linear.one_read import parts_bytes
 from fxopt.kernels.lora_linear.op import fake_backward
 from fxopt.kernels.lora_linear.products import as_rows, write_product
 
@@ -129,7 +130,8 @@ def _flops(dy: Any, gate: Any, up: Any, *arguments: Any) -> int:
 def _workspace(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
     """Return the bytes of both gradients, and of the parts of the sums or what comes after them."""
     call = _read(arguments)
-    parts = sum(parts_bytes(as_rows(dy), factor.shape[1]) for factor in (*call.after.b, *call.before.b))
+    ranks = [factor.shape[1] for factor in (*call.after.b, *call.before.b)]
+    parts = sum(parts_bytes(as_rows(dy), rank, BLOCK_ROWS) for rank in ranks)
     after = backward_workspace(call.dys, [dy], *call.after)
     before = backward_workspace([gate, up], call.xs, *call.before)
     return max(parts, after, before) + _num_bytes(gate, up)

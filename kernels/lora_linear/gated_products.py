@@ -18,11 +18,16 @@ from fxopt.kernels.glu.kernels import leave_tile
 from fxopt.kernels.launch import ceil_div, jit, next_power_of_two, on_device, tl
 from fxopt.kernels.launcher import launch
 from fxopt.kernels.lora_linear.extend import has_kernel
-from fxopt.kernels.lora_linear.one_read import LEAST_BYTES, MOST_RANK, launch_narrow_sum
+from fxopt.kernels.lora_linear.one_read import (
+    COLUMN_GROUPS,
+    LEAST_BYTES,
+    MOST_RANK,
+    launch_narrow_sum,
+    parts_bytes,
+)
 
 BLOCK_ROWS = 128
 """Fewer rows make more parts of the sums over rows; more take registers that a program does not have."""
-COLUMN_GROUPS = 8
 HOPPER = (9, 0)
 NO_GPU = (0, 0)
 
@@ -227,7 +232,7 @@ def reads_gated_once(dy: Tensor, gate: Tensor, up: Tensor, narrow: list[Narrow])
     return (
         fits
         and saved >= LEAST_BYTES
-        and 2 * parts_bytes(dy, max(ranks)) < saved
+        and 2 * parts_bytes(dy, max(ranks), BLOCK_ROWS) < saved
         and has_kernel(dy, *narrow[0][:2])
     )
 
@@ -245,12 +250,6 @@ def tile_of(capability: tuple[int, int]) -> dict[str, int]:
     if capability == HOPPER:
         return dict(BLOCK_COLUMNS=64, num_warps=8, num_stages=3)
     return dict(BLOCK_COLUMNS=32, num_warps=8, num_stages=2)
-
-
-def parts_bytes(rows: Tensor, rank: int) -> int:
-    """Return the bytes of the parts of one pair of narrow products of `rows`."""
-    blocks = ceil_div(rows.shape[0], BLOCK_ROWS)
-    return 4 * rank * (blocks * rows.shape[1] + COLUMN_GROUPS * rows.shape[0])
 
 
 def launch_gated_products(

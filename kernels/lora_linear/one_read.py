@@ -98,11 +98,15 @@ def narrow_sum_kernel(
 def reads_once(rows: Tensor, factor: Tensor, left: Tensor) -> bool:
     """Return whether one read saves more than what the sums' parts move, and the kernels can run."""
     saved = rows.numel() * rows.element_size()
-    blocks = ceil_div(rows.shape[0], BLOCK_ROWS)
-    parts = 4 * factor.shape[1] * (blocks * rows.shape[1] + COLUMN_GROUPS * rows.shape[0])
+    parts = parts_bytes(rows, factor.shape[1])
     fits = factor.shape[1] <= MOST_RANK and rows.stride(1) == 1 and left.stride(1) == 1
     fits = fits and rows.dtype == factor.dtype == left.dtype  # wider adapters go through torch's products
     return fits and saved >= LEAST_BYTES and 2 * parts < saved and has_kernel(rows, factor, left)
+
+
+def parts_bytes(rows: Tensor, rank: int, block_rows: int = BLOCK_ROWS) -> int:
+    """Return the bytes of the parts of one pair of narrow products of `rows`, of programs of `block_rows`."""
+    return 4 * rank * (ceil_div(rows.shape[0], block_rows) * rows.shape[1] + COLUMN_GROUPS * rows.shape[0])
 
 
 def launch_narrow_products(rows: Tensor, factor: Tensor, left: Tensor, scale: float, outer: Tensor) -> Tensor:
