@@ -35,6 +35,11 @@ class Declared(Protocol):
         """What its products reach of the datasheet's; None: what large ones do."""
         ...
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The arguments whose rows it never mixes: some of these give some of its results, or partial sums."""
+        ...
+
 
 Declarations = Mapping[Any, Declared]
 

@@ -127,7 +127,7 @@ def make_plan(
     peak = find_peak(timeline)
     recompute_ms = sum(decision.recompute_ms for decision in taken)
     wait_ms = sum(decision.wait_ms for decision in taken)
-    compute_ms = sum(decision.compute_ms + 0.0 for decision in (*taken, *around.tail))
+    compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
     return Plan(
         model=facts.model,
         device=facts.device.name,
@@ -170,4 +170,5 @@ def scale_decision(decision: Decision, scale: float) -> Decision:
         backward_bytes=int(decision.backward_bytes * scale),
         compute_ms=decision.compute_ms * scale,
         recompute_ms=decision.recompute_ms * scale,
+        chunk_ms=decision.chunk_ms * scale,
     )

@@ -22,6 +22,8 @@ from fxopt.remat.devices import Device
 ROUNDING = 512
 """Torch's CUDA allocator gives out whole blocks of this many bytes."""
 INPUT = "input"
+CHUNK = "chunk"
+"""Where the meta of a node that runs on some rows names the node that it was copied from."""
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
 
@@ -143,6 +145,8 @@ def _labels_of(forward: list[fx.Node]) -> dict[fx.Node, str]:
             labels[node] = f"{labels[node.args[0]]}.{node.args[1]}"
             continue
         name = INPUT if node.op == "placeholder" else _name_of(node)
+        if CHUNK in node.meta:  # so that names elsewhere are those of the graph without chunks
+            name = f"{name}/chunk"
         if name == INPUT and not tensors_in(node.meta.get("val")):
             name = "size"
         labels[node] = f"{name}#{counts[name]}"

@@ -67,6 +67,10 @@ def _render_decision(paths: list[str], decision: Decision) -> list[str]:
         + (f"offloads {format_bytes(decision.offloaded_bytes)}, " if decision.offloaded_bytes else "")
         + f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms",
     ]
+    if decision.chunks > 1:
+        lines.append(
+            f"  runs its widest part in {decision.chunks} chunks of tokens, {decision.chunk_ms:.2f} ms more"
+        )
     parts = (
         ("saved", decision.saved),
         ("offloaded", decision.offloaded),

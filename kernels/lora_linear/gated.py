@@ -157,5 +157,5 @@ register_op(
     fused=_run_together,
     fake=_fake,
     flops=_flops,
-    declared=Declared(workspace=_workspace, moved=_moved),
+    declared=Declared(workspace=_workspace, moved=_moved, rows=("dy", "gate", "up", "dys", "before_xs")),
 )

@@ -61,7 +61,7 @@ _forward_op = register_op(
     fused=run_forward,
     fake=_fake_forward,
     flops=forward_flops,
-    declared=Declared(workspace=forward_workspace, moved=forward_moved),
+    declared=Declared(workspace=forward_workspace, moved=forward_moved, rows=("xs",)),
 )
 _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",
@@ -69,7 +69,7 @@ _backward_op = register_op(
     fused=run_backward,
     fake=fake_backward,
     flops=backward_flops,
-    declared=Declared(workspace=backward_workspace, moved=backward_moved),
+    declared=Declared(workspace=backward_workspace, moved=backward_moved, rows=("dys", "xs")),
 )
 
 
