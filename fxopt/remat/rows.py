@@ -37,7 +37,7 @@ WHOLE, COLUMNS, SUM, OTHER = Kind("whole"), Kind("columns"), Kind("sum"), Kind("
 """A value that is read whole, and hangs on no rows; a transposed one; a sum over rows; rows in some other way."""
 SAME = ("alias", "detach", "_to_copy", "zeros_like", "ones_like", "full_like", "empty_like")
 """Ops beside those tagged pointwise whose result has an item for each of their operand's."""
-SHAPED = ("view", "reshape", "_unsafe_view", "expand")
+SHAPED = ("view", "reshape", "_unsafe_view", "expand", "slice_backward")
 """Ops whose second argument is the shape of the result."""
 ALONG = {"slice": 1, "select": 1, "split": 2, "split_with_sizes": 2, "sum": 1, "mean": 1}
 """Ops along dimensions, and the place of the argument that names these."""
@@ -196,11 +196,18 @@ def _follow_shaped(reader: _Reader, node: fx.Node) -> Kind | None:
     if kind.name != "rows":
         return None
     after = reader.leading_of(found)
-    is_expand = schema_of(node.target).name == "aten::expand"
-    if after is None or (is_expand and (found.ndim != value.ndim or after != kind)):
-        return None
-    rest, before = math.prod(found.shape[after.leading :]), math.prod(value.shape[kind.leading :])
-    return after if is_expand or rest == before else None
+    if schema_of(node.target).name in ("aten::expand", "aten::slice_backward"):
+        is_within = found.ndim == value.ndim and value.shape[: kind.leading] == found.shape[: kind.leading]
+        return kind if is_within and after == kind else None
+    rest, before = (math.prod(each.shape[k.leading :]) for each, k in ((found, after or kind), (value, kind)))
+    return after if rest == before else None
+
+
+def _follow_joined(reader: _Reader, node: fx.Node) -> Kind | None:
+    kinds, value = {reader.kinds[item] for item in node.all_input_nodes}, node.meta["val"]
+    place = (node.args[1] if len(node.args) > 1 else 0) % value.ndim  # pyright: ignore
+    (kind,) = kinds if len(kinds) == 1 else (OTHER,)
+    return kind if kind.name == "rows" and place >= kind.leading else None
 
 
 def _follow_transposed(reader: _Reader, node: fx.Node) -> Kind | None:
@@ -254,6 +261,7 @@ RULES: dict[str, Callable[[_Reader, fx.Node], Any]] = {
     **dict.fromkeys(SHAPED, _follow_shaped),
     **dict.fromkeys(("t", "transpose", "permute"), _follow_transposed),
     **dict.fromkeys(("mm", "addmm"), _follow_product),
+    "cat": _follow_joined,
     **dict.fromkeys(ALONG, _follow_along),
 }
 
