@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget
@@ -14,7 +13,6 @@ from fxopt.remat.step import NOT_SPREAD, Around, Spread, find_peak, simulate_ste
 from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
-log = logging.getLogger("fxopt")
 LOWER = 0.9
 """The share of a plan's peak that the next one may have where memory ran out: a smaller step would not be felt."""
 
@@ -59,41 +57,35 @@ def find_lower_goal(goal: Goal, plan: Plan) -> Goal | None:
     return dataclasses.replace(goal, ceiling=max(plan.smallest_bytes, int(plan.peak_bytes * LOWER)))
 
 
-def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
-    """Return the most bytes that a step of `goal` may allocate, None where nothing limits it.
+def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> tuple[int | None, str]:
+    """Return the most bytes that a step of `goal` may allocate, None where nothing limits it, and what to warn of.
 
     Raises:
         FxoptError: no choice needs so little.
     """
-    asked = _limit_asked_for(goal, facts, candidates, around)
-    return min((limit for limit in (asked, goal.ceiling) if limit is not None), default=None)
+    asked, warning = _limit_asked_for(goal, facts, candidates, around)
+    return min((limit for limit in (asked, goal.ceiling) if limit is not None), default=None), warning
 
 
-def _limit_asked_for(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
+def _limit_asked_for(
+    goal: Goal, facts: Facts, candidates: Candidates, around: Around
+) -> tuple[int | None, str]:
     budget, device = goal.budget, facts.device
     if budget is None:
-        return None
+        return None, ""
     smallest = find_smallest(candidates, without_update(goal, around))
     if budget == "min":
-        return smallest
+        return smallest, ""
     if budget == "auto":
-        if facts.free_bytes is not None and facts.free_bytes < smallest:
-            log.warning(
-                "memory_budget='auto': %s are free, the smallest step needs %s",
-                *map(format_bytes, (facts.free_bytes, smallest)),
-            )
-            return smallest
-        return facts.free_bytes
+        if facts.free_bytes is None or facts.free_bytes >= smallest:
+            return facts.free_bytes, ""
+        free, needed = map(format_bytes, (facts.free_bytes, smallest))
+        return smallest, f"memory_budget='auto': {free} are free, the smallest step needs {needed}"
     assert not isinstance(budget, str)
     limit = int(budget * device.memory_bytes) if isinstance(budget, float) else budget
     if limit > device.memory_bytes and device.bounded:
-        log.warning(
-            "memory_budget: %s is more than %s has (%s): treated as unlimited",
-            format_bytes(limit),
-            device.name,
-            format_bytes(device.memory_bytes),
-        )
-        return None
+        asked, there = map(format_bytes, (limit, device.memory_bytes))
+        return None, f"memory_budget: {asked} is more than {device.name} has ({there}): treated as unlimited"
     if limit < smallest:
         raise FxoptError(
             f"memory_budget: no plan fits, expected at least {format_bytes(smallest)} ({smallest} bytes), "
@@ -101,7 +93,7 @@ def _limit_asked_for(goal: Goal, facts: Facts, candidates: Candidates, around: A
             f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state; "
             "a smaller batch or shorter sequences need less"
         )
-    return limit
+    return limit, ""
 
 
 def without_update(goal: Goal, around: Around) -> Around:

@@ -69,6 +69,7 @@ class StepPlanner:
         self._scaled: dict[tuple[int, ...], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
+        self._said: set[str] = set()
 
     @property
     def lowering(self) -> str:
@@ -262,7 +263,7 @@ class StepPlanner:
             fixed.append(settled)
         around = self._around(goal, facts)
         candidates = self._candidates_of(menus)
-        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        limit = self._limit(goal, facts, candidates, around)
         picked = choose_decisions(candidates, without_update(goal, around), limit)
         assert picked is not None, "the smallest plan does not fit in its own peak"
         return tuple(n if settled is None else settled for n, settled in zip(picked, fixed, strict=True))
@@ -297,10 +298,20 @@ class StepPlanner:
         engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
         return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine)
 
+    def _limit(self, goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
+        """Return the most that a step may allocate; what is to be said of it is said once."""
+        if self._given is not None:
+            return None
+        limit, warning = find_limit(goal, facts, candidates, around)
+        if warning and warning not in self._said:
+            self._said.add(warning)
+            log.warning("%s", warning)
+        return limit
+
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal)
         around = self._around(goal, facts)
         candidates = self._candidates_of(menus)
-        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        limit = self._limit(goal, facts, candidates, around)
         smallest = find_smallest(candidates, around)
         return make_plan(facts, goal, limit, smallest, menus, numbers, around)

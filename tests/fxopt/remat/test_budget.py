@@ -12,6 +12,7 @@ from torch import nn
 import fxopt
 from fxopt.capture.installation import find_installation
 from fxopt.remat.budget import check_budget
+from fxopt.report.units import format_bytes
 
 
 class Block(nn.Module):
@@ -76,7 +77,20 @@ def test_a_budget_above_the_device_is_said_and_unlimited(caplog):
         wanted = options_for_plan("500GiB")
         plan = finish_plan(*survey_model(Stack(), wanted, INPUTS, DEVICES[0]))
     assert plan.limit_bytes is None
-    assert "500.00 GiB is more than H100 has (80.00 GiB): treated as unlimited" in caplog.text
+    said = "500.00 GiB is more than H100 has (80.00 GiB): treated as unlimited"
+    assert [said in record.message for record in caplog.records] == [True]
+
+
+def test_what_an_automatic_budget_lacks_is_said_once(caplog):
+    from fxopt.planning import finish_plan
+    from fxopt.remat.devices import DEVICES
+    from fxopt.surveying import options_for_plan, survey_model
+
+    small = dataclasses.replace(DEVICES[0], memory_bytes=1000)
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        plan = finish_plan(*survey_model(Stack(), options_for_plan("auto"), INPUTS, small))
+    said = f"970 B are free, the smallest step needs {format_bytes(plan.smallest_bytes)}"
+    assert [said in record.message for record in caplog.records] == [True]
 
 
 def test_a_plan_for_another_model_or_shape_names_the_difference():
