@@ -8,11 +8,13 @@ from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.cost import Declarations
-from fxopt.remat.devices import Device
+from fxopt.remat.devices import BANDWIDTH_SHARE, Device
 from fxopt.remat.step import NOT_SPREAD, Around, Spread, find_peak, simulate_step
 from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
+UPDATE_PASSES = 7
+"""What a fused AdamW moves per byte that it trains: weight, gradient and both moments read, three of them written."""
 LOWER = 0.9
 """The share of a plan's peak that the next one may have where memory ran out: a smaller step would not be felt."""
 
@@ -119,6 +121,7 @@ def make_plan(
     peak = find_peak(timeline)
     recompute_ms = sum(decision.recompute_ms for decision in taken)
     wait_ms = sum(decision.wait_ms for decision in taken)
+    update_ms = update_ms_of(around.gradient_bytes, facts.device)
     compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
     return Plan(
         model=facts.model,
@@ -135,12 +138,23 @@ def make_plan(
         smallest_bytes=smallest,
         peak_bytes=peak.bytes,
         peak_at=peak.name,
-        step_ms=compute_ms + recompute_ms + wait_ms,
+        step_ms=compute_ms + recompute_ms + wait_ms + update_ms,
         recompute_ms=recompute_ms,
         wait_ms=wait_ms,
+        update_ms=update_ms,
         after=around.tail,
         timeline=timeline,
     )
+
+
+def update_ms_of(trained_bytes: int, device: Device) -> float:
+    """Return what the optimizer's step takes, which waits for memory alone.
+
+    >>> from fxopt.remat.devices import find_device
+    >>> round(update_ms_of(2 * 1_236_000_000, find_device("H100")), 1)
+    5.7
+    """
+    return UPDATE_PASSES * trained_bytes / (device.bandwidth * BANDWIDTH_SHARE) * 1e3
 
 
 def scale_decision(decision: Decision, scale: float) -> Decision:

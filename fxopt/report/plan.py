@@ -87,7 +87,8 @@ class Plan:
     `budget` is what was asked for, `limit_bytes` what it came to (None: no limit). `layers` gives each block, by its
     path, the number of its decision. `static_bytes` live all the time: weights, buffers, the optimizer's state.
     `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
-    not planned; `timeline` is the simulated step. `residual_bytes` stay on the device, `host_bytes` on the host.
+    not planned; `update_ms` of `step_ms` are the optimizer's; `timeline` is the simulated step. `residual_bytes` stay
+    on the device, `host_bytes` on the host.
     """
 
     model: str
@@ -105,6 +106,7 @@ class Plan:
     step_ms: float
     recompute_ms: float
     wait_ms: float = 0.0
+    update_ms: float = 0.0
     after: tuple[Decision, ...] = ()
     timeline: tuple[Instant, ...] = ()
 
