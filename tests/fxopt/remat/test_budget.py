@@ -68,6 +68,16 @@ def test_a_budget_below_the_smallest_peak_names_that_peak():
     assert fxopt.plan(Stack(), smallest, INPUTS).peak_bytes <= smallest
 
 
+def test_a_share_is_one_of_the_device():
+    from fxopt.planning import finish_plan
+    from fxopt.remat.devices import DEVICES
+    from fxopt.surveying import options_for_plan, survey_model
+
+    plan = finish_plan(*survey_model(Stack(), options_for_plan(0.25), INPUTS, DEVICES[0]))
+    assert plan.limit_bytes == 20 * 2**30
+    assert plan.peak_bytes <= plan.limit_bytes
+
+
 def test_a_budget_above_the_device_is_said_and_unlimited(caplog):
     from fxopt.planning import finish_plan
     from fxopt.remat.devices import DEVICES
