@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 from torch import fx
@@ -29,6 +28,7 @@ class Views:
 
     def __init__(self, graph: fx.Graph, read: Callable[[fx.Graph], Joint], declared: Declarations) -> None:
         self._graph, self._read, self._declared = graph, read, declared
+        self._divided: dict[int, tuple[Joint, dict[int, int]] | None] = {}
         self.whole = read(graph)
         found = find_regions(graph, declared)
         num_rows = found[1].count if found else 0
@@ -40,14 +40,18 @@ class Views:
         """What two graphs share that have one menu."""
         return self.whole.key, self.counts
 
-    @functools.cache  # noqa: B019 - a view lives as long as one graph is read
     def divided(self, count: int) -> tuple[Joint, dict[int, int]] | None:
         """Return the graph in `count` chunks and where in it each forward value of the whole is, or None."""
+        if count not in self._divided:
+            self._divided[count] = self._divide(count)
+        return self._divided[count]
+
+    def _divide(self, count: int) -> tuple[Joint, dict[int, int]] | None:
+        if count not in self.counts:
+            return None
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self._graph.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        if count not in self.counts:
-            return None
         try:
             replaced = divide(graph, count, self._declared)
         except NotDivisible:
