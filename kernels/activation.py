@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxopt.kernels.activations import act_backward, act_forward, activate, activate_backward, check_activation
 from fxopt.kernels.launch import (
+    Declared,
     as_rows,
     can_launch,
     ceil_div,
@@ -173,12 +174,14 @@ _forward_op = register_op(
     fused=_fused_forward,
     fake=_fake_forward,
     tags=(torch.Tag.pointwise,),
+    declared=Declared(rows=("x",)),
 )
 _backward_op = register_op(
     "activation_backward(Tensor dy, Tensor x, str act, float alpha) -> Tensor",
     plain=plain_backward,
     fused=_fused_backward,
     fake=_fake_backward,
+    declared=Declared(rows=("dy", "x")),
 )
 
 

@@ -57,12 +57,16 @@ class Declared:
 
     `workspace`: the most bytes that it holds for itself while it runs. `moved`: the bytes that it moves through memory
     beside its large products, which wait for that. `share`: what its products reach of the datasheet's, as measured on
-    an H100 on single calls; None: what large matrix products reach.
+    an H100 on single calls; None: what large matrix products reach. `rows`: the arguments whose rows (all dimensions
+    but the last) it never mixes: called with some rows of these, it returns these rows of each result, or what they
+    add to one that is a sum over rows. `launches`: the kernels that one call runs; None: one.
     """
 
     workspace: Callable[..., int] | None = None
     moved: Callable[..., int] | None = None
     share: float | None = None
+    rows: tuple[str, ...] = ()
+    launches: Callable[..., int] | None = None
 
 
 DECLARED: dict[torch._ops.OpOverload, Declared] = {}

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.joint_codes import NAMESPACE, are_alike, argument_names
+from fxopt.graph.edit import move_behind
 from fxopt.graph.torch_private import schema_of
 
 SPLIT = ("xs", "weights", "biases", "a", "b", "needs")
@@ -94,22 +95,6 @@ def _split(node: fx.Node, given: dict[str, Any], like: fx.Node, backward: fx.Nod
     node.args = tuple(first.values())
     node.meta["val"] = list(node.meta["val"][:1])
     move_behind(later)
-
-
-def move_behind(node: fx.Node) -> None:
-    """Move what reads `node`, directly or not, and stands before it, behind it, in the order it stands in."""
-    before: set[fx.Node] = set()
-    for item in node.graph.nodes:
-        if item is node:
-            break
-        before.add(item)
-    moved: set[fx.Node] = {node}
-    last = node
-    for item in [item for item in node.graph.nodes if item in before]:
-        if not moved.isdisjoint(item.all_input_nodes):
-            moved.add(item)
-            last.append(item)
-            last = item
 
 
 def _call(graph: fx.Graph, name: str, args: tuple[Any, ...]) -> fx.Node:

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from fxopt.capture.joint_codes import NAMESPACE, argument_names
-from fxopt.capture.joint_outputs import SPLIT, move_behind, name_of
+from fxopt.capture.joint_outputs import SPLIT, name_of
+from fxopt.graph.edit import move_behind
 
 OUTPUT = "_backward_output"
 

@@ -20,6 +20,22 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
+def move_behind(node: fx.Node) -> None:
+    """Move what reads `node`, directly or not, and stands before it, behind it, in the order it stands in."""
+    before: set[fx.Node] = set()
+    for item in node.graph.nodes:
+        if item is node:
+            break
+        before.add(item)
+    moved: set[fx.Node] = {node}
+    last = node
+    for item in [item for item in node.graph.nodes if item in before]:
+        if not moved.isdisjoint(item.all_input_nodes):
+            moved.add(item)
+            last.append(item)
+            last = item
+
+
 class Editor:
     """Edits of one graph; the origins of removed nodes go, by `finish`, to what replaced them."""
 

@@ -47,7 +47,13 @@ class Candidates:
 
 def find_candidates(menus: Sequence[Menu]) -> Candidates:
     """Return what `choose_decisions` chooses from."""
-    found = {spared for numbers in set(_candidates(menus)) for spared in _spare_the_last(menus, numbers)}
+    levels = sorted({decision.chunks for menu in menus for decision in menu})
+    found = {
+        spared
+        for level in levels
+        for numbers in set(_candidates(menus, level))
+        for spared in _spare_the_last(menus, numbers, _at_level(menus[-1], level))
+    }
     found = sorted(
         found, key=lambda numbers: (time_of(menus, numbers), host_bytes_of(menus, numbers), numbers)
     )
@@ -86,21 +92,23 @@ def host_bytes_of(menus: Sequence[Menu], numbers: Sequence[int]) -> int:
     return sum(menu[number].offloaded_bytes for menu, number in zip(menus, numbers, strict=True))
 
 
-def _candidates(menus: Sequence[Menu]) -> Iterator[tuple[int, ...]]:
-    """Yield choices for all blocks: every sum of the knapsack that none beats, for each pair of options per menu."""
+def _candidates(menus: Sequence[Menu], level: int) -> Iterator[tuple[int, ...]]:
+    """Yield choices for all blocks: every sum of the knapsack that none beats, for each pair of options per menu.
+
+    What can run in chunks does so in up to `level`: the knapsack, which sums up what is saved, does not see what for.
+    """
     forms = {id(menu): menu for menu in menus}
+    allowed = {key: _at_level(form, level) for key, form in forms.items()}
     counts = Counter(map(id, menus))
     pairing = itertools.combinations
-    on_device = {key: [n for n, d in enumerate(form) if not d.offloaded_bytes] for key, form in forms.items()}
+    on_device = {key: [n for n in allowed[key] if not form[n].offloaded_bytes] for key, form in forms.items()}
     offers = {key: _offers(numbers, counts[key], pairing) for key, numbers in on_device.items()}
     if math.prod(map(len, offers.values())) > PAIRS:
         pairing = _neighbours
         offers = {key: _offers(numbers, counts[key], pairing) for key, numbers in on_device.items()}
-    for key, form in forms.items():  # what may go to the host only adds to what there is without
-        if len(on_device[key]) < len(form):
-            offers[key] = list(
-                dict.fromkeys((*offers[key], *_offers(range(len(form)), counts[key], pairing)))
-            )
+    for key in forms:  # what may go to the host only adds to what there is without
+        if len(on_device[key]) < len(allowed[key]):
+            offers[key] = list(dict.fromkeys((*offers[key], *_offers(allowed[key], counts[key], pairing))))
     for chosen in itertools.product(*offers.values()):
         mixes = {key: list(_mixes(offer, counts[key])) for key, offer in zip(forms, chosen, strict=True)}
         options = [[_sum_of(forms[key], mix) for mix in found] for key, found in mixes.items()]
@@ -110,6 +118,16 @@ def _candidates(menus: Sequence[Menu]) -> Iterator[tuple[int, ...]]:
                 for (key, found), number in zip(mixes.items(), picked, strict=True)
             }
             yield tuple(next(taken[id(menu)]) for menu in menus)
+
+
+def _at_level(form: Menu, level: int) -> list[int]:
+    """Return the decisions of a menu with, of those that save the same, only the one of most chunks up to `level`."""
+    most: dict[tuple[int, int], int] = {}
+    for decision in form:
+        key = decision.saved_bytes, decision.offloaded_bytes
+        if decision.chunks <= level:
+            most[key] = max(most.get(key, 1), decision.chunks)
+    return [n for n, d in enumerate(form) if d.chunks == most.get((d.saved_bytes, d.offloaded_bytes))]
 
 
 def _mixes(offer: Offer, count: int) -> Iterator[Offer]:
@@ -153,18 +171,21 @@ def _ordered(form: Menu, numbers: Offer) -> list[int]:
     return sorted(numbers, key=lambda number: (not form[number].offloaded_bytes, form[number].saved_bytes))
 
 
-def _spare_the_last(menus: Sequence[Menu], numbers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield `numbers`, and the same with each faster decision for the last block that is worth a capture.
+def _spare_the_last(
+    menus: Sequence[Menu], numbers: tuple[int, ...], allowed: list[int]
+) -> Iterator[tuple[int, ...]]:
+    """Yield `numbers`, and the same with each faster `allowed` decision for the last block that is worth a capture.
 
     The last block offloads nothing: backward needs it at once. Where it would, all its other decisions are yielded.
     """
     last, taken = menus[-1], menus[-1][numbers[-1]]
     if taken.offloaded_bytes:
-        kept = [number for number, decision in enumerate(last) if not decision.offloaded_bytes]
+        kept = [number for number in allowed if not last[number].offloaded_bytes]
         yield from ((*numbers[:-1], number) for number in kept or (numbers[-1],))
         return
     yield numbers
     total = sum(menu[number].compute_ms for menu, number in zip(menus, numbers, strict=True))
-    for faster, decision in enumerate(last[: numbers[-1]]):
-        if not decision.offloaded_bytes and taken.extra_ms - decision.extra_ms > WORTHWHILE * total:
+    for faster in allowed:
+        saved_ms = taken.extra_ms - last[faster].extra_ms
+        if not last[faster].offloaded_bytes and saved_ms > WORTHWHILE * total:
             yield (*numbers[:-1], faster)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -35,13 +35,25 @@ class Declared(Protocol):
         """What its products reach of the datasheet's; None: what large ones do."""
         ...
 
+    @property
+    def launches(self) -> Callable[..., int] | None:
+        """The kernels that one call runs; None: one."""
+        ...
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The arguments whose rows it never mixes: some of these give some of its results, or partial sums."""
+        ...
+
 
 Declarations = Mapping[Any, Declared]
 
 
-def cost_of(node: fx.Node, device: Device, declared: Declarations) -> int:
-    """Return the picoseconds that `node` takes on `device`."""
-    moved = sum(map(bytes_in, node.all_input_nodes)) + bytes_in(node)
+def cost_of(
+    node: fx.Node, device: Device, declared: Declarations, reads: Iterable[fx.Node] | None = None
+) -> int:
+    """Return the picoseconds that `node` takes on `device`; what its kernel `reads` is not always its operands."""
+    moved = sum(map(bytes_in, node.all_input_nodes if reads is None else reads)) + bytes_in(node)
     bandwidth = device.bandwidth * BANDWIDTH_SHARE
     seconds = moved / bandwidth
     known = declared.get(node.target)
@@ -52,7 +64,8 @@ def cost_of(node: fx.Node, device: Device, declared: Declarations) -> int:
         seconds = max(seconds, flops / (rate * share))
         if known is not None and known.moved is not None:
             seconds += count(node, known.moved) / bandwidth
-    return int(seconds * PICOSECONDS) + device.launch_ps
+    launches = 1 if known is None or known.launches is None else count(node, known.launches)
+    return int(seconds * PICOSECONDS) + launches * device.launch_ps
 
 
 def multiplies_narrowly(node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxopt.graph.sizes import number_of
 from fxopt.graph.view import location_of
 from fxopt.remat.apply import TAG
-from fxopt.remat.joint import Joint
+from fxopt.remat.joint import CHUNK, Joint
 from fxopt.remat.liveness import simulate
 from fxopt.remat.menu import Choice, find_menu, make_choice
 from fxopt.remat.offload import add_offloads, wait_of
@@ -49,7 +50,7 @@ def make_decision(joint: Joint, choice: Choice) -> Decision:
     working = simulate(joint, choice)
     return Decision(
         saved=tuple(_residuals(joint, choice.saved - choice.offloaded)),
-        recomputed=tuple(_residuals(joint, choice.recomputed)),
+        recomputed=_merged(joint, choice.recomputed),
         saved_bytes=working.saved,
         forward_bytes=working.forward,
         backward_bytes=working.backward,
@@ -108,6 +109,28 @@ def find_choice(joint: Joint, decision: Decision) -> Choice | str:
 def _is_needed(joint: Joint, choice: Choice, place: int) -> bool:
     readers = (joint.dag.values[p].inputs for p in choice.recomputed)
     return place in joint.dag.needed or any(place in inputs for inputs in readers)
+
+
+def _merged(joint: Joint, places: Iterable[int]) -> tuple[Residual, ...]:
+    """Return the values at `places` as `_residuals` does, those of one node's chunks as the first of them.
+
+    It has the bytes and the time of all.
+    """
+    found: dict[Any, Residual] = {}
+    for place in sorted(places):
+        for residual in _residuals(joint, (place,)):
+            of = joint.forward[place].meta.get(CHUNK, place)
+            first = found.get(of)
+            found[of] = residual if first is None else _sum_of(first, residual)
+    return tuple(found.values())
+
+
+def _sum_of(first: Residual, other: Residual) -> Residual:
+    return dataclasses.replace(
+        first,
+        bytes=first.bytes + other.bytes,
+        recompute_ms=first.recompute_ms + other.recompute_ms,
+    )
 
 
 def _residuals(joint: Joint, places: Iterable[int]) -> Iterable[Residual]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.cost import Declarations
-from fxopt.remat.devices import Device
+from fxopt.remat.devices import BANDWIDTH_SHARE, Device
 from fxopt.remat.step import NOT_SPREAD, Around, Spread, find_peak, simulate_step
 from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
-log = logging.getLogger("fxopt")
+UPDATE_PASSES = 7
+"""What a fused AdamW moves per byte that it trains: weight, gradient and both moments read, three of them written."""
 LOWER = 0.9
 """The share of a plan's peak that the next one may have where memory ran out: a smaller step would not be felt."""
 
@@ -59,41 +59,35 @@ def find_lower_goal(goal: Goal, plan: Plan) -> Goal | None:
     return dataclasses.replace(goal, ceiling=max(plan.smallest_bytes, int(plan.peak_bytes * LOWER)))
 
 
-def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
-    """Return the most bytes that a step of `goal` may allocate, None where nothing limits it.
+def find_limit(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> tuple[int | None, str]:
+    """Return the most bytes that a step of `goal` may allocate, None where nothing limits it, and what to warn of.
 
     Raises:
         FxoptError: no choice needs so little.
     """
-    asked = _limit_asked_for(goal, facts, candidates, around)
-    return min((limit for limit in (asked, goal.ceiling) if limit is not None), default=None)
+    asked, warning = _limit_asked_for(goal, facts, candidates, around)
+    return min((limit for limit in (asked, goal.ceiling) if limit is not None), default=None), warning
 
 
-def _limit_asked_for(goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
+def _limit_asked_for(
+    goal: Goal, facts: Facts, candidates: Candidates, around: Around
+) -> tuple[int | None, str]:
     budget, device = goal.budget, facts.device
     if budget is None:
-        return None
+        return None, ""
     smallest = find_smallest(candidates, without_update(goal, around))
     if budget == "min":
-        return smallest
+        return smallest, ""
     if budget == "auto":
-        if facts.free_bytes is not None and facts.free_bytes < smallest:
-            log.warning(
-                "memory_budget='auto': %s are free, the smallest step needs %s",
-                *map(format_bytes, (facts.free_bytes, smallest)),
-            )
-            return smallest
-        return facts.free_bytes
+        if facts.free_bytes is None or facts.free_bytes >= smallest:
+            return facts.free_bytes, ""
+        free, needed = map(format_bytes, (facts.free_bytes, smallest))
+        return smallest, f"memory_budget='auto': {free} are free, the smallest step needs {needed}"
     assert not isinstance(budget, str)
     limit = int(budget * device.memory_bytes) if isinstance(budget, float) else budget
     if limit > device.memory_bytes and device.bounded:
-        log.warning(
-            "memory_budget: %s is more than %s has (%s): treated as unlimited",
-            format_bytes(limit),
-            device.name,
-            format_bytes(device.memory_bytes),
-        )
-        return None
+        asked, there = map(format_bytes, (limit, device.memory_bytes))
+        return None, f"memory_budget: {asked} is more than {device.name} has ({there}): treated as unlimited"
     if limit < smallest:
         raise FxoptError(
             f"memory_budget: no plan fits, expected at least {format_bytes(smallest)} ({smallest} bytes), "
@@ -101,7 +95,7 @@ def _limit_asked_for(goal: Goal, facts: Facts, candidates: Candidates, around: A
             f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state; "
             "a smaller batch or shorter sequences need less"
         )
-    return limit
+    return limit, ""
 
 
 def without_update(goal: Goal, around: Around) -> Around:
@@ -127,7 +121,8 @@ def make_plan(
     peak = find_peak(timeline)
     recompute_ms = sum(decision.recompute_ms for decision in taken)
     wait_ms = sum(decision.wait_ms for decision in taken)
-    compute_ms = sum(decision.compute_ms + 0.0 for decision in (*taken, *around.tail))
+    update_ms = update_ms_of(around.gradient_bytes, facts.device)
+    compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
     return Plan(
         model=facts.model,
         device=facts.device.name,
@@ -143,12 +138,23 @@ def make_plan(
         smallest_bytes=smallest,
         peak_bytes=peak.bytes,
         peak_at=peak.name,
-        step_ms=compute_ms + recompute_ms + wait_ms,
+        step_ms=compute_ms + recompute_ms + wait_ms + update_ms,
         recompute_ms=recompute_ms,
         wait_ms=wait_ms,
+        update_ms=update_ms,
         after=around.tail,
         timeline=timeline,
     )
+
+
+def update_ms_of(trained_bytes: int, device: Device) -> float:
+    """Return what the optimizer's step takes, which waits for memory alone.
+
+    >>> from fxopt.remat.devices import find_device
+    >>> round(update_ms_of(2 * 1_236_000_000, find_device("H100")), 1)
+    5.7
+    """
+    return UPDATE_PASSES * trained_bytes / (device.bandwidth * BANDWIDTH_SHARE) * 1e3
 
 
 def scale_decision(decision: Decision, scale: float) -> Decision:
@@ -170,4 +176,5 @@ def scale_decision(decision: Decision, scale: float) -> Decision:
         backward_bytes=int(decision.backward_bytes * scale),
         compute_ms=decision.compute_ms * scale,
         recompute_ms=decision.recompute_ms * scale,
+        chunk_ms=decision.chunk_ms * scale,
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from fxopt.errors import FxoptError
-from fxopt.remat.decide import Menu, find_choice, make_decision
+from fxopt.remat.decide import Menu, find_choice
 from fxopt.remat.figures import Facts
-from fxopt.remat.joint import Joint
-from fxopt.report.plan import Plan
+from fxopt.remat.menu import Choice
+from fxopt.remat.views import Views
+from fxopt.report.plan import Decision, Plan
 
 CURE = "make one with fxopt.plan(model, memory_budget, example_inputs)"
 
 
-def menu_of(given: Plan, joint: Joint, tokens: int, facts: Facts) -> Menu:
-    """Return the decisions of `given` that `joint` can carry out, in their order there.
+def menu_of(given: Plan, views: Views, tokens: int, facts: Facts) -> Menu:
+    """Return the decisions of `given` that a block can carry out, in their order there.
 
     Raises:
         FxoptError: the plan was made for another model.
@@ -23,7 +24,7 @@ def menu_of(given: Plan, joint: Joint, tokens: int, facts: Facts) -> Menu:
             f"plan: made for another model, expected {len(facts.paths)} blocks of {facts.model}, "
             f"got {len(paths)} of {given.model}\n{CURE}"
         )
-    found = [(decision, find_choice(joint, decision)) for decision in given.decisions]
+    found = [(decision, _find_choice(views, decision)) for decision in given.decisions]
     fitting = [(decision, choice) for decision, choice in found if not isinstance(choice, str)]
     if not fitting:
         missing = next(choice for _, choice in found if isinstance(choice, str))
@@ -31,9 +32,15 @@ def menu_of(given: Plan, joint: Joint, tokens: int, facts: Facts) -> Menu:
             f"plan: made for another model or lowering, expected values of this block's own, got {missing}, "
             f"which it does not compute\n{CURE}"
         )
-    decisions = tuple(make_decision(joint, choice) for _, choice in fitting)
+    decisions = tuple(views.decide(choice, decision) for decision, choice in fitting)
     numbers = {given.decisions.index(decision): place for place, (decision, _) in enumerate(fitting)}
     return Menu(tuple(choice for _, choice in fitting), decisions, tokens, numbers)
+
+
+def _find_choice(views: Views, decision: Decision) -> Choice | str:
+    """Return the choice that carries `decision` out, or what of it the block does not have."""
+    joint = views.joint_of(decision)
+    return f"{decision.chunks} chunks" if joint is None else find_choice(joint, decision)
 
 
 def decided_number(given: Plan, menu: Menu, place: int, tokens: int, *, is_known: bool) -> int:

@@ -22,6 +22,8 @@ from fxopt.remat.devices import Device
 ROUNDING = 512
 """Torch's CUDA allocator gives out whole blocks of this many bytes."""
 INPUT = "input"
+CHUNK = "chunk"
+"""Where the meta of a node that runs on some rows names the node that it was copied from."""
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
 
@@ -143,6 +145,8 @@ def _labels_of(forward: list[fx.Node]) -> dict[fx.Node, str]:
             labels[node] = f"{labels[node.args[0]]}.{node.args[1]}"
             continue
         name = INPUT if node.op == "placeholder" else _name_of(node)
+        if CHUNK in node.meta:  # so that names elsewhere are those of the graph without chunks
+            name = f"{name}/chunk"
         if name == INPUT and not tensors_in(node.meta.get("val")):
             name = "size"
         labels[node] = f"{name}#{counts[name]}"
@@ -218,16 +222,30 @@ def _run_cost(
     declared: Declarations,
     fused: Collection[fx.Node],
 ) -> int:
-    """Return what `node` takes once; a fused one only writes, where something outside its kernel reads it."""
-    inlined = node in fused and all(user in fused for user in node.users)
+    """Return what `node` takes once; a fused one nothing, where all that reads it is in its kernel."""
+    if node.op != "call_function" or _is_within(node, fused):
+        return 0
     known = _recompute_cost(node, storages, device, declared, ())
-    return (
-        cost_of(node, device, declared)
-        if known is None and node.op == "call_function"
-        else 0
-        if inlined
-        else known or 0
-    )
+    if known == 0:
+        return 0
+    return cost_of(node, device, declared, _reads_of(node, fused) if node in fused else None)
+
+
+def _is_within(node: fx.Node, fused: Collection[fx.Node]) -> bool:
+    return node in fused and all(user in fused for user in node.users)
+
+
+def _reads_of(node: fx.Node, fused: Collection[fx.Node]) -> set[fx.Node]:
+    """Return what the kernel of a fused node reads: through what it computes on the way."""
+    found: set[fx.Node] = set()
+    queue = list(node.all_input_nodes)
+    while queue:
+        source = queue.pop()
+        if _is_within(source, fused):
+            queue.extend(source.all_input_nodes)
+        else:
+            found.add(source)
+    return found
 
 
 def is_random(node: fx.Node) -> bool:

@@ -38,6 +38,7 @@ from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.step import Around, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
+from fxopt.remat.views import Views
 from fxopt.report.plan import Decision, Plan
 from fxopt.report.plan_table import summarize_plan
 
@@ -68,6 +69,7 @@ class StepPlanner:
         self._scaled: dict[tuple[int, ...], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
+        self._said: set[str] = set()
 
     @property
     def lowering(self) -> str:
@@ -127,7 +129,7 @@ class StepPlanner:
         goal = self._find_goal(call, self._tokens.of_call)
         assert goal is not None, "a planned block was called without a plan"
         before = self._form_of.get(path)
-        joint, form = self._read_block(path, call, graph, held)
+        views, form = self._read_block(path, call, graph, held)
         if (
             goal not in self._goals
             or before is not form
@@ -140,10 +142,11 @@ class StepPlanner:
         number = self._variants.find_decision(variant, form)
         assert number is not None, "a planned block has no decision"
         decision = self._menus[form].decisions[number]
+        joint = views.carry_out(decision)
         choice = find_choice(joint, decision)
         assert not isinstance(choice, str), f"{choice} is in no graph of its own form"
         apply_choice(graph, joint, choice)
-        return f"{[residual.op for residual in (*decision.saved, *decision.offloaded)]}"
+        return f"{decision.chunks} {[residual.op for residual in (*decision.saved, *decision.offloaded)]}"
 
     def describe_last(self) -> str:
         """Return the figures of the plan of the last call, in one line."""
@@ -172,21 +175,22 @@ class StepPlanner:
             self._tail_tokens = tokens
         return tokens
 
-    def _read_block(self, path: str, call: Call, graph: fx.Graph, held: frozenset[int]) -> tuple[Joint, Any]:
+    def _read_block(self, path: str, call: Call, graph: fx.Graph, held: frozenset[int]) -> tuple[Views, Any]:
         """Return the joint graph as the planner reads it, and its form; its menu is made where that is new."""
-        joint = self._read(graph, held)
-        key = joint.key, fractions.Fraction(call.tokens, self._tokens.of_call)
+        facts = self._look()
+        views = Views(graph, lambda graph: self._read(graph, held), facts.declared)
+        key = views.key, fractions.Fraction(call.tokens, self._tokens.of_call)
         form = self._forms.setdefault(key, key)
         if form not in self._menus:
-            given, tokens, facts = self._given, self._tokens.of_call, self._look()
+            given, tokens = self._given, self._tokens.of_call
             self._menus[form] = (
-                make_menu(joint, tokens, offloads=facts.host_bytes > 0)
+                views.add_chunks(make_menu(views.whole, tokens, offloads=facts.host_bytes > 0))
                 if given is None
-                else menu_of(given, joint, tokens, facts)
+                else menu_of(given, views, tokens, facts)
             )
         self._form_of[path] = form
         self._seen.add(path)
-        return joint, form
+        return views, form
 
     def _read(self, graph: fx.Graph, held: frozenset[int], *, last: bool = False) -> Joint:
         facts = self._look()
@@ -259,7 +263,7 @@ class StepPlanner:
             fixed.append(settled)
         around = self._around(goal, facts)
         candidates = self._candidates_of(menus)
-        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        limit = self._limit(goal, facts, candidates, around)
         picked = choose_decisions(candidates, without_update(goal, around), limit)
         assert picked is not None, "the smallest plan does not fit in its own peak"
         return tuple(n if settled is None else settled for n, settled in zip(picked, fixed, strict=True))
@@ -294,10 +298,20 @@ class StepPlanner:
         engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
         return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine)
 
+    def _limit(self, goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
+        """Return the most that a step may allocate; what is to be said of it is said once."""
+        if self._given is not None:
+            return None
+        limit, warning = find_limit(goal, facts, candidates, around)
+        if warning and warning not in self._said:
+            self._said.add(warning)
+            log.warning("%s", warning)
+        return limit
+
     def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal)
         around = self._around(goal, facts)
         candidates = self._candidates_of(menus)
-        limit = None if self._given is not None else find_limit(goal, facts, candidates, around)
+        limit = self._limit(goal, facts, candidates, around)
         smallest = find_smallest(candidates, around)
         return make_plan(facts, goal, limit, smallest, menus, numbers, around)

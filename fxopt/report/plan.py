@@ -11,7 +11,7 @@ from typing import Any
 
 from fxopt.errors import FxoptError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Decision:
     `saved_bytes` stay on the device between forward and backward, `offloaded_bytes` on the host; `forward_bytes` and
     `backward_bytes` are the most that lives at an instant of the block's own run, `gradient_bytes` the gradients of
     its parameters. `recompute_ms` comes on top of `compute_ms`, forward and backward, and so does `wait_ms` where
-    transfers take longer than what runs meanwhile.
+    transfers take longer than what runs meanwhile. In `chunks` of its tokens, one after the other, runs the part of the
+    block with the widest values, which takes `chunk_ms` more.
     """
 
     saved: tuple[Residual, ...]
@@ -53,11 +54,13 @@ class Decision:
     offloaded: tuple[Residual, ...] = ()
     offloaded_bytes: int = 0
     wait_ms: float = 0.0
+    chunks: int = 1
+    chunk_ms: float = 0.0
 
     @property
     def extra_ms(self) -> float:
         """What this decision takes on top of the block's own work."""
-        return self.recompute_ms + self.wait_ms
+        return self.recompute_ms + self.wait_ms + self.chunk_ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Plan:
     `budget` is what was asked for, `limit_bytes` what it came to (None: no limit). `layers` gives each block, by its
     path, the number of its decision. `static_bytes` live all the time: weights, buffers, the optimizer's state.
     `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
-    not planned; `timeline` is the simulated step. `residual_bytes` stay on the device, `host_bytes` on the host.
+    not planned; `update_ms` of `step_ms` are the optimizer's; `timeline` is the simulated step. `residual_bytes` stay
+    on the device, `host_bytes` on the host.
     """
 
     model: str
@@ -102,6 +106,7 @@ class Plan:
     step_ms: float
     recompute_ms: float
     wait_ms: float = 0.0
+    update_ms: float = 0.0
     after: tuple[Decision, ...] = ()
     timeline: tuple[Instant, ...] = ()
 

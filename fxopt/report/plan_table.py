@@ -18,7 +18,8 @@ def render_plan(plan: Plan) -> str:
         describe_budget(plan),
         f"peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
         f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again"
-        + (f" and {plan.wait_ms:.1f} ms waiting for the host" if plan.wait_ms else ""),
+        + (f", {plan.wait_ms:.1f} ms waiting for the host" if plan.wait_ms else "")
+        + f", {plan.update_ms:.1f} ms the optimizer's",
         f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
         "are weights, buffers and the optimizer's state",
     ]
@@ -67,6 +68,10 @@ def _render_decision(paths: list[str], decision: Decision) -> list[str]:
         + (f"offloads {format_bytes(decision.offloaded_bytes)}, " if decision.offloaded_bytes else "")
         + f"computes again for {decision.recompute_ms:.2f} ms on top of {decision.compute_ms:.2f} ms",
     ]
+    if decision.chunks > 1:
+        lines.append(
+            f"  runs its widest part in {decision.chunks} chunks of tokens, {decision.chunk_ms:.2f} ms more"
+        )
     parts = (
         ("saved", decision.saved),
         ("offloaded", decision.offloaded),

@@ -9,7 +9,7 @@ from fxopt.kernels.activations import check_activation
 from fxopt.kernels.glu.form import LAYOUTS, Form, new_gradients, new_output
 from fxopt.kernels.glu.launches import launch_backward, launch_forward
 from fxopt.kernels.glu.reference import plain_backward, plain_forward
-from fxopt.kernels.launch import can_launch, register_gradient, register_op
+from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op
 
 
 def _fused_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
@@ -32,6 +32,7 @@ forward_op = register_op(
     fused=_fused_forward,
     fake=new_output,
     tags=(torch.Tag.pointwise,),
+    declared=Declared(rows=("gate", "up")),
 )
 backward_op = register_op(
     f"glu_backward(Tensor dy, Tensor gate, Tensor? up, {ATTRIBUTES}, bool need_gate, bool need_up)"
@@ -39,6 +40,7 @@ backward_op = register_op(
     plain=plain_backward,
     fused=_fused_backward,
     fake=new_gradients,
+    declared=Declared(rows=("dy", "gate", "up")),
 )
 
 
@@ -69,6 +71,7 @@ register_op(
     plain=_plain_backward_output,
     fused=_fused_backward_output,
     fake=_new_gradients_and_output,
+    declared=Declared(rows=("dy", "gate", "up")),
 )
 
 

@@ -160,3 +160,28 @@ def backward_moved(dys: list[Tensor], *arguments: Any) -> int:
         sums = 2 * call.num_rows * call.in_width * len(call.layers)
         items += longer if extends else sums
     return int(moved + items * call.x.element_size())
+
+
+def forward_launches(*arguments: Any) -> int:
+    """Return the kernels of forward: of longer rows, of their weights and products, or of sums."""
+    call = Call(*arguments)
+    if call.extends:
+        return 1 + 2 * len(call.layers)
+    return len(call.layers) + _num_decoded(call) + len(call.xs) + len(call.b)
+
+
+def backward_launches(dys: list[Tensor], *arguments: Any) -> int:
+    """Return the kernels of the gradients that are needed: two per layer for that of x, one per narrow product."""
+    call = Call(*arguments)
+    need_x, num_weights, need_a, need_b = call.needs()
+    narrow = len(call.b) * need_b + len(call.xs) * (need_b + need_a)
+    if not need_x:
+        return num_weights + narrow + len(call.b) * need_a
+    rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    if extends_backward(call.x, rows, call.layers, call.a[0], call.form):
+        return num_weights + narrow + 2 * len(call.layers) + 2
+    return num_weights + narrow + len(call.layers) + _num_decoded(call) + len(call.b) + 1
+
+
+def _num_decoded(call: Call) -> int:
+    return sum(bool(layer.coding) for layer in call.layers)

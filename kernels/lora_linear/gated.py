@@ -17,7 +17,12 @@ from fxopt.kernels.glu.form import Form as Unit
 from fxopt.kernels.glu.op import ATTRIBUTES as UNIT_ATTRIBUTES
 from fxopt.kernels.launch import Declared, register_op
 from fxopt.kernels.lora_linear.backward import Products, run_backward
-from fxopt.kernels.lora_linear.costs import backward_flops, backward_moved, backward_workspace
+from fxopt.kernels.lora_linear.costs import (
+    backward_flops,
+    backward_launches,
+    backward_moved,
+    backward_workspace,
+)
 from fxopt.kernels.lora_linear.form import split_lists
 from fxopt.kernels.lora_linear.gated_products import (
     BLOCK_ROWS,
@@ -144,6 +149,13 @@ def _moved(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
     return after + backward_moved([gate, up], call.xs, *call.before) + _num_bytes(gate, up)
 
 
+def _launches(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
+    """Return the kernels of the layers, the unit's own one in place of each narrow product that it has within it."""
+    call = _read(arguments)
+    after = backward_launches(call.dys, [dy], *call.after)
+    return after + backward_launches([gate, up], call.xs, *call.before)
+
+
 def _num_bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -159,5 +171,7 @@ register_op(
     fused=_run_together,
     fake=_fake,
     flops=_flops,
-    declared=Declared(workspace=_workspace, moved=_moved),
+    declared=Declared(
+        workspace=_workspace, moved=_moved, rows=("dy", "gate", "up", "dys", "before_xs"), launches=_launches
+    ),
 )

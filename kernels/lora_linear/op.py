@@ -17,9 +17,11 @@ from fxopt.kernels.launch import Declared, register_gradient, register_op
 from fxopt.kernels.lora_linear.backward import run_backward
 from fxopt.kernels.lora_linear.costs import (
     backward_flops,
+    backward_launches,
     backward_moved,
     backward_workspace,
     forward_flops,
+    forward_launches,
     forward_moved,
     forward_workspace,
 )
@@ -61,7 +63,9 @@ _forward_op = register_op(
     fused=run_forward,
     fake=_fake_forward,
     flops=forward_flops,
-    declared=Declared(workspace=forward_workspace, moved=forward_moved),
+    declared=Declared(
+        workspace=forward_workspace, moved=forward_moved, rows=("xs",), launches=forward_launches
+    ),
 )
 _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",
@@ -69,7 +73,9 @@ _backward_op = register_op(
     fused=run_backward,
     fake=fake_backward,
     flops=backward_flops,
-    declared=Declared(workspace=backward_workspace, moved=backward_moved),
+    declared=Declared(
+        workspace=backward_workspace, moved=backward_moved, rows=("dys", "xs"), launches=backward_launches
+    ),
 )
 
 

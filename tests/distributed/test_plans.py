@@ -68,3 +68,14 @@ def test_a_forward_pass_that_gathers_is_not_run_again_where_memory_ran_out(engin
     for answer in two.run("shortage", engine=engine):
         assert answer["passes"] == passes
         assert ("gathered from all ranks" in answer["notes"]) == (engine == "fsdp2")
+
+
+@slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_values_that_wait_on_the_host_come_back_under_an_engine(engine, two):
+    for answer in two.run("waiting", engine=engine):
+        assert answer["fallbacks"] == 0
+        assert answer["difference"] == 0.0
+        assert answer["host_bytes"] > 0
+        assert answer["reserved_bytes"] >= answer["host_bytes"]
+        assert answer["used_bytes"] == 0

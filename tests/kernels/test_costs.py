@@ -56,3 +56,16 @@ def test_bytes_moved_are_those_of_decoding_and_of_the_adapters():
     assert forward.moved(*lora_arguments(True)) == decoding + 2 * (ROWS * K + ROWS * (K + RANK))
     backward = DECLARED[torch.ops.fxopt.lora_linear_backward.default]
     assert backward.moved(*lora_arguments(True, a=True, b=True)) == 2 * ROWS * (N + K), "nothing is decoded"
+
+
+def test_launches_are_those_of_each_form():
+    forward = DECLARED[torch.ops.fxopt.lora_linear.default]
+    backward = DECLARED[torch.ops.fxopt.lora_linear_backward.default]
+    assert forward.launches(*lora_arguments(True)) == 3, "longer rows, a longer weight, their product"
+    assert backward.launches(*lora_arguments(True, a=True, b=True)) == 4, "dY B, x A^T, and both gradients"
+    assert backward.launches(*lora_arguments(True, x=True)) == 4, (
+        "the weight decoded, dY W, dY B and its product with A"
+    )
+    assert backward.launches(*lora_arguments(False, x=True, weight=True)) == 4, (
+        "no decoding, one more gradient"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases.models import find_blocks, inside, make_batch, make_model, wrap
+from cases.models import find_blocks, gradients_of, inside, largest_error, make_batch, make_model, wrap
 
 import fxopt
 import fxopt.planning
@@ -77,3 +77,25 @@ def shortage(engine: str) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         return {"passes": seen.count("model.layers.0"), "notes": " ".join(error.__notes__)}
     return {"passes": seen.count("model.layers.0"), "notes": ""}
+
+
+def waiting(engine: str) -> dict[str, Any]:
+    """Accumulate two steps with values on the host and without; return how their gradients differ, and what waits."""
+    found: list[dict[str, torch.Tensor]] = []
+    for host in (0, "64MiB"):
+        model = make_model("llama", lora=True, num_hidden_layers=6)
+        model = wrap(engine, fxopt.optimize(model, memory_budget="min", max_host_memory=host, verify="off"))
+        for seed in range(2):
+            model(**make_batch(seed, 8, 64)).loss.backward()
+        found.append(gradients_of(model))
+    installation = find_installation(inside(model))
+    assert installation is not None
+    (made,) = fxopt.explain(inside(model)).plans
+    memory: Any = installation.offloader
+    return {
+        "difference": largest_error(found[1], found[0]),
+        "fallbacks": len(installation.ledger.fallbacks),
+        "host_bytes": made.host_bytes,
+        "reserved_bytes": memory.memory.reserved_bytes,
+        "used_bytes": memory.memory.used_bytes,
+    }

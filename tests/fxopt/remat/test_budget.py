@@ -12,6 +12,7 @@ from torch import nn
 import fxopt
 from fxopt.capture.installation import find_installation
 from fxopt.remat.budget import check_budget
+from fxopt.report.units import format_bytes
 
 
 class Block(nn.Module):
@@ -67,6 +68,16 @@ def test_a_budget_below_the_smallest_peak_names_that_peak():
     assert fxopt.plan(Stack(), smallest, INPUTS).peak_bytes <= smallest
 
 
+def test_a_share_is_one_of_the_device():
+    from fxopt.planning import finish_plan
+    from fxopt.remat.devices import DEVICES
+    from fxopt.surveying import options_for_plan, survey_model
+
+    plan = finish_plan(*survey_model(Stack(), options_for_plan(0.25), INPUTS, DEVICES[0]))
+    assert plan.limit_bytes == 20 * 2**30
+    assert plan.peak_bytes <= plan.limit_bytes
+
+
 def test_a_budget_above_the_device_is_said_and_unlimited(caplog):
     from fxopt.planning import finish_plan
     from fxopt.remat.devices import DEVICES
@@ -76,7 +87,20 @@ def test_a_budget_above_the_device_is_said_and_unlimited(caplog):
         wanted = options_for_plan("500GiB")
         plan = finish_plan(*survey_model(Stack(), wanted, INPUTS, DEVICES[0]))
     assert plan.limit_bytes is None
-    assert "500.00 GiB is more than H100 has (80.00 GiB): treated as unlimited" in caplog.text
+    said = "500.00 GiB is more than H100 has (80.00 GiB): treated as unlimited"
+    assert [said in record.message for record in caplog.records] == [True]
+
+
+def test_what_an_automatic_budget_lacks_is_said_once(caplog):
+    from fxopt.planning import finish_plan
+    from fxopt.remat.devices import DEVICES
+    from fxopt.surveying import options_for_plan, survey_model
+
+    small = dataclasses.replace(DEVICES[0], memory_bytes=1000)
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        plan = finish_plan(*survey_model(Stack(), options_for_plan("auto"), INPUTS, small))
+    said = f"970 B are free, the smallest step needs {format_bytes(plan.smallest_bytes)}"
+    assert [said in record.message for record in caplog.records] == [True]
 
 
 def test_a_plan_for_another_model_or_shape_names_the_difference():
@@ -104,8 +128,8 @@ def test_what_is_no_plan_is_refused():
         fxopt.optimize(Stack(), plan=plan, memory_budget="min")
     with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
         fxopt.Plan.from_json("no plan")
-    with pytest.raises(fxopt.FxoptError, match="expected format 2 of a plan, got 99"):
-        fxopt.Plan.from_json(plan.to_json().replace('"format": 2', '"format": 99'))
+    with pytest.raises(fxopt.FxoptError, match="expected format 3 of a plan, got 99"):
+        fxopt.Plan.from_json(plan.to_json().replace('"format": 3', '"format": 99'))
 
 
 def test_inputs_on_another_device_are_refused():

@@ -182,3 +182,42 @@ def test_with_a_host_more_budget_is_never_slower(menu, host):
         assert chosen is not None
         times.append(time_of(offered, chosen))
     assert times == sorted(times, reverse=True)
+
+
+@st.composite
+def menus_in_chunks(draw: st.DrawFn) -> tuple[Decision, ...]:
+    """Return a menu in which some decisions can be had in 4 and in 16 chunks: the same saved, less needed, slower."""
+    found: list[Decision] = []
+    for base in draw(menus()):
+        found.append(base)
+        for count in (4, 16) if draw(st.booleans()) else ():
+            less = dataclasses.replace(
+                base,
+                chunks=count,
+                forward_bytes=base.forward_bytes - min(count, 5),
+                backward_bytes=max(base.saved_bytes, base.backward_bytes - 2 * count),
+                chunk_ms=float(count),
+            )
+            found.append(less)
+    return tuple(sorted(found, key=lambda d: d.extra_ms))
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus_in_chunks(), st.integers(0, 300))
+def test_in_chunks_never_over_the_budget_more_budget_never_slower_and_no_uniform_choice_better(menu, limit):
+    offered = (menu,) * len(PATHS)
+    candidates = find_candidates(offered)
+    chosen = choose_decisions(candidates, AROUND, limit)
+    for number in range(len(menu)):
+        numbers = (number,) * len(PATHS)
+        if peak_of(offered, numbers, AROUND) <= limit:
+            assert chosen is not None
+            assert time_of(offered, chosen) <= time_of(offered, numbers)
+    if chosen is not None:
+        assert peak_of(offered, chosen, AROUND) <= limit
+    times = [
+        time_of(offered, found)
+        for more in range(limit, limit + 60, 7)
+        if (found := choose_decisions(candidates, AROUND, more)) is not None
+    ]
+    assert times == sorted(times, reverse=True)

@@ -51,6 +51,49 @@ def test_no_set_beats_the_menu_at_any_exchange_rate(dag, byte_weight, cost_weigh
     assert min(map(weigh, menu)) == min(map(weigh, all_points(dag)))
 
 
+SIZES = ((4, 9, 1, 5), (2, 1, 8, 3), (7, 3, 3, 3), (1, 6, 6, 0))
+COSTS = ((0, 3, 5, 2), (0, 1, 9, 4), (0, 0, 2, 7), (0, 5, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "costs"), zip(SIZES, COSTS, strict=True))
+def test_every_graph_of_four_values_has_its_lower_hull(sizes, costs):
+    """Of each way to draw four values, and each set that backward reads: no set lies below the menu."""
+    number = 0
+    sources = [
+        [s for n in range(place + 1) for s in itertools.combinations(range(place), n)] for place in range(4)
+    ]
+    for inputs in itertools.product(*sources):
+        values = tuple(
+            Value(f"op#{place}", of, sizes[place], costs[place] if of else None)
+            for place, of in enumerate(inputs)
+        )
+        for bits in range(1, 16):
+            dag = Dag(values, frozenset(place for place in range(4) if bits >> place & 1))
+            menu = [(choice.bytes, choice.cost) for choice in find_menu(dag)]
+            assert menu == lower_hull(set(all_points(dag)))
+            number += 1
+    assert number == 64 * 15
+
+
+def lower_hull(points: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the corners of the lower hull of cost over bytes, the fastest first: by all pairs, and no cleverer."""
+
+    def is_corner(point: tuple[int, int]) -> bool:
+        if any(b <= point[0] and c <= point[1] for b, c in points - {point}):
+            return False
+        pairs = itertools.product(
+            [left for left in points if left[0] < point[0]],
+            [right for right in points if right[0] > point[0]],
+        )
+        return all(
+            (point[1] - left[1]) * (right[0] - left[0]) < (right[1] - left[1]) * (point[0] - left[0])
+            for left, right in pairs
+        )
+
+    return sorted(filter(is_corner, points), reverse=True)
+
+
 @settings(max_examples=300, deadline=None)
 @given(dags())
 def test_a_menu_reaches_from_the_fastest_to_the_smallest_and_lies_on_the_hull(dag):
