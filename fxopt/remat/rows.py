@@ -79,7 +79,6 @@ def read_rows(graph: fx.Graph, shape: tuple[int, ...], declared: Declarations) -
             divisible.add(node)
         kinds[node] = reader.by_shape(node) if found is None else found
     return Rows(shape, kinds, frozenset(divisible))
-    return Rows(shape, kinds, frozenset(divisible))
 
 
 class _Reader:
