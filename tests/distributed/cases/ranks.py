@@ -7,24 +7,63 @@ import os
 import weakref
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from cases.models import ON_GPU, build, find_blocks, inside, make_batch, make_model, wrap
+from cases.models import (
+    DEVICE,
+    ON_GPU,
+    build,
+    find_blocks,
+    gradients_of,
+    inside,
+    largest_error,
+    make_batch,
+    make_model,
+    report_of,
+    wrap,
+)
 
 import fxopt
 from fxopt.capture.installation import find_installation
 
 
 def differ(
-    engine: str, number_of_rank: dict[str, Any], options: dict[str, Any] | None = None
+    engine: str,
+    number_of_rank: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    moved: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Each rank optimizes with its own options; return what the first step raises."""
-    model = fxopt.optimize(make_model("llama"), **number_of_rank.get(str(dist.get_rank()), {}))
+    """Each rank optimizes with its own options, and may move its model; return what the first step raises."""
+    rank = str(dist.get_rank())
+    model = fxopt.optimize(make_model("llama"), **number_of_rank.get(rank, {}))
+    model.to((moved or {}).get(rank, DEVICE))
     model = wrap(engine, model, **(options or {}))
     try:
         model(**make_batch(0, 2, 12)).loss.backward()
     except fxopt.FxoptError as error:
         return {"raised": type(error).__name__, "text": str(error)}
     return {"raised": None}
+
+
+def ungrouped(engine: str) -> dict[str, Any]:
+    """The process group is gone: return what the engine raises for an optimized model, and how that trains alone."""
+    dist.destroy_process_group()
+    os.environ.pop("RANK")  # fully_shard would initialize a group of its own from it
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    raised = ""
+    for which in ("before", "stock"):
+        model = make_model("llama")
+        if which == "before":
+            model = fxopt.optimize(model)
+            try:
+                wrap(engine, model)
+            except (ValueError, RuntimeError) as error:
+                raised = str(error)
+        model(**make_batch(0, 2, 12)).loss.backward()
+        found[which] = gradients_of(model)
+        if which == "before":
+            report = report_of(model)
+    return {"raised": raised, "errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
 
 
 def one_stock() -> dict[str, Any]:
