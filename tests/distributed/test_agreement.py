@@ -80,5 +80,8 @@ def test_a_rank_killed_within_a_step_ends_the_others(engine, new_world):
     (answer,) = world.answers_of([0])
     assert answer["raised"] in ("RuntimeError", "DistBackendError")
     assert answer["running"] is False, "fxopt's own lock is free again"
+    assert answer["planned_bytes"] > 0, "values had left for the host"
+    assert answer["host_bytes"] == 0, "none of that memory is held for the lost step"
+    assert answer["threads"] == []
     if engine == "ddp":
         assert answer["kept"] is False, "nothing of fxopt's keeps the model"

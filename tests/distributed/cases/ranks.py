@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import weakref
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch.distributed as dist
 from cases.models import (
     DEVICE,
     ON_GPU,
-    build,
     find_blocks,
     gradients_of,
     inside,
@@ -87,19 +87,32 @@ def one_stock() -> dict[str, Any]:
 
 
 def killed(engine: str) -> dict[str, Any]:
-    """The last rank dies in the forward of its second step; return what the others meet."""
+    """The last rank dies in the forward of its second step, under a plan that leaves values on the host.
+
+    Return what the others meet, and what is left of fxopt's then: its lock, memory on the host, threads, the model.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = build(engine, "before", make_model("llama"), {})
-    model(**make_batch(0, 2, 12)).loss.backward()
+    model = fxopt.optimize(
+        make_model("llama", lora=True, num_hidden_layers=6),
+        memory_budget="min",
+        max_host_memory="64MiB",
+        verify="off",
+    )
+    model = wrap(engine, model)
+    model(**make_batch(0, 4, 48)).loss.backward()
+    installation = find_installation(model)
+    assert installation is not None
+    assert installation.offloader is not None
+    memory = installation.offloader.memory
+    planned = sum(plan.host_bytes for plan in fxopt.explain(inside(model)).plans)
+    threads = set(threading.enumerate())
     if rank == world - 1:
-        find_blocks(inside(model))[1].register_forward_pre_hook(lambda module, given: os._exit(1))
+        find_blocks(inside(model))[2].register_forward_pre_hook(lambda module, given: os._exit(1))
     try:
-        loss = model(**make_batch(1, 2, 12)).loss
+        loss = model(**make_batch(1, 4, 48)).loss
         loss.backward()
         loss.item()  # over NCCL collectives are waited for here
     except RuntimeError as error:
-        installation = find_installation(model)
-        assert installation is not None
         raised = {"raised": type(error).__name__, "running": installation.model_call._lock.locked()}
         kept = weakref.ref(inside(model))
     else:
@@ -107,4 +120,14 @@ def killed(engine: str) -> dict[str, Any]:
     del model, installation
     loss = None
     gc.collect()
-    return {**raised, "kept": kept() is not None}
+    held = memory.used_bytes
+    del memory  # it finds its bounds through the model's planner
+    gc.collect()
+    more = [thread.name for thread in threading.enumerate() if thread not in threads]
+    return {
+        **raised,
+        "kept": kept() is not None,
+        "planned_bytes": planned,
+        "host_bytes": held,
+        "threads": more,
+    }
