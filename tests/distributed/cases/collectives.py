@@ -15,7 +15,7 @@ import fxopt
 from fxopt.capture.lazy import LazyLogits
 
 GIVEN = {
-    "all_gather_single": "input",
+    "all_gather_single": "input_tensor",
     "reduce_scatter_single": "input",
     "all_gather_into_tensor": "input_tensor",
     "reduce_scatter_tensor": "input",
