@@ -1,8 +1,9 @@
-"""Train a small Llama on several processes: DistributedDataParallel, FSDP2, or transformers' Trainer.
+"""Train a small Llama on several processes: DistributedDataParallel, FSDP2, Trainer or DeepSpeed.
 
     torchrun --nproc-per-node 2 examples/distributed.py --engine ddp
     torchrun --nproc-per-node 2 examples/distributed.py --engine fsdp2
     torchrun --nproc-per-node 2 examples/distributed.py --engine trainer
+    torchrun --nproc-per-node 2 examples/distributed.py --engine deepspeed
 
 On GPUs over NCCL, else over gloo on a CPU. Prints the loss of each step, and what fxopt did, from the first rank.
 """
@@ -43,6 +44,28 @@ def train(model: Any, device: torch.device, steps: int) -> list[float]:
     return losses
 
 
+def train_by_deepspeed(model: Any, device: torch.device, steps: int) -> list[float]:
+    """Train `model` under DeepSpeed's ZeRO-2 and return the losses of this rank."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    losses: list[float] = []
+    for number in range(steps):
+        ids = make_rows(number, dist.get_rank()).to(device)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def train_by_trainer(model: Any, steps: int) -> list[float]:
     """Train `model` by transformers' Trainer and return the losses it logs."""
     rows = [{"input_ids": row, "labels": row} for number in range(steps) for row in make_rows(number, 0)]
@@ -60,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engine", choices=("ddp", "fsdp2", "trainer"), default="ddp")
+    parser.add_argument("--engine", choices=("ddp", "fsdp2", "trainer", "deepspeed"), default="ddp")
     parser.add_argument("--steps", type=int, default=3)
     chosen = parser.parse_args()
     device = torch.device("cpu")
@@ -80,6 +103,8 @@ def main() -> None:
             for block in model.model.layers:
                 fully_shard(block)
             losses = train(fully_shard(model), device, chosen.steps)
+        elif chosen.engine == "deepspeed":
+            losses = train_by_deepspeed(model, device, chosen.steps)
         else:
             losses = train(DistributedDataParallel(model), device, chosen.steps)
     if dist.get_rank() == 0:

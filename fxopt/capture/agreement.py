@@ -16,10 +16,13 @@ import torch.distributed as dist
 from torch import nn
 
 from fxopt.capture import torch_distributed
+from fxopt.capture.modules import tensors_of
 from fxopt.capture.planning import Planner
 from fxopt.errors import RanksDifferError
 from fxopt.options import Options
 
+SAME_OPTIONS = "call fxopt.optimize with the same arguments on every rank"
+SAME_DEVICES = "put the model on devices of one type on every rank"
 _ROUNDS: collections.Counter[str] = collections.Counter()
 """Comparisons made so far by each group of ranks; all its ranks count alike, and so find each other's keys."""
 
@@ -78,6 +81,7 @@ def describe(options: Options, model: nn.Module) -> dict[str, str]:
         if options.plan is None
         else hashlib.sha256(repr(options.plan).encode()).hexdigest()[:12],
         "model": type(model).__name__,
+        "devices": ", ".join(sorted({tensor.device.type for tensor in tensors_of(model)})) or "none",
     }
 
 
@@ -119,10 +123,8 @@ def _judge(store: Any, ranks: list[int]) -> tuple[str, dict[str, int]]:
                 f"{name} {first[name]!r} on rank {ranks[0]} and {other.get(name)!r} on rank {rank}"
                 for name in names
             )
-            text = (
-                f"options: ranks differ in {', '.join(names)}, expected the same on every rank, got {got}\n"
-                "call fxopt.optimize with the same arguments on every rank"
-            )
+            cure = SAME_DEVICES if names == ["devices"] else SAME_OPTIONS
+            text = f"options: ranks differ in {', '.join(names)}, expected the same on every rank, got {got}\n{cure}"
             return text, {}
     return "", least
 

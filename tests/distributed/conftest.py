@@ -119,9 +119,7 @@ class World:
             gone = [rank for rank, answer in answers.items() if not answer]
             if gone or (silent and time.monotonic() >= deadline):
                 for rank in silent:
-                    self.processes[rank].send_signal(
-                        signal.SIGUSR1
-                    )  # their stacks are shown with the failure
+                    self.processes[rank].send_signal(signal.SIGUSR1)  # their stacks are shown
                 time.sleep(1 if silent else 0)
                 self.end()
                 pytest.fail(f"ranks {gone} ended, ranks {silent} gave no answer in {PATIENCE} s")

@@ -16,6 +16,29 @@ def test_other_options_on_one_rank_are_named_on_all(engine, two):
         )
 
 
+def test_other_devices_on_one_rank_are_named_on_all(two):
+    own = "cuda" if two.on_gpu else "cpu"
+    for answer in two.run("differ", engine="fsdp2", number_of_rank={}, moved={"1": "meta"}):
+        assert answer["raised"] == "RanksDifferError"
+        assert answer["text"] == (
+            f"options: ranks differ in devices, expected the same on every rank, got devices {own!r} on rank 0 and "
+            "'meta' on rank 1\nput the model on devices of one type on every rank"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [("ddp", "process group has not been initialized"), ("fsdp2", "environment variable RANK expected")],
+)
+def test_without_a_process_group_an_engine_says_so_and_the_model_trains_on(engine, text, new_world):
+    """Before a group is initialized, and after it was taken down, a model is one process's: nothing is compared."""
+    for answer in new_world(2).run("ungrouped", engine=engine):
+        assert text in answer["raised"]
+        assert answer["fallbacks"] == {}
+        assert answer["errors"]["stock"] <= 5e-6
+
+
 @pytest.mark.slow
 def test_options_are_compared_between_replicas_of_shards(four):
     """Shards are spread over two ranks, of which there are two pairs."""
@@ -57,5 +80,8 @@ def test_a_rank_killed_within_a_step_ends_the_others(engine, new_world):
     (answer,) = world.answers_of([0])
     assert answer["raised"] in ("RuntimeError", "DistBackendError")
     assert answer["running"] is False, "fxopt's own lock is free again"
+    assert answer["planned_bytes"] > 0, "values had left for the host"
+    assert answer["host_bytes"] == 0, "none of that memory is held for the lost step"
+    assert answer["threads"] == []
     if engine == "ddp":
         assert answer["kept"] is False, "nothing of fxopt's keeps the model"

@@ -31,7 +31,12 @@ def projection(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_page_runs_and_falls_back_nowhere(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if "deepspeed" in command:
+        pytest.importorskip(
+            "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
+        )
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     launcher = next(name for name in LAUNCHERS if command.startswith(name))
     run = [sys.executable, "-m", *LAUNCHERS[launcher], *command.removeprefix(launcher).split()]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -4,27 +4,66 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import weakref
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from cases.models import ON_GPU, build, find_blocks, inside, make_batch, make_model, wrap
+from cases.models import (
+    DEVICE,
+    ON_GPU,
+    find_blocks,
+    gradients_of,
+    inside,
+    largest_error,
+    make_batch,
+    make_model,
+    report_of,
+    wrap,
+)
 
 import fxopt
 from fxopt.capture.installation import find_installation
 
 
 def differ(
-    engine: str, number_of_rank: dict[str, Any], options: dict[str, Any] | None = None
+    engine: str,
+    number_of_rank: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    moved: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Each rank optimizes with its own options; return what the first step raises."""
-    model = fxopt.optimize(make_model("llama"), **number_of_rank.get(str(dist.get_rank()), {}))
+    """Each rank optimizes with its own options, and may move its model; return what the first step raises."""
+    rank = str(dist.get_rank())
+    model = fxopt.optimize(make_model("llama"), **number_of_rank.get(rank, {}))
+    model.to((moved or {}).get(rank, DEVICE))
     model = wrap(engine, model, **(options or {}))
     try:
         model(**make_batch(0, 2, 12)).loss.backward()
     except fxopt.FxoptError as error:
         return {"raised": type(error).__name__, "text": str(error)}
     return {"raised": None}
+
+
+def ungrouped(engine: str) -> dict[str, Any]:
+    """The process group is gone: return what the engine raises for an optimized model, and how that trains alone."""
+    dist.destroy_process_group()
+    os.environ.pop("RANK")  # fully_shard would initialize a group of its own from it
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    raised = ""
+    for which in ("before", "stock"):
+        model = make_model("llama")
+        if which == "before":
+            model = fxopt.optimize(model)
+            try:
+                wrap(engine, model)
+            except (ValueError, RuntimeError) as error:
+                raised = str(error)
+        model(**make_batch(0, 2, 12)).loss.backward()
+        found[which] = gradients_of(model)
+        if which == "before":
+            report = report_of(model)
+    return {"raised": raised, "errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
 
 
 def one_stock() -> dict[str, Any]:
@@ -48,19 +87,32 @@ def one_stock() -> dict[str, Any]:
 
 
 def killed(engine: str) -> dict[str, Any]:
-    """The last rank dies in the forward of its second step; return what the others meet."""
+    """The last rank dies in the forward of its second step, under a plan that leaves values on the host.
+
+    Return what the others meet, and what is left of fxopt's then: its lock, memory on the host, threads, the model.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = build(engine, "before", make_model("llama"), {})
-    model(**make_batch(0, 2, 12)).loss.backward()
+    model = fxopt.optimize(
+        make_model("llama", lora=True, num_hidden_layers=6),
+        memory_budget="min",
+        max_host_memory="64MiB",
+        verify="off",
+    )
+    model = wrap(engine, model)
+    model(**make_batch(0, 4, 48)).loss.backward()
+    installation = find_installation(model)
+    assert installation is not None
+    assert installation.offloader is not None
+    memory = installation.offloader.memory
+    planned = sum(plan.host_bytes for plan in fxopt.explain(inside(model)).plans)
+    threads = set(threading.enumerate())
     if rank == world - 1:
-        find_blocks(inside(model))[1].register_forward_pre_hook(lambda module, given: os._exit(1))
+        find_blocks(inside(model))[2].register_forward_pre_hook(lambda module, given: os._exit(1))
     try:
-        loss = model(**make_batch(1, 2, 12)).loss
+        loss = model(**make_batch(1, 4, 48)).loss
         loss.backward()
         loss.item()  # over NCCL collectives are waited for here
     except RuntimeError as error:
-        installation = find_installation(model)
-        assert installation is not None
         raised = {"raised": type(error).__name__, "running": installation.model_call._lock.locked()}
         kept = weakref.ref(inside(model))
     else:
@@ -68,4 +120,14 @@ def killed(engine: str) -> dict[str, Any]:
     del model, installation
     loss = None
     gc.collect()
-    return {**raised, "kept": kept() is not None}
+    held = memory.used_bytes
+    del memory  # it finds its bounds through the model's planner
+    gc.collect()
+    more = [thread.name for thread in threading.enumerate() if thread not in threads]
+    return {
+        **raised,
+        "kept": kept() is not None,
+        "planned_bytes": planned,
+        "host_bytes": held,
+        "threads": more,
+    }
