@@ -147,7 +147,7 @@ def by_all(x, w):
 
 
 def chosen_to_copy(x, w):
-    weights, ids = x.softmax(-1).topk(2)
+    weights, ids = x[:, :3].softmax(-1).topk(2)
     return w[ids.reshape(-1)].sum() * weights.sum()
 
 
