@@ -15,6 +15,7 @@ from fxopt.patterns.lora_linear import LORA_LINEAR
 from fxopt.patterns.norm_rope import NORM_ROPE
 from fxopt.patterns.rms_norm import RMS_NORM
 from fxopt.patterns.rope import ROPE
+from fxopt.patterns.route import ROUTE
 
 ALL = (
     DEQUANTIZE_4BIT,
@@ -27,6 +28,7 @@ ALL = (
     NORM_ROPE,
     ATTENTION,
     GLU,
+    ROUTE,
     EXPERTS,  # reads the unit that stands between its products
     EXPERTS_OF_ALL,
     ACTIVATION,
@@ -51,4 +53,5 @@ __all__ = [
     "NORM_ROPE",
     "RMS_NORM",
     "ROPE",
+    "ROUTE",
 ]

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.graph.arguments import same_size
-from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.experts import experts as fused_experts
+from fxopt.kernels.route import Form
+from fxopt.kernels.route import route as fused_route
 from fxopt.patterns.expert_units import form_of, unit_of
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
@@ -43,11 +44,11 @@ from fxopt.rewriting.terms import (
 def search() -> Term:
     """Return the sum over all experts of what they make of the tokens' rows, weighed by scattered scores."""
     x, logits = tensor("x", "T H"), tensor("logits", "T E")
-    chosen = operation(torch.topk, logits, number("num_choices"), dim=number("choice_dim"))
+    chosen = operation(torch.topk, logits, k=number("num_choices"), dim=-1, sorted=...)
     values, ids = keep(chosen[0], cheap=True), keep(chosen[1], cheap=True)
     nothing = operation(torch.full_like, tensor("like", "T E"), number("nothing"))
     scattered = operation(torch.scatter, nothing, number("scatter_dim"), ids, values)
-    scores = named("scores", maybe(cast, named("wide", sigmoid(maybe(cast, scattered)))))
+    scores = named("scores", maybe(cast, sigmoid(maybe(cast, scattered))))
     copies = operation(torch.tile, x, dims=attribute("times"))
     shares = named("shares", reshape(transpose(scores)))
     rows = named("rows", reshape(copies * shares))
@@ -70,7 +71,7 @@ def check(m: Match) -> Mismatch | None:
         )
     if m["nothing"] != -math.inf:
         return m.fail(f"scores of {m['nothing']} where nothing was chosen, expected -inf", "like")
-    if {m["scatter_dim"], m["choice_dim"]} - {1, -1}:
+    if m["scatter_dim"] not in (1, -1):
         return m.fail("choices along the tokens, expected along the experts", "logits")
     if m["unit"].kwargs.get("up_offset"):
         return m.fail("an offset of up, expected a unit that is zero for rows of zeros", "unit")
@@ -80,10 +81,10 @@ def check(m: Match) -> Mismatch | None:
 def replace(m: Match) -> Call:
     """Return the op of each token's chosen experts, its rows weighed before."""
     num_choices, width = m["num_choices"], m.example("x").shape[1]
-    chosen = call(torch.topk, m["logits"], num_choices, dim=-1)
-    ids = call(operator.getitem, chosen, 1)
-    values = call(cast_tensor, call(operator.getitem, chosen, 0), dtype=m.example("wide").dtype)
-    shares = call(cast_tensor, call(torch.sigmoid, values), dtype=m.example("scores").dtype)
+    dtypes = {"scores_dtype": m.example("scores").dtype, "dtype": m.example("scores").dtype}
+    form = Form("sigmoid", num_choices, scores_after=True)
+    chosen = call(fused_route, m["logits"], None, **vars(form) | dtypes)
+    shares, ids = call(operator.getitem, chosen, 0), call(operator.getitem, chosen, 1)
     rows = call(torch.mul, call(torch.unsqueeze, m["x"], dim=-2), call(torch.unsqueeze, shares, dim=-1))
     rows = call(reshape_tensor, rows, shape=(-1, width))
     ones = call(torch.ones_like, shares)

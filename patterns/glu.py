@@ -22,6 +22,7 @@ from fxopt.graph.arguments import same_shape
 from fxopt.graph.neighbours import find_fusible_reader, is_function_of
 from fxopt.graph.vocabulary import cast as cast_tensor
 from fxopt.kernels.glu import glu
+from fxopt.kernels.glu.form import round_limit
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
@@ -69,8 +70,8 @@ def search() -> Term:
     )
     # A gate read twice is scaled and cut off in both places or in none.
     g = maybe(lambda g: g * number("gate_scale"), maybe(upcast, gate), "is_gate_scaled")
-    g = maybe(lambda g: clamp(g, max=number("gate_limit")), g, "is_gate_limited")
-    u = maybe(lambda u: clamp(u, number("up_lowest"), number("up_limit")), maybe(upcast, up))
+    g = maybe(lambda g: named("cut_gate", clamp(g, max=number("gate_limit"))), g, "is_gate_limited")
+    u = maybe(lambda u: named("cut_up", clamp(u, number("up_lowest"), number("up_limit"))), maybe(upcast, up))
     u = maybe(lambda u: u + number("up_offset"), u)
     unit = maybe(downcast, activated(g)) * u
     by_name = operation(F.glu, both, dim=-1)
@@ -114,6 +115,11 @@ def check(m: Match) -> Mismatch | None:
         if m["up_limit"] is not None and m["up_lowest"] != -m["up_limit"]:
             reason = f"up is cut off at {m['up_lowest']} and {m['up_limit']}, expected limits of one size"
             return m.fail(reason, "up")
+        for side in ("gate", "up"):
+            limit, dtype = m[f"{side}_limit"], m.example(side).dtype
+            wide = dtype if limit is None else m.example(f"cut_{side}").dtype
+            if round_limit(limit, wide) != round_limit(limit, dtype):
+                return m.fail(f"{side} is cut off at {limit} in {wide}, which is no number of {dtype}", side)
         if m["act"] == "sigmoid" and is_function_of(m["gate"], m["up"]):
             return m.fail("expected another factor beside sigmoid, got what it was computed from", "gate")
     if m["act"] in (None, "sigmoid"):
@@ -240,6 +246,10 @@ def _cut_off(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate.clamp(max=0.5)) * up.clamp(min=-0.5, max=0.5)
 
 
+def _cut_off_between(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return (F.silu(gate.float().clamp(max=0.7)) * up.float()).to(up.dtype)
+
+
 def _cut_off_in_fp32(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (F.silu(torch.clip(gate.float(), max=0.5)) * torch.clip(up.float(), -0.5, 0.5)).to(up.dtype)
 
@@ -341,6 +351,7 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     yield "sigmoid of a multiple", (lambda g, u: (2 * g) * torch.sigmoid(g) * u, pair)
     yield "sigmoid of what is cut off", (lambda g, u: g * torch.sigmoid(g.clamp(max=0.5)) * u, pair)
     yield "gate cut off below", (lambda g, u: F.silu(g.clamp(min=-0.5)) * u, pair)
+    yield "cut off in fp32", (_cut_off_between, _inputs(device, torch.bfloat16, 2, 5, 63))
     yield "gate cut off late", (lambda g, u: F.silu(g).clamp(max=0.5) * u, pair)
     yield "up cut off unevenly", (lambda g, u: F.silu(g) * u.clamp(-0.5, 0.7), pair)
     yield "cut off and divided", (lambda g, u: F.silu(g / 3) * (u.clamp(-0.5, 0.5) - 1), pair)

@@ -94,6 +94,7 @@ APART = {
         "rotations",
         "attention_cases",
         "rope_cases",
+        "route_cases",
         "norm_rope_cases",
     },
     "kernels": {

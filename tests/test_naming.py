@@ -23,6 +23,7 @@ NOT_A_FEATURE = {
     "rotations",
     "attention_cases",
     "rope_cases",
+    "route_cases",
     "norm_rope_cases",
 }
 FEATURES = sorted(

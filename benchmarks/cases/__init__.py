@@ -14,6 +14,7 @@ from benchmarks.cases import (
     norm_rope,
     rms_norm,
     rope,
+    route,
 )
 
 ALL = {
@@ -24,6 +25,7 @@ ALL = {
     "norm_rope": norm_rope.make_cases,
     "glu": glu.make_cases,
     "experts": experts.make_cases,
+    "route": route.make_cases,
     "activation": activation.make_cases,
     "attention": attention.make_cases,
     "dequantize_4bit": dequantize_4bit.make_cases,

@@ -161,6 +161,24 @@ def _cumsum(node: fx.Node, editor: Editor) -> Form | None:
     return None if dim is None else Form(torch.cumsum, (bound["x"],), {"dim": dim, "dtype": bound["dtype"]})
 
 
+def _topk(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "k", dim=-1, largest=True, sorted=True)
+    if bound is None or bound["largest"] is not True or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    kwargs = {"k": bound["k"], "dim": dim, "sorted": bound["sorted"]}
+    return None if dim is None else Form(torch.topk, (bound["x"],), kwargs)
+
+
+def _gather(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x", "dim", "index", sparse_grad=False)
+    if bound is None or bound["sparse_grad"] is not False or not is_tensor(bound["x"]):
+        return None
+    dim = from_last(bound["dim"], rank_of(bound["x"]))
+    kwargs = {"dim": dim, "index": bound["index"]}
+    return None if dim is None else Form(torch.gather, (bound["x"],), kwargs)
+
+
 def _as_tuple(shape: Any) -> Any:
     return tuple(shape) if isinstance(shape, list | tuple) else shape
 
@@ -182,4 +200,6 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": _attention,
     "sort": _sort,
     "cumsum": _cumsum,
+    "topk": _topk,
+    "gather": _gather,
 }

@@ -69,7 +69,7 @@ def _pure_target(node: fx.Node) -> Any:
     if name in LIMITS:
         return LIMITS[name] if is_tensor(node) and _keeps_dtype(node) else None
     if name == "scatter_":
-        return torch.scatter if _scatters_tensors(node) else None
+        return torch.scatter if _scatters(node) else None
     if _is_activation(node):
         bound = bind(node, "x", inplace=False)
         is_inplace = bound is not None and bound["inplace"] is True and is_tensor(bound["x"])
@@ -98,11 +98,13 @@ def _is_put(node: fx.Node) -> bool:
     return fits and not (written.requires_grad or new.requires_grad)
 
 
-def _scatters_tensors(node: fx.Node) -> bool:
-    """Return whether a `scatter_` puts the items of a tensor of its own dtype, at places that another one says."""
+def _scatters(node: fx.Node) -> bool:
+    """Return whether a `scatter_` puts a number, or items of a tensor of its own dtype, where another tensor says."""
     if len(node.args) != 4 or node.kwargs or not isinstance(node.args[1], int):
         return False
     written, _, _, new = node.args
+    if isinstance(new, int | float):
+        return isinstance(written, fx.Node)
     return isinstance(written, fx.Node) and isinstance(new, fx.Node) and _dtype_of(written) == _dtype_of(new)
 
 

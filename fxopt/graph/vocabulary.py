@@ -169,6 +169,8 @@ OPS: tuple[Op, ...] = (
     Op("cat", torch.cat, ("tensors",), ("dim",)),
     Op("repeat_interleave", torch.repeat_interleave, ("x", "repeats"), ("dim",)),
     Op("sort", torch.sort, ("x",), ("dim", "descending", "stable")),
+    Op("topk", torch.topk, ("x",), ("k", "dim", "sorted")),
+    Op("gather", torch.gather, ("x",), ("dim", "index")),
     Op("cumsum", torch.cumsum, ("x",), ("dim", "dtype")),
     Op("stack", torch.stack, ("tensors",), ("dim",)),
     Op("chunk", torch.chunk, ("x",), ("chunks", "dim")),

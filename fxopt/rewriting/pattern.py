@@ -142,7 +142,8 @@ class Pattern:
     left alone, with a part of the expected reason; `mutations(device)` yields broken spellings, which
     must be left alone or still be computed as they stand. `source` says where the stock forms come from.
     `backend(match)`, for an op that chooses its implementation while it runs, returns what tells which one serves
-    this match, at any time that a report is made; it must hold neither tensors nor nodes.
+    this match, at any time that a report is made; it must hold neither tensors nor nodes. `read_out(match, outputs)`
+    returns what a proof compares in place of the outputs, where these may differ and mean the same.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Pattern:
     mutations: Callable[[torch.device], Iterable[tuple[str, Example]]] = _no_examples
     source: str = ""
     backend: Callable[[Match], Callable[[], str]] | None = None
+    read_out: Callable[[Match, list[torch.Tensor]], list[torch.Tensor]] | None = None
 
     def __repr__(self) -> str:
         return f"Pattern({self.name!r})"

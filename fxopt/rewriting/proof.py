@@ -23,7 +23,7 @@ from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.report.records import Proof
 from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
-from fxopt.rewriting.runs import Values, as_dtype, replacement_run, run_with_gradients, stock_run
+from fxopt.rewriting.runs import Runner, Values, as_dtype, replacement_run, run_with_gradients, stock_run
 from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, layout_of, propose_sizes
 from fxopt.rewriting.trees import items_of
 
@@ -185,12 +185,13 @@ def _compare(
     gradients = _draw_gradients(match, sizes, inputs, autocast)
     exact = as_dtype(inputs, oracle_dtype)
     with _without_chance(_device_of(match)):
-        oracle = run_with_gradients(stock_run(match, sizes, oracle_dtype), exact, gradients)
+        oracle = run_with_gradients(_read(match, stock_run(match, sizes, oracle_dtype)), exact, gradients)
     del exact
     before = _fingerprints(inputs)
     with uncached_autocast(autocast):
-        by_stock = run_with_gradients(stock_run(match, sizes, None), inputs, gradients)
-        by_new = run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
+        by_stock = run_with_gradients(_read(match, stock_run(match, sizes, None)), inputs, gradients)
+        run_new = _read(match, replacement_run(replacement, sizes, None))
+        by_new = run_with_gradients(run_new, inputs, gradients)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
     comparisons = [
         _compare_value(name, by_new.get(name), by_stock[name], oracle[name], floor) for name in oracle
@@ -199,8 +200,9 @@ def _compare(
     wide = as_dtype(inputs, torch.float32)
     by_stock = oracle
     if oracle_dtype != torch.float32:
-        by_stock = run_with_gradients(stock_run(match, sizes, torch.float32), wide, gradients)
-    by_new = run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
+        by_stock = run_with_gradients(_read(match, stock_run(match, sizes, torch.float32)), wide, gradients)
+    run_new = _read(match, replacement_run(replacement, sizes, torch.float32))
+    by_new = run_with_gradients(run_new, wide, gradients)
     _check_unchanged(inputs, before)
     comparisons += [
         _compare_value(f"{name} in float32", by_new.get(name), by_stock[name], oracle[name], FLOAT32_ERROR)
@@ -214,13 +216,26 @@ def _compare(
     return comparisons, shapes, oracle_dtype
 
 
+def _read(match: Match, run: Runner) -> Runner:
+    """Return `run` as what the pattern compares of its outputs."""
+    read_out, num_outputs = match.pattern.read_out, len(match.outputs)
+    if read_out is None:
+        return run
+
+    def read(inputs: Values) -> list[torch.Tensor]:
+        found = run(inputs)
+        return [*read_out(match, found[:num_outputs]), *found[num_outputs:]]
+
+    return read
+
+
 def _run_replacement(match: Match, replacement: Replacement, autocast: Autocast) -> None:
     sizes, inputs = _draw(match, autocast)
     gradients = _draw_gradients(match, sizes, inputs, autocast)
     with uncached_autocast(autocast):
-        run_with_gradients(replacement_run(replacement, sizes, None), inputs, gradients)
+        run_with_gradients(_read(match, replacement_run(replacement, sizes, None)), inputs, gradients)
     wide = as_dtype(inputs, torch.float32)
-    run_with_gradients(replacement_run(replacement, sizes, torch.float32), wide, gradients)
+    run_with_gradients(_read(match, replacement_run(replacement, sizes, torch.float32)), wide, gradients)
 
 
 def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
@@ -259,7 +274,7 @@ def _draw_gradients(match: Match, sizes: Sizes, inputs: Values, autocast: Autoca
     """
     sampler = Sampler(match, sizes, GRADIENT_SEED)
     with torch.no_grad(), uncached_autocast(autocast):
-        outputs = stock_run(match, sizes, None)(inputs)
+        outputs = _read(match, stock_run(match, sizes, None))(inputs)
         return [sampler.like(out) if out.is_floating_point() or out.is_complex() else out for out in outputs]
 
 

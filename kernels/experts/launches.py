@@ -257,7 +257,7 @@ def launch_unit_backward(
             order.ends,
             order.ends.numel(),
             num_columns,
-            *form.numbers(),
+            *form.rounded(a, None).numbers(),
             **form.constants(),
             PASSES_AT_LIMIT=passes_at_limit(),
             NEED_A=need_a,

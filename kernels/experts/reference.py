@@ -121,7 +121,7 @@ def plain_down_backward(
         given = dy[choice // num_choices].to(w.dtype)
         weight = weights[choice, None].to(wide)
         dunit = (given @ w[expert].mT).to(wide)
-        unit = glu_reference(a[group].to(wide), **named(attributes))
+        unit = glu_reference(a[group].to(wide), **vars(Form(*attributes).rounded(a, None)))
         if da is not None:
             found, _ = glu_backward((dunit * weight).to(wide), a[group], None, *attributes, True, True)
             assert found is not None
@@ -136,8 +136,3 @@ def plain_down_backward(
                 found = found + given.to(wide) @ bias[expert].to(wide)
             dweights[choice] = found.to(dweights.dtype)
     return da, dw, dbias, dweights
-
-
-def named(attributes: Any) -> dict[str, Any]:
-    """Return the attributes of the unit by name."""
-    return vars(Form(*attributes))

@@ -29,6 +29,20 @@ class Form:
         # Dynamo of torch 2.11 cannot follow dataclasses.astuple, which copies each value.
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
+    def rounded(self, gate: Tensor, up: Tensor | None) -> "Form":
+        """Return the form with each limit as torch's clamp takes it: in the dtype of what is cut off.
+
+        >>> Form("silu", gate_limit=0.7).rounded(torch.ones(2, dtype=torch.bfloat16), None).gate_limit
+        0.69921875
+        """
+        if self.gate_limit is None and self.up_limit is None:
+            return self
+        limits = (
+            round_limit(self.gate_limit, gate.dtype),
+            round_limit(self.up_limit, (gate if up is None else up).dtype),
+        )
+        return dataclasses.replace(self, gate_limit=limits[0], up_limit=limits[1])
+
     def constants(self) -> dict[str, Any]:
         """Return what the kernels are compiled for."""
         return {
@@ -49,6 +63,12 @@ class Form:
             self.up_offset,
             self.scale,
         )
+
+
+@functools.cache
+def round_limit(limit: float | None, dtype: torch.dtype) -> float | None:
+    """Return `limit` rounded to `dtype`."""
+    return None if limit is None else torch.tensor(limit, dtype=dtype, device="cpu").item()
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def rows_of(form: Form, gate: Tensor, up: Tensor | None, *others: Tensor) -> lis
 
 def launch_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
     """Return the unit, contiguous, by the kernel."""
-    form = Form(*attributes)
+    form = Form(*attributes).rounded(gate, up)
     y = new_output(gate, up)
     if y.numel() == 0:
         return y
@@ -83,7 +83,7 @@ def launch_backward(
     y: contiguous memory that the unit itself is written to, or None.
     """
     *values, need_gate, need_up = attributes
-    form = Form(*values)
+    form = Form(*values).rounded(gate, up)
     dgate, dup = new_gradients(dy, gate, up, *attributes)
     if dy.numel() == 0:
         return dgate, dup

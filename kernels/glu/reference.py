@@ -13,7 +13,7 @@ from fxopt.kernels.launch import wide_dtype
 
 def glu_reference(gate: Tensor, up: Tensor | None = None, **attributes: Any) -> Tensor:
     """Return the unit, differentiable, in plain torch: the specification."""
-    form = Form(**attributes)
+    form = Form(**attributes).rounded(gate, up)
     gate, up = split_pair(gate, up, form)
     dtype = torch.promote_types(gate.dtype, up.dtype)
     wide = wide_dtype(dtype)
@@ -45,7 +45,7 @@ def plain_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients that are needed, in plain torch; of one tensor that holds both, as the first."""
     *values, need_gate, need_up = attributes
-    form = Form(*values)
+    form = Form(*values).rounded(gate, up)
     first, second = split_pair(gate, up, form)
     wide = wide_dtype(dy.dtype)
     dyf = dy.to(wide) * form.scale

@@ -289,7 +289,7 @@ def launch_gated_products(
             *(rows.stride(0) for rows in (dy, gate, up)),
             *(stride for item in narrow for stride in item.factor.stride()),
             *(item.left.stride(0) for item in narrow),
-            *unit.numbers(),
+            *unit.rounded(gate, up).numbers(),
             ACT=constants["ACT"],
             HAS_GATE_LIMIT=constants["HAS_GATE_LIMIT"],
             HAS_UP_LIMIT=constants["HAS_UP_LIMIT"],

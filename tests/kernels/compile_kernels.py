@@ -36,10 +36,13 @@ from fxopt.kernels.lora_linear import dropped, extend, gated_products, one_read
 from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
+from fxopt.kernels.route import Form as Routing
+from fxopt.kernels.route import kernels as route
+from fxopt.kernels.route import op as route_op
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = re.compile(
-    r".*_stride$|^num_.*|^tail_.*|^rank$|.*_rank$|^blocks_per_row$|^ignore_index$|^queries_per_row$"
+    r".*_stride$|^num_.*|^tail_.*|^rank$|.*_rank$|^blocks_per_row$|^group_size$|^ignore_index$|^queries_per_row$"
 )
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
@@ -132,6 +135,30 @@ def experts_builds(arch: int, dtype: str) -> Iterator[Build]:
         form = unit.constants() | dict(PASSES_AT_LIMIT=passes_at_limit(), BLOCK=experts.ROW_BLOCK)
         form |= dict.fromkeys(("NEED_A", "NEED_UNIT", "NEED_WEIGHTS"), True)
         yield experts.experts_unit_backward_kernel, form, types, experts.ROW_WARPS, True
+
+
+def route_builds() -> Iterator[Build]:
+    types = {"p_ids": "*i64", "p_bias": "*fp32"}
+    grouped = dict(group_size=32, num_kept=4, group_choices=2, normalizes=True)
+    for num_experts, form in (
+        (8, Routing("softmax", 2, normalizes=True)),
+        (128, Routing("softmax", 4, scores_after=True)),
+        (256, Routing("sigmoid", 8, **grouped)),
+        (512, Routing("softmax", 10, normalizes=True)),
+    ):
+        tile = route_op.tile_of(form, num_experts)
+        warps = route_op.num_warps_of(tile["BLOCK_GROUPS"] * tile["BLOCK_MEMBERS"])
+        both = dict(SCORE=form.score, SCORES_AFTER=form.scores_after, NUM_CHOICES=form.num_choices)
+        both |= dict(NORMALIZES=form.normalizes)
+        forward = (
+            both | tile | dict(NUM_KEPT=form.num_kept, GROUP_CHOICES=form.group_choices, FILLS_ZERO=False)
+        )
+        forward |= dict(SCORES_DTYPE="bfloat16", CHOICE_DTYPE="float32", HAS_BIAS=form.group_size > 0)
+        yield route.route_forward_kernel, forward, types, warps, False
+        experts = tile["BLOCK_GROUPS"] * tile["BLOCK_MEMBERS"]
+        backward = both | dict(BLOCK_EXPERTS=experts, BLOCK_CHOICES=tile["BLOCK_CHOICES"])
+        warps = route_op.num_warps_of(experts * tile["BLOCK_CHOICES"])
+        yield route.route_backward_kernel, backward, types, warps, True
 
 
 def activation_builds() -> Iterator[Build]:
@@ -358,6 +385,7 @@ def main() -> None:
             *layer_norm_builds(),
             *glu_builds(),
             *experts_builds(int(arch), dtype),
+            *route_builds(),
             *activation_builds(),
             *cross_entropy_builds(),
             *dequantize_4bit_builds(),

@@ -74,6 +74,8 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "experts_bias_gradient_kernel",
         "experts_sum_kernel",
         "experts_unit_backward_kernel",
+        "route_forward_kernel",
+        "route_backward_kernel",
         "activation_forward_kernel",
         "activation_backward_kernel",
         "cross_entropy_forward_kernel",

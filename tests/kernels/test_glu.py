@@ -180,6 +180,26 @@ def check_extremes(value: torch.Tensor, exact: torch.Tensor, *, sign: bool = Tru
     torch.testing.assert_close(value, exact.to(value.dtype), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_passes_a_limit_that_is_no_number_of_the_dtype_as_torch_has_it(dtype, device: str) -> None:
+    """torch rounds 0.7 to the dtype, in bfloat16 down and in float16 up, and values meet what it becomes."""
+    limit = torch.tensor(0.7, dtype=dtype)
+    around = [torch.nextafter(limit, torch.tensor(far, dtype=dtype)) for far in (-9.0, 9.0)]
+    values = torch.stack([limit, *around, -limit, *(-value for value in around)]).to(device)
+    gate, up = values.repeat(2).requires_grad_(), values.repeat_interleave(2).requires_grad_()
+    stock = F.silu(gate.clamp(max=0.7)) * up.clamp(-0.7, 0.7)
+    wanted = torch.autograd.grad(stock, [gate, up], torch.ones_like(stock))
+    form = Form("silu", gate_limit=0.7, up_limit=0.7).astuple()
+    with torch.no_grad():
+        ones = torch.ones_like(stock)
+        for backward in (file.launch_backward, plain_backward):
+            found = backward(ones, gate, up, *form, True, True)
+            assert [value == 0 for value in found[0].tolist()] == [value == 0 for value in wanted[0].tolist()]
+            assert [value == 0 for value in found[1].tolist()] == [value == 0 for value in wanted[1].tolist()]
+        y = file.launch_forward(gate, up, *form)
+    torch.testing.assert_close(y, stock.detach(), rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("form", [{}, LIMITS], ids=["plain", "limited"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("act", ACTIVATIONS)

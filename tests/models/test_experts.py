@@ -30,6 +30,8 @@ MIXTURES = {
     "phimoe": LAYERS,  # chosen one by one with jitter
 }
 """Experts per model."""
+UNROUTED = ("phimoe",)
+"""Mixtures whose routing is another one than the op's."""
 QUICK = ("mixtral",)
 SHAPES = ((2, 24), (3, 17), (1, 40))
 CASES = [
@@ -66,6 +68,12 @@ def count_experts(report: fxopt.Report) -> int:
     return sum(site.count for site in sites)
 
 
+def count_routes(report: fxopt.Report) -> int:
+    sites = [site for site in report.sites if site.pattern == "route"]
+    assert all((site.status, site.op) == ("rewritten", "route") for site in sites), sites
+    return sum(site.count for site in sites)
+
+
 @pytest.mark.parametrize(("arch", "how"), CASES)
 def test_a_mixture_equals_stock_and_all_experts_are_rewritten(arch, how, device, tools) -> None:
     model = make_mixture(arch, how).to(device)
@@ -73,6 +81,7 @@ def test_a_mixture_equals_stock_and_all_experts_are_rewritten(arch, how, device,
     fxopt.optimize(model)
     report = check_steps(tools, model, stock, device)
     assert count_experts(report) == MIXTURES[arch]
+    assert count_routes(report) == (0 if arch in UNROUTED else MIXTURES[arch])
     units = [site for site in report.sites if site.pattern == "glu" and site.op == "experts"]
     assert sum(site.count for site in units) == MIXTURES[arch], "the unit is a part of them"
 

@@ -19,6 +19,7 @@ from fxopt.graph.anchors.layer_norms import layer_norm_kind
 from fxopt.graph.anchors.losses import loss_kind
 from fxopt.graph.anchors.norms import norm_kind
 from fxopt.graph.anchors.rotations import rope_kind
+from fxopt.graph.anchors.routers import route_kind
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 
 
@@ -45,6 +46,7 @@ KINDS = frozenset(
         "lora_linear",
         "dequantize_4bit",
         "experts",
+        "route",
     }
 )
 """Every kind of site that the search knows."""
@@ -58,8 +60,8 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
     (torch's own, or the softmax of a product of two values that weighs a third), "glu" (an activation times
     another value, both from linear projections), "activation" (one between two projections, without a gate),
     "lora_linear" (a product of low rank added to a projection), "dequantize_4bit" (a product with a weight in four
-    bits), "experts" (a sum of rows multiplied by matrices from a stack), and "cross_entropy", "linear_cross_entropy"
-    where its logits come straight from one linear layer.
+    bits), "experts" (a sum of rows multiplied by matrices from a stack), "route" (the choice of which), and
+    "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.
     """
     anchors: list[Anchor] = []
     for prefix, part in find_subgraphs(gm):
@@ -76,6 +78,7 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
                 or adapter_kind(node)
                 or four_bit_kind(node)
                 or experts_kind(node)
+                or route_kind(node)
             )
             if kind:
                 anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))

@@ -146,6 +146,29 @@ def by_all(x, w):
     return torch.bmm(x.repeat(3, 1).view(3, -1, 8), w).sum(dim=0)
 
 
+def chosen_to_copy(x, w):
+    weights, ids = x[:, :3].softmax(-1).topk(2)
+    return w[ids.reshape(-1)].sum() * weights.sum()
+
+
+def chosen_to_count(x):
+    return x.topk(2, dim=-1).indices.flatten().sort()[0].float().histc(bins=8, min=0, max=7)
+
+
+def chosen_of_the_best_group(x):
+    best = x.view(3, 2, 4).amax(-1).topk(1)[1]
+    mask = torch.zeros(3, 2).scatter_(1, best, 1).repeat_interleave(4, -1)
+    return chosen_to_count(x.masked_fill(mask == 0, -1.0))
+
+
+def chosen_to_mask(x):
+    return x * torch.zeros_like(x).scatter(-1, x.topk(2)[1], 1.0)
+
+
+def counted_values(x):
+    return x.topk(2)[0].histc(bins=8, min=0, max=7)
+
+
 def one_head_each(x, w):
     return torch.bmm(x.view(3, 1, 8), w).view(1, 3, 8).sum(dim=0)
 
@@ -156,6 +179,11 @@ SITES = {
     "experts, each for all": (by_all, (ROWS, STACK), ["experts"]),
     "a stack that nothing chooses from": (one_head_each, (ROWS, STACK), []),
     "rows that no matrix multiplied": (lambda x: x[CHOSEN].view(3, 2, 8).sum(1), (ROWS,), []),
+    "a choice of matrices": (chosen_to_copy, (ROWS, STACK), ["route"]),
+    "a choice that is counted": (chosen_to_count, (ROWS.detach(),), ["route"]),
+    "a choice among the best group": (chosen_of_the_best_group, (ROWS.detach(),), ["route"]),
+    "a choice that is a mask": (chosen_to_mask, (ROWS,), []),
+    "largest values that are counted": (counted_values, (ROWS.detach(),), []),
     "rsqrt": (
         lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
         (X, W),

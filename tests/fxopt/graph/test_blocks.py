@@ -47,10 +47,11 @@ BLOCKS = {
         "attention": 1,
         "glu": 1,
         "experts": 1,
+        "route": 1,
     },  # all experts at once; the clamped, shifted form
     "glm4": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1},  # gate and up from one packed projection
     "phi3": {"rms_norm": 2, "rope": 2, "attention": 1, "glu": 1},
-    "qwen3_moe": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1, "experts": 1},
+    "qwen3_moe": {"rms_norm": 4, "rope": 2, "attention": 1, "glu": 1, "experts": 1, "route": 1},
     "gpt_neox": {"layer_norm": 2, "rope": 2, "attention": 1, "activation": 1},
     "nanochat": {"rms_norm": 4, "rope": 2, "attention": 1, "activation": 1},  # with the norms of q and k
     "starcoder2": {"layer_norm": 2, "rope": 2, "attention": 1, "activation": 1},
