@@ -66,6 +66,12 @@ def expression_of(size: Any) -> Any:
     return size.node.expr
 
 
+def conditions_on(size: Any) -> list[Any]:
+    """Return what capture found to hold of `size` and all others that are not fixed, as sympy relations."""
+    node: Any = getattr(size, "node", None)
+    return [] if node is None else [guard.expr for guard in node.shape_env.guards]
+
+
 def hint_of(size: Any) -> int | None:
     """Return the value that a size had at capture, or None; asking for it makes no guard."""
     if not isinstance(size, torch.SymInt):

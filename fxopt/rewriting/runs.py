@@ -14,8 +14,8 @@ from fxopt.graph import vocabulary
 from fxopt.graph.torch_private import tree_map_only
 from fxopt.graph.view import requires_grad
 from fxopt.rewriting.pattern import Call, Match, Replacement
+from fxopt.rewriting.proof_sizes import Sizes
 from fxopt.rewriting.replacement import evaluate_call
-from fxopt.rewriting.samples import Sizes
 
 Values = dict[fx.Node, Any]
 Runner = Callable[[Values], list[torch.Tensor]]
