@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from fxopt.authoring.variants import mutations, spellings
-from fxopt.capture.torch_dynamo import free_sizes
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
+from fxopt.graph.torch_private import free_sizes
 from fxopt.graph.verify import note_placeholders, verify
 from fxopt.pipeline import ALL
 from fxopt.rewriting.functions import capture

@@ -99,13 +99,6 @@ def frames_of_pieces_captured() -> Iterator[None]:
         change(previous)
 
 
-def free_sizes(tensor: torch.Tensor, num_dims: int) -> None:
-    """Make symbols of the first `num_dims` sizes of `tensor` where the next capture lets them be."""
-    for dim in range(num_dims):
-        if tensor.shape[dim] > 1:
-            dynamo.maybe_mark_dynamic(tensor, dim)
-
-
 def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make Dynamo put a call of `function` into the graph as one node, without tracing into it."""
     dynamo.allow_in_graph(function)

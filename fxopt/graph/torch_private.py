@@ -66,6 +66,14 @@ def expression_of(size: Any) -> Any:
     return size.node.expr
 
 
+def free_sizes(tensor: Tensor, num_dims: int) -> None:
+    """Make symbols of the first `num_dims` sizes of `tensor` where the next capture lets them be."""
+    lazily_imported: Any = torch
+    for dim in range(num_dims):
+        if tensor.shape[dim] > 1:
+            lazily_imported._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
 def conditions_on(size: Any) -> list[Any]:
     """Return what capture found to hold of `size` and all others that are not fixed, as sympy relations."""
     node: Any = getattr(size, "node", None)
