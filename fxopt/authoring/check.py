@@ -15,8 +15,8 @@ from fxopt.graph.edit import copy_of
 from fxopt.graph.torch_private import free_sizes
 from fxopt.graph.verify import note_placeholders, verify
 from fxopt.pipeline import ALL
+from fxopt.rewriting.failures import cure_of, function_place, said_by
 from fxopt.rewriting.functions import capture
-from fxopt.rewriting.given import function_place
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Example, Mismatch, Pattern
 from fxopt.rewriting.proof import Prover
@@ -104,14 +104,13 @@ def _check_sizes(pattern: Pattern, name: str, example: Example) -> Finding:
             stock, _ = capture(function, inputs, dynamic=None)
             _, result = _rewrite(stock, pattern)
         except Exception as error:
-            text = next((line for line in str(error).splitlines() if line.strip()), "")
-            reason = f"free ones cannot be captured: {type(error).__name__}: {text}"
+            reason = f"free ones cannot be captured: {said_by(error)}"
             continue
         refused = [r for r in result.refused if r.pattern == pattern.name]
         proofs = [r.proof for r in (*result.rewrites, *refused) if r.proof is not None]
         if proofs:
             shapes, wrong = ", ".join(proofs[-1].shapes), proofs[-1].reason
-            told = f"{shapes}: {wrong}; mend the replacement" if wrong else f"proven at {shapes} too"
+            told = f"{shapes}: {refused[-1].told}" if wrong else f"proven at {shapes} too"
             return Finding("sizes", name, not wrong, told)
         reason = next((r.reason for r in refused), reason)
     return Finding("sizes", name, True, f"those of the example alone: {reason}")
@@ -127,11 +126,8 @@ def _free(value: Any, leading_only: bool) -> Any:
 
 
 def _not_captured(function: Any, error: Exception) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    where, kind = function_place(function), type(error).__name__
-    return (
-        f"{where}: cannot be captured, expected one graph of torch ops, got {kind}: {text}; mend the function"
-    )
+    where, cure = function_place(function, error), cure_of(error, "mend the function")
+    return f"{where}: cannot be captured, expected one graph of torch ops, got {said_by(error)}; {cure}"
 
 
 def _why_not_once(
@@ -145,9 +141,9 @@ def _why_not_once(
     where = function_place(function)
     if number:
         return f"{where}: expected one rewrite, got {number}; give an example that holds the form once"
-    refused = [refusal.reason for refusal in result.refused if refusal.pattern == pattern.name]
+    refused = [refusal for refusal in result.refused if refusal.pattern == pattern.name]
     if refused:
-        return f"{where}: it matches, and the proof refuses it: {refused[0]}; mend the replacement"
+        return f"{where}: it matches, and is refused: {refused[0].told}"
     reason = next((miss.reason for miss in _misses(pattern, stock, gm)), "it computes nothing")
     return f"{where}: expected one rewrite, got none: {reason}; mend the search, or give another example"
 

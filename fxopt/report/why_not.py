@@ -22,7 +22,7 @@ def render_why_not(report: Report, name: str) -> str:
     """
     known = sorted({*report.patterns, *(site.pattern for site in report.sites)})
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
+        nearest = difflib.get_close_matches(str(name), known, n=len(known), cutoff=0.0)
         raise UnknownNameError(
             f"why_not: unknown name {name!r}, expected one of {', '.join(nearest) or '(no pattern is in use)'}"
         )
