@@ -24,8 +24,9 @@ MOST_CHARACTERS = 200
 def code_of(function: Any) -> Any:
     """Return the code object of a function, a partial's function or an object's `__call__`; None for built-ins."""
     function = _innermost(function)
+    kind: Any = type(function)
     code = getattr(function, "__code__", None)
-    return code or getattr(vars(type(function)).get("__call__"), "__code__", None)
+    return code or getattr(vars(kind).get("__call__"), "__code__", None)
 
 
 def _innermost(function: Any) -> Any:
