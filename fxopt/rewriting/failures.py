@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import traceback
 from collections.abc import Callable
@@ -23,16 +22,15 @@ MOST_CHARACTERS = 200
 
 def code_of(function: Any) -> Any:
     """Return the code object of a function, a partial's function or an object's `__call__`; None for built-ins."""
-    function = _innermost(function)
-    kind: Any = type(function)
-    code = getattr(function, "__code__", None)
-    return code or getattr(vars(kind).get("__call__"), "__code__", None)
+    innermost = _innermost(function)
+    called: Any = inspect.getattr_static(innermost, "__call__", None)
+    return getattr(innermost, "__code__", None) or getattr(called, "__code__", None)
 
 
 def _innermost(function: Any) -> Any:
-    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
-        function = function.func if isinstance(function, functools.partial) else inspect.unwrap(function)
-    return function
+    """Return what a partial calls, or what was wrapped."""
+    inner: Any = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+    return _innermost(inner) if callable(inner) else function
 
 
 def function_place(function: Callable[..., Any], error: BaseException | None = None) -> str:
@@ -40,8 +38,8 @@ def function_place(function: Callable[..., Any], error: BaseException | None = N
 
     The line is where the function begins, or the one in its file at which `error` arose.
     """
-    function, code = _innermost(function), code_of(function)
-    name = getattr(function, "__name__", type(function).__name__)
+    code, innermost = code_of(function), _innermost(function)
+    name = getattr(innermost, "__name__", type(innermost).__name__)
     if code is None:
         return name
     frames = [] if error is None else [*traceback.extract_tb(error.__traceback__), *_frames_captured(error)]

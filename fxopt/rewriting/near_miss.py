@@ -145,4 +145,4 @@ def _is_head(child: Term, term: Term) -> bool:
 def _name(node: fx.Node) -> str:
     if node.op == "output":
         return "the graph's output"
-    return name_of(node.target) if node.op == "call_function" else str(node.target)
+    return name_of(node.target) if node.op == "call_function" else f".{node.target}"
