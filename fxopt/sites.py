@@ -16,6 +16,7 @@ from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site, Work
 from fxopt.rewriting.near_miss import find_nearest_miss
+from fxopt.rewriting.near_places import find_near_places
 from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.rewrite import Refusal, RewriteResult
 from fxopt.rewriting.small_graphs import find_near, render_found, render_wanted
@@ -73,13 +74,13 @@ def find_sites(
             nearest = find_nearest_miss(gm, own, anchor.node, lazy_outputs)
             mismatches.append(_miss_record(nearest, own, anchor.module, anchor.location, anchor.kind))
     known = {anchor.node for anchor in anchors}
+    own_forms = [p for p in patterns if p.name not in KINDS and not _is_built_on_ops(p)]
+    names = {pattern.name for pattern in own_forms}
     for refusal in result.refused:
-        if known.isdisjoint(refusal.origins):
-            mismatches.append(_refused_elsewhere(gm, refusal))
-    done = {rewrite.match.pattern.name for rewrite in result.rewrites} | {r.pattern for r in result.refused}
-    for pattern in patterns:
-        if pattern.name not in KINDS | done and not _is_built_on_ops(pattern):
-            mismatches += _nearest_of(gm, pattern, lazy_outputs)
+        if refusal.pattern in names or known.isdisjoint(refusal.origins):
+            mismatches.append(_refused_elsewhere(gm, refusal, patterns))
+    for pattern in own_forms:
+        mismatches += _misses_of(gm, pattern, result, lazy_outputs)
     return tuple(sites), tuple(mismatches), tuple(backends)
 
 
@@ -88,19 +89,21 @@ def _is_built_on_ops(pattern: Any) -> bool:
     return any(getattr(target, "__module__", "").startswith("fxopt.kernels") for target in pattern.targets)
 
 
-def _nearest_of(gm: fx.GraphModule, pattern: Any, lazy_outputs: bool) -> list[MismatchRecord]:
-    """Return where a pattern of a form that the search for sites does not know came nearest, if it came near."""
-    heads = {head for term in pattern.terms for head in term.heads}
-    misses = [
-        (find_nearest_miss(gm, (pattern,), min(node.meta.get("origins", {node.name})), lazy_outputs), node)
-        for node in gm.graph.nodes
-        if node.op == "call_function" and node.target in heads
-    ]
-    near = [(miss, node) for miss, node in misses if miss.has_rare_op and miss.progress > 1]
-    if not near:
-        return []
-    miss, node = max(near, key=lambda item: item[0].nearness)
-    return [_miss_record(miss, (pattern,), module_of(node), location_of(node))]
+def _misses_of(
+    gm: fx.GraphModule, pattern: Any, result: RewriteResult, lazy_outputs: bool
+) -> list[MismatchRecord]:
+    """Return where a pattern of a form that the search for sites does not know came near, and what took its place."""
+    refused = [refusal.origins for refusal in result.refused if refusal.pattern == pattern.name]
+    near = find_near_places(gm, pattern, lazy_outputs, frozenset[str]().union(*refused))
+    records = [_miss_record(miss, (pattern,), module_of(node), location_of(node)) for miss, node in near]
+    for rewrite in result.rewrites:
+        match = rewrite.match
+        if match.pattern is not pattern and pattern.targets <= {node.target for node in match.nodes}:
+            taken = f"{match.pattern.name} took ops of this form, expected this pattern first; put it before"
+            miss = Mismatch(pattern.name, taken, (), len(pattern.targets))
+            where = module_of(match.outputs[0]), rewrite.record.location
+            records.append(_miss_record(miss, (pattern,), *where))
+    return records
 
 
 def _miss_record(
@@ -114,13 +117,15 @@ def _miss_record(
     return MismatchRecord(miss.pattern, miss.reason, module, location, miss.progress, anchor, wanted, found)
 
 
-def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal) -> MismatchRecord:
+def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal, patterns: Sequence[Any]) -> MismatchRecord:
     """Return the record of a refused match of a form that the search for sites does not know: a user's own."""
+    reason = f"the whole form matches, and is refused: {refusal.told}"
     for _, part in find_subgraphs(gm):
         for node in part.graph.nodes:
             if not refusal.origins.isdisjoint(node.meta.get("origins", ())) and location_of(node):
-                return MismatchRecord(refusal.pattern, refusal.reason, module_of(node), location_of(node))
-    return MismatchRecord(refusal.pattern, refusal.reason, "", "")
+                miss = Mismatch(refusal.pattern, reason, (node,), refusal.num_nodes)
+                return _miss_record(miss, patterns, module_of(node), location_of(node))
+    return MismatchRecord(refusal.pattern, reason, "", "", refusal.num_nodes)
 
 
 def _site(anchor: Anchor, status: Any, op: str, reason: str, proof: Any) -> Site:
@@ -150,7 +155,7 @@ def build_report(installation: Installation) -> Report:
         model=type(installation.model).__name__,
         sites=_count_sites(served),
         rewrites=tuple(rewrite for graph in graphs for rewrite in graph.rewrites),
-        mismatches=tuple(miss for capture in used for miss in capture.outcome.mismatches),
+        mismatches=_count_misses(served),
         passes=tuple(record for graph in graphs for record in graph.passes),
         graphs=graphs,
         regions=_regions(installation),
@@ -201,6 +206,21 @@ def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
         dataclasses.replace(site, count=counts[key], backend="; ".join(backends[key]))
         for key, site in first.items()
     )
+
+
+def _count_misses(served: Sequence[tuple[str, Capture]]) -> tuple[MismatchRecord, ...]:
+    """Return the misses of all layers, those of one module and line merged with their count, named from the model."""
+    first: dict[tuple[Any, ...], MismatchRecord] = {}
+    counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    for path, capture in served:
+        prefix = "" if path == REGION else path
+        for place, miss in enumerate(capture.outcome.mismatches):
+            same = capture.outcome.mismatches[:place].count(miss)
+            key = (capture.region, miss.anchor, miss.pattern, miss.module, miss.location, miss.reason, same)
+            counts[key] += 1
+            module = ".".join(part for part in (prefix, miss.module) if part)
+            first.setdefault(key, dataclasses.replace(miss, module=module))
+    return tuple(dataclasses.replace(miss, count=counts[key]) for key, miss in first.items())
 
 
 def _regions(installation: Installation) -> tuple[RegionRecord, ...]:

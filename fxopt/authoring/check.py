@@ -12,10 +12,11 @@ from torch import fx
 from fxopt.authoring.variants import mutations, spellings
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.edit import copy_of
+from fxopt.graph.torch_private import free_sizes
 from fxopt.graph.verify import note_placeholders, verify
 from fxopt.pipeline import ALL
+from fxopt.rewriting.failures import cure_of, function_place, said_by
 from fxopt.rewriting.functions import capture
-from fxopt.rewriting.given import function_place
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.pattern import Example, Mismatch, Pattern
 from fxopt.rewriting.proof import Prover
@@ -43,9 +44,9 @@ class Finding:
 def check_pattern(pattern: Pattern) -> tuple[Finding, ...]:
     """Return what the proofs of `pattern` found, on the CPU.
 
-    An example must be rewritten once, and equal stock in outputs and all gradients; a near miss must be left alone
-    for its reason. Of each example, every other spelling by the canonicalizer's laws must be rewritten too, and every
-    mutation be left alone or computed as it stands.
+    An example must be rewritten once, and equal stock in outputs and all gradients, in larger sizes too; a near miss
+    must be left alone for its reason. Of each example, every other spelling by the canonicalizer's laws must be
+    rewritten too, and every mutation be left alone or computed as it stands.
     """
     return tuple(_find_all(pattern))
 
@@ -88,16 +89,45 @@ def _check_example(pattern: Pattern, name: str, example: Example) -> Iterator[Fi
     yield Finding("gradients", name, True, f"{shown or 'none to compare'}; worst {proof.worst}")
     error = _difference(stock, gm, values)
     yield Finding("whole", name, not error, error or "outputs and gradients equal stock's")
+    yield _check_sizes(pattern, name, example)
     yield _check_spellings(pattern, name, stock, values)
     yield _check_mutations(pattern, name, list(mutations(stock)), values)
 
 
+def _check_sizes(pattern: Pattern, name: str, example: Example) -> Finding:
+    """Return what the proof finds where sizes are free: it then has more rows, and columns, than the example."""
+    reason = "with free ones it is another form"
+    for leading_only in (False, True):  # many an op wants to know its columns
+        function, inputs = example
+        inputs = tuple(_free(value, leading_only) for value in inputs)
+        try:
+            stock, _ = capture(function, inputs, dynamic=None)
+            _, result = _rewrite(stock, pattern)
+        except Exception as error:
+            reason = f"free ones cannot be captured: {said_by(error)}"
+            continue
+        refused = [r for r in result.refused if r.pattern == pattern.name]
+        proofs = [r.proof for r in (*result.rewrites, *refused) if r.proof is not None]
+        if proofs:
+            shapes, wrong = ", ".join(proofs[-1].shapes), proofs[-1].reason
+            told = f"{shapes}: {refused[-1].told}" if wrong else f"proven at {shapes} too"
+            return Finding("sizes", name, not wrong, told)
+        reason = next((r.reason for r in refused), reason)
+    return Finding("sizes", name, True, f"those of the example alone: {reason}")
+
+
+def _free(value: Any, leading_only: bool) -> Any:
+    """Return a copy of `value`, its sizes free where it is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    copy = value.detach().clone().requires_grad_(value.requires_grad)
+    free_sizes(copy, copy.dim() - leading_only)
+    return copy
+
+
 def _not_captured(function: Any, error: Exception) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    where, kind = function_place(function), type(error).__name__
-    return (
-        f"{where}: cannot be captured, expected one graph of torch ops, got {kind}: {text}; mend the function"
-    )
+    where, cure = function_place(function, error), cure_of(error, "mend the function")
+    return f"{where}: cannot be captured, expected one graph of torch ops, got {said_by(error)}; {cure}"
 
 
 def _why_not_once(
@@ -111,9 +141,9 @@ def _why_not_once(
     where = function_place(function)
     if number:
         return f"{where}: expected one rewrite, got {number}; give an example that holds the form once"
-    refused = [refusal.reason for refusal in result.refused if refusal.pattern == pattern.name]
+    refused = [refusal for refusal in result.refused if refusal.pattern == pattern.name]
     if refused:
-        return f"{where}: it matches, and the proof refuses it: {refused[0]}; mend the replacement"
+        return f"{where}: it matches, and is refused: {refused[0].told}"
     reason = next((miss.reason for miss in _misses(pattern, stock, gm)), "it computes nothing")
     return f"{where}: expected one rewrite, got none: {reason}; mend the search, or give another example"
 

@@ -6,6 +6,7 @@ fails in plain words when a torch version moves one of these.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -64,6 +65,26 @@ def schema_of(op: Any) -> Any:
 def expression_of(size: Any) -> Any:
     """Return the sympy expression of a size that is not fixed; asking for it makes no guard."""
     return size.node.expr
+
+
+def free_sizes(tensor: Tensor, num_dims: int) -> None:
+    """Make symbols of the first `num_dims` sizes of `tensor` where the next capture lets them be."""
+    lazily_imported: Any = torch
+    for dim in range(num_dims):
+        if tensor.shape[dim] > 1:
+            lazily_imported._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def conditions_on(size: Any) -> list[Any]:
+    """Return what capture found to hold of `size` and all others that are not fixed, as sympy relations."""
+    node: Any = getattr(size, "node", None)
+    return [] if node is None else [guard.expr for guard in node.shape_env.guards]
+
+
+def leaving_no_symbols(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a scope whose sizes that hang on values are thrown away: a capture that waits for them would fail."""
+    shape_env: Any = getattr(fake_mode, "shape_env", None)
+    return contextlib.nullcontext() if shape_env is None else shape_env.ignore_fresh_unbacked_symbols()
 
 
 def hint_of(size: Any) -> int | None:

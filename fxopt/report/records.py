@@ -78,7 +78,8 @@ class MismatchRecord:
     """A "no": which pattern came nearest to an anchor and the first constraint that failed.
 
     `matched` nodes fitted before it did; `wanted` is the pattern as a small graph, `found` the model's own around
-    the place, the nodes that did not fit marked with ">". `anchor` is the kind of site it was at, "" at none.
+    the place, the nodes that did not fit marked with ">". `anchor` is the kind of site it was at, "" at none, and
+    `count` the layers it stands for.
     """
 
     pattern: str
@@ -89,6 +90,7 @@ class MismatchRecord:
     anchor: str = ""
     wanted: str = ""
     found: str = ""
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

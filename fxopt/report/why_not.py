@@ -22,7 +22,7 @@ def render_why_not(report: Report, name: str) -> str:
     """
     known = sorted({*report.patterns, *(site.pattern for site in report.sites)})
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
+        nearest = difflib.get_close_matches(str(name), known, n=len(known), cutoff=0.0)
         raise UnknownNameError(
             f"why_not: unknown name {name!r}, expected one of {', '.join(nearest) or '(no pattern is in use)'}"
         )
@@ -38,6 +38,8 @@ def render_why_not(report: Report, name: str) -> str:
     head = f"{done} of {sum(site.count for site in sites)} sites rewritten"
     if made:
         head = f"rewritten {made} time{'' if made == 1 else 's'} in the captured graphs"
+    elif misses and not sites:
+        head = "rewritten nowhere in the captured graphs"
     lines = [f"{name}: {head}"]
     if not left and not misses:
         lines.append(
@@ -58,7 +60,11 @@ def render_why_not(report: Report, name: str) -> str:
         misses = [other for other in misses if not _is_at(other, site)]
         lines += _render_miss(miss)
     for miss in misses:
-        lines += ["", *wrap(f"nearest {place_of(miss.module, miss.location)}"), *_render_miss(miss)]
+        lines += [
+            "",
+            *wrap(f"nearest {place_of(miss.module, miss.location)}{times(miss.count)}"),
+            *_render_miss(miss),
+        ]
     return "\n".join(lines) + "\n"
 
 

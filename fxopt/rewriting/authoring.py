@@ -18,6 +18,7 @@ from torch import fx
 from fxopt.errors import FxoptError
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.verify import note_placeholders
+from fxopt.rewriting.failures import cure_of, function_place, said_by
 from fxopt.rewriting.functions import bind_numbers, capture
 from fxopt.rewriting.given import (
     Arguments,
@@ -26,7 +27,6 @@ from fxopt.rewriting.given import (
     check_cases,
     check_near_miss,
     check_results,
-    function_place,
 )
 from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
@@ -49,8 +49,8 @@ def pattern(
 
     Both take the same arguments. Those that are tensors in the examples may be any tensor, those that are floats any
     number; all others are fixed as they are in the first example. `replacement` may be any differentiable function:
-    an op, a `torch.autograd.Function`, a kernel behind `torch.library`; it gets autograd's backward or has its own,
-    and is proven with it wherever it is used.
+    an op, a `torch.autograd.Function`, a kernel in a `torch.library.custom_op`; it gets autograd's backward or has its
+    own, and is proven with it wherever it is used.
 
     Args:
         search: the eager code to find, of torch ops; returns a tensor or a tuple of tensors.
@@ -75,12 +75,13 @@ def pattern(
                 f"pattern: expected a function as {what}, got {type(function).__name__}\n"
                 "give fxopt.pattern(search, replacement, examples=[(x, ...)])"
             )
-    name = name or getattr(search, "__name__", "")
-    subject = f"{name}: {function_place(search)}"
-    if not name.isidentifier() or keyword.iskeyword(name):
+    given: Any = name or getattr(search, "__name__", None)
+    if not isinstance(given, str) or not given.isidentifier() or keyword.iskeyword(given):
+        got = "a function without one" if given is None else repr(given)
         raise FxoptError(
-            f"{function_place(search)}: expected a name that is an identifier, got {name!r}\ngive name='my_pattern'"
+            f"{function_place(search)}: expected a name that is an identifier, got {got}\ngive name='my_pattern'"
         )
+    name, subject = given, f"{given}: {function_place(search)}"
     cases = check_cases(examples, subject)
     near = [check_near_miss(item, subject) for item in near_misses]
     names = check_arguments(search, cases, subject)
@@ -142,10 +143,11 @@ def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple
     try:
         gm, values = capture(function, inputs)
     except Exception as error:
-        text = next((line for line in str(error).splitlines() if line.strip()), "")
+        name = subject.partition(":")[0]
+        cure = cure_of(error, "leave out data-dependent branches, prints and calls into other libraries")
         raise FxoptError(
-            f"{subject}: cannot be captured, expected one graph of torch ops, got {type(error).__name__}: {text}\n"
-            "leave out data-dependent branches, prints and calls into other libraries"
+            f"{name}: {function_place(search, error)}: cannot be captured, expected one graph of torch ops, "
+            f"got {said_by(error)}\n{cure}"
         ) from error
     note_placeholders(gm)
     canonicalize(gm)
@@ -180,4 +182,5 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         return function(*args)
 
     run.__name__ = run.__qualname__ = name
+    run.__dict__["__wrapped__"] = function
     return run

@@ -39,9 +39,11 @@ class _Captured(Exception):
 
 
 def capture(
-    function: Callable[..., Any], inputs: Sequence[torch.Tensor]
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], dynamic: bool | None = False
 ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
     """Return the one graph that `function` is captured as, and the value that each of its placeholders has.
+
+    With `dynamic` None those sizes are symbols that were marked so.
 
     Raises:
         Exception: Dynamo's, where there is no such graph.
@@ -62,7 +64,7 @@ def capture(
     # A code object of its own: Dynamo's limits count by code.
     own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "entry", None, entry.__closure__)
     untyped: Any = torch
-    compiled = untyped.compile(own, backend=remember, fullgraph=True, dynamic=False)
+    compiled = untyped.compile(own, backend=remember, fullgraph=True, dynamic=dynamic)
     try:
         compiled(*inputs)
     except _Captured as reached:

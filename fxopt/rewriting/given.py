@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxopt.errors import FxoptError
+from fxopt.rewriting.failures import cure_of, function_place, said_by
 from fxopt.rewriting.trees import items_of
 
 Arguments = Sequence[Any]
@@ -58,7 +58,13 @@ def check_near_miss(item: Any, subject: str) -> NearMiss:
 
 def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subject: str) -> list[str]:
     """Return the names of the arguments of `search`; every example must give as many."""
-    names = list(inspect.signature(search).parameters)
+    try:
+        names = list(inspect.signature(search).parameters)
+    except ValueError as error:
+        raise FxoptError(
+            f"{subject}: has no signature, expected a Python function as search\n"
+            "write the form as one: def my_form(x): return torch.sinh(x)"
+        ) from error
     for place, case in enumerate(cases):
         if len(case) != len(names):
             raise FxoptError(
@@ -78,10 +84,9 @@ def check_results(
             with torch.no_grad():
                 found: Any = function(*_copies(case))
         except Exception as error:
-            text = next(iter(str(error).splitlines()), "")
+            cure = cure_of(error, "both functions take the same arguments; give examples that they accept")
             raise FxoptError(
-                f"{name}: {function_place(function)} raised {type(error).__name__} on an example: {text}\n"
-                "both functions take the same arguments; give examples that they accept"
+                f"{name}: {function_place(function, error)} failed on an example: {said_by(error)}\n{cure}"
             ) from error
         results.append(_tensors_of(found, f"{name}: {function_place(function)}"))
     expected, got = (
@@ -109,10 +114,3 @@ def _tensors_of(found: Any, subject: str) -> tuple[torch.Tensor, ...]:
 def _copies(case: Arguments) -> list[Any]:
     """Return arguments that a function may write to."""
     return [value.clone() if isinstance(value, torch.Tensor) else value for value in case]
-
-
-def function_place(function: Callable[..., Any]) -> str:
-    """Return "name (file:line)" of a function, its name alone where it has no source."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    name = getattr(function, "__name__", type(function).__name__)
-    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name

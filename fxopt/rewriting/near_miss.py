@@ -38,7 +38,7 @@ def find_nearest_miss(
     nearest: Mismatch | None = None
     for state, site in sites:
         for pattern in patterns:
-            mismatch = _find_miss(pattern, site, state, is_lazy)
+            mismatch = find_miss(pattern, site, state, is_lazy)
             if mismatch is not None and (nearest is None or mismatch.nearness > nearest.nearness):
                 nearest = mismatch
     if nearest is not None:
@@ -62,14 +62,21 @@ def _find_nodes(gm: fx.GraphModule, origin: str) -> Iterator[tuple[GraphState, f
             yield from ((state, node) for node in found)
 
 
-def _find_miss(pattern: Pattern, site: fx.Node, state: GraphState, lazy_outputs: bool) -> Mismatch | None:
+def find_miss(
+    pattern: Pattern, site: fx.Node, state: GraphState, lazy_outputs: bool, climbs: bool = False
+) -> Mismatch | None:
+    """Return why `pattern` does not match around the node `site`, None where it has no such op.
+
+    Where no output of it is above, this is told of the site, or with `climbs` of the node that the way up ends at.
+    """
     if site.op != "call_function" or site.target not in pattern.targets:
         return None
     counts = {target: len(nodes) for target, nodes in state.by_target.items()}
     trace = Trace(pattern.name, find_rare_ops(pattern.terms[0], counts) or frozenset(), site)
     roots = find_roots(pattern, site, lambda node: node.target in pattern.targets)
     if not roots:
-        return _end_above(site, pattern.terms[0].heads, 0, trace)
+        broken = _find_break(pattern, site, trace) if climbs else None
+        return broken if broken is not None else _end_above(site, pattern.terms[0].heads, 0, trace)
     for root in roots:
         match = find_match(pattern, root, site, state, lazy_outputs, trace)
         if match is not None:
@@ -138,4 +145,4 @@ def _is_head(child: Term, term: Term) -> bool:
 def _name(node: fx.Node) -> str:
     if node.op == "output":
         return "the graph's output"
-    return name_of(node.target) if node.op == "call_function" else str(node.target)
+    return name_of(node.target) if node.op == "call_function" else f".{node.target}"

@@ -4,7 +4,7 @@ Three runs: the stock arithmetic in float64 (the oracle; in float32 where an inp
 arithmetic in the model's dtype, and the replacement as it will run, on its device. Outputs and all gradients
 are compared by the relative norm ||a - oracle|| / ||oracle||; the replacement's error may be twice the
 stock's own, or one rounding of the dtype where stock has less. A second comparison with everything in
-float32 catches what rounding in a narrow dtype would hide.
+float32 catches what rounding in a narrow dtype would hide. It has few tokens, the first as many as memory permits.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.report.records import Proof
+from fxopt.rewriting.drawn import Drawn, draw_few, draw_many
 from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
-from fxopt.rewriting.runs import Runner, Values, as_dtype, replacement_run, run_with_gradients, stock_run
-from fxopt.rewriting.samples import GRADIENT_SEED, Sampler, Sizes, layout_of, propose_sizes
+from fxopt.rewriting.proof_sizes import extents_of, fits_conditions, symbols_of
+from fxopt.rewriting.runs import as_dtype, read_by, replacement_run, run_with_gradients, stock_run
+from fxopt.rewriting.samples import layout_of
 from fxopt.rewriting.trees import items_of
 
 ROUNDING = 0.5
@@ -60,27 +62,50 @@ Rehearse = Callable[[torch.device], contextlib.AbstractContextManager[bool]]
 """Returns a context in which ops make ready what they need and compute nothing of use; yields whether to bother."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Proven:
+    """A proof, how large the inputs of its match were, and what it ran on for each symbol, in both comparisons."""
+
+    proof: Proof
+    extents: tuple[tuple[int, ...], ...]
+    symbols: tuple[tuple[int, ...], ...]
+
+    def covers(self, match: Match) -> bool:
+        """Return whether a match of this structure is no larger, and ran the same branches of the sizes."""
+        names = symbols_of(match)
+        pairs = zip(extents_of(match), self.extents, strict=True)
+        return all(
+            size <= proven for new, old in pairs for size, proven in zip(new, old, strict=True)
+        ) and all(
+            len(names) <= len(values) and fits_conditions(match, dict(zip(names, values, strict=False)))
+            for values in self.symbols
+        )
+
+
 class Prover:
-    """Proves matches, each distinct structure once: sizes do not count; dtypes, layouts, attributes do."""
+    """Proves matches: one of the same structure that is no larger than one proven before is not proven again."""
 
     def __init__(self, rehearse: Rehearse = lambda _: contextlib.nullcontext(False)) -> None:
-        self._proofs: dict[Any, Proof] = {}
+        self._proofs: dict[Any, list[_Proven]] = {}
         self._rehearse = rehearse
         self._rehearsed: set[Any] = set()
 
     def prove(self, match: Match, replacement: Replacement) -> Proof:
         """Return the proof of one rewrite; the user's random state and modes stay as they are."""
         if _device_of(match).type == "meta":
-            return prove(match, replacement)
-        key = structure_of(match, replacement)
-        if key not in self._proofs:
-            self._proofs[key] = prove(match, replacement)
-        return self._proofs[key]
+            return prove(match, replacement)[0]
+        known = self._proofs.setdefault(structure_of(match, replacement), [])
+        found = next((proven.proof for proven in known if proven.covers(match)), None)
+        if found is None:
+            found, symbols = prove(match, replacement)
+            known.append(_Proven(found, extents_of(match), symbols))
+        return found
 
     def rehearse(self, match: Match, replacement: Replacement) -> Proof:
         """Run what a proof would run, inside the context that this prover was given; says nothing of the rewrite."""
-        key = structure_of(match, replacement)
-        if key not in self._proofs and key not in self._rehearsed:
+        structure = structure_of(match, replacement)
+        key = structure, extents_of(match)
+        if key not in self._rehearsed and not any(p.covers(match) for p in self._proofs.get(structure, ())):
             self._rehearsed.add(key)
             device, autocast = _device_of(match), autocast_of(match)
             with _undisturbed(device), self._rehearse(device) as is_needed:
@@ -89,24 +114,26 @@ class Prover:
         return Proof(True, "", "", 0.0, 0.0, "", (), (), "a rehearsal", "")
 
 
-def prove(match: Match, replacement: Replacement) -> Proof:
-    """Return the figures of `replacement` against the stock nodes of `match`."""
+def prove(match: Match, replacement: Replacement) -> tuple[Proof, tuple[tuple[int, ...], ...]]:
+    """Return the figures of `replacement` against the stock nodes of `match`, and what it ran on for each symbol."""
     dtype = str(match.output.dtype).removeprefix("torch.")
     device = _device_of(match)
     if device.type == "meta":
-        return Proof(True, dtype, "meta", 0.0, 0.0, "", (), (), "not proven on meta", "")
+        return Proof(True, dtype, "meta", 0.0, 0.0, "", (), (), "not proven on meta", ""), ()
     autocast = autocast_of(match)
     with _undisturbed(device):
         try:
-            comparisons, shapes, oracle_dtype = _compare(match, replacement, autocast)
+            few, many = draw_few(match, autocast), draw_many(match, autocast)
+            many = many or few
+            comparisons, oracle_dtype = _compare(match, replacement, autocast, few, many)
         except Exception as error:
             reason = f"the proof could not run: {type(error).__name__}: {_first_line(error)}"
-            return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason, "")
+            return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason, ""), ()
     worst = max(comparisons, key=lambda comparison: comparison.excess)
     passed = worst.excess <= 1
     reason = "" if passed else f"{worst.name}: error {worst.error:.2e}, allowed {worst.allowed:.2e}"
     compared = tuple(comparison.name for comparison in comparisons)
-    return Proof(
+    proof = Proof(
         passed,
         dtype,
         str(device),
@@ -114,10 +141,21 @@ def prove(match: Match, replacement: Replacement) -> Proof:
         worst.stock_error,
         worst.name,
         compared,
-        shapes,
+        _shapes_of(few, many),
         reason,
         str(oracle_dtype).removeprefix("torch."),
     )
+    return proof, tuple(tuple(drawn.sizes.symbols.values()) for drawn in (few, many))
+
+
+def _shapes_of(few: Drawn, many: Drawn) -> tuple[str, ...]:
+    """Return the shapes of each input that is a tensor, in both comparisons where they differ."""
+    shapes: list[str] = []
+    for node, value in few.inputs.items():
+        if isinstance(value, torch.Tensor):
+            both = dict.fromkeys(str(list(drawn.inputs[node].shape)) for drawn in (few, many))
+            shapes.append(f"{node.name}: {' and '.join(both)}")
+    return tuple(shapes)
 
 
 @contextlib.contextmanager
@@ -178,104 +216,63 @@ def _check_unchanged(inputs: dict[fx.Node, Any], before: dict[str, int]) -> None
 
 
 def _compare(
-    match: Match, replacement: Replacement, autocast: Autocast
-) -> tuple[list[Comparison], tuple[str, ...], torch.dtype]:
-    sizes, inputs = _draw(match, autocast)
-    oracle_dtype = torch.float64 if _largest_float(inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
-    gradients = _draw_gradients(match, sizes, inputs, autocast)
-    exact = as_dtype(inputs, oracle_dtype)
-    with _without_chance(_device_of(match)):
-        oracle = run_with_gradients(_read(match, stock_run(match, sizes, oracle_dtype)), exact, gradients)
-    del exact
-    before = _fingerprints(inputs)
+    match: Match, replacement: Replacement, autocast: Autocast, few: Drawn, many: Drawn
+) -> tuple[list[Comparison], torch.dtype]:
+    """Return how far all values are off: of many tokens in the model's dtype, and of few in float32."""
+    before = [_fingerprints(drawn.inputs) for drawn in (few, many)]
+    oracle, oracle_dtype = _run_oracle(match, many)
     with uncached_autocast(autocast):
-        by_stock = run_with_gradients(_read(match, stock_run(match, sizes, None)), inputs, gradients)
-        run_new = _read(match, replacement_run(replacement, sizes, None))
-        by_new = run_with_gradients(run_new, inputs, gradients)
+        by_stock = run_with_gradients(
+            read_by(match, stock_run(match, many.sizes, None)), many.inputs, many.gradients
+        )
+        by_new = run_with_gradients(
+            read_by(match, replacement_run(replacement, many.sizes, None)), many.inputs, many.gradients
+        )
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
     comparisons = [
         _compare_value(name, by_new.get(name), by_stock[name], oracle[name], floor) for name in oracle
     ]
     del by_stock, by_new
-    wide = as_dtype(inputs, torch.float32)
+    if few is not many:
+        oracle, oracle_dtype = _run_oracle(match, few)
+    wide = as_dtype(few.inputs, torch.float32)
     by_stock = oracle
     if oracle_dtype != torch.float32:
-        by_stock = run_with_gradients(_read(match, stock_run(match, sizes, torch.float32)), wide, gradients)
-    run_new = _read(match, replacement_run(replacement, sizes, torch.float32))
-    by_new = run_with_gradients(run_new, wide, gradients)
-    _check_unchanged(inputs, before)
+        by_stock = run_with_gradients(
+            read_by(match, stock_run(match, few.sizes, torch.float32)), wide, few.gradients
+        )
+    by_new = run_with_gradients(
+        read_by(match, replacement_run(replacement, few.sizes, torch.float32)), wide, few.gradients
+    )
+    for drawn, written in zip((few, many), before, strict=True):
+        _check_unchanged(drawn.inputs, written)
     comparisons += [
         _compare_value(f"{name} in float32", by_new.get(name), by_stock[name], oracle[name], FLOAT32_ERROR)
         for name in oracle
     ]
-    shapes = tuple(
-        f"{node.name}: {list(value.shape)}"
-        for node, value in inputs.items()
-        if isinstance(value, torch.Tensor)
-    )
-    return comparisons, shapes, oracle_dtype
+    return comparisons, oracle_dtype
 
 
-def _read(match: Match, run: Runner) -> Runner:
-    """Return `run` as what the pattern compares of its outputs."""
-    read_out, num_outputs = match.pattern.read_out, len(match.outputs)
-    if read_out is None:
-        return run
-
-    def read(inputs: Values) -> list[torch.Tensor]:
-        found = run(inputs)
-        return [*read_out(match, found[:num_outputs]), *found[num_outputs:]]
-
-    return read
+def _run_oracle(match: Match, drawn: Drawn) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+    dtype = torch.float64 if _largest_float(drawn.inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
+    with _without_chance(_device_of(match)):
+        exact = as_dtype(drawn.inputs, dtype)
+        return run_with_gradients(
+            read_by(match, stock_run(match, drawn.sizes, dtype)), exact, drawn.gradients
+        ), dtype
 
 
 def _run_replacement(match: Match, replacement: Replacement, autocast: Autocast) -> None:
-    sizes, inputs = _draw(match, autocast)
-    gradients = _draw_gradients(match, sizes, inputs, autocast)
+    few, many = draw_few(match, autocast), draw_many(match, autocast)
+    many = many or few
     with uncached_autocast(autocast):
-        run_with_gradients(_read(match, replacement_run(replacement, sizes, None)), inputs, gradients)
-    wide = as_dtype(inputs, torch.float32)
-    run_with_gradients(_read(match, replacement_run(replacement, sizes, torch.float32)), wide, gradients)
-
-
-def _draw(match: Match, autocast: Autocast) -> tuple[Sizes, Values]:
-    """Return the first sizes with which the stock nodes run, and inputs of these sizes."""
-    proposals = list(propose_sizes(match))
-    for sizes in proposals:
-        sampler = Sampler(match, sizes)
-        inputs = _with_equal_views({node: sampler.sample(node) for node in match.inputs})
-        if sizes is proposals[-1]:
-            return sizes, inputs
-        with contextlib.suppress(Exception), torch.no_grad(), uncached_autocast(autocast):
-            outputs = stock_run(match, sizes, None)(inputs)
-            if all(map(_has_form, outputs, match.outputs)):
-                return sizes, inputs
-    raise AssertionError("there is always a last proposal")
-
-
-def _with_equal_views(inputs: Values) -> Values:
-    """Return `inputs`, those equal that are one integer tensor in two shapes: labels, and labels in rows."""
-    for view, value in tuple(inputs.items()):
-        source: Any = view.args[0] if view.target in (vocabulary.reshape, vocabulary.contiguous) else None
-        if source in inputs and not value.is_floating_point() and value.numel() == inputs[source].numel():
-            inputs[source] = value.reshape(inputs[source].shape)
-    return inputs
-
-
-def _has_form(value: torch.Tensor, node: fx.Node) -> bool:
-    example = node.meta["example_value"]
-    return value.dim() == example.dim() and value.dtype == example.dtype
-
-
-def _draw_gradients(match: Match, sizes: Sizes, inputs: Values, autocast: Autocast) -> list[torch.Tensor]:
-    """Return a gradient for each output, one that the output's dtype holds exactly.
-
-    Drawn apart from the inputs: along x itself the gradient of a norm is all cancellation.
-    """
-    sampler = Sampler(match, sizes, GRADIENT_SEED)
-    with torch.no_grad(), uncached_autocast(autocast):
-        outputs = _read(match, stock_run(match, sizes, None))(inputs)
-        return [sampler.like(out) if out.is_floating_point() or out.is_complex() else out for out in outputs]
+        run_with_gradients(
+            read_by(match, replacement_run(replacement, many.sizes, None)), many.inputs, many.gradients
+        )
+    wide = as_dtype(few.inputs, torch.float32)
+    run_with_gradients(
+        read_by(match, replacement_run(replacement, few.sizes, torch.float32)), wide, few.gradients
+    )
 
 
 def _largest_float(inputs: Mapping[fx.Node, Any]) -> int:

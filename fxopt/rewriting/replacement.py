@@ -10,7 +10,8 @@ from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.edit import PROVENANCE
-from fxopt.graph.torch_private import tree_leaves, tree_map_only
+from fxopt.graph.torch_private import leaving_no_symbols, tree_leaves, tree_map_only
+from fxopt.rewriting.failures import cure_of, function_place, said_by
 from fxopt.rewriting.modes import autocast_scope
 from fxopt.rewriting.pattern import Call, Match
 
@@ -30,11 +31,14 @@ def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[i
     for old, item in zip(values, outputs, strict=True):
         example = old.meta["example_value"]
         try:
-            with autocast_scope(match.autocast):
-                scope = _fake_mode_of(match)
+            scope = _fake_mode_of(match)
+            with autocast_scope(match.autocast), leaving_no_symbols(scope):
                 found = evaluate_call(item, lambda node: node.meta["example_value"], scope, known)
         except Exception as error:
-            return f"replacement raised {type(error).__name__}: {error}"
+            main = find_main_call(outputs)
+            where = f"replacement {function_place(main.target, error)}" if main else "replacement"
+            cure = cure_of(error, "mend it, or give a check that leaves this form out")
+            return f"{where} raised {said_by(error)}; {cure}"
         if found.dtype != example.dtype or found.dim() != example.dim() or found.device != example.device:
             got = f"{found.dtype} with {found.dim()} dims on {found.device}"
             return f"replacement is {got}, expected {example.dtype} with {example.dim()} on {example.device}"

@@ -17,6 +17,7 @@ from torch import fx
 from fxopt.graph.view import find_subgraphs, location_of
 from fxopt.report.records import Proof, RewriteRecord
 from fxopt.rewriting.cost import check_cost, sizes_in_bytes
+from fxopt.rewriting.failures import function_place
 from fxopt.rewriting.legality import GraphState, find_insertion, judge, read_state
 from fxopt.rewriting.matcher import find_matches
 from fxopt.rewriting.pattern import (
@@ -67,12 +68,23 @@ class Rewrite:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A match that stays stock, because its proof failed or its replacement could not be built."""
+    """A match that stays stock, because its proof failed or its replacement could not be built.
+
+    `replacement` is the place of what would have come, and `num_nodes` how many would have gone.
+    """
 
     pattern: str
     reason: str
     origins: frozenset[str]
     proof: Proof | None = None
+    replacement: str = ""
+    num_nodes: int = 0
+
+    @property
+    def told(self) -> str:
+        """The reason, with the function that has to be mended where its proof failed."""
+        failed = self.proof is not None and bool(self.replacement)
+        return f"{self.replacement}: {self.reason}; mend it" if failed else self.reason
 
 
 @dataclasses.dataclass
@@ -149,7 +161,7 @@ class _Rewriter:
         name, proof = match.pattern.name, None
         if self._context.select is not None and (left_out := self._context.select(match)):
             self._refused.add((name, match.outputs[0]))
-            self._result.refused.append(Refusal(name, left_out, match.origins))
+            self._result.refused.append(Refusal(name, left_out, match.origins, num_nodes=len(match.nodes)))
             return False
         replacement = match.pattern.replace(match)
         outputs = replacement if isinstance(replacement, tuple) else (replacement,)
@@ -160,7 +172,9 @@ class _Rewriter:
             reason = "" if proof.passed else proof.reason
         if reason or isinstance(examples, str):
             self._refused.add((name, match.outputs[0]))
-            self._result.refused.append(Refusal(name, reason, match.origins, proof))
+            main = find_main_call(outputs)
+            place = function_place(main.target) if main else ""
+            self._result.refused.append(Refusal(name, reason, match.origins, proof, place, len(match.nodes)))
             return False
         self._result.rewrites.append(self._apply(match, outputs, examples, proof, state))
         return True

@@ -14,8 +14,8 @@ from fxopt.graph import vocabulary
 from fxopt.graph.torch_private import tree_map_only
 from fxopt.graph.view import requires_grad
 from fxopt.rewriting.pattern import Call, Match, Replacement
+from fxopt.rewriting.proof_sizes import Sizes
 from fxopt.rewriting.replacement import evaluate_call
-from fxopt.rewriting.samples import Sizes
 
 Values = dict[fx.Node, Any]
 Runner = Callable[[Values], list[torch.Tensor]]
@@ -105,6 +105,19 @@ def _recast_call(item: Any, sizes: Sizes, dtype: torch.dtype | None, known: dict
         args, kwargs = _recast(_resize((args, kwargs), item, sizes), dtype)
         known[id(item)] = Call(item.target, args, kwargs)
     return known[id(item)]
+
+
+def read_by(match: Match, run: Runner) -> Runner:
+    """Return `run` as what the pattern compares of its outputs."""
+    read_out, num_outputs = match.pattern.read_out, len(match.outputs)
+    if read_out is None:
+        return run
+
+    def read(inputs: Values) -> list[torch.Tensor]:
+        found = run(inputs)
+        return [*read_out(match, found[:num_outputs]), *found[num_outputs:]]
+
+    return read
 
 
 def run_with_gradients(

@@ -1,15 +1,12 @@
-"""Random inputs for the stock arithmetic of a match: of its dtypes, devices and layouts, with few tokens.
+"""Random inputs for the stock arithmetic of a match: of its dtypes, devices and layouts, in the sizes given.
 
-Leading dims of activations are shrunk, all by the same rule; dims that weights have stay as they are. All
-random numbers come from generators of their own.
+All random numbers come from generators of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,128 +16,11 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.graph.arguments import same_size
 from fxopt.graph.sizes import number_of
-from fxopt.graph.torch_private import expression_of
 from fxopt.graph.view import is_tensor
 from fxopt.rewriting.pattern import Match
+from fxopt.rewriting.proof_sizes import WEIGHT_RANK, Sizes, is_stack_of_matrices, is_weight
 
-FEW_TOKENS = 6
-"""What leading dims shrink to, each to one more: enough for shifts and for rows to be ignored."""
-MANY = 64
-"""Sizes beyond are numbers of tokens, where shrinking all leading dims does not work: those up to it, of heads."""
 INPUT_SEED, GRADIENT_SEED = 20240229, 20240301
-WEIGHT_RANK = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What becomes of the sizes of one match: plain numbers by number, symbols by their names."""
-
-    numbers: Mapping[int, int]
-    symbols: Mapping[Any, int]
-    shrinks_last: bool = False
-
-    def of(self, size: Any) -> int:
-        """Return the size that stands for `size`."""
-        if isinstance(size, int):
-            return self.numbers.get(size, size)
-        expression = expression_of(size)
-        return int(expression.subs({symbol: self.symbols[symbol] for symbol in expression.free_symbols}))
-
-    def of_shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
-        """Return what stands for a shape: leading sizes shrunk, a plain last one only where that is wanted."""
-        return tuple(
-            self.of(size)
-            if place < len(shape) - 1 or self.shrinks_last or not isinstance(size, int)
-            else size
-            for place, size in enumerate(shape)
-        )
-
-
-def propose_sizes(match: Match) -> Iterator[Sizes]:
-    """Yield sizes to try, smallest first; the last are those of the capture and always fit."""
-    symbols = {symbol: size for node in (*match.inputs, *match.nodes) for symbol, size in _symbols_of(node)}
-    small_symbols = {
-        symbol: min(size, FEW_TOKENS + place) for place, (symbol, size) in enumerate(symbols.items())
-    }
-    firsts = [node.meta["example_value"].shape[0] for node in match.inputs if is_stack_of_matrices(node)]
-    stacked = {size for size in firsts if isinstance(size, int)}
-    leading = _leading_sizes(match, floats=True)
-    numbers = {size: min(size, FEW_TOKENS + place) for place, size in enumerate(leading)}
-    folded = dict(numbers)
-    for shift in range(3):
-        for b in leading:
-            shrunk = max(numbers[b] - shift, 1)
-            folded.setdefault(b - shift, shrunk)
-            for a in leading:
-                if stacked.isdisjoint((a, b)):  # a stack's matrices are not counted in tokens
-                    folded.setdefault(a * (b - shift), numbers[a] * shrunk)
-    for size in _leading_sizes(match, floats=False):
-        divisors = [b for b in numbers if size % b == 0 and b not in stacked]
-        tokens = max(divisors, default=None)  # several things per token
-        repeated = min(size, FEW_TOKENS) if tokens is None else numbers[tokens] * (size // tokens)
-        folded.setdefault(size, repeated)
-    yield Sizes({**folded, 1: 1}, small_symbols)
-    many = {size: shrunk for size, shrunk in numbers.items() if size > MANY}
-    if many:
-        yield Sizes({**many, 1: 1}, small_symbols, shrinks_last=True)
-    if symbols:
-        yield Sizes({}, small_symbols)
-    yield Sizes({}, symbols)
-
-
-def _leading_sizes(match: Match, *, floats: bool) -> list[int]:
-    """Return the plain sizes of the leading dims of activations, or all those of the integer inputs."""
-    sizes: dict[int, None] = {}
-    for node in match.inputs:
-        if not is_tensor(node) or is_weight(node):
-            continue
-        example = node.meta["example_value"]
-        if example.is_floating_point() == floats:
-            dims = example.shape[:-1] if floats else example.shape
-            if is_stack_of_matrices(node):
-                dims = example.shape[:1]
-            sizes.update(dict.fromkeys(size for size in dims if isinstance(size, int) and size > 1))
-    return list(sizes)
-
-
-def is_weight(node: fx.Node) -> bool:
-    """Return whether a node looks like a parameter: a vector or matrix that comes into the graph as it is.
-
-    It may be in codes of eight bits, and be cast or decoded from what came in, or be a view of it. One whose rows
-    are picked by integers counts as tokens do: how many rows there are is no matter.
-    """
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor) or example.dim() > WEIGHT_RANK or _is_indexed(node):
-        return False
-    is_weighty = example.is_floating_point() or example.dtype == torch.uint8
-    if node.op in ("placeholder", "get_attr"):
-        return is_weighty
-    return (
-        node.op == "call_function"
-        and is_weighty
-        and bool(node.all_input_nodes)
-        and all(
-            source.op in ("placeholder", "get_attr") and is_weight(source) for source in node.all_input_nodes
-        )
-    )
-
-
-def is_stack_of_matrices(node: fx.Node) -> bool:
-    """Return whether a node holds one matrix per group of rows: of these there may be fewer."""
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor) or example.dim() != WEIGHT_RANK + 1:
-        return False
-    return _is_indexed(node) or any(
-        user.target is vocabulary.grouped_mm and user.args[1] is node for user in node.users
-    )
-
-
-def _is_indexed(node: fx.Node) -> bool:
-    """Return whether a tensor of integers picks items of `node`."""
-    return any(
-        user.target is operator.getitem and user.args[0] is node and is_tensor(user.args[1])
-        for user in node.users
-    )
 
 
 class Layout(NamedTuple):
@@ -159,18 +39,6 @@ def layout_of(value: torch.Tensor) -> Layout:
     order = sorted(range(len(strides)), key=lambda dim: (dim in expanded, strides[dim]), reverse=True)
     stored = [stride for dim, stride in enumerate(strides) if number_of(value.shape[dim]) > 1 and stride]
     return Layout(tuple(order), expanded, 2 if min(stored, default=1) > 1 else 1)
-
-
-def _symbols_of(node: fx.Node) -> Iterator[tuple[Any, int]]:
-    """Yield the symbols in a value's sizes, each with the number it had at capture."""
-    value = node.meta.get("example_value")
-    sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else [value]
-    for size in sizes:
-        symbolic: Any = getattr(size, "node", None)
-        if symbolic is not None:
-            known: Any = symbolic.shape_env.backed_var_to_val
-            for symbol in sorted(symbolic.expr.free_symbols, key=str):
-                yield symbol, int(known.get(symbol, FEW_TOKENS))
 
 
 class Sampler:

@@ -44,7 +44,7 @@ def test_a_good_pattern_passes_and_every_kind_is_checked() -> None:
     findings = check_pattern(GOOD)
     assert [str(finding) for finding in findings if not finding.holds] == []
     kinds = [finding.kind for finding in findings]
-    assert kinds == ["example", "gradients", "whole", "spellings", "mutations", "near miss"]
+    assert kinds == ["example", "gradients", "whole", "sizes", "spellings", "mutations", "near miss"]
     (spelled,) = [finding.detail for finding in findings if finding.kind == "spellings"]
     assert int(spelled.split()[0]) > 8
 

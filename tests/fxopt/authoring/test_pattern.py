@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +100,9 @@ def test_a_wrong_backward_is_refused_by_the_proof() -> None:
     assert report.rewrites == ()
     assert any("gradient" in miss.reason for miss in report.mismatches)
     (failed,) = [finding for finding in check_pattern(mine) if not finding.holds]
-    assert "the proof refuses it: gradient of" in failed.detail
+    place = f"wrong (test_pattern.py:{wrong.__code__.co_firstlineno})"
+    assert f"it matches, and is refused: {place}: gradient of" in failed.detail
+    assert failed.detail.endswith("; mend it")
 
 
 def test_a_pattern_of_several_outputs() -> None:
@@ -112,7 +115,34 @@ def test_a_pattern_of_several_outputs() -> None:
 
 
 def branching(x: torch.Tensor) -> torch.Tensor:
-    return x.exp() - 1 if x.sum() > 0 else x
+    y = x.exp()
+    return y - 1 if x.sum() > 0 else x
+
+
+def printing(x: torch.Tensor) -> torch.Tensor:
+    y = x.exp()
+    print("y")
+    return y - 1
+
+
+def writing(x: torch.Tensor) -> torch.Tensor:
+    x = x.view_as(x)
+    x.mul_(2)
+    return x.exp()
+
+
+def launching(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("0 active drivers ([]). There should only be one.")  # as Triton does without a GPU
+
+
+class Growth:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(x) - 1
+
+
+def line_of(function: Callable[..., Any], number: int) -> str:
+    """Return the place of a line of `function`, as a regular expression."""
+    return rf"\(test_pattern.py:{function.__code__.co_firstlineno + number}\)"
 
 
 def doubled(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -144,7 +174,37 @@ PLACE = r"\(test_pattern.py:\d+\)"
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: fxopt.pattern(branching, growth, [(X,)]),
-        rf"branching {PLACE}: cannot be captured, expected one graph of torch ops, got \w+: .*\nleave out",
+        rf"branching {line_of(branching, 2)}: cannot be captured, expected one graph of torch ops, got \w+: "
+        r".*data-dependent branching.*\nbranch on no value of a tensor: torch.where",
+    ),
+    (
+        lambda: fxopt.pattern(printing, growth, [(X,)]),
+        rf"printing {line_of(printing, 2)}: cannot be captured, .*`print`.*\nleave out the print",
+    ),
+    (
+        lambda: fxopt.pattern(writing, growth, [(X,)]),
+        rf"writing {line_of(writing, 2)}: cannot be captured, .*in-place.*\nwrite to no argument: make a new",
+    ),
+    (
+        lambda: fxopt.pattern(torch.sinh, torch.cosh, [(X,)]),
+        r"sinh: has no signature, expected a Python function as search\nwrite the form as one: def",
+    ),
+    (
+        lambda: odd_pattern(growth, growth, [(X,)], name=3),
+        rf"growth {PLACE}: .* an identifier, got 3\ngive name",
+    ),
+    (
+        lambda: fxopt.pattern(functools.partial(growth), growth, [(X,)]),
+        rf"growth {PLACE}: expected a name .*, got a function without one\ngive name='my_pattern'",
+    ),
+    (
+        lambda: fxopt.pattern(Growth(), growth, [(X,)]),
+        rf"Growth {PLACE}: expected a name .*, got a function without",
+    ),
+    (
+        lambda: fxopt.pattern(growth, launching, [(X,)]),
+        rf"launching {line_of(launching, 1)} failed on an example: RuntimeError: 0 active drivers.*\n"
+        "Triton finds no GPU: set TRITON_INTERPRET=1 before Triton is imported",
     ),
     (
         lambda: fxopt.pattern(doubled, doubled, [(X, 0.1)]),
@@ -165,7 +225,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: fxopt.pattern(growth, lambda y, x: x, [(X,)]),
-        rf"<lambda> {PLACE} raised TypeError on an example: .*\nboth functions take the same",
+        rf"<lambda> {PLACE} failed on an example: TypeError: .*\nboth functions take the same",
     ),
     (
         lambda: fxopt.pattern(growth, growth, []),
@@ -269,3 +329,67 @@ def test_a_check_that_says_neither_yes_nor_no_is_a_no(check: Callable[[Any], Any
     mine = fxopt.pattern(growth, torch.expm1, [(X,)], check=check)
     (failed,) = [finding for finding in check_pattern(mine) if not finding.holds]
     assert reason in failed.detail
+
+
+def test_partials_and_objects_are_functions_under_a_given_name() -> None:
+    for search in (functools.partial(growth), Growth()):
+        mine = fxopt.pattern(search, torch.expm1, [(X,)], name="mine")
+        assert [str(finding) for finding in check_pattern(mine) if not finding.holds] == []
+
+
+def on_values(x: torch.Tensor) -> torch.Tensor:
+    y = torch.expm1(x)
+    if x.sum() > 0:
+        return y
+    return torch.expm1(x)
+
+
+def reads_memory(x: torch.Tensor) -> torch.Tensor:
+    x.data_ptr()
+    return torch.expm1(x)
+
+
+def raises(x: torch.Tensor) -> torch.Tensor:
+    if x.dim() == 3:
+        raise ValueError("no 3d")
+    return torch.expm1(x)
+
+
+class Grower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(self.layer(x)) - 1
+
+
+@pytest.mark.parametrize(
+    ("replacement", "line", "told"),
+    [
+        (
+            on_values,
+            2,
+            r"GuardOnDataDependentSymNode: .*; branch on no value of a tensor: torch.where takes both",
+        ),
+        (reads_memory, 1, r"RuntimeError: .*data pointer.*; put the kernel into a torch.library.custom_op"),
+        (raises, 2, r"ValueError: no 3d; mend it, or give a check that leaves this form out"),
+    ],
+)
+def test_a_replacement_that_cannot_stand_in_a_graph_is_refused_alone(
+    replacement: Callable[..., Any], line: int, told: str
+) -> None:
+    mine = fxopt.pattern(growth, replacement, [(X,)])
+    model = nn.Sequential(Grower(), Grower())
+    x = torch.randn(2, 3, 8)
+    stock = model(x)
+    fxopt.optimize(model, patterns=[*fxopt.patterns.ALL, mine])
+    found = model(x)
+    found.sum().backward()
+    report = fxopt.explain(model)
+    assert torch.equal(found, stock)
+    assert report.fallbacks == ()  # the block itself is captured
+    (reason, *_) = [miss.reason for miss in report.mismatches if miss.pattern == "growth"]
+    assert re.search(
+        rf"replacement {replacement.__name__} {line_of(replacement, line)} raised {told}", reason
+    ), reason

@@ -86,6 +86,14 @@ def test_sizes_that_are_not_fixed_have_expressions_and_hints() -> None:
     assert torch_private.hint_of(unknown) is None, "SymNode.has_hint moved"
 
 
+def test_a_branch_on_a_size_leaves_its_condition() -> None:
+    rows, _ = symbolic_sizes()
+    assert bool(rows < 100)
+    (asked,) = torch_private.conditions_on(rows)
+    assert asked.subs(dict.fromkeys(asked.free_symbols, 99)) == True, "ShapeEnv.guards moved"  # noqa: E712
+    assert asked.subs(dict.fromkeys(asked.free_symbols, 100)) == False, "ShapeEnv.guards moved"  # noqa: E712
+
+
 def test_views_share_a_storage_also_among_stand_ins() -> None:
     with FakeTensorMode():
         x, other = torch.ones(4, 4), torch.ones(4, 4)

@@ -216,6 +216,8 @@ def test_why_not_shows_how_far_it_came_and_both_graphs() -> None:
     assert "no site of this form" in report.why_not("rope")
     with pytest.raises(UnknownNameError, match=r"why_not: unknown name 'rop', expected one of .*rope"):
         report.why_not("rop")
+    with pytest.raises(UnknownNameError, match=r"why_not: unknown name 3, expected one of .*rope"):
+        report.why_not(3)  # pyright: ignore[reportArgumentType]
 
 
 def test_why_not_counts_the_rewrites_of_a_pattern_without_sites() -> None:

@@ -1,0 +1,144 @@
+"""Why a pattern of one's own did not match: per place, what was expected and what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+
+X = torch.randn(4, 8)
+
+
+def soft_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.abs().mean(-1, keepdim=True) + eps)).to(x.dtype) * gain
+
+
+def squared(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x) ** 2 * 0.5
+
+
+def gated(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return F.silu(g) * u
+
+
+SOFT_NORM = fxopt.pattern(soft_norm, lambda x, g, e: soft_norm(x, g, e), [(X, torch.randn(8), 1e-5)])
+SQUARED = fxopt.pattern(squared, lambda x: x.clamp_min(0) * F.relu(x) * 0.5, [(X,)])
+
+
+class Block(nn.Module):
+    def __init__(self, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.gain, self.compute = nn.Linear(8, 8), nn.Parameter(torch.ones(8)), compute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.compute(self.up(x), self.gain)
+
+
+class Tower(nn.Module):
+    def __init__(self, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(Block(compute) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def report_on(compute: Callable[..., torch.Tensor], *patterns: fxopt.Pattern) -> Any:
+    model = fxopt.optimize(Tower(compute), patterns=patterns)
+    model(torch.randn(2, 8)).sum().backward()
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    return report
+
+
+def summed(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return gain * (h * torch.rsqrt(h.abs().sum(-1, keepdim=True) + 1e-5))
+
+
+def without_eps(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return gain * (h * torch.rsqrt(h.abs().mean(-1, keepdim=True)))
+
+
+def over_root(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return gain * (h / torch.sqrt(h.abs().mean(-1, keepdim=True) + 1e-5))
+
+
+def cubed(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return F.relu(h) ** 3 * 0.5
+
+
+def read_twice(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    square = F.relu(h) ** 2
+    return square * 0.5 + square
+
+
+def of_another_form(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return torch.cos(h) * gain
+
+
+@pytest.mark.parametrize(
+    ("compute", "pattern", "told"),
+    [
+        (summed, SOFT_NORM, "expected mean, got sum"),
+        (without_eps, SOFT_NORM, "expected add, got mean"),
+        (over_root, SOFT_NORM, "expected rsqrt above add, got sqrt"),
+        (cubed, SQUARED, "expected 2, got 3"),
+        (read_twice, SQUARED, "is also read by add"),
+    ],
+)
+def test_a_miss_by_one_op_is_told_once_where_it_stands(
+    compute: Callable[..., torch.Tensor], pattern: fxopt.Pattern, told: str
+) -> None:
+    text = report_on(compute, *fxopt.patterns.ALL, pattern).why_not(pattern.name)
+    assert text.startswith(f"{pattern.name}: rewritten nowhere in the captured graphs\n")
+    assert len(re.findall(r"^nearest at layers\.0 \(test_why_not\.py:\d+\) x 3$", text, re.MULTILINE)) == 1, (
+        text
+    )
+    assert text.count("nearest at") == 1, text
+    assert told in text
+
+
+def test_what_resembles_nothing_is_told_as_that() -> None:
+    text = report_on(of_another_form, SQUARED).why_not("squared")
+    assert "nothing came near" in text
+
+
+def test_a_place_left_out_is_told_beside_those_rewritten() -> None:
+    def twice(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return F.relu(F.relu(h) ** 2 * 0.5 - 1) ** 2 * 0.25
+
+    text = report_on(twice, SQUARED).why_not("squared")
+    assert "rewritten 1 time in the captured graphs" in text
+    assert "expected 0.5, got 0.25" in text
+    assert "nothing was left out" not in text
+
+
+def off(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return F.silu(g) * u * 1.01
+
+
+def test_a_refusal_is_told_where_a_pattern_of_the_library_takes_the_place() -> None:
+    def compute(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return F.silu(h) * torch.tanh(h)
+
+    wrong = fxopt.pattern(gated, off, [(X, X)])
+    report = report_on(compute, wrong, *fxopt.patterns.ALL)
+    assert {rewrite.pattern for rewrite in report.rewrites} == {"glu"}
+    text = " ".join(report.why_not("gated").split())
+    place = f"off (test_why_not.py:{off.__code__.co_firstlineno})"
+    assert f"2 nodes matched, then: the whole form matches, and is refused: {place}: " in text, text
+    assert "; mend it" in text
+    after = report_on(compute, *fxopt.patterns.ALL, wrong).why_not("gated")
+    assert "glu took ops of this form, expected this pattern first; put it before" in after
