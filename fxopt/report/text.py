@@ -182,9 +182,12 @@ def _render_layers(report: Report) -> list[str]:
         if figure.kernels is not None and figure.saved is not None:
             sizes = map(format_bytes, figure.saved)
             rows.append((figure.name, str(figure.layers), *map(str, figure.kernels), *sizes))
-    if len(rows) > 1:
-        title = "Per layer, forward and backward (kernels launched op by op, and bytes saved in between)"
-        lines += ["", title, *_table(rows, right=RIGHT)]
+        else:
+            rows.append((figure.name, str(figure.layers), *["not known"] * 4))
+    title = "Per layer, forward and backward (kernels launched op by op, and bytes saved in between)"
+    lines += ["", title, *_table(rows, right=RIGHT)]
+    if any(figure.kernels is None for figure in figures):
+        lines += wrap("not known: the graph does not run on tensors without storage", 2)
     return lines
 
 
