@@ -53,6 +53,14 @@ def test_all_texts_are_escaped(hostile: Report) -> None:
     assert "<img src=x" not in render_notebook(report)
 
 
+def test_no_text_steers_the_terminal() -> None:
+    sites = (site("glu", module="\x1b[2Ja"), site("rope", "unmatched"))
+    report, bare = Report("\x1b[31mTiny\r", sites), Report("Tiny")
+    for text in (str(report), str(diff_reports(report, bare)), report.why_not("rope")):
+        assert not re.search(r"[^\S\n ]|\x1b", text)
+    assert r"\x1b[31mTiny" in str(report)
+
+
 def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
     report = report_of("gemma2")
     text = render_html(report)
