@@ -6,9 +6,11 @@ datasheet.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from fxopt.demo.models import build_meta_model, default_config, default_tokens, 
 from fxopt.demo.quantized import quantize_on_meta
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
-from fxopt.graph.work import quiet_fakes
 from fxopt.options import Options
 from fxopt.planning import MARGIN, finish_plan
 from fxopt.remat.devices import DEVICES, Device
@@ -80,7 +81,7 @@ def report_offline(setting: Setting) -> Report:
     options, device = _options_of(setting), _find_device(setting.device)
     model = build_model(setting)
     try:
-        with quiet_fakes(), surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
+        with _quiet_fakes(), surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
             plan = finish_plan(survey, probe.ledger)
             report = build_report(probe)
             return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
@@ -102,6 +103,17 @@ def _misfit(plan: Plan, device: Device) -> tuple[str, ...]:
     return (
         f"the step does not fit: it needs {needed} under any plan, and {device.name} has {format_bytes(there)} free",
     )
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Generator[None]:
+    """Keep torch from logging a traceback for a step that the model does not take: a note tells it in one line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    held, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = held
 
 
 def build_model(setting: Setting) -> torch.nn.Module:

@@ -61,7 +61,7 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
     What is computed only where somebody reads it is left out. It runs in a thread of its own: a graph that fails
     between two switches of a mode leaves the modes of this thread as they are.
     """
-    with ThreadPoolExecutor(1) as thread, quiet_fakes():
+    with ThreadPoolExecutor(1) as thread, _quiet_fakes():
         try:
             return thread.submit(_measure_under, gm, autocast).result()
         except Exception as error:
@@ -70,7 +70,7 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
 
 
 @contextlib.contextmanager
-def quiet_fakes() -> Generator[None]:
+def _quiet_fakes() -> Generator[None]:
     """Keep torch from logging a traceback for what does not run on tensors without storage: a report tells it."""
     fakes = logging.getLogger("torch._subclasses.fake_tensor")
     held, fakes.disabled = fakes.disabled, True
