@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from fxopt.graph.view import location_of, module_of
 from fxopt.installing import new_installation
 from fxopt.options import Options, check_options
 from fxopt.pipeline import ALL, make_transform
+from fxopt.rewriting.given import function_place
 from fxopt.rewriting.pattern import Match
 
 Check = Callable[[nn.Module], object]
@@ -63,7 +65,7 @@ def bisect(
     optimized as it came. `patterns` are those to try on a stock model; an optimized one keeps its own.
 
     Raises:
-        FxoptError: the check fails on the stock model, or made no training call.
+        FxoptError: the check fails on the stock model, at first or at last, takes no model, or made no training call.
 
     >>> import torch, fxopt
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
@@ -73,6 +75,7 @@ def bisect(
     the check holds with all rewrites (1 rewrite, 2 runs of the check)
     """
     model = check_model(model)
+    _check_takes_a_model(check)
     installed = find_installation(model)
     options = (
         installed.options
@@ -89,6 +92,18 @@ def bisect(
     finally:
         if installed is not None:
             installed.install()
+
+
+def _check_takes_a_model(check: Check) -> None:
+    try:
+        inspect.signature(check).bind(None)
+    except TypeError as error:
+        place = f" at {function_place(check)}" if inspect.isfunction(check) else ""
+        raise FxoptError(
+            f"check: cannot be called as check(model){place}: {error}\ngive a function of one argument, the model"
+        ) from error
+    except ValueError:  # a callable without a signature
+        return
 
 
 class _Bisection:
@@ -122,7 +137,24 @@ class _Bisection:
                 "run forward and backward in the check, with gradients switched on"
             )
         found = self._reduce(names, failure) if failure else ()
+        if found:
+            self._try_stock_again()
         return Culprits(found, self._failure if found else "", len(names), self._num_runs)
+
+    def _try_stock_again(self) -> None:
+        """Make sure that the check fails for the rewrites, and not because it has been run before.
+
+        Raises:
+            FxoptError: it fails on the stock model now.
+        """
+        failure = self._try(None)
+        verdict = f"fails: {failure}" if failure else "holds"
+        self._on_progress(f"fxopt bisect: run {self._num_runs}, the stock model again: the check {verdict}")
+        if failure:
+            raise FxoptError(
+                f"check: held on the stock model at first and fails there now, expected the same each time: {failure}\n"
+                "give a check that keeps nothing from run to run, and seeds what it draws"
+            )
 
     def _reduce(self, names: tuple[str, ...], failure: str) -> tuple[str, ...]:
         """Return a part of `names` that fails and of which no single one can be left out (delta debugging)."""
@@ -202,7 +234,8 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
         FxoptError: it cannot be run, or lacks one of them.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.exists():
+    loader = None if spec is None else spec.loader
+    if spec is None or loader is None or not path.exists():
         raise FxoptError(
             f"{path}: no such Python file\ngive a .py file that defines `model` and `check(model)`"
         )
@@ -210,12 +243,7 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
     sys.modules[spec.name] = module
     # As `python script.py` has it, and for good: the check may import what lies beside it when it is called.
     sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = f":{lines[-1].lineno}" if lines else ""
-        raise FxoptError(f"{path}{line}: cannot be run: {type(error).__name__}: {error}") from error
+    _run_in(path, lambda: loader.exec_module(module))
     made, check = getattr(module, "model", None), getattr(module, "check", None)
     if made is None or not callable(check):
         missing = "model" if made is None else "check"
@@ -224,5 +252,20 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
             "`check(model)`\nsee docs/report.md"
         )
     if not isinstance(made, nn.Module) and callable(made):
-        made = made()
+        made = _run_in(path, made)
     return check_model(made), check
+
+
+def _run_in(path: Path, run: Callable[[], Any]) -> Any:
+    """Return what `run`, of the script at `path`, returns; what it raises is told with the line of the script."""
+    try:
+        return run()
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        line = f":{lines[-1]}" if lines else ""
+        raise FxoptError(
+            f"{path}{line}: cannot be run: {type(error).__name__}: {error}\n"
+            "mend the script until python runs it, and its model(), without an error"
+        ) from error

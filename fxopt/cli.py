@@ -111,6 +111,8 @@ def report(
 ) -> None:
     """Print what fxopt would do to a model and plan for it, from its config alone: no weights are loaded."""
     _check_source("report", source, arch)
+    if html is not None:
+        _check_writable(html)
     from fxopt.offline import Setting, report_offline
 
     found = report_offline(Setting(source, arch, budget, batch, seq, lora, device, four_bit))
@@ -281,6 +283,14 @@ def _build(command: str, source: str | None, arch: str | None) -> Any:
     from fxopt.demo.models import build_meta_model, default_config, load_config
 
     return build_meta_model(default_config(arch) if arch is not None else load_config(str(source)))
+
+
+def _check_writable(path: Path) -> None:
+    """Check that a file can be written before the work is done that it is for; one that is there keeps its text."""
+    existed = path.exists()
+    _write(path, lambda target: target.open("a").close())
+    if not existed:
+        path.unlink()
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:

@@ -60,7 +60,7 @@ def _in_order(x: Term, ids: Term, weights: Term) -> Term:
         dim=-1,
         dtype=torch.int32,
     )
-    has_no_expert = unsqueeze(operation(operator.ge, sorted_ids, number("num_known")), -1)
+    has_no_expert = unsqueeze(operation(torch.ge, sorted_ids, number("num_known")), -1)
     known_ids = maybe(
         lambda found: operation(torch.clamp, found, min=None, max=number("last")),
         sorted_ids,

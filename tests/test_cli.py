@@ -245,3 +245,13 @@ def test_a_plan_with_four_bit_weights_is_made_without_any_weight(
     assert not any(decision["offloaded_bytes"] for decision in plans[1]["decisions"])
     assert any(decision["offloaded_bytes"] for decision in plans[2]["decisions"])
     assert plans[2]["peak_bytes"] <= plans[1]["peak_bytes"]
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxopt.offline.report_offline", lambda setting: pytest.fail("the work was done"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", "--arch", "llama", "--html", str(tmp_path / "gone" / "page.html")])
+    assert exit_info.value.code == 2
+    assert "page.html: cannot be written: No such file" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from fxopt.coverage.record import Row
 from fxopt.coverage.row import build
 from fxopt.coverage.run import work_on
 from fxopt.demo.models import check_model_type
+from fxopt.errors import UnknownNameError
 from fxopt.options import Options
 from fxopt.pipeline import make_transform
 from fxopt.probing import report_on_small_inputs
@@ -44,16 +45,17 @@ def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
     cannot be built or run, or that do not end, are told with the reason.
 
     Raises:
-        UnknownNameError: transformers has no such type; the text lists the nearest.
+        UnknownNameError: transformers has no such type, or it no such task; the text lists what there is.
     """
     if not names:
         yield "not tried on any model: --over llama, or --over all (some minutes), says where each is found"
         return
     for name in names:
         if name != "all":
-            check_model_type("--over", name.partition(":")[0])
+            _check_known(name)
     is_all = "all" in names
     cases = all_cases() if is_all else find_cases(tuple(names))
+    types = {case.model_type for case in cases}
     patterns = [pattern.name for pattern in load_patterns(path)]
     total: Counter[str] = Counter()
     untried = 0
@@ -73,7 +75,17 @@ def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
                     yield f"{found.case}: {name} x {number}{where}"
     for name in patterns:
         left = f"; {untried} not tried" if untried else ""
-        yield f"{name}: found in {total[name]} of {len(cases)} model types{left}"
+        yield f"{name}: found in {total[name]} of {len(cases)} models, of {len(types)} types{left}"
+
+
+def _check_known(name: str) -> None:
+    model_type, _, task = name.partition(":")
+    check_model_type("--over", model_type)
+    tasks = [case.task for case in all_cases() if case.model_type == model_type]
+    if task and task not in tasks:
+        raise UnknownNameError(
+            f"--over: unknown task {task!r} of {model_type}, expected {' or '.join(tasks) or 'none: it has no case'}"
+        )
 
 
 def count_rewrites(path: Path, case: Case, on_stage: Callable[[str], None]) -> Found | Row:

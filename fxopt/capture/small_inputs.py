@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ from torch import nn
 
 from fxopt.capture.dispatch import accepts, takes_any
 from fxopt.errors import FxoptError
+from fxopt.graph.torch_private import FakeTensorMode
+from fxopt.graph.view import location_in
 
+WITH_WEIGHTS = (
+    "give a config that is complete, as a folder with a config.json or a name on the hub; or run one step of the model "
+    "with its weights, in Python, and print(fxopt.explain(model))"
+)
 TOKENS = (2, 16)
 """Batch and sequence length of the inputs fxopt makes."""
 
@@ -47,10 +54,14 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
         raise
     except Exception as error:
         given = "small inputs" if example_inputs is None else "the inputs given"
+        name = type(model).__name__
+        cure = "pass example_inputs, a dict of keyword arguments the model's forward accepts"
+        if any(parameter.is_meta for parameter in model.parameters()):
+            name, cure = f"{name}, without weights,", WITH_WEIGHTS
+            error = _find_cause(model, inputs) or error
         raise FxoptError(
-            f"model: {type(model).__name__} failed on {given} ({', '.join(inputs)}): "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            "pass example_inputs, a dict of keyword arguments the model's forward accepts"
+            f"model: {name} failed on {given} ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{_place_of(error)}\n{cure}"
         ) from error
     finally:
         for module, training in modes:
@@ -59,6 +70,30 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
+
+
+def _find_cause(model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
+    """Return why `model` on the meta device fails where nothing asks for a value, None where it does not.
+
+    Code that reads values when it is not captured fails on the meta device whatever the reason why it was not captured.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    given = {
+        name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    try:
+        with mode, torch.enable_grad():
+            model(**given)
+    except Exception as error:
+        return error
+    return None
+
+
+def _place_of(error: Exception) -> str:
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    place = location_in(frames)
+    return f" ({place})" if place else ""
 
 
 def make_small_inputs(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.arguments import Form, bind, from_last, is_number, rank_of
-from fxopt.graph.edit import Editor, fresh_like
+from fxopt.graph.edit import Editor, can_bypass, fresh_like, num_edges
 from fxopt.graph.view import is_tensor, value_of
 
 Rule = Callable[[fx.Node, Editor], Form | None]
@@ -38,7 +38,16 @@ def _operands(node: fx.Node, option: str, default: Any) -> tuple[Any, Any] | Non
 
 def _add(node: fx.Node, editor: Editor) -> Form | None:
     operands = _operands(node, "alpha", 1)
-    return operands and Form(torch.add, _tensor_first(*operands), {})
+    if operands is None:
+        return None
+    a, b = _tensor_first(*operands)
+    # The sum of a value and a negated one is their difference, forward and backward.
+    if is_tensor(b) and b.target is torch.neg and b is not a and num_edges(b) == 1:
+        (negated,) = b.args
+        if isinstance(negated, fx.Node) and can_bypass(b, negated) and not editor.aliases.is_mutated(negated):
+            node.meta["origins"] = node.meta["origins"] | b.meta["origins"]
+            return Form(torch.sub, (a, negated), {})
+    return Form(torch.add, (a, b), {})
 
 
 def _sub(node: fx.Node, editor: Editor) -> Form | None:
@@ -55,6 +64,8 @@ def _mul(node: fx.Node, editor: Editor) -> Form | None:
         # With a gradient the two differ: x * x sends two terms into x, a power one, and under autocast
         # a power is computed in float32.
         return Form(torch.pow, (a,), {"exponent": 2})
+    if isinstance(b, int | float) and b == -1 and value_of(node).dtype == value_of(a).dtype:
+        return Form(torch.neg, (a,), {})
     return Form(torch.mul, (a, b), {})
 
 
@@ -75,6 +86,19 @@ def _div(node: fx.Node, editor: Editor) -> Form | None:
 def _ne(node: fx.Node, editor: Editor) -> Form | None:
     operands = _operands(node, "out", None)
     return operands and Form(torch.ne, _tensor_first(*operands), {})
+
+
+def _compared(target: Any, mirrored: Any) -> Rule:
+    """Return a rule for a comparison; one that has its number in front is the mirrored one."""
+
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        operands = _operands(node, "out", None)
+        if operands is None:
+            return None
+        a, b = operands
+        return Form(target, (a, b), {}) if is_tensor(a) else Form(mirrored, (b, a), {})
+
+    return rule
 
 
 def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
@@ -134,16 +158,19 @@ def _max(node: fx.Node, editor: Editor) -> Form | None:
     )
 
 
-def _var(node: fx.Node, editor: Editor) -> Form | None:
-    bound = bind(node, "x", "dim", unbiased=True, keepdim=False, correction=None)
-    if bound is None or isinstance(bound["dim"], bool):
-        return None
-    dims = _reduced(bound["dim"], bound["x"])
-    if dims is None:
-        return None
-    correction = int(bound["unbiased"]) if bound["correction"] is None else bound["correction"]
-    kwargs = {"dim": dims, "correction": correction, "keepdim": bool(bound["keepdim"])}
-    return Form(torch.var, (bound["x"],), kwargs)
+def _spread(target: Any) -> Rule:
+    def rule(node: fx.Node, editor: Editor) -> Form | None:
+        bound = bind(node, "x", dim=None, unbiased=True, keepdim=False, correction=None)
+        if bound is None or isinstance(bound["dim"], bool):
+            return None
+        dims = _reduced(bound["dim"], bound["x"])
+        if dims is None and bound["dim"] is not None:
+            return None
+        correction = int(bound["unbiased"]) if bound["correction"] is None else bound["correction"]
+        kwargs = {"dim": dims, "correction": correction, "keepdim": bool(bound["keepdim"])}
+        return Form(target, (bound["x"],), kwargs)
+
+    return rule
 
 
 def _logsumexp(node: fx.Node, editor: Editor) -> Form | None:
@@ -244,11 +271,17 @@ RULES: dict[str, Rule] = {
     "mul": _mul,
     "div": _div,
     "ne": _ne,
+    "eq": _compared(torch.eq, torch.eq),
+    "lt": _compared(torch.lt, torch.gt),
+    "le": _compared(torch.le, torch.ge),
+    "gt": _compared(torch.gt, torch.lt),
+    "ge": _compared(torch.ge, torch.le),
     "pow": _pow,
     "square": _square,
     "mean": _reduction(torch.mean),
     "sum": _reduction(torch.sum),
-    "var": _var,
+    "var": _spread(torch.var),
+    "std": _spread(torch.std),
     "logsumexp": _logsumexp,
     "max": _max,
     "softmax": _softmax,

@@ -12,8 +12,9 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.graph.arguments import Form, bind, from_last, is_integer, rank_of, same_size, sizes_of
 from fxopt.graph.arithmetic import Rule
-from fxopt.graph.edit import Editor
+from fxopt.graph.edit import Editor, num_edges
 from fxopt.graph.names import op_name
+from fxopt.graph.purity import is_pure
 from fxopt.graph.view import is_tensor, shape_of
 
 EVERYTHING = slice(None)
@@ -158,7 +159,17 @@ def _unsqueeze(node: fx.Node, editor: Editor) -> Form | None:
     if bound is None or not is_tensor(bound["x"]):
         return None
     dim = from_last(bound["dim"], rank_of(bound["x"]) + 1)
-    return None if dim is None else Form(torch.unsqueeze, (bound["x"],), {"dim": dim})
+    return None if dim is None else _unsqueezed(node, bound["x"], dim, editor)
+
+
+def _unsqueezed(node: fx.Node, x: fx.Node, dim: int, editor: Editor) -> Form:
+    """Return `x` with a new dim; that over which `x` was reduced, where nothing else reads it, is a dim kept."""
+    aliases, reduced = editor.aliases, x.kwargs.get("dim")
+    is_back = reduced in (dim, (dim,)) and x.kwargs.get("keepdim") is False and is_pure(x)
+    if is_back and num_edges(x) == 1 and not (aliases.is_mutated(node) or aliases.is_returned(node)):
+        node.meta["origins"] = node.meta["origins"] | x.meta["origins"]
+        return Form(x.target, x.args, {**x.kwargs, "keepdim": True})
+    return Form(torch.unsqueeze, (x,), {"dim": dim})
 
 
 def _squeeze(node: fx.Node, editor: Editor) -> Form | None:
@@ -184,7 +195,7 @@ def _getitem(node: fx.Node, editor: Editor) -> Form | None:
     shape = iter(shape_of(x) or ())
     entries = [entry if entry is None else _plain(entry, next(shape)) for entry in entries]
     if entries.count(None) == 1 and entries.count(EVERYTHING) == rank:
-        return Form(torch.unsqueeze, (x,), {"dim": entries.index(None) - rank - 1})
+        return _unsqueezed(node, x, entries.index(None) - rank - 1, editor)
     leading = next((place for place, entry in enumerate(entries) if entry != EVERYTHING), len(entries))
     if leading:
         return Form(operator.getitem, (x, (..., *entries[leading:])), {})
@@ -271,6 +282,7 @@ RULES: dict[str, Rule] = {
     "flatten": _flatten,
     "unflatten": _unflatten,
     "repeat": _repeat,
+    "tile": _repeat,
     "expand": _expand,
     "broadcast_to": _expand,
     "contiguous": _contiguous,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.graph import arithmetic, functions, layout
+from fxopt.graph.any_op import general_form
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
@@ -28,10 +29,10 @@ def fold_constants(graph: fx.Graph) -> None:
 def unify_spelling(editor: Editor) -> None:
     """Rewrite each node whose spelling is known to its canonical form, in place; its name stays."""
     for node in editor.graph.nodes:
-        rule = RULES.get(op_name(node))
-        if rule is None or not _computes_tensors(node):
+        if node.op not in ("call_function", "call_method") or not _computes_tensors(node):
             continue
-        form = rule(node, editor)
+        rule = RULES.get(op_name(node))
+        form = (rule and rule(node, editor)) or general_form(node)
         if form is None:
             continue
         node.op, node.target = "call_function", form.target

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
+from torch.jit import _builtins
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,3 +121,13 @@ def storage_key(value: Tensor) -> int:
         NotImplementedError, RuntimeError: it has none.
     """
     return value.untyped_storage()._cdata
+
+
+def schemas_of(function: Any) -> tuple[Any, ...]:
+    """Return the schemas of the functions of torch's own that `function`, one written in C, calls, each by its types.
+
+    >>> [str(schema).partition(" ->")[0] for schema in schemas_of(torch.sinh)][:1]
+    ['aten::sinh(Tensor self)']
+    """
+    name = _builtins._find_builtin(function)
+    return tuple(torch._C._jit_get_schemas_for_operator(name)) if name else ()

@@ -1,7 +1,8 @@
 """The closed vocabulary of the canonical graph: each op one callable, operands in order, attributes by name.
 
 After `canonicalize`, a node that calls one of these has exactly the form given here, or it is a form that
-the vocabulary does not name (an `add` with `alpha`, a full reduction) and stands as the model spelled it.
+the vocabulary does not name (an `add` with `alpha`, a full reduction). That, and every other op of torch's, stands in
+the form that `any_op` gives to all: a function, its operands in order, the rest by name.
 """
 
 from __future__ import annotations
@@ -127,6 +128,11 @@ OPS: tuple[Op, ...] = (
     Op("mul", torch.mul, ("a", "b"), commutative=True),
     Op("div", torch.div, ("a", "b")),
     Op("ne", torch.ne, ("a", "b")),
+    Op("eq", torch.eq, ("a", "b")),
+    Op("lt", torch.lt, ("a", "b")),
+    Op("le", torch.le, ("a", "b")),
+    Op("gt", torch.gt, ("a", "b")),
+    Op("ge", torch.ge, ("a", "b")),
     Op("neg", torch.neg),
     Op("pow", torch.pow, ("x",), ("exponent",)),
     Op("sqrt", torch.sqrt),
@@ -140,6 +146,7 @@ OPS: tuple[Op, ...] = (
     Op("mean", torch.mean, ("x",), ("dim", "keepdim")),
     Op("sum", torch.sum, ("x",), ("dim", "keepdim")),
     Op("var", torch.var, ("x",), ("dim", "correction", "keepdim")),
+    Op("std", torch.std, ("x",), ("dim", "correction", "keepdim")),
     Op("logsumexp", torch.logsumexp, ("x",), ("dim", "keepdim")),
     Op("max", torch.max, ("x",), ("dim", "keepdim")),
     Op("cast", cast, ("x",), ("dtype",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,12 +61,23 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
     What is computed only where somebody reads it is left out. It runs in a thread of its own: a graph that fails
     between two switches of a mode leaves the modes of this thread as they are.
     """
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread, _quiet_fakes():
         try:
             return thread.submit(_measure_under, gm, autocast).result()
         except Exception as error:
             log.debug("the work of a graph is not known: %s: %s", type(error).__name__, error)
             return None
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Generator[None]:
+    """Keep torch from logging a traceback for what does not run on tensors without storage: a report tells it."""
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")
+    held, fakes.disabled = fakes.disabled, True
+    try:
+        yield
+    finally:
+        fakes.disabled = held
 
 
 def _measure_under(gm: fx.GraphModule, autocast: Sequence[Autocast]) -> Work:
@@ -149,6 +160,9 @@ def _fused_attention(
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (tensor.repeat_interleave(repeats, -3) for tensor in (key, value))
+    if value.shape[-1] != query.shape[-1]:  # the one fused kernel that takes values of another width
+        efficient: Any = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
     fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

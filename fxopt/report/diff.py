@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from fxopt.report.figures import layer_figures
 from fxopt.report.memory import readable_budget
 from fxopt.report.records import Report
-from fxopt.report.text import wrap
+from fxopt.report.text import printable, wrap
 from fxopt.report.units import format_bytes
 
 Key = tuple[str, str]
@@ -34,7 +34,7 @@ class ReportDiff:
         ):
             if items:
                 lines += [title, *(line for item in items for line in wrap(item, 2, bullet=f"{sign} "))]
-        return "\n".join(lines or ["no difference"]) + "\n"
+        return printable("\n".join(lines or ["no difference"]) + "\n")
 
 
 def diff_reports(first: Report, second: Report) -> ReportDiff:

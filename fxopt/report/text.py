@@ -7,6 +7,7 @@ graph of each distinct block before and after, as a unified diff.
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ WIDTH = 100
 DIFF_CONTEXT = 2
 RIGHT = (1, 2, 3, 4, 5)
 """The columns of numbers in tables of figures per layer."""
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 USUAL_ORACLE = "float64"
 STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
 
@@ -51,7 +53,16 @@ def render_text(report: Report) -> str:
         _render_passes(report),
         *_render_graphs(report.graphs),
     )
-    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+    return printable("\n\n".join("\n".join(section) for section in sections if section) + "\n")
+
+
+def printable(text: str) -> str:
+    """Return `text` with what would steer a terminal written out, as a name of a model may hold it.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _render_headline(report: Report) -> list[str]:
@@ -182,9 +193,12 @@ def _render_layers(report: Report) -> list[str]:
         if figure.kernels is not None and figure.saved is not None:
             sizes = map(format_bytes, figure.saved)
             rows.append((figure.name, str(figure.layers), *map(str, figure.kernels), *sizes))
-    if len(rows) > 1:
-        title = "Per layer, forward and backward (kernels launched op by op, and bytes saved in between)"
-        lines += ["", title, *_table(rows, right=RIGHT)]
+        else:
+            rows.append((figure.name, str(figure.layers), *["not known"] * 4))
+    title = "Per layer, forward and backward (kernels launched op by op, and bytes saved in between)"
+    lines += ["", title, *_table(rows, right=RIGHT)]
+    if any(figure.kernels is None for figure in figures):
+        lines += wrap("not known: the graph does not run on tensors without storage", 2)
     return lines
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fxopt.errors import UnknownNameError
 from fxopt.report.figures import distinct_misses
 from fxopt.report.records import MismatchRecord, Report, Site
-from fxopt.report.text import WIDTH, place_of, times, wrap
+from fxopt.report.text import WIDTH, place_of, printable, times, wrap
 
 COLUMN = (WIDTH - 5) // 2
 
@@ -65,7 +65,7 @@ def render_why_not(report: Report, name: str) -> str:
             *wrap(f"nearest {place_of(miss.module, miss.location)}{times(miss.count)}"),
             *_render_miss(miss),
         ]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def _is_at(miss: MismatchRecord, site: Site) -> bool:

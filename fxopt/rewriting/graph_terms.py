@@ -70,8 +70,8 @@ class GraphTerms:
     def _operation(self, node: fx.Node) -> Term:
         if node.op != "call_function":
             raise FxoptError(
-                f"{self._subject}: .{node.target}() has no canonical form, expected ops of torch\n"
-                "call it as a function of torch instead of a method"
+                f"{self._subject}: .{node.target}() has no canonical form, expected an op that torch has as a "
+                "function too\nleave it out of the search, and take what it returns as an argument"
             )
         target: Any = node.target
         if target is vocabulary.cast:

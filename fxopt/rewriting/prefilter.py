@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx
 
+from fxopt.graph.signatures import default_of
 from fxopt.graph.view import is_tensor
-from fxopt.graph.vocabulary import COMMUTATIVE
+from fxopt.graph.vocabulary import BY_TARGET, COMMUTATIVE
 from fxopt.rewriting.trees import (
     Also,
     Either,
@@ -109,10 +110,16 @@ def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs] | str:
             return f"expected an argument {name}"
     if len(node.args) > len(term.args) + len(term.attributes):
         return f"expected at most {len(term.args) + len(term.attributes)} arguments, got {len(node.args)}"
-    unknown = set(node.kwargs) - known
+    unknown = {name for name in node.kwargs if name not in known and not _is_default(node, name)}
     if unknown:
         return f"expected no argument {', '.join(sorted(unknown))}"
     return attributes, operands
+
+
+def _is_default(node: fx.Node, name: str) -> bool:
+    """Return whether an op that has no form of its own is given for `name` what it takes unasked."""
+    target: Any = node.target
+    return target not in BY_TARGET and any(is_equal(d, node.kwargs[name]) for d in default_of(target, name))
 
 
 def is_equal(expected: Any, value: Any) -> bool:

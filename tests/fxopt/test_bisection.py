@@ -84,7 +84,8 @@ def test_no_set_of_rewrites_is_tried_twice() -> None:
     assert len(found.rewrites) == 2
     assert found.num_rewrites == 3
     assert len(lines) == found.num_runs - 1 == len(tried) - 1
-    assert all(f" of {found.num_rewrites} rewrites" in line for line in lines[1:])
+    assert all(f" of {found.num_rewrites} rewrites" in line for line in lines[1:-1])
+    assert lines[-1].endswith("the stock model again: the check holds")
     sets = [names for names in tried[1:] if names]
     assert len(set(sets)) == len(sets)
 
@@ -111,6 +112,27 @@ def test_mistakes_are_told() -> None:
         fxopt.bisect(make_model(), lambda model: False, on_progress=quiet)
     with pytest.raises(fxopt.FxoptError, match=r"check: no rewrite was made while it ran, expected .*\nrun"):
         fxopt.bisect(make_model(), lambda model: None, on_progress=quiet)
+
+    def check() -> None:
+        """Take no model."""
+
+    with pytest.raises(
+        fxopt.FxoptError,
+        match=r"check: cannot be called as check\(model\) at check \(test_b.*: too many.*\ngive",
+    ):
+        fxopt.bisect(make_model(), check, on_progress=quiet)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_check_that_fails_for_having_run_before_blames_nothing() -> None:
+    runs: list[int] = []
+
+    def check(model: nn.Module) -> None:
+        step(model)
+        runs.append(1)
+        assert len(runs) == 1
+
+    with pytest.raises(fxopt.FxoptError, match=r"check: held on the stock model at first and fails .*\ngive"):
+        fxopt.bisect(make_model(), check, on_progress=quiet)
 
 
 def test_a_script_is_bisected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +171,11 @@ def test_a_script_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytes
     ("text", "message"),
     [
         ("raise ValueError('no')", r"script.py:1: cannot be run: ValueError: no"),
+        ("def f(:", r"script.py:1: cannot be run: SyntaxError: .*\nmend"),
+        (
+            "def model():\n    raise KeyError('x')\ndef check(model): pass",
+            r"script.py:2: cannot be run: KeyError: 'x'\nmend",
+        ),
         ("model = 1", r"script.py: defines no `check`, expected .*\nsee"),
         ("def check(model): pass", r"script.py: defines no `model`, expected"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxopt
@@ -235,6 +236,28 @@ def test_a_model_that_takes_no_input_ids_asks_for_inputs():
         fxopt.explain(model)
     with pytest.raises(fxopt.FxoptError, match="failed on the inputs given"):
         fxopt.explain(model, {"input": torch.ones(2, 3)})
+
+
+def test_a_model_without_weights_that_fails_is_told_the_cause_and_a_cure_that_exists():
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            y = self.linear(input)
+            if not isinstance(y, FakeTensor) and y.sum() > 0:  # what transformers does for packed sequences
+                y = y + 1
+            return y.topk(None)[0]  # pyright: ignore
+
+    with torch.device("meta"):
+        model = nn.Sequential(Reading(), nn.Linear(4, 4))
+    message = (
+        r"Sequential, without weights, failed on .*topk\(\).*NoneType \(test_pipeline.py:\d+\)\ngive a config"
+    )
+    with pytest.raises(fxopt.FxoptError, match=message):
+        fxopt.explain(model, {"input": torch.ones(2, 4, device="meta")})
 
 
 def test_a_planted_error_in_the_op_is_refused_with_figures(monkeypatch):

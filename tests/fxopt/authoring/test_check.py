@@ -163,6 +163,7 @@ def test_the_skeleton_passes_its_own_tests(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+    assert "skipped" not in done.stdout, "the kernels run in the interpreter, or on the device"
 
 
 def test_the_skeletons_kernels_equal_its_reference_in_the_interpreter(
@@ -215,7 +216,7 @@ def test_the_reach_over_model_types_is_told(tmp_path: Path, capsys: pytest.Captu
     printed, progress = capsys.readouterr()
     assert re.search(r"llama: mean_square x 9 \(modeling_llama.py:\d+\)", printed)
     assert "gpt2: mean_square x 0" in printed
-    assert "mean_square: found in 1 of 2 model types" in printed
+    assert "mean_square: found in 1 of 2 models, of 2 types" in printed
     assert "2/2" in progress
 
 
@@ -232,8 +233,10 @@ def test_a_model_that_ends_its_process_or_is_unknown_is_told(
     main_without_exit("check-pattern", str(path), "--over", "llama")
     printed = capsys.readouterr().out
     assert "llama: not tried: the process ended with code -11 while matching" in printed
-    assert "growth: found in 0 of 1 model types; 1 not tried" in printed
+    assert "growth: found in 0 of 1 models, of 1 types; 1 not tried" in printed
     with pytest.raises(
         FxoptError, match=r"--over: unknown model type 'lamma', expected .* nearest are llama,"
     ):
         list(find_reach(path, ["lamma"]))
+    with pytest.raises(FxoptError, match=r"--over: unknown task 'x' of llama, expected .*causal-lm"):
+        list(find_reach(path, ["llama:x"]))

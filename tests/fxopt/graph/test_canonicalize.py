@@ -56,6 +56,26 @@ REMOVED = {
         ["add", "reshape", "mul"],
     ),
     "transpose there and back": ((LEAF,), lambda x: (x + 1).mT.mT * 2, ["add", "mul"]),
+    "a mean that gets its dim back": ((LEAF,), lambda x: x - x.mean(-1).unsqueeze(-1), ["mean", "sub"]),
+    "a largest item that gets its dim back": ((LEAF,), lambda x: x / x.amax(1)[:, None], ["amax", "div"]),
+    "a mean that is read without the dim too stays": (
+        (LEAF,),
+        lambda x: ((m := x.mean(-1)) * 2, x - m[..., None]),
+        ["mean", "mul", "unsqueeze", "sub"],
+    ),
+    "a mean that gets another dim stays": (
+        (LEAF,),
+        lambda x: x.mean(-1).unsqueeze(0) * 2,
+        ["mean", "unsqueeze", "mul"],
+    ),
+    "times minus one": ((LEAF,), lambda x: -1 * (x + 2), ["add", "neg"]),
+    "times minus one that promotes stays": ((INTEGERS,), lambda x: (x + 2) * -1.0, ["add", "mul"]),
+    "plus a negated value": ((LEAF, HALF), lambda x, y: x + -(y.float() * 2), ["cast", "mul", "sub"]),
+    "plus a negated value with another reader stays": (
+        (LEAF,),
+        lambda x: ((y := -(x * 2)).exp(), x + y),
+        ["mul", "neg", "exp", "add"],
+    ),
     "idle dropout": ((LEAF,), lambda x: F.dropout(x + 1, 0.0, True) * 2, ["add", "mul"]),
     "dropout in evaluation": ((LEAF,), lambda x: F.dropout(x + 1, 0.5, False) * 2, ["add", "mul"]),
     "dropout stays": ((LEAF,), lambda x: F.dropout(x + 1, 0.5, True) * 2, ["add", "dropout", "mul"]),
@@ -63,7 +83,7 @@ REMOVED = {
     "a copy whose removal would reorder gradients stays": (
         (LEAF,),
         lambda x: ((y := x * 2), (y * 1.0).exp() * y * y.sin())[1],
-        ["mul", "mul", "exp", "mul", ".sin", "mul"],
+        ["mul", "mul", "exp", "mul", "sin", "mul"],
     ),
 }
 

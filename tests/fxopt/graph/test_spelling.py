@@ -250,6 +250,12 @@ TABLE = {
         "ne(%0, -100)",
         [lambda a: a != -100, lambda a: torch.ne(a, -100), lambda a: a.ne(-100)],
     ),
+    "gt": (
+        (LEAF,),
+        "gt(%0, 0)",
+        [lambda a: a > 0, lambda a: operator.lt(0, a), lambda a: a.gt(0), lambda a: torch.gt(a, 0)],
+    ),
+    "sinh": ((LEAF,), "sinh(%0)", [torch.sinh, lambda a: a.sinh()]),
     "logsumexp": (
         (LEAF,),
         "logsumexp(%0, dim=(-1,), keepdim=False)",
@@ -290,7 +296,7 @@ LEFT_ALONE = {
     "a log-softmax over the rows": (
         (LOGITS, LABELS),
         lambda a, b: F.nll_loss(F.log_softmax(a, dim=0), b),
-        "nll_loss(log_softmax, %1)",
+        "nll_loss(log_softmax, %1, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction='mean')",
     ),
     "index by tensor": ((X, torch.tensor([1, 0])), lambda a, b: a[b], "getitem(%0, %1)"),
 }

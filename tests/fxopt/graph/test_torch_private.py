@@ -105,3 +105,14 @@ def test_views_share_a_storage_also_among_stand_ins() -> None:
 def test_real_tensors_can_be_made_within_a_capture() -> None:
     with FakeTensorMode(), torch_private.unset_fake_temporarily():
         assert torch.ones(2).sum().item() == 2, "unset_fake_temporarily no longer leaves the stand-ins' mode"
+
+
+def test_functions_written_in_c_have_schemas() -> None:
+    schemas = torch_private.schemas_of(torch.amax)
+    assert schemas, "torch.jit._builtins no longer knows which op torch.amax calls"
+    first = next(schema for schema in schemas if not schema.is_mutable)
+    got = [(each.name, str(each.real_type), each.has_default_value()) for each in first.arguments]
+    assert got == [("self", "Tensor", False), ("dim", "List[int]", True), ("keepdim", "bool", True)], (
+        "the schemas of torch's ops have another form"
+    )
+    assert torch_private.schemas_of(torch.nn.functional.selu) == (), "F.selu is written in C now"

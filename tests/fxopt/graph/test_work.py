@@ -66,6 +66,17 @@ def test_stock_attention_keeps_no_matrix_of_weights(device: str, grouped: bool) 
     assert work.saved_bytes < 4 * length * length * ITEM
 
 
+def test_attention_to_values_of_another_width_is_measured() -> None:
+    query, key = (leaf(1, 4, 64, 8, device="meta") for _ in range(2))
+    value = leaf(1, 4, 64, 6, device="meta")
+
+    work = measure_work(
+        graph_of(lambda q, k, v: F.scaled_dot_product_attention(q * 2, k, v) * v, query, key, value)
+    )
+    assert work is not None
+    assert work.saved_bytes < 4 * 64 * 64 * ITEM
+
+
 def test_what_cannot_run_so_is_not_known() -> None:
     gm = graph_of(lambda x: torch.exp(x), leaf(4))
     next(node for node in gm.graph.nodes if "exp" in node.name).target = torch.unique_consecutive

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import operator
 import re
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +51,14 @@ def test_all_texts_are_escaped(hostile: Report) -> None:
     assert "<img src=x" not in text
     assert text.count("</script>") == 3
     assert "<img src=x" not in render_notebook(report)
+
+
+def test_no_text_steers_the_terminal() -> None:
+    sites = (site("glu", module="\x1b[2Ja"), site("rope", "unmatched"))
+    report, bare = Report("\x1b[31mTiny\r", sites), Report("Tiny")
+    for text in (str(report), str(diff_reports(report, bare)), report.why_not("rope")):
+        assert not re.search(r"[^\S\n ]|\x1b", text)
+    assert r"\x1b[31mTiny" in str(report)
 
 
 def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
@@ -140,7 +152,9 @@ def test_json_comes_back_whole(report_of: Explained, name: str) -> None:
         ("{", r"a.json: not JSON at line 1: .*\ngive a file"),
         ("[]", r"a.json: expected a report of schema 1, got no report\nwrite"),
         ('{"schema": 99}', r"expected a report of schema 1, got 99"),
-        ('{"schema": 1, "model": "m", "colour": 1}', r"not a whole report: .*colour"),
+        ('{"schema": "1"}', r"expected a report of schema 1, got '1'"),
+        ('{"schema": 1, "model": "m"}', r"not a whole report: sites is missing\nwrite it anew"),
+        ('{"schema": 1, "model": 3}', r"not a whole report: model is 3, expected str"),
     ],
 )
 def test_bad_json_is_told(tmp_path: Path, text: str, message: str) -> None:
@@ -150,6 +164,35 @@ def test_bad_json_is_told(tmp_path: Path, text: str, message: str) -> None:
         load_report(path)
     with pytest.raises(FxoptError, match=r"cannot be read"):
         load_report(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("graphs",), None, "graphs is None, expected a list"),
+        (("sites", 0, "count"), "many", r"sites\[0\].count is 'many', expected int"),
+        (("sites", 0, "count"), True, r"sites\[0\].count is True, expected int"),
+        (("sites", 0, "status"), "banana", r"is 'banana', expected one of rewritten, refused, unmatched"),
+        (("sites", 0), [], r"sites\[0\] is a list, expected an object"),
+        (("graphs", 0, "nodes_before", 0, "inputs"), 7, r"nodes_before\[0\].inputs is 7, expected a list"),
+        (("plans", 0, "layers", 0), ["a"], r"plans\[0\].layers\[0\] is a list, expected 2 items"),
+        (("plans", 0, "step_ms"), "fast", r"plans\[0\].step_ms is 'fast', expected float"),
+    ],
+)
+def test_a_value_of_another_form_is_told(
+    report_of: Explained, place: tuple[Any, ...], value: Any, message: str
+) -> None:
+    fields: Any = json.loads(report_of("llama").to_json())
+    holder = functools.reduce(operator.getitem, place[:-1], fields)
+    holder[place[-1]] = value
+    with pytest.raises(FxoptError, match=message):
+        parse_report(json.dumps(fields))
+
+
+def test_a_field_that_a_later_version_writes_is_skipped(report_of: Explained) -> None:
+    fields: Any = json.loads(report_of("llama").to_json())
+    fields["colour"] = fields["sites"][0]["colour"] = fields["plans"][0]["colour"] = "blue"
+    assert parse_report(json.dumps(fields)) == report_of("llama")
 
 
 def test_the_page_names_every_field() -> None:
