@@ -153,6 +153,7 @@ EXPECTED: dict[str, dict[str, int]] = {
         "add_rms_norm": 2,
         "rope": 1,
         "attention": 1,
+        "route": 1,
         "glu": 1,
         "experts": 1,
         "linear_cross_entropy": 1,
