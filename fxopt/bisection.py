@@ -20,7 +20,7 @@ from fxopt.graph.view import location_of, module_of
 from fxopt.installing import new_installation
 from fxopt.options import Options, check_options
 from fxopt.pipeline import ALL, make_transform
-from fxopt.rewriting.given import function_place
+from fxopt.rewriting.failures import function_place
 from fxopt.rewriting.pattern import Match
 
 Check = Callable[[nn.Module], object]

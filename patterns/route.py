@@ -19,7 +19,7 @@ import torch
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.route import Form
 from fxopt.kernels.route import route as fused_route
-from fxopt.kernels.route.form import is_grouping
+from fxopt.kernels.route.form import MOST_PAIRS, is_grouping
 from fxopt.patterns.route_cases import examples, mutations, near_misses
 from fxopt.rewriting.pattern import Call, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
@@ -110,6 +110,11 @@ def check(m: Match) -> Mismatch | None:
     logits, num_experts = m.example("logits"), m.example("logits").shape[-1]
     if not logits.is_floating_point() or not isinstance(num_experts, int):
         return m.fail(f"logits of {logits.dtype} and {num_experts} experts, expected floats", "logits")
+    if num_experts * m["num_choices"] > MOST_PAIRS:
+        return m.fail(
+            f"{num_experts} experts by {m['num_choices']} choices, expected at most {MOST_PAIRS} together",
+            "logits",
+        )
     given = m["softmax_dtype"]
     if given is not None and torch.promote_types(logits.dtype, given) != given:
         return m.fail(f"logits of {logits.dtype} are rounded to {given} before the softmax", "logits")

@@ -44,10 +44,15 @@ def _add(node: fx.Node, editor: Editor) -> Form | None:
     # The sum of a value and a negated one is their difference, forward and backward.
     if is_tensor(b) and b.target is torch.neg and b is not a and num_edges(b) == 1:
         (negated,) = b.args
-        if isinstance(negated, fx.Node) and can_bypass(b, negated) and not editor.aliases.is_mutated(negated):
+        if _has_signs(negated) and can_bypass(b, negated) and not editor.aliases.is_mutated(negated):
             node.meta["origins"] = node.meta["origins"] | b.meta["origins"]
             return Form(torch.sub, (a, negated), {})
     return Form(torch.add, (a, b), {})
+
+
+def _has_signs(item: Any) -> bool:
+    """Return whether the negative of each value has its dtype: a negated integer may wrap before it is widened."""
+    return is_tensor(item) and (value_of(item).is_floating_point() or value_of(item).is_complex())
 
 
 def _sub(node: fx.Node, editor: Editor) -> Form | None:

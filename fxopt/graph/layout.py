@@ -166,7 +166,8 @@ def _unsqueezed(node: fx.Node, x: fx.Node, dim: int, editor: Editor) -> Form:
     """Return `x` with a new dim; that over which `x` was reduced, where nothing else reads it, is a dim kept."""
     aliases, reduced = editor.aliases, x.kwargs.get("dim")
     is_back = reduced in (dim, (dim,)) and x.kwargs.get("keepdim") is False and is_pure(x)
-    if is_back and num_edges(x) == 1 and not (aliases.is_mutated(node) or aliases.is_returned(node)):
+    is_written = any(map(aliases.is_mutated, (node, *x.all_input_nodes)))
+    if is_back and num_edges(x) == 1 and not (is_written or aliases.is_returned(node)):
         node.meta["origins"] = node.meta["origins"] | x.meta["origins"]
         return Form(x.target, x.args, {**x.kwargs, "keepdim": True})
     return Form(torch.unsqueeze, (x,), {"dim": dim})

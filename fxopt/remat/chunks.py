@@ -65,9 +65,11 @@ class _Division:
         for nodes in (self.region.forward, self.region.backward):
             if nodes:
                 replaced |= self._unroll(nodes)
+        own = self.nodes | self.made
         for node, by in replaced.items():
-            node.replace_all_uses_with(by, delete_user_cb=lambda user: user not in self.nodes | self.made)
+            node.replace_all_uses_with(by, delete_user_cb=lambda user: user not in own)
             move_behind(by)
+            self.rows.kinds[by] = self.rows.kinds[node]  # a region behind this one reads it
         for node in sorted(self.nodes, reverse=True):
             self.graph.erase_node(node)
         return replaced
@@ -185,7 +187,10 @@ class _Division:
         new = self.graph.call_function(target, args, kwargs)
         new.meta = {key: like.meta[key] for key in PROVENANCE if key in like.meta}
         values = fx.map_arg((args, kwargs), lambda item: item.meta["val"])
-        new.meta["val"] = target(*values[0], **values[1])
+        try:
+            new.meta["val"] = target(*values[0], **values[1])
+        except RuntimeError as error:
+            raise NotDivisible(f"{target} does not run on some rows: {error}") from error
         new.meta[CHUNK] = like.name
         self.made.add(new)
         return new

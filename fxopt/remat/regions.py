@@ -37,7 +37,7 @@ def find_regions(graph: fx.Graph, declared: Declarations) -> tuple[list[Region],
         return None
     rows, backward = read_rows(graph, shape, declared), _find_late(graph)
     finder = _Finder(graph, rows, backward)
-    found = [(size, nodes) for size, nodes in map(finder.grow, finder.components()) if nodes]
+    found = [(size, nodes) for size, nodes in finder.grow_all() if nodes]
     most = max((size for size, _ in found), default=0)
     regions = [Region(nodes, backward) for size, nodes in found if size >= SHARE * most]
     return (regions, rows) if regions else None
@@ -100,17 +100,31 @@ class _Finder:
             found.append(nodes)
         return found
 
-    def grow(self, nodes: set[fx.Node]) -> tuple[int, set[fx.Node]]:
+    def grow_all(self) -> list[tuple[int, set[fx.Node]]]:
+        """Grow each component in turn: none joins what another has, or what reads another's results."""
+        components = self.components()
+        grown: list[tuple[int, set[fx.Node]]] = []
+        for nodes in components:
+            others = set[fx.Node]().union(*components, *(found for _, found in grown)) - nodes
+            grown.append(self.grow(nodes, others))
+        return grown
+
+    def grow(self, nodes: set[fx.Node], others: set[fx.Node]) -> tuple[int, set[fx.Node]]:
         """Return the bytes of the wide values in `nodes`, and `nodes` with what is done to its results at once.
 
-        No nodes where these cannot be divided.
+        No nodes where these cannot be divided. None of `others`, nor what reads one, is taken.
         """
         is_returned = any(user.op == "output" for node in nodes & self.wide for user in node.users)
         if is_returned or not all(map(self._is_divisible, nodes)) or not self._is_closed(nodes):
             return 0, set()
         size = sum(bytes_in(node) for node in nodes & self.wide)
         while True:
-            joining = {user for node in nodes for user in node.users if self._joins(user, nodes)} - nodes
+            joining = {
+                user
+                for node in nodes
+                for user in node.users
+                if user not in others and others.isdisjoint(user.all_input_nodes) and self._joins(user, nodes)
+            } - nodes
             grown = nodes | joining
             if not joining or not self._is_closed(grown):
                 return size, nodes

@@ -164,6 +164,8 @@ class _Reader:
         if len(kinds) != 1 or not isinstance(value, Tensor):
             return None
         (kind,) = kinds
+        if not kind.is_sliced or value.ndim < (kind.leading or 2):
+            return None
         places = range(kind.leading) if kind.name == "rows" else (1,)
         for item in node.all_input_nodes:
             operand = item.meta["val"]
@@ -226,6 +228,8 @@ def _follow_transposed(reader: _Reader, node: fx.Node) -> Kind | None:
 
 
 def _follow_product(reader: _Reader, node: fx.Node) -> Kind | None:
+    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return None
     first = len(node.args) - 2
     (left, _), (right, _) = reader.operand(node, first), reader.operand(node, first + 1)
     if first and (

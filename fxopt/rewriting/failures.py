@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import traceback
 from collections.abc import Callable
@@ -29,7 +30,8 @@ def code_of(function: Any) -> Any:
 
 def _innermost(function: Any) -> Any:
     """Return what a partial calls, or what was wrapped."""
-    inner: Any = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+    is_partial = isinstance(function, functools.partial)
+    inner: Any = function.func if is_partial else getattr(function, "__wrapped__", None)
     return _innermost(inner) if callable(inner) else function
 
 

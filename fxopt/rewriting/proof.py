@@ -71,7 +71,12 @@ class _Proven:
     symbols: tuple[tuple[int, ...], ...]
 
     def covers(self, match: Match) -> bool:
-        """Return whether a match of this structure is no larger, and ran the same branches of the sizes."""
+        """Return whether a match of this structure is no larger, and ran the same branches of the sizes.
+
+        A proof that could not run says nothing of other sizes.
+        """
+        if not self.symbols:
+            return extents_of(match) == self.extents
         names = symbols_of(match)
         pairs = zip(extents_of(match), self.extents, strict=True)
         return all(

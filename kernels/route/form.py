@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_PAIRS = 2**15
+"""The most experts times choices: 512 by 64. Beyond, what is chosen is no mixture's."""
 SCORES = ("softmax", "sigmoid")
 
 
@@ -40,6 +42,11 @@ class Form:
     def choice_dtype(self, bias: Tensor | None) -> torch.dtype:
         """Return the dtype in which experts are compared."""
         return self.scores_dtype if bias is None else torch.promote_types(self.scores_dtype, bias.dtype)
+
+    def has_kernel(self, num_experts: int, bias: Tensor | None) -> bool:
+        """Return whether the kernels compute it: not in float64, and no more experts and choices than a tile holds."""
+        is_narrow = torch.float64 not in (self.scores_dtype, self.choice_dtype(bias))
+        return is_narrow and num_experts * self.num_choices <= MOST_PAIRS
 
 
 ATTRIBUTES = (

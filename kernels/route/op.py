@@ -128,12 +128,13 @@ def _new_gradient(dweights: Tensor, logits: Tensor, ids: Tensor, *attributes: An
 
 
 def _fused_forward(logits: Tensor, bias: Tensor | None, *attributes: Any) -> tuple[Tensor, Tensor]:
-    can = can_launch(logits, bias, out_dtype=Form(*attributes).dtype)
+    form = Form(*attributes)
+    can = can_launch(logits, bias, out_dtype=form.dtype) and form.has_kernel(logits.shape[-1], bias)
     return (launch_forward if can else plain_forward)(logits, bias, *attributes)
 
 
 def _fused_backward(dweights: Tensor, logits: Tensor, ids: Tensor, *attributes: Any) -> Tensor:
-    can = can_launch(dweights, logits)
+    can = can_launch(dweights, logits) and Form(*attributes).has_kernel(logits.shape[-1], None)
     return (launch_backward if can else _plain_backward)(dweights, logits, ids, *attributes)
 
 

@@ -134,7 +134,37 @@ MIXES = {
     "tokens turned": (lambda x: x.flip(1), False),
     "random": (lambda x: torch.nn.functional.dropout(x, 0.5), False),
     "between sequences": (lambda x: x + x[:1], False),
+    "a sum of all tokens": (lambda x: x * (1 + x.sum() * 1e-3), False),
 }
+
+
+class Pair(nn.Module):
+    """A block of two wide parts, side by side or one behind the other."""
+
+    def __init__(self, in_turn: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.in_turn = Mixing(torch.relu), Mixing(torch.tanh), in_turn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)) if self.in_turn else self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("in_turn", [False, True], ids=["side by side", "in turn"])
+def test_two_wide_parts_of_a_block_are_divided(in_turn, tools):
+    def make_pairs():
+        model = Stack()
+        torch.manual_seed(0)
+        model.parts = nn.ModuleList(Pair(in_turn) for _ in range(3))
+        return model
+
+    inputs = torch.randn(4, 96, 16)
+    whole = fxopt.optimize(make_pairs(), memory_budget=None)
+    model = fxopt.optimize(make_pairs(), memory_budget="min")
+    for one in (whole, model):
+        one(inputs).backward()
+    assert max(chunks_of(plan_of(model))) > 1
+    for parameter, other in zip(model.parameters(), whole.parameters(), strict=True):
+        assert tools.relative(parameter.grad, other.grad) < 1e-5
 
 
 @pytest.mark.parametrize("name", MIXES)

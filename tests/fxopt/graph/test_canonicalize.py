@@ -71,6 +71,11 @@ REMOVED = {
     "times minus one": ((LEAF,), lambda x: -1 * (x + 2), ["add", "neg"]),
     "times minus one that promotes stays": ((INTEGERS,), lambda x: (x + 2) * -1.0, ["add", "mul"]),
     "plus a negated value": ((LEAF, HALF), lambda x, y: x + -(y.float() * 2), ["cast", "mul", "sub"]),
+    "plus a negated integer, which may wrap, stays": (
+        (INTEGERS,),
+        lambda x: x.float() + -(x * 2),
+        ["cast", "mul", "neg", "add"],
+    ),
     "plus a negated value with another reader stays": (
         (LEAF,),
         lambda x: ((y := -(x * 2)).exp(), x + y),
