@@ -68,9 +68,11 @@ TYPES: Mapping[str, Callable[[Any], bool]] = {
     "MemoryFormat": lambda value: isinstance(value, torch.memory_format),
 }
 Signature = tuple[Parameter, ...]
+MOST_KNOWN = 4096
+"""Functions whose signatures are kept: a user's own ones are not kept alive for ever."""
 
 
-@functools.cache
+@functools.lru_cache(MOST_KNOWN)
 def signatures_of(function: Callable[..., Any]) -> tuple[Signature, ...]:
     """Return the signatures of `function`, one for each overload that writes to none of its arguments.
 
@@ -134,7 +136,7 @@ def bind_to(node: fx.Node, signature: Signature) -> dict[str, Any] | None:
     return bound
 
 
-@functools.cache
+@functools.lru_cache(MOST_KNOWN)
 def default_of(target: Callable[..., Any], name: str) -> tuple[Any, ...]:
     """Return the values that `target` takes for the argument `name` where it is not given, one for each overload.
 

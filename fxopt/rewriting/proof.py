@@ -25,7 +25,15 @@ from fxopt.rewriting.drawn import Drawn, draw_few, draw_many
 from fxopt.rewriting.modes import Autocast, autocast_of, uncached_autocast
 from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.proof_sizes import extents_of, fits_conditions, symbols_of
-from fxopt.rewriting.runs import as_dtype, read_by, replacement_run, run_with_gradients, stock_run
+from fxopt.rewriting.runs import (
+    Runner,
+    Values,
+    as_dtype,
+    read_by,
+    replacement_run,
+    run_with_gradients,
+    stock_run,
+)
 from fxopt.rewriting.samples import layout_of
 from fxopt.rewriting.trees import items_of
 
@@ -227,12 +235,8 @@ def _compare(
     before = [_fingerprints(drawn.inputs) for drawn in (few, many)]
     oracle, oracle_dtype = _run_oracle(match, many)
     with uncached_autocast(autocast):
-        by_stock = run_with_gradients(
-            read_by(match, stock_run(match, many.sizes, None)), many.inputs, many.gradients
-        )
-        by_new = run_with_gradients(
-            read_by(match, replacement_run(replacement, many.sizes, None)), many.inputs, many.gradients
-        )
+        by_stock = _run(match, stock_run(match, many.sizes, None), many)
+        by_new = _run(match, replacement_run(replacement, many.sizes, None), many)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
     comparisons = [
         _compare_value(name, by_new.get(name), by_stock[name], oracle[name], floor) for name in oracle
@@ -243,12 +247,8 @@ def _compare(
     wide = as_dtype(few.inputs, torch.float32)
     by_stock = oracle
     if oracle_dtype != torch.float32:
-        by_stock = run_with_gradients(
-            read_by(match, stock_run(match, few.sizes, torch.float32)), wide, few.gradients
-        )
-    by_new = run_with_gradients(
-        read_by(match, replacement_run(replacement, few.sizes, torch.float32)), wide, few.gradients
-    )
+        by_stock = _run(match, stock_run(match, few.sizes, torch.float32), few, wide)
+    by_new = _run(match, replacement_run(replacement, few.sizes, torch.float32), few, wide)
     for drawn, written in zip((few, many), before, strict=True):
         _check_unchanged(drawn.inputs, written)
     comparisons += [
@@ -262,22 +262,22 @@ def _run_oracle(match: Match, drawn: Drawn) -> tuple[dict[str, torch.Tensor], to
     dtype = torch.float64 if _largest_float(drawn.inputs) * 8 <= MOST_ORACLE_BYTES else torch.float32
     with _without_chance(_device_of(match)):
         exact = as_dtype(drawn.inputs, dtype)
-        return run_with_gradients(
-            read_by(match, stock_run(match, drawn.sizes, dtype)), exact, drawn.gradients
-        ), dtype
+        return _run(match, stock_run(match, drawn.sizes, dtype), drawn, exact), dtype
+
+
+def _run(match: Match, run: Runner, drawn: Drawn, inputs: Values | None = None) -> dict[str, torch.Tensor]:
+    """Return what `run` makes of what was drawn, or of `inputs` in its place, with all gradients."""
+    given = drawn.inputs if inputs is None else inputs
+    return run_with_gradients(read_by(match, run), given, drawn.gradients)
 
 
 def _run_replacement(match: Match, replacement: Replacement, autocast: Autocast) -> None:
     few, many = draw_few(match, autocast), draw_many(match, autocast)
     many = many or few
     with uncached_autocast(autocast):
-        run_with_gradients(
-            read_by(match, replacement_run(replacement, many.sizes, None)), many.inputs, many.gradients
-        )
+        _run(match, replacement_run(replacement, many.sizes, None), many)
     wide = as_dtype(few.inputs, torch.float32)
-    run_with_gradients(
-        read_by(match, replacement_run(replacement, few.sizes, torch.float32)), wide, few.gradients
-    )
+    _run(match, replacement_run(replacement, few.sizes, torch.float32), few, wide)
 
 
 def _largest_float(inputs: Mapping[fx.Node, Any]) -> int:
