@@ -7,6 +7,7 @@ fails in plain words when a torch version moves one of these.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ def conditions_on(size: Any) -> list[Any]:
     """Return what capture found to hold of `size` and all others that are not fixed, as sympy relations."""
     node: Any = getattr(size, "node", None)
     return [] if node is None else [guard.expr for guard in node.shape_env.guards]
+
+
+def numbers_at_capture(size: Any) -> Mapping[Any, Any]:
+    """Return the number that each symbol had at capture, of all sizes that were captured with this symbolic one."""
+    return size.node.shape_env.backed_var_to_val
 
 
 def leaving_no_symbols(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.torch_private import conditions_on, expression_of
+from fxopt.graph.torch_private import conditions_on, expression_of, numbers_at_capture
 from fxopt.graph.view import is_tensor
 from fxopt.rewriting.pattern import Match
 
@@ -163,7 +163,7 @@ def symbols_of(match: Match) -> dict[Any, int]:
     """Return the symbols in the sizes of `match`, each with the number it had at capture."""
     found: dict[Any, int] = {}
     for size in itertools.chain.from_iterable(map(_symbolic_sizes, _values(match))):
-        known: Any = size.node.shape_env.backed_var_to_val
+        known = numbers_at_capture(size)
         for symbol in sorted(expression_of(size).free_symbols, key=str):
             found[symbol] = int(known.get(symbol, FEW_TOKENS))
     return found

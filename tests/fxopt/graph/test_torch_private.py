@@ -89,6 +89,10 @@ def test_sizes_that_are_not_fixed_have_expressions_and_hints() -> None:
 def test_a_branch_on_a_size_leaves_its_condition() -> None:
     rows, _ = symbolic_sizes()
     assert bool(rows < 100)
+    (symbol,) = torch_private.expression_of(rows).free_symbols
+    assert torch_private.numbers_at_capture(rows)[symbol] == rows.node.hint, (
+        "ShapeEnv.backed_var_to_val moved"
+    )
     (asked,) = torch_private.conditions_on(rows)
     assert asked.subs(dict.fromkeys(asked.free_symbols, 99)) == True, "ShapeEnv.guards moved"  # noqa: E712
     assert asked.subs(dict.fromkeys(asked.free_symbols, 100)) == False, "ShapeEnv.guards moved"  # noqa: E712
