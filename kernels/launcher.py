@@ -123,7 +123,8 @@ def is_rehearsal() -> bool:
 def compiled_ahead(device: torch.device) -> Generator[bool]:
     """Compile, side by side, what the body would launch on `device`; yields whether there is anything to gain.
 
-    Ops in the body return memory that nothing has written. An error is left to the launch that meets it.
+    Ops in the body return memory that nothing has written; what others index by must be zero then. An error is left to
+    the launch that meets it.
     """
     if device.type != "cuda" or not HAS_TRITON or INTERPRETED:
         yield False

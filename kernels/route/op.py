@@ -14,7 +14,7 @@ from fxopt.kernels.launch import (
     register_gradient,
     register_op,
 )
-from fxopt.kernels.launcher import launch
+from fxopt.kernels.launcher import is_rehearsal, launch
 from fxopt.kernels.route.form import ATTRIBUTES, Form, check_form
 from fxopt.kernels.route.kernels import route_backward_kernel, route_forward_kernel
 from fxopt.kernels.route.reference import plain_backward, plain_forward
@@ -47,6 +47,8 @@ def launch_forward(logits: Tensor, bias: Tensor | None, *attributes: Any) -> tup
     num_experts = logits.shape[-1]
     if ids.numel() == 0:
         return weights, ids
+    if is_rehearsal():
+        ids.zero_()  # the kernel will not write them, and on a GPU a wrong index ends the process's use of it
     rows = as_rows(logits)
     tile = tile_of(form, num_experts)
     with on_device(logits):

@@ -103,12 +103,13 @@ def between_values(limits: dict[str, Any], arguments: Arguments, ids: torch.Tens
     token = torch.arange(ids.numel(), device=ids.device) // (ids.numel() // x.shape[0])
     token, expert = token[ids < w_up.shape[0]], ids[ids < w_up.shape[0]]
     values = (x[token, None] @ w_up[expert]).squeeze(1) + (0 if b_up is None else b_up[expert])
-    moved = dict(limits)
+    moved, eps = dict(limits), torch.finfo(torch.float16).eps
     for name in {"gate_limit", "up_limit"} & set(limits):
-        near = limits[name] + torch.linspace(-0.1, 0.1, 2001, dtype=torch.float64, device=x.device)
-        distances = (values.abs().reshape(-1, 1) - near).abs().amin(0)
-        assert distances.max() > torch.finfo(torch.float16).eps
-        moved[name] = near[distances.argmax()].item()
+        known = values.abs().flatten().sort()[0]
+        known = known[(known > limits[name] - 0.1) & (known < limits[name] + 0.5)]
+        gap, place = known.diff().max(0)
+        assert gap > 2 * eps
+        moved[name] = (known[place] + gap / 2).item()
     return moved
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fxopt.kernels.launcher import rehearsed
 from fxopt.kernels.route import Form, route, route_reference
 from fxopt.kernels.route import op as file
 
@@ -214,3 +215,12 @@ def test_choices_on_a_gpu_are_those_of_torch(name: str, dtype: torch.dtype) -> N
     _, stock = route_reference(logits, bias, **vars(form))
     same = (ids.sort(-1)[0] == stock.sort(-1)[0]).all(-1)
     assert same.double().mean().item() > 0.999
+
+
+def test_ids_are_experts_where_kernels_are_only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads ids by which it indexes runs in a rehearsal too, on what no kernel has written."""
+    monkeypatch.setattr(file, "launch", lambda *arguments, **options: None)
+    logits = torch.randn(5, 8)
+    with rehearsed():
+        _, ids = file.launch_forward(logits, None, *Form("softmax", 2).astuple())
+    assert not ids.any()
