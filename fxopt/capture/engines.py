@@ -98,6 +98,12 @@ def gathered_dtype(block: nn.Module, tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype if policy is None or policy.param_dtype is None else policy.param_dtype
 
 
+def gathered_device(block: nn.Module, tensor: torch.Tensor) -> torch.device:
+    """Return where the sharded `tensor` of `block` lies while the block runs: its shard may wait on the host."""
+    state = torch_distributed.fsdp_state_of(block)
+    return tensor.device if state is None else torch_distributed.device_of(state)
+
+
 def _policy(module: nn.Module) -> Any:
     state = torch_distributed.fsdp_state_of(module)
     return None if state is None else torch_distributed.policy_of(state)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules, torch_stand_ins
-from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, say_kept
+from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gathered_dtype, say_kept
 from fxopt.capture.hooks import hooks_hidden
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
@@ -88,7 +88,9 @@ class StandIns:
         before = {module: dict(module.__dict__) for module in block.modules()}
         try:
             state = {
-                name: torch_stand_ins.make_whole_stand_in(mode, tensor, gathered_dtype(block, tensor))
+                name: torch_stand_ins.make_whole_stand_in(
+                    mode, tensor, gathered_dtype(block, tensor), gathered_device(block, tensor)
+                )
                 if is_dtensor(tensor)
                 else torch_stand_ins.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
