@@ -150,7 +150,9 @@ class World:
     def _fail(self, answers: dict[int, str], silent: list[int]) -> None:
         """End the processes, and fail with what is known of each."""
         gone = sorted(rank for rank, answer in answers.items() if not answer)
-        statuses = {rank: self.processes[rank].wait() for rank in gone}
+        if gone:
+            time.sleep(1)  # its output ends a moment before it does
+        statuses = {rank: self.processes[rank].poll() for rank in gone}
         self.end()
         told = [f"rank {rank}: {answer}" for rank, answer in answers.items() if is_error(answer)]
         pytest.fail("\n".join([f"ranks {statuses} ended, ranks {silent} gave no answer in time", *told]))
