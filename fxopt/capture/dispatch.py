@@ -22,6 +22,7 @@ from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_setti
 from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import find_kept, say_kept
+from fxopt.capture.forwards import call_with_forward, call_with_gathered, run_captured
 from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle_or_recorder
 from fxopt.capture.ledger import Ledger
@@ -121,11 +122,15 @@ class BlockCalls:
         if reason is not None:
             self.ledger.count_fallback(self.region, reason)
             stock = functools.partial(torch_modules.stock_call, block)
+            if hooks.gathers:
+                stock = functools.partial(call_with_gathered, block)
             return self._checkpointing.run_unplanned(block, stock, args, kwargs)
         serve: Callable[..., Any] = functools.partial(self._serve, path, block, hooks)
         if hooks.recorders and is_checkpointed(block):
             # Under capture nothing that a block computes leaves its own checkpoint but what it returns.
             serve = functools.partial(self._checkpointing.run_outside, block, serve)
+        if hooks.gathers:
+            serve = functools.partial(run_captured, block, serve)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)
         return serve(*args, **kwargs)
@@ -321,35 +326,6 @@ def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
             elif not isinstance(item, PLAIN_VALUES):
                 return f"{name} is a {type(item).__name__}"
     return None
-
-
-def call_with_forward(
-    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call `module` as stock does, hooks and all, with `forward` in place of its own for this call."""
-    had = "forward" in module.__dict__
-    previous = module.__dict__.get("forward")
-    state = {"inside": False}
-
-    def swapped(*inner_args: Any, **inner_kwargs: Any) -> Any:
-        # The module's own forward is back while it runs, so that captures and nested calls see it.
-        _restore(module, had, previous)
-        state["inside"] = True
-        return forward(*inner_args, **inner_kwargs)
-
-    module.__dict__["forward"] = swapped
-    try:
-        return torch_modules.stock_call(module, *args, **kwargs)
-    finally:
-        if not state["inside"]:
-            _restore(module, had, previous)
-
-
-def _restore(module: nn.Module, had: bool, previous: Any) -> None:
-    if had:
-        module.__dict__["forward"] = previous
-    else:
-        module.__dict__.pop("forward", None)
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

@@ -8,15 +8,17 @@ of its modules are called around it (`Sharding`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxopt.capture import torch_distributed, torch_modules
-from fxopt.capture.hooks import Hidden, hide_hooks, show_hooks
+from fxopt.capture import torch_distributed, torch_modules, zero
+from fxopt.capture.hooks import Hidden, hide_hooks, is_gathering_hook, show_hooks
 from fxopt.capture.modules import walk
 
 DEEPSPEED_HOOKS = "deepspeed.runtime.utils"
@@ -32,6 +34,12 @@ def is_engine_hook(hook: Any) -> bool:
     deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
     is_deepspeeds = deepspeed is not None and getattr(hook, "__globals__", None) is vars(deepspeed)
     return is_deepspeeds or torch_distributed.is_fsdp_hook(hook)
+
+
+def asks_for_gradients(frame: types.FrameType) -> bool:
+    """Return whether code that runs in `frame` reads a gradient function to know whether to put such a hook there."""
+    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
+    return deepspeed is not None and frame.f_globals is vars(deepspeed)
 
 
 def inside_engine(model: nn.Module) -> nn.Module:
@@ -60,8 +68,8 @@ def check_spread(values: Sequence[Any]) -> None:
 def say_kept(module: nn.Module) -> str | None:
     """Return how an engine keeps the weights of `module` that no other code may read, or None."""
     for tensor in module.parameters(recurse=False):
-        if _is_emptied(tensor):
-            return f"a weight of the {type(module).__name__} is empty outside its own forward, as ZeRO-3 keeps it"
+        if _is_emptied(tensor) and not zero.is_partitioned(tensor):
+            return f"a weight of the {type(module).__name__} is empty outside its own forward"
         if torch_distributed.is_dtensor(tensor) and not torch_distributed.is_managed(module):
             return f"a weight of the {type(module).__name__} is spread over ranks, as tensor parallel plans have it"
     return None
@@ -98,6 +106,12 @@ def gathered_dtype(block: nn.Module, tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype if policy is None or policy.param_dtype is None else policy.param_dtype
 
 
+def gathered_device(block: nn.Module, tensor: torch.Tensor) -> torch.device:
+    """Return where the sharded `tensor` of `block` lies while the block runs: its shard may wait on the host."""
+    state = torch_distributed.fsdp_state_of(block)
+    return tensor.device if state is None else torch_distributed.device_of(state)
+
+
 def _policy(module: nn.Module) -> Any:
     state = torch_distributed.fsdp_state_of(module)
     return None if state is None else torch_distributed.policy_of(state)
@@ -123,6 +137,8 @@ class Sharding:
         self._model, self._blocks = model, blocks
         self._around = around
         self._hidden: Hidden = []
+        self._gatherings: dict[nn.Module, zero.Gathering] = {}
+        self._linear: Any = nn.functional.linear
 
     def find_modules(self) -> dict[nn.Module, Any]:
         """Return the sharded modules outside the blocks, the model left out, with their states."""
@@ -138,8 +154,14 @@ class Sharding:
     def find_obstacle(self) -> str | None:
         """Return why the tail cannot be run for how modules are sharded now, or None."""
         for module in walk(self._model, but=self._blocks):
-            if any(map(_is_emptied, module.parameters(recurse=False))):
+            if any(map(_is_emptied, module.parameters(recurse=False))) and say_kept(module):
                 return say_kept(module)
+        for gathering in zero.find_gatherings(self._around):
+            if gathering.has_parameters:
+                return (
+                    f"the {type(gathering.module).__name__} around the blocks has parameters of its own, which ZeRO-3 "
+                    "gathers for the whole call"
+                )
         for module in self._around:
             if module is not self._model and torch_distributed.fsdp_state_of(module) is not None:
                 return (
@@ -156,19 +178,27 @@ class Sharding:
                 )
         return None
 
+    def find_gatherings(self) -> list[zero.Gathering]:
+        """Return how ZeRO-3 follows the modules outside the blocks; not where it keeps one gathered around all."""
+        outside = walk(self._model, but=self._blocks) if zero.is_there() else ()
+        found = zero.find_gatherings(outside)
+        return [] if any(each.has_parameters and each.module in self._around for each in found) else found
+
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Gather the sharded modules and hide FSDP2's hooks on them within the scope."""
+        """Gather the modules that FSDP2 shards, and hide its hooks and ZeRO-3's on modules within the scope."""
         modules = self.find_modules()
-        if not modules:
-            yield
-            return
         for module in modules:
             gather: Any = module
             gather.unshard()
-        self._hidden = hide_hooks(modules, torch_distributed.is_fsdp_hook)
-        try:
+        self._gatherings = {each.module: each for each in self.find_gatherings() if each.has_parameters}
+        if not modules and not self._gatherings:
             yield
+            return
+        self._hidden = hide_hooks((*modules, *self._gatherings), is_gathering_hook)
+        try:
+            with zero.linear_put(zero.captured_linear()) as self._linear:
+                yield
         finally:
             self._show()
 
@@ -182,9 +212,10 @@ class Sharding:
         modules = list(dict.fromkeys(module for module, *_ in self._hidden))
         self._show()
         try:
-            yield
+            with zero.linear_put(self._linear):
+                yield
         finally:
-            self._hidden = hide_hooks(modules, torch_distributed.is_fsdp_hook)
+            self._hidden = hide_hooks(modules, is_gathering_hook)
 
     def judge(self, values: Sequence[Any]) -> str | None:
         """Return why the hooks of sharded modules would change what the tail computes from `values`, or None."""
@@ -206,7 +237,7 @@ class Sharding:
         return None
 
     def enter(self, modules: Sequence[nn.Module], values: list[Any]) -> list[Any]:
-        """Do what FSDP2 does before `modules` run, of which `values` are the inputs; return these.
+        """Do what an engine does before `modules` run, of which `values` are the inputs; return these.
 
         The gradients of a module's parameters are reduced once those of its inputs are there. The first input
         of the tail stands for all of them.
@@ -216,13 +247,28 @@ class Sharding:
             for hook in self._hooks(module, PRE):
                 changed = hook(module, inputs, {})
                 inputs = inputs if changed is None else changed[0]
-        return list(inputs)
+        gatherings = self._gatherings_of(modules)
+        for gathering in gatherings:
+            gathering.gather()
+        return list(zero.wrap_inputs(gatherings, inputs))
 
-    def leave(self, modules: Sequence[nn.Module], output: Any) -> None:
-        """Do what FSDP2 does after `modules` have run, of which `output` is all that was computed."""
+    def leave(self, modules: Sequence[nn.Module], output: Any) -> Any:
+        """Do what an engine does after `modules` have run, of which `output` is all that was computed; return that."""
         for module in modules:
             for hook in self._hooks(module, POST):
                 hook(module, (), output)
+        gatherings = self._gatherings_of(modules)
+        for gathering in gatherings:
+            gathering.free()
+        return zero.wrap_outputs(gatherings, output)
+
+    def find_wrapper(self, modules: Sequence[nn.Module]) -> Callable[[Any], Any] | None:
+        """Return what does as `leave` with an output that is computed later, or None: nothing."""
+        gatherings = self._gatherings_of(modules)
+        return functools.partial(zero.wrap_outputs, gatherings) if gatherings else None
+
+    def _gatherings_of(self, modules: Sequence[nn.Module]) -> list[zero.Gathering]:
+        return [self._gatherings[module] for module in modules if module in self._gatherings]
 
     def _hooks(self, module: nn.Module, name: str) -> list[Any]:
         return [

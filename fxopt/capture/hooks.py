@@ -14,18 +14,21 @@ from torch import nn
 from fxopt.capture import torch_modules
 from fxopt.capture.recorders import Recorder, recorder_of
 from fxopt.capture.torch_distributed import is_fsdp_hook
+from fxopt.capture.zero import is_zero_hook
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
     """The hooks inside a module: the first module with one that would run, and whether others stand idle.
 
-    `recorders` are those by which transformers collects outputs at this call; they count as neither.
+    `recorders` are those by which transformers collects outputs at this call; they count as neither. `gathers`: ZeRO-3
+    gathers the parameters of modules by hooks, which count as neither too.
     """
 
     live: nn.Module | None
     idle: bool
     recorders: tuple[Recorder, ...] = ()
+    gathers: bool = False
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -39,12 +42,17 @@ def has_own_hooks(module: nn.Module) -> bool:
     """Return whether `module` itself carries a live hook other than those that gather and reduce its parameters."""
     if not torch_modules.carries_hooks(module):
         return False
-    return any(_is_live(hook) and not is_fsdp_hook(hook) for hook in _hooks_of(module))
+    return any(_is_live(hook) and not is_gathering_hook(hook) for hook in _hooks_of(module))
+
+
+def is_gathering_hook(hook: Any) -> bool:
+    """Return whether `hook` is one by which an engine gathers and frees a module's parameters: FSDP2's or ZeRO-3's."""
+    return is_fsdp_hook(hook) or is_zero_hook(hook)
 
 
 def find_hooks(module: nn.Module) -> Hooks:
     """Return the hooks on the modules inside `module`, not on `module` itself."""
-    idle = False
+    idle = gathers = False
     recorders: list[Recorder] = []
     stack = list(torch_modules.children_of(module).values())
     while stack:
@@ -56,12 +64,14 @@ def find_hooks(module: nn.Module) -> Hooks:
                 recorder = recorder_of(inner, hook)
                 if not _is_live(hook):
                     idle = True
+                elif is_zero_hook(hook):
+                    gathers = True
                 elif recorder is not None and recorder.is_plain:
                     recorders.append(recorder)
                 else:
-                    return Hooks(inner, idle)
+                    return Hooks(inner, idle, gathers=gathers)
         stack.extend(torch_modules.children_of(inner).values())
-    return Hooks(None, idle, tuple(recorders))
+    return Hooks(None, idle, tuple(recorders), gathers)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

@@ -7,6 +7,7 @@ else computes the stock arithmetic once, with its gradient, from the hidden stat
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from fxopt.capture import torch_distributed, torch_tensors
-from fxopt.capture.engines import is_engine_hook
+from fxopt.capture.engines import asks_for_gradients, is_engine_hook
 from fxopt.errors import FxoptError, StaleLogitsError
 from fxopt.graph.torch_private import tree_leaves, tree_map_only
 
@@ -55,6 +56,11 @@ class LogitsSource:
             for value, version in zip(self._inputs, self._versions, strict=True):
                 if _fingerprint(value) != version:
                     written = torch_tensors.version_of(value)
+                    if value.numel() == 0 or value.untyped_storage().size() == 0:
+                        raise StaleLogitsError(
+                            "logits: read after the head's weight was freed, which an engine gathers for the forward "
+                            f"pass alone, expected no read of them in training\nat {self._location}\n{CURE}"
+                        )
                     raise StaleLogitsError(
                         "logits: read after the head's weight changed, expected a read before the optimizer "
                         f"step, got a weight of shape {tuple(value.shape)} at version {written}\n"
@@ -172,6 +178,9 @@ class LazyLogits(torch.Tensor):
                     return func(*args, **kwargs)
             if func == torch_distributed.READ_OF_BASE:
                 return None
+            if func == _READ_OF_GRAD_FN and asks_for_gradients(sys._getframe(1)):
+                with torch_tensors.without_torch_function():
+                    return lazy._source if lazy._needs_grad else None
             if func == _READ_OF_REQUIRES_GRAD:
                 with torch_tensors.without_torch_function():
                     return lazy._needs_grad
@@ -193,6 +202,7 @@ class LazyLogits(torch.Tensor):
         return func(*read_args, **read_kwargs)
 
 
+_READ_OF_GRAD_FN = torch.Tensor.grad_fn.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _READ_OF_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _READS_OF_FORM = frozenset(
     {
@@ -250,6 +260,18 @@ def _check_gradient_flows(outputs: Any, given: Any = None, *_: Any, inputs: Any 
                 "logits: asked for a gradient with respect to them, but this loss was computed without them, "
                 f"expected a tensor that its gradient flows through\n{CURE}"
             )
+
+
+def put_through(step: Step, values: Any) -> Any:
+    """Return `values` with lazy logits among them put through `step` once they are computed; others are not."""
+
+    def put(lazy: LazyLogits) -> LazyLogits:
+        with torch_tensors.without_torch_function():
+            form = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+            source, index, device = lazy._source, lazy._index, lazy.device
+        return LazyLogits.make(source, index, form, device, lazy._needs_grad, parent=lazy, step=step)
+
+    return tree_map_only(LazyLogits, put, values)
 
 
 def _holds_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -22,9 +22,11 @@ from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modu
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.dispatch import accepts, call_with_forward, find_opaque, takes_any
+from fxopt.capture.dispatch import accepts, find_opaque, takes_any
 from fxopt.capture.engines import Sharding, find_kept
+from fxopt.capture.forwards import call_model_gathered, call_with_forward
 from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, is_not_recorder, show_hooks
+from fxopt.capture.lazy import put_through
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
@@ -111,13 +113,18 @@ class ModelCall:
             reason = self.find_obstacle(args, kwargs)
             if reason is None and not self._lock.acquire(blocking=False):
                 reason = "another thread runs the model"
+            gatherings = self._sharding.find_gatherings()
             if reason is not None:
                 self.ledger.count_fallback(REGION, reason)
+                if gatherings:
+                    return call_model_gathered(model, gatherings, model.forward, args, kwargs)
                 return torch_modules.stock_call(model, *args, **kwargs)
             self._owner = threading.get_ident()
             try:
                 with self._checkpointing.taken_over(), self._cuda_graphs.step():
-                    if has_hooks(model):
+                    if gatherings:
+                        output = call_model_gathered(model, gatherings, self._serve_within, args, kwargs)
+                    elif has_hooks(model):
                         output = call_with_forward(model, self._serve_within, args, kwargs)
                     else:
                         output = self._serve_within(*args, **kwargs)
@@ -354,8 +361,9 @@ class ModelCall:
             this.ledger.begin(REGION)
             values = this._sharding.enter(living, values_of(calls))
             output = call(*values, *[captured_args[index] for index in placeholders])
-            this._sharding.leave(living, output)
-            return output
+            output = this._sharding.leave(living, output)
+            wrap = this._sharding.find_wrapper(living)
+            return output if wrap is None else put_through(wrap, output)
 
         return run
 

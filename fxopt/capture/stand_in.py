@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_modules, torch_stand_ins
-from fxopt.capture.engines import cast_inputs, cast_output, gathered_dtype, say_kept
-from fxopt.capture.hooks import hooks_hidden
+from fxopt.capture import torch_modules, torch_stand_ins, zero
+from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gathered_dtype, say_kept
+from fxopt.capture.hooks import hooks_hidden, is_gathering_hook
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.recorders import Counts, active, count_collected, run_collecting
 from fxopt.capture.tail import TailRefusal
-from fxopt.capture.torch_distributed import is_dtensor, is_fsdp_hook
+from fxopt.capture.torch_distributed import is_dtensor
 from fxopt.capture.trial import try_on_values
 from fxopt.graph.torch_private import tree_map_only
 
@@ -50,7 +50,9 @@ class StandIns:
         fakes: list[torch.Tensor] = []
         forms = _form_of((args, kwargs), fakes)
         mode = torch_stand_ins.fake_mode_of(fakes[0])
-        weights = tuple([(value.shape, value.dtype, value.requires_grad) for value in tensors_of(block)])
+        weights = tuple(
+            [(zero.whole_shape(value), value.dtype, value.requires_grad) for value in tensors_of(block)]
+        )
         modules = tuple([(path, type(module)) for module, path in walk(block).items()])
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
         before = [dict(mapping) for mapping in mappings]
@@ -58,7 +60,8 @@ class StandIns:
         counts = count_collected(collected)
         key = (modules, forms, weights, block.training, id(mode), id(block) if mappings else None, counts)
         if mappings or key not in self._forms:
-            self._forms[key] = self._run(mode, block, args, kwargs, counts)
+            with zero.parameters_in_plain_dicts(block):
+                self._forms[key] = self._run(mode, block, args, kwargs, counts)
             self._note_put(mappings, before)
         output, added = tree_map_only(torch.Tensor, _like, self._forms[key])
         for name, values in added.items():
@@ -88,14 +91,23 @@ class StandIns:
         before = {module: dict(module.__dict__) for module in block.modules()}
         try:
             state = {
-                name: torch_stand_ins.make_whole_stand_in(mode, tensor, gathered_dtype(block, tensor))
-                if is_dtensor(tensor)
+                name: torch_stand_ins.make_whole_stand_in(
+                    mode,
+                    tensor,
+                    zero.whole_shape(tensor),
+                    gathered_dtype(block, tensor),
+                    gathered_device(block, tensor),
+                )
+                if is_dtensor(tensor) or zero.is_partitioned(tensor)
                 else torch_stand_ins.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
             args, kwargs = cast_inputs(block, args, kwargs)
             try:
-                with torch_stand_ins.real_tensors_allowed(mode), hooks_hidden((block,), is_fsdp_hook):
+                with (
+                    torch_stand_ins.real_tensors_allowed(mode),
+                    hooks_hidden(block.modules(), is_gathering_hook),
+                ):
                     out, added = run_collecting(
                         lambda *args, **kwargs: torch.func.functional_call(block, state, args, kwargs),
                         counts,

@@ -39,10 +39,12 @@ def make_stand_in(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
     return stand_in
 
 
-def make_whole_stand_in(mode: Any, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a stand-in of `mode` for the whole of a `tensor` that is spread over ranks."""
+def make_whole_stand_in(
+    mode: Any, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return a stand-in of `mode` for the whole of a `tensor` that is spread over ranks, as it is while gathered."""
     with mode:
-        whole = torch.empty(tuple(tensor.shape), dtype=dtype, device=tensor.device)
+        whole = torch.empty(shape, dtype=dtype, device=device)
     return whole.requires_grad_(tensor.requires_grad)
 
 

@@ -1,8 +1,9 @@
 """Groups of processes that run the cases of `worker.py`: over NCCL where each has a GPU of its own, else over gloo.
 
-    python -m pytest -m "gpu and not slow" tests/distributed
+    python -m pytest -v -s -m "gpu and not slow" tests/distributed
 
-runs them on a machine with two GPUs; those that need more processes than it has GPUs run on its CPU.
+runs them on a machine with GPUs, and shows each case as it ends; those that need more processes than it has GPUs run
+on its CPU. Groups of four share a CPU slowly: their tests are slow ones wherever the four have no GPU each.
 """
 
 from __future__ import annotations
@@ -24,35 +25,46 @@ import torch
 
 WORKER = Path(__file__).parent / "worker.py"
 ROOT = WORKER.parents[2]
-PATIENCE = 240
+PATIENCE = {"cpu": 240, "cuda": 120}
 """Seconds a case may take before its processes are ended: a hang is a failure, and not the suite's."""
+GRACE = 20
+"""Seconds in which the other ranks answer after one has met an error; they may wait for it in a collective."""
+TIMEOUT = {"cpu": 120, "cuda": 90}
+"""Seconds that a collective waits for a rank."""
 NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2}
 """GPUs that a test needs to run over NCCL, by what it asks for."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as tests of a GPU those whose processes will have one each."""
+    """Mark as tests of a GPU those whose processes will have one each, and as slow those of four without."""
     gpus = torch.cuda.device_count()
     for item in items:
         needed = [size for name, size in NEEDED.items() if name in getattr(item, "fixturenames", ())]
-        if item.path.parent == WORKER.parent and needed and max(needed) <= gpus:
+        if item.path.parent != WORKER.parent or not needed:
+            continue
+        if max(needed) <= gpus:
             item.add_marker("gpu")
+        elif max(needed) > 2:
+            item.add_marker("slow")
 
 
 class World:
     """`size` processes of one group, each answering the same cases."""
 
-    def __init__(self, size: int, timeout: int = 120) -> None:
+    def __init__(self, size: int, timeout: int | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.size = size
         self.on_gpu = torch.cuda.device_count() >= size
-        own = {"FXOPT_TEST_DEVICE": "cuda"}
+        self.device = "cuda" if self.on_gpu else "cpu"
+        own = {
+            "FXOPT_TEST_DEVICE": "cuda",
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // (2 * size))),
+        }
         if not self.on_gpu:
             own = {"FXOPT_TEST_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-        self.measured: list[str] = []
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(size):
             environment = {
@@ -64,7 +76,7 @@ class World:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-                "FXOPT_TEST_TIMEOUT": str(timeout),
+                "FXOPT_TEST_TIMEOUT": str(timeout or TIMEOUT[self.device]),
                 "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             }
             self.processes.append(
@@ -86,18 +98,22 @@ class World:
             process.stdin.flush()
 
     def run(self, case: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Return each rank's answer to a case; an error in one of them fails."""
+        """Return each rank's answer to a case, shown where pytest shows output; an error in one of them fails."""
+        begin = time.monotonic()
         self.start(case, **arguments)
         answers = self.answers_of(range(self.size))
-        for rank, answer in enumerate(answers):
-            assert "error" not in answer, f"rank {rank}: {answer['error']}"
-            if "errors" in answer:
-                self.measured.append(f"{case} {arguments} rank {rank}: {answer['errors']}")
+        errors = {rank: answer["error"] for rank, answer in enumerate(answers) if "error" in answer}
+        if len(errors) not in (0, self.size):
+            self.end()  # ranks that went on may be a collective ahead of the others
+        found = [answer["errors"] for answer in answers if "errors" in answer]
+        seconds = f"{time.monotonic() - begin:.1f} s on {self.size} x {self.device}"
+        print(f"\n  {case} {arguments}: {seconds}", *found, sep="\n    ", flush=True)
+        assert not errors, "\n".join(f"rank {rank}: {error}" for rank, error in errors.items())
         return answers
 
     def wait_for_end(self, rank: int) -> int:
         """Return the exit status of `rank`, which is to end by itself."""
-        return self.processes[rank].wait(PATIENCE)
+        return self.processes[rank].wait(PATIENCE[self.device])
 
     def answers_of(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
         """Return the answers of `ranks` to what all were given."""
@@ -110,20 +126,36 @@ class World:
         for rank in ranks:
             process = self.processes[rank]
             waiting.register(process.stdout, selectors.EVENT_READ, rank)  # pyright: ignore[reportArgumentType]
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE[self.device]
         while len(answers) < len(ranks):
             for key, _ in waiting.select(max(0.0, deadline - time.monotonic())):
                 waiting.unregister(key.fileobj)
                 answers[key.data] = key.fileobj.readline().strip()  # pyright: ignore
+                if not answers[key.data] or is_error(answers[key.data]):
+                    deadline = min(deadline, time.monotonic() + GRACE)
             silent = sorted(set(ranks) - set(answers))
-            gone = [rank for rank, answer in answers.items() if not answer]
-            if gone or (silent and time.monotonic() >= deadline):
-                for rank in silent:
-                    self.processes[rank].send_signal(signal.SIGUSR1)  # their stacks are shown
-                time.sleep(1 if silent else 0)
-                self.end()
-                pytest.fail(f"ranks {gone} ended, ranks {silent} gave no answer in {PATIENCE} s")
+            if silent and time.monotonic() >= deadline:
+                self._show_stacks(silent)
+                self._fail(answers, silent)
+        if not all(answers.values()):
+            self._fail(answers, [])
         return [answers[rank] for rank in ranks]
+
+    def _show_stacks(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            print(f"\nthe stacks of rank {rank}:", file=sys.stderr, flush=True)
+            self.processes[rank].send_signal(signal.SIGUSR1)
+            time.sleep(1)
+
+    def _fail(self, answers: dict[int, str], silent: list[int]) -> None:
+        """End the processes, and fail with what is known of each."""
+        gone = sorted(rank for rank, answer in answers.items() if not answer)
+        if gone:
+            time.sleep(1)  # its output ends a moment before it does
+        statuses = {rank: self.processes[rank].poll() for rank in gone}
+        self.end()
+        told = [f"rank {rank}: {answer}" for rank, answer in answers.items() if is_error(answer)]
+        pytest.fail("\n".join([f"ranks {statuses} ended, ranks {silent} gave no answer in time", *told]))
 
     @property
     def is_alive(self) -> bool:
@@ -141,12 +173,14 @@ class World:
                     stream.close()
 
 
-@pytest.fixture(scope="session")
-def worlds(request: pytest.FixtureRequest) -> Iterator[Callable[[int], World]]:
-    """Return a function that gives the group of a size, started once and again where a test ended it.
+def is_error(answer: str) -> bool:
+    """Return whether a rank's answer is the traceback of an error."""
+    return answer.startswith('{"error"')
 
-    The errors of gradients that it measured are shown at the end, where pytest is verbose.
-    """
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Callable[[int], World]]:
+    """Return a function that gives the group of a size, started once and again where a test ended it."""
     made: dict[int, World] = {}
 
     def find(size: int) -> World:
@@ -157,12 +191,6 @@ def worlds(request: pytest.FixtureRequest) -> Iterator[Callable[[int], World]]:
     yield find
     for world in made.values():
         world.end()
-        if request.config.option.verbose > 0:
-            print(
-                f"\n{world.size} processes on {'GPUs' if world.on_gpu else 'a CPU'}",
-                *world.measured,
-                sep="\n",
-            )
 
 
 @pytest.fixture

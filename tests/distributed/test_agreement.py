@@ -39,7 +39,6 @@ def test_without_a_process_group_an_engine_says_so_and_the_model_trains_on(engin
         assert answer["errors"]["stock"] <= 5e-6
 
 
-@pytest.mark.slow
 def test_options_are_compared_between_replicas_of_shards(four):
     """Shards are spread over two ranks, of which there are two pairs."""
     options = {"3": {"disable": ["glu"]}}

@@ -109,15 +109,20 @@ def test_other_architectures(engine, arch, two):
         assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
 
 
-@slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("engine", "lora"),
+    [
+        ("ddp", False),
+        ("fsdp2", True),
+        pytest.param("ddp", True, marks=slow),
+        pytest.param("fsdp2", False, marks=slow),
+    ],
+)
 def test_four_processes(engine, lora, four):
     check(four.run("step", engine=engine, order="before", lora=lora), ADAPTED if lora else SITES)
 
 
-@slow
-@pytest.mark.parametrize("options", [{}, {"carved": True}], ids=["whole", "carved"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=slow), {"carved": True}], ids=["whole", "carved"])
 def test_shards_in_replicas(options, four):
     """Two replicas of the model, each in two shards: gradients are reduced within one and between both."""
     options = {**options, "hybrid": True}
@@ -187,8 +192,9 @@ def test_a_checkpoint_is_loaded_with_and_without_optimize(saved, loaded, two, tm
     assert two.run("load", folder=str(tmp_path), order=loaded)[0]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-@slow
-@pytest.mark.parametrize(("saved", "loaded"), [("before", "stock"), ("stock", "after")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("before", "stock"), pytest.param("stock", "after", marks=slow)]
+)
 def test_a_checkpoint_of_two_processes_is_loaded_by_four(saved, loaded, two, four, tmp_path):
     wanted = two.run("save", folder=str(tmp_path), order=saved)[0]["loss"]
     assert four.run("load", folder=str(tmp_path), order=loaded)[0]["loss"] == pytest.approx(wanted, rel=1e-5)

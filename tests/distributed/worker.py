@@ -40,6 +40,9 @@ def main() -> None:
         torch.cuda.set_device(DEVICE)
     backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+    met = torch.ones(1, device=DEVICE)
+    dist.all_reduce(met)  # ranks that cannot reach each other fail here, and not within a case
+    assert met.item() == dist.get_world_size()
     channel.write("ready\n")
     for line in sys.stdin:
         name, arguments = json.loads(line)
@@ -48,6 +51,8 @@ def main() -> None:
         except Exception:
             answer = {"error": traceback.format_exc()}
         channel.write(json.dumps(answer) + "\n")
+        if ON_GPU:
+            torch.cuda.synchronize()  # a device that failed serves no further case: the process ends
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ def test_a_stand_in_has_fixed_sizes_and_carries_what_was_set_on_the_tensor():
     stand_in = torch_stand_ins.make_stand_in(FakeTensorMode(shape_env=ShapeEnv()), tensor)
     assert tuple(map(type, stand_in.shape)) == (int, int), "from_tensor no longer takes static_shapes"
     assert stand_in.scales is tensor.scales
-    whole = torch_stand_ins.make_whole_stand_in(FakeTensorMode(), tensor, torch.bfloat16)
-    assert (whole.shape, whole.dtype) == (tensor.shape, torch.bfloat16)
+    device = torch.device("meta")
+    whole = torch_stand_ins.make_whole_stand_in(FakeTensorMode(), tensor, (4, 3), torch.bfloat16, device)
+    assert (whole.shape, whole.dtype, whole.device) == ((4, 3), torch.bfloat16, device)
 
 
 def test_real_tensors_are_read_beside_stand_ins_within_the_scope():

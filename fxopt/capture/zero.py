@@ -1,0 +1,179 @@
+"""DeepSpeed's ZeRO-3: hooks on each module gather its own parameters for its forward and its backward, and free them.
+
+A compiled region calls none of the modules it computes, so their hooks are called around it: all are gathered before
+it, what goes in is passed through what frees them after its backward, and what comes out through what gathers them
+for it. Where a region runs stock its modules are gathered so too: ranks that differ in what they compile gather in
+one order. Modules without parameters of their own are not followed: nothing hangs on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture import torch_modules
+from fxopt.graph.torch_private import tree_leaves, tree_map
+
+ENGINE = "deepspeed.runtime.zero.parameter_offload"
+LINEAR = "deepspeed.runtime.zero.linear"
+PRE, POST = torch_modules.FORWARD_HOOK_DICTS
+
+
+def is_zero_hook(hook: Any) -> bool:
+    """Return whether `hook` is one by which ZeRO-3 follows a module, or a wrapper around such a one."""
+    engine = sys.modules.get(ENGINE)
+    queue = [] if engine is None else [hook]
+    while queue:
+        function = queue.pop()
+        if getattr(function, "__globals__", None) is vars(engine):
+            return True
+        if str(getattr(function, "__module__", "")).partition(".")[0] not in ("deepspeed", "torch"):
+            continue
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        queue += [each for each in (getattr(function, "__wrapped__", None), *cells) if callable(each)]
+    return False
+
+
+def is_there() -> bool:
+    """Return whether this process has ZeRO-3 at hand."""
+    return ENGINE in sys.modules
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Return whether ZeRO-3 keeps a part of `tensor` on each rank."""
+    return is_there() and hasattr(tensor, "ds_shape")
+
+
+def whole_shape(tensor: Any) -> tuple[int, ...]:
+    """Return the shape that `tensor` has while it is gathered."""
+    return tuple(tensor.ds_shape) if is_partitioned(tensor) else tuple(tensor.shape)
+
+
+def group_of(module: nn.Module) -> Any:
+    """Return the process group whose ranks share the parameters of `module`, or None."""
+    partitioned: Iterator[Any] = (tensor for tensor in module.parameters() if is_partitioned(tensor))
+    return next((tensor.ds_process_group for tensor in partitioned), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+    """The hooks by which ZeRO-3 follows one module.
+
+    Of two `before` its forward the first gathers its parameters, the second passes its inputs through what frees them
+    in backward; of two `after` it the first frees them, the second passes its outputs through what gathers them.
+    """
+
+    module: nn.Module
+    before: tuple[Callable[..., Any], ...]
+    after: tuple[Callable[..., Any], ...]
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether there is anything to gather."""
+        return next(torch_modules.own_tensors(self.module), None) is not None
+
+    def gather(self) -> None:
+        """Gather the parameters; each such call wants one of `free`."""
+        self.before[0](self.module, ())
+
+    def free(self) -> None:
+        """Free the parameters, unless another module reads them now."""
+        self.after[0](self.module, (), None)
+
+    def wrap_inputs(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return `tensors` so that the parameters are freed when the gradients of all of them are there."""
+        return self.before[1](self.module, tuple(tensors))
+
+    def wrap_outputs(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return `tensors` so that the parameters are gathered when the gradient of one of them is there."""
+        return self.after[1](self.module, (), tuple(tensors))
+
+
+def find_gatherings(modules: Iterable[nn.Module]) -> list[Gathering]:
+    """Return how ZeRO-3 follows those of `modules` that it does follow; what begins a whole step is none of it."""
+    found: list[Gathering] = []
+    for module in modules if is_there() else ():
+        before, after = (
+            tuple(hook for hook in getattr(module, name).values() if is_zero_hook(hook))
+            for name in (PRE, POST)
+        )
+        if before and after:
+            found.append(Gathering(module, before[-2:], after))
+    return found
+
+
+@contextlib.contextmanager
+def gathered(gatherings: Sequence[Gathering]) -> Iterator[None]:
+    """Gather the parameters of modules, in their order, for the length of the scope."""
+    for gathering in gatherings:
+        gathering.gather()
+    try:
+        yield
+    finally:
+        for gathering in reversed(gatherings):
+            gathering.free()
+
+
+def wrap_inputs(gatherings: Iterable[Gathering], values: Any) -> Any:
+    """Return `values`, the inputs of a region that reads the parameters of modules, wrapped for each of these."""
+    for gathering in gatherings:
+        values = _wrap(gathering.wrap_inputs, values)
+    return values
+
+
+def wrap_outputs(gatherings: Iterable[Gathering], values: Any) -> Any:
+    """Return `values`, the outputs of a region that reads the parameters of modules, wrapped for each of these."""
+    for gathering in gatherings:
+        values = _wrap(gathering.wrap_outputs, values)
+    return values
+
+
+def _wrap(wrap: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]], values: Any) -> Any:
+    wrapped = iter(wrap([value for value in tree_leaves(values) if _has_gradient(value)]))
+    return tree_map(lambda value: next(wrapped) if _has_gradient(value) else value, values)
+
+
+def _has_gradient(value: Any) -> bool:
+    """Return whether `value` is a tensor of a graph of gradients; logits that nobody read yet are in none."""
+    return type(value) in (torch.Tensor, nn.Parameter) and value.requires_grad
+
+
+def captured_linear() -> Callable[..., Any]:
+    """Return what is to be `torch.nn.functional.linear` while a region is captured: torch's own for DeepSpeed's.
+
+    DeepSpeed's keeps no view of a weight for backward, which would keep the whole of it. Patterns know torch's own, and
+    a compiled region keeps the parameters themselves.
+    """
+    engine = sys.modules.get(LINEAR)
+    found = nn.functional.linear
+    return torch_modules.linear if engine is not None and found is engine.zero3_linear_wrap else found
+
+
+@contextlib.contextmanager
+def linear_put(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Let `torch.nn.functional.linear` be `function` within the scope; yields what it is else."""
+    found = nn.functional.linear
+    nn.functional.linear = function
+    try:
+        yield found
+    finally:
+        nn.functional.linear = found
+
+
+@contextlib.contextmanager
+def parameters_in_plain_dicts(module: nn.Module) -> Iterator[None]:
+    """Keep the parameters in `module` in plain dictionaries within the scope: ZeRO-3's own gather what is read."""
+    kept = {inner: inner._parameters for inner in module.modules()} if is_there() else {}
+    for inner, parameters in kept.items():
+        inner.__dict__["_parameters"] = dict(parameters.items())
+    try:
+        yield
+    finally:
+        for inner, parameters in kept.items():
+            inner.__dict__["_parameters"] = parameters
