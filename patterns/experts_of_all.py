@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.graph.arguments import same_size
+from fxopt.graph.vocabulary import filled
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.experts import experts as fused_experts
 from fxopt.kernels.route import Form
@@ -46,7 +47,7 @@ def search() -> Term:
     x, logits = tensor("x", "T H"), tensor("logits", "T E")
     chosen = operation(torch.topk, logits, k=number("num_choices"), dim=-1, sorted=...)
     values, ids = keep(chosen[0], cheap=True), keep(chosen[1], cheap=True)
-    nothing = operation(torch.full_like, tensor("like", "T E"), number("nothing"))
+    nothing = operation(filled, shape=..., value=number("nothing"), dtype=..., device=...)
     scattered = operation(torch.scatter, nothing, number("scatter_dim"), ids, values)
     scores = named("scores", maybe(cast, sigmoid(maybe(cast, scattered))))
     copies = operation(torch.tile, x, dims=attribute("times"))
@@ -70,7 +71,7 @@ def check(m: Match) -> Mismatch | None:
             f"scores in the shape {list(m.example('shares').shape)}, expected one per row", "shares"
         )
     if m["nothing"] != -math.inf:
-        return m.fail(f"scores of {m['nothing']} where nothing was chosen, expected -inf", "like")
+        return m.fail(f"scores of {m['nothing']} where nothing was chosen, expected -inf", "logits")
     if m["scatter_dim"] not in (1, -1):
         return m.fail("choices along the tokens, expected along the experts", "logits")
     if m["unit"].kwargs.get("up_offset"):
@@ -82,7 +83,7 @@ def replace(m: Match) -> Call:
     """Return the op of each token's chosen experts, its rows weighed before."""
     num_choices, width = m["num_choices"], m.example("x").shape[1]
     dtypes = {"scores_dtype": m.example("scores").dtype, "dtype": m.example("scores").dtype}
-    form = Form("sigmoid", num_choices, scores_after=True)
+    form = Form("sigmoid", num_choices, by_logits=True, scores_after=True)
     chosen = call(fused_route, m["logits"], None, **vars(form) | dtypes)
     shares, ids = call(operator.getitem, chosen, 0), call(operator.getitem, chosen, 1)
     rows = call(torch.mul, call(torch.unsqueeze, m["x"], dim=-2), call(torch.unsqueeze, shares, dim=-1))

@@ -34,10 +34,10 @@ def read_rotation(m: Match, name: str) -> Rotation | str:
     """Return how `name` is turned, or why the op does not do that."""
     x = heads_of(m, name)
     size = x.shape[-1]
-    if not isinstance(size, int) or x.dim() not in (3, 4):
-        return (
-            f"{name} has shape {list(x.shape)}, expected [..., heads, tokens, D] in 3 or 4 dims, D a number"
-        )
+    if not isinstance(size, int):
+        return f"the heads of {name} have {size} items, which change between calls, expected a fixed number"
+    if x.dim() not in (3, 4):
+        return f"{name} has shape {list(x.shape)}, expected [..., heads, tokens, D] in 3 or 4 dims"
     part = _read_part(m, size)
     if isinstance(part, str):
         return part

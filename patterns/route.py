@@ -15,12 +15,14 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fxopt.graph.vocabulary import reshape as reshape_tensor
 from fxopt.kernels.route import Form
 from fxopt.kernels.route import route as fused_route
-from fxopt.kernels.route.form import MOST_PAIRS, is_grouping
+from fxopt.kernels.route.form import MOST_PAIRS
 from fxopt.patterns.route_cases import examples, mutations, near_misses
+from fxopt.patterns.route_groups import check_groups, of_best_groups
 from fxopt.rewriting.pattern import Call, Match, Mismatch, Pattern, call
 from fxopt.rewriting.terms import (
     Term,
@@ -30,39 +32,44 @@ from fxopt.rewriting.terms import (
     choice,
     clamp,
     downcast,
-    expand,
+    either,
     keep,
-    largest,
-    masked_fill,
     maybe,
     named,
     number,
     operation,
-    reshape,
     sigmoid,
     softmax,
+    sqrt,
     tensor,
     total,
-    unsqueeze,
     upcast,
 )
-
-SCATTERED = 1
 
 
 def search() -> tuple[Term, Term]:
     """Return the weights of the chosen experts, and their ids."""
     logits = maybe(upcast, tensor("logits", "* E"))
     scores = keep(named("scores", _score(logits)), cheap=True)
-    values = choice("values", biased=scores + tensor("bias"), plain=scores, logits=logits)
-    compared = choice("compared", grouped=_of_best_groups(values), all=values)
+    bias = tensor("bias")
+    values = choice(
+        "values",
+        biased_scores=named("sums", maybe(upcast, scores) + bias),
+        scores=scores,
+        biased_logits=named("sums", logits + bias),
+        logits=logits,
+    )
+    compared = choice("compared", grouped=of_best_groups(values), all=values)
     chosen = operation(torch.topk, compared, k=number("num_choices"), dim=-1, sorted=attribute("is_sorted"))
     ids = chosen[1]
     picked = choice(
         "picked",
-        gathered=operation(torch.gather, scores, dim=-1, index=ids),
-        values=chosen[0],
-        after=named("scores", _score(maybe(upcast, chosen[0]))),
+        scores=operation(torch.gather, scores, dim=-1, index=ids),
+        chosen=chosen[0],
+        scores_of_chosen=named("scores", _score(maybe(upcast, chosen[0]))),
+        scores_of_logits=named(
+            "scores", _score(maybe(upcast, operation(torch.gather, logits, dim=-1, index=ids)))
+        ),
     )
     picked = maybe(cast, picked)
     of_chosen = total(picked)
@@ -72,41 +79,37 @@ def search() -> tuple[Term, Term]:
         least=clamp(of_chosen, min=number("least")),
         none=of_chosen,
     )
-    weights = maybe(cast, maybe(lambda found: found / divisor, picked, "normalizes"))
-    return maybe(cast, maybe(lambda found: found * number("scale"), weights)), also(ids)
+    weights = either(
+        named("shares", picked / divisor),
+        named("shares", operation(F.normalize, picked, p=1, dim=-1, eps=number("least"))),
+        picked,
+    )
+    return maybe(cast, maybe(lambda found: found * number("scale"), maybe(cast, weights))), also(ids)
 
 
 def _score(logits: Term) -> Term:
     """Return the scores of `logits`, maybe rounded afterwards."""
-    found = choice("score", softmax=softmax(logits, attribute("softmax_dtype")), sigmoid=sigmoid(logits))
+    positive = operation(F.softplus, logits)
+    found = choice(
+        "score",
+        softmax=softmax(logits, attribute("softmax_dtype")),
+        sigmoid=sigmoid(logits),
+        sqrt_softplus=either(sqrt(positive), positive**0.5),
+    )
     return maybe(downcast, named("wide_scores", found))
 
 
-def _of_best_groups(values: Term) -> Term:
-    """Return `values`, those of other groups than the best ones filled with a number."""
-    groups = named("groups", reshape(values))
-    largest_ones = operation(torch.topk, groups, k=number("group_choices"), dim=-1, sorted=...)[0]
-    group_scores = choice(
-        "group_score", several=total(largest_ones, keepdim=False), one=largest(groups, -1, False)
-    )
-    best = operation(torch.topk, group_scores, k=number("num_kept"), dim=-1, sorted=...)[1]
-    marks = operation(
-        torch.scatter, operation(torch.zeros_like, group_scores), number("mark_dim"), best, SCATTERED
-    )
-    spread = reshape(expand(unsqueeze(marks, -1)))
-    others = operation(operator.invert, cast(spread, torch.bool))
-    return masked_fill(values, others, number("fill"))
-
-
 def check(m: Match) -> Mismatch | None:
-    """Refuse choices by other values than those that are scored, biases of other shapes, and groups unlike the op's."""
+    """Refuse choices by other values than the op's, biases of other shapes, and groups unlike the op's."""
     if len(m.outputs) == 1:
         return m.fail("nothing reads which experts were chosen", "logits")
-    is_after, values = m["picked"] == "after", m["values"]
-    if is_after != (values == "logits") or (is_after and m["compared"] == "grouped"):
+    if m["picked"] == "chosen" and m["values"] != "scores":
+        wanted = "bias" if m["values"].startswith("biased") else "logits"
+        return m.fail(f"the {wanted} is in the weights, expected weights of the scores alone", wanted)
+    if m["picked"] == "scores_of_chosen" and (m["values"] != "logits" or m["compared"] == "grouped"):
+        return m.fail("scores of what experts were chosen by, expected those of the logits", "logits")
+    if m["picked"] == "scores_of_logits" and not _is_by_logits(m):
         return m.fail("experts are chosen by other values than those that are scored", "logits")
-    if m["picked"] == "values" and values == "biased":
-        return m.fail("the bias is in the weights, expected weights of the scores alone", "bias")
     logits, num_experts = m.example("logits"), m.example("logits").shape[-1]
     if not logits.is_floating_point() or not isinstance(num_experts, int):
         return m.fail(f"logits of {logits.dtype} and {num_experts} experts, expected floats", "logits")
@@ -115,54 +118,54 @@ def check(m: Match) -> Mismatch | None:
             f"{num_experts} experts by {m['num_choices']} choices, expected at most {MOST_PAIRS} together",
             "logits",
         )
-    given = m["softmax_dtype"]
+    wrong = _check_dtypes(m)
+    if wrong is not None or m["compared"] != "grouped":
+        return wrong
+    return check_groups(m, _form_of(m))
+
+
+def _check_dtypes(m: Match) -> Mismatch | None:
+    logits, given = m.example("logits"), m["softmax_dtype"]
     if given is not None and torch.promote_types(logits.dtype, given) != given:
         return m.fail(f"logits of {logits.dtype} are rounded to {given} before the softmax", "logits")
-    if values == "biased":
-        bias = m.example("bias")
-        if tuple(bias.shape) not in ((num_experts,), (1, num_experts)) or bias.requires_grad:
-            return m.fail(
-                f"a bias of shape {list(bias.shape)}, expected one per expert, without gradient", "bias"
-            )
-    if m["compared"] == "grouped":
-        return _check_groups(m, num_experts)
-    return None
-
-
-def _check_groups(m: Match, num_experts: int) -> Mismatch | None:
-    shape, form = m.example("groups").shape, _form_of(m)
-    is_plain = len(shape) == m.example("logits").dim() + 1 and shape[-2] * shape[-1] == num_experts
-    if not is_plain or not is_grouping(form, num_experts):
+    wide, scores = m.example("wide_scores").dtype, m.example("scores").dtype
+    if m["score"] == "sqrt_softplus" and wide != scores:
+        return m.fail(f"roots in {wide} are rounded to {scores}, expected them in one dtype", "logits")
+    if m["bias"] is None:
+        return None
+    bias = m.example("bias")
+    if tuple(bias.shape) not in ((logits.shape[-1],), (1, logits.shape[-1])) or bias.requires_grad:
         return m.fail(
-            f"groups of shape {list(shape)}, {m['num_kept']} kept by their {form.group_choices} largest, "
-            "expected enough of them, by one or two",
-            "groups",
+            f"a bias of shape {list(bias.shape)}, expected one per expert, without gradient", "bias"
         )
-    if m["fill"] not in (0, -torch.inf):
-        return m.fail(f"other groups are filled with {m['fill']}, expected 0 or -inf", "groups")
-    if m["mark_dim"] not in (-1, m.example("groups").dim() - 2):
-        return m.fail("groups are marked along the tokens", "groups")
+    expected, found = _form_of(m).choice_dtype(logits, bias), m.example("sums").dtype
+    if found != expected:
+        return m.fail(f"experts are compared in {found}, expected {expected}", "bias")
     return None
+
+
+def _is_by_logits(m: Match) -> bool:
+    return m["values"].endswith("logits")
 
 
 def _form_of(m: Match) -> Form:
     """Return the attributes of the op."""
-    is_grouped, is_after = m["compared"] == "grouped", m["picked"] == "after"
-    scores = m.example("scores").dtype
+    is_grouped = m["compared"] == "grouped"
     return Form(
         score=m["score"],
         num_choices=m["num_choices"],
-        scores_after=is_after,
+        by_logits=_is_by_logits(m),
+        scores_after=m["picked"] in ("scores_of_chosen", "scores_of_logits"),
         group_size=m.example("groups").shape[-1] if is_grouped else 0,
         num_kept=m["num_kept"] if is_grouped else 0,
-        group_choices=m["group_choices"] if m["group_score"] == "several" else 1,
-        fills_zero=is_grouped and m["fill"] == 0,
-        normalizes=bool(m["normalizes"]),
+        group_choices=m["group_choices"] if is_grouped and m["group_score"] == "several" else 1,
+        fills_zero=is_grouped and m["filling"] in (0, None),
+        normalizes=m["shares"] is not None,
         eps=float(m["eps"] or 0.0),
         least=float(m["least"] or 0.0),
         scale=1.0 if m["scale"] is None else float(m["scale"]),
         is_sorted=m["is_sorted"],
-        scores_dtype=scores,
+        scores_dtype=m.example("scores").dtype,
         dtype=m.output.dtype,
     )
 

@@ -49,6 +49,75 @@ def _ernie(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torc
     return (weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=1e-2)).to(logits.dtype), ids
 
 
+def _kolibri(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.topk(logits + bias, NUM_CHOICES, dim=-1)[1]
+    weights = logits.gather(1, ids).sigmoid()
+    return weights / weights.sum(dim=-1, keepdim=True), ids
+
+
+def _deepseek_v4(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = F.softplus(logits).sqrt()
+    ids = torch.topk(scores + bias, NUM_CHOICES, dim=-1, sorted=False).indices
+    weights = scores.gather(1, ids)
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * 1.5, ids
+
+
+def _by_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = F.softmax(logits, dim=-1)
+    ids = torch.topk(logits, NUM_CHOICES, dim=-1)[1]
+    return F.normalize(scores.gather(-1, ids), p=1, dim=-1), ids
+
+
+def _zaya(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.softmax(logits, dim=-1)
+    ids = torch.topk(scores.detach().to(torch.float32) + bias, NUM_CHOICES, dim=-1)[1]
+    return torch.gather(scores, dim=-1, index=ids), ids
+
+
+def _without_grad(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = logits.float().sigmoid()
+    with torch.no_grad():
+        ids = torch.topk(scores + bias, NUM_CHOICES, dim=-1)[1]
+    return scores.gather(-1, ids), ids
+
+
+GROUP_SIZE = NUM_EXPERTS // NUM_GROUPS
+
+
+def _left_out_by_true(groups: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    left_out = groups.new_ones(len(groups), NUM_GROUPS, dtype=torch.bool).scatter_(1, best, False)
+    return groups.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def _multiplied(groups: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    kept = torch.zeros(len(groups), NUM_GROUPS, device=groups.device).scatter_(1, best, 1.0)
+    return (groups * kept[..., None]).flatten(-2)
+
+
+def _repeated(groups: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
+    return torch.where(kept.repeat_interleave(GROUP_SIZE, dim=-1), groups.flatten(-2), -torch.inf)
+
+
+def _hidden(groups: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    marks = torch.zeros(len(groups), NUM_GROUPS, device=groups.device).scatter_(1, best, 1.0)
+    return groups.masked_fill((marks == 0).unsqueeze(-1), 0.0).reshape(-1, NUM_EXPERTS)
+
+
+def _grouped(leave_out: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Router:
+    """Return a router of the best groups, all others left out by `leave_out`."""
+
+    def run(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.float().sigmoid()
+        groups = scores.unflatten(-1, (NUM_GROUPS, GROUP_SIZE))
+        best = groups.amax(dim=-1).topk(2, dim=-1)[1]
+        ids = leave_out(groups, best).topk(NUM_CHOICES, dim=-1)[1]
+        weights = scores.gather(1, ids)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    return run
+
+
 def _deepseek_v3(
     logits: torch.Tensor,
     bias: torch.Tensor,
@@ -109,23 +178,48 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
         "the choice, then scores": _granite,
         "the choice, then sigmoid": _sigmoid_after,
         "groups by their largest": _deepseek_v2,
+        "the choice by logits, scores of all": _by_logits,
+    }
+    ways = (_left_out_by_true, _multiplied, _repeated, _hidden)
+    for way in ways:
+        yield f"groups{way.__name__.replace('_', ' ')}", (_grouped(way), _inputs(device))
+    with_bias = {
+        "logits and a bias": _kolibri,
+        "roots": _deepseek_v4,
+        "detached scores": _zaya,
+        "chosen without grad": _without_grad,
+        "a bias": _ernie,
+        "a bias and groups": _deepseek_v3,
     }
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for form, router in plain.items():
             yield f"{form}, {name}", (router, _inputs(device, dtype))
-        yield f"a bias, {name}", (_ernie, _inputs(device, dtype, has_bias=True))
-        yield f"a bias and groups, {name}", (_deepseek_v3, _inputs(device, dtype, has_bias=True))
+        for form, router in with_bias.items():
+            yield f"{form}, {name}", (router, _inputs(device, dtype, has_bias=True))
     yield "scores are read elsewhere", (_collected, _inputs(device))
 
 
 def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     """Yield code that must be left alone, and a part of the reason."""
 
-    def of_others(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = F.softmax(logits, dim=-1)
-        ids = torch.topk(logits, NUM_CHOICES, dim=-1)[1]
+    def of_others(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.topk(F.softmax(logits, dim=-1) + bias, NUM_CHOICES, dim=-1)[1]
+        return F.softmax(logits.gather(-1, ids), dim=-1), ids
+
+    def narrow(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = F.softplus(logits.float()).sqrt().to(logits.dtype)
+        ids = torch.topk(scores, NUM_CHOICES, dim=-1)[1]
         return scores.gather(-1, ids), ids
+
+    def wide_sums(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = F.softmax(logits, dim=-1)
+        ids = torch.topk(scores.float() + bias.to(logits.dtype), NUM_CHOICES, dim=-1)[1]
+        return scores.gather(-1, ids), ids
+
+    def all_kept(groups: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros(len(groups), NUM_GROUPS, device=groups.device).scatter_(1, best, 1.0)
+        return groups.masked_fill(kept.bool()[..., None], 0.0).flatten(-2)
 
     def with_bias(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = torch.topk(F.softmax(logits, dim=-1) + bias, NUM_CHOICES, dim=-1)
@@ -139,7 +233,11 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
 
     both = _inputs(device, has_bias=True)
     trained = (both[0], both[1].clone().requires_grad_())
-    yield "scores of others", (of_others, _inputs(device)), "chosen by other values"
+    half = _inputs(device, torch.bfloat16, has_bias=True)
+    yield "chosen by others", (of_others, both), "as elsewhere"
+    yield "roots rounded after", (narrow, half[:1]), "roots in torch.float32 are rounded"
+    yield "wider sums", (wide_sums, half), "experts are compared in torch.float32, expected torch.bfloat16"
+    yield "the best left out", (_grouped(all_kept), _inputs(device)), "other groups are kept"
     yield "weighed with the bias", (with_bias, both), "the bias is in the weights"
     yield "a bias that is trained", (_ernie, trained), "without gradient"
     yield "filled with a number", (filled, both), "filled with -1.0, expected 0 or -inf"

@@ -95,6 +95,7 @@ APART = {
         "attention_cases",
         "rope_cases",
         "route_cases",
+        "route_groups",
         "norm_rope_cases",
     },
     "kernels": {

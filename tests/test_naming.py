@@ -24,6 +24,7 @@ NOT_A_FEATURE = {
     "attention_cases",
     "rope_cases",
     "route_cases",
+    "route_groups",
     "norm_rope_cases",
 }
 FEATURES = sorted(

@@ -48,6 +48,7 @@ FORMS: dict[str, tuple[int, Function, dict[str, Any]]] = {
         dict(
             score="softmax",
             num_choices=4,
+            by_logits=True,
             scores_after=True,
             scores_dtype=torch.bfloat16,
             dtype=torch.bfloat16,

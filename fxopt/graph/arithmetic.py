@@ -106,6 +106,12 @@ def _compared(target: Any, mirrored: Any) -> Rule:
     return rule
 
 
+def _not(node: fx.Node, editor: Editor) -> Form | None:
+    bound = bind(node, "x")
+    is_mask = bound is not None and is_tensor(bound["x"]) and value_of(bound["x"]).dtype == torch.bool
+    return Form(torch.logical_not, (bound["x"],), {}) if bound and is_mask else None
+
+
 def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
     return (a, b) if is_tensor(a) else (b, a)
 
@@ -215,26 +221,6 @@ def _softmax(node: fx.Node, editor: Editor) -> Form | None:
     )
 
 
-def _constant(*names: str) -> Rule:
-    """Return a rule for a tensor without dims that is made of one number, whatever torch calls that."""
-
-    def rule(node: fx.Node, editor: Editor) -> Form | None:
-        example = value_of(node)
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        value = next((given[name] for name in ("fill_value", "data", "s") if name in given), None)
-        is_plain = isinstance(value, int | float) and example.dim() == 0 and not example.requires_grad
-        if not is_plain or example.dtype in (torch.bool, torch.complex64, torch.complex128):
-            return None
-        rounded = torch.tensor(value, dtype=example.dtype).item()
-        return Form(
-            vocabulary.constant,
-            (),
-            {"value": rounded, "dtype": example.dtype, "device": example.device},
-        )
-
-    return rule
-
-
 def _masked_fill(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "mask", "value")
     if bound is None or not is_tensor(bound["x"]) or not is_tensor(bound["mask"]):
@@ -281,6 +267,9 @@ RULES: dict[str, Rule] = {
     "le": _compared(torch.le, torch.ge),
     "gt": _compared(torch.gt, torch.lt),
     "ge": _compared(torch.ge, torch.le),
+    "invert": _not,
+    "bitwise_not": _not,
+    "logical_not": _not,
     "pow": _pow,
     "square": _square,
     "mean": _reduction(torch.mean),
@@ -292,12 +281,6 @@ RULES: dict[str, Rule] = {
     "softmax": _softmax,
     "masked_fill": _masked_fill,
     "where": _where,
-    "full": _constant("size", "fill_value"),
-    "tensor": _constant("data"),
-    "scalar_tensor": _constant("s"),
-    "new_full": _constant("self", "size", "fill_value"),
-    "new_tensor": _constant("self", "data"),
-    "full_like": _constant("input", "fill_value"),
     "clamp": _clamp("min", "max"),
     "clip": _clamp("min", "max"),
     "clamp_min": _clamp("min"),

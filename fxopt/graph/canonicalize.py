@@ -9,6 +9,7 @@ from fxopt.graph.cse import merge_equal_nodes
 from fxopt.graph.edit import Editor
 from fxopt.graph.grouped import name_grouped_products
 from fxopt.graph.identities import remove_identities, remove_returned_inputs
+from fxopt.graph.idle_grads import remove_idle_detaches, remove_idle_grad_switches
 from fxopt.graph.inplace import make_pure
 from fxopt.graph.purity import is_pure
 from fxopt.graph.quantized import unfold_quantized_products
@@ -44,11 +45,13 @@ def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
     graph = gm.graph
     settle_sizes(graph)
     fold_constants(graph)
+    remove_idle_grad_switches(graph)
     make_pure(graph)
     editor = Editor(graph, Aliases(graph), prefix)
     unfold_quantized_products(gm, editor)
     name_grouped_products(editor)
     unify_spelling(editor)
+    remove_idle_detaches(editor)
     remove_returned_inputs(editor)
     remove_identities(editor)
     merge_equal_nodes(editor)

@@ -32,7 +32,7 @@ def _reshape_as(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "other")
     if bound is None or not is_tensor(bound["other"]):
         return None
-    shape = _sizes(node, bound["other"], range(rank_of(bound["other"])), editor)
+    shape = new_sizes(node, bound["other"], range(rank_of(bound["other"])), editor)
     return Form(vocabulary.reshape, (bound["x"],), {"shape": shape})
 
 
@@ -49,8 +49,8 @@ def _flatten(node: fx.Node, editor: Editor) -> Form | None:
     start, end = from_last(bound["start_dim"], rank), from_last(bound["end_dim"], rank)
     if start is None or end is None:
         return None
-    before = _sizes(node, x, range(start + rank), editor)
-    after = _sizes(node, x, range(end + rank + 1, rank), editor)
+    before = new_sizes(node, x, range(start + rank), editor)
+    after = new_sizes(node, x, range(end + rank + 1, rank), editor)
     return Form(vocabulary.reshape, (x,), {"shape": (*before, -1, *after)})
 
 
@@ -62,12 +62,12 @@ def _unflatten(node: fx.Node, editor: Editor) -> Form | None:
     dim = from_last(bound["dim"], rank)
     if dim is None or not isinstance(sizes, list | tuple) or not all(is_integer(size) for size in sizes):
         return None
-    before = _sizes(node, x, range(dim + rank), editor)
-    after = _sizes(node, x, range(dim + rank + 1, rank), editor)
+    before = new_sizes(node, x, range(dim + rank), editor)
+    after = new_sizes(node, x, range(dim + rank + 1, rank), editor)
     return Form(vocabulary.reshape, (x,), {"shape": (*before, *sizes, *after)})
 
 
-def _sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any, ...]:
+def new_sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any, ...]:
     """Return the sizes of `dims` of `x`: ints where they are static, else nodes.
 
     A symbol that is an input of the graph is read as such: a node that reads `x` would keep it alive.

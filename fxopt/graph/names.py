@@ -20,6 +20,8 @@ OPERATORS = (
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "invert", "not_"),
     *("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "ifloordiv", "iand", "ior", "setitem"),
 )
+DUNDERS = {f"__{name.rstrip('_')}__": name.rstrip("_") for name in OPERATORS}
+"""How Dynamo captures some operators under a mode that overrides torch's functions: as the tensor's own methods."""
 ATTRIBUTES = {
     "T": torch.ops.aten.numpy_T,
     "mT": torch.ops.aten.mT,
@@ -61,7 +63,7 @@ def op_name(node: fx.Node) -> str:
     ('mul', 'mul')
     """
     if node.op == "call_method":
-        name = str(node.target)
+        name = DUNDERS.get(str(node.target), str(node.target))
     elif node.op == "call_function":
         name = _names().get(node.target, "")
     else:
@@ -78,6 +80,8 @@ def _names() -> dict[Any, str]:
                 function = getattr(namespace, name, None)
                 if callable(function) and not isinstance(function, type):
                     names[function] = name
+    methods = {getattr(torch.Tensor, dunder, None): name for dunder, name in DUNDERS.items()}
+    names.update({method: name for method, name in methods.items() if callable(method)})
     names.update({op: name for name, op in ATTRIBUTES.items()})
     # Operators are named without the underscore that Python's keywords force on them.
     names.update({getattr(operator, name): name.rstrip("_") for name in OPERATORS})

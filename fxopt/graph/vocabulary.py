@@ -66,6 +66,15 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of `shape` that holds one number everywhere.
+
+    >>> filled((2,), 1, torch.int64, torch.device("cpu"))
+    tensor([1, 1])
+    """
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
 def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
@@ -133,6 +142,7 @@ OPS: tuple[Op, ...] = (
     Op("le", torch.le, ("a", "b")),
     Op("gt", torch.gt, ("a", "b")),
     Op("ge", torch.ge, ("a", "b")),
+    Op("logical_not", torch.logical_not),
     Op("neg", torch.neg),
     Op("pow", torch.pow, ("x",), ("exponent",)),
     Op("sqrt", torch.sqrt),
@@ -192,6 +202,7 @@ OPS: tuple[Op, ...] = (
     Op("rms_norm", F.rms_norm, ("x", "normalized_shape", "weight"), ("eps",)),
     Op("layer_norm", F.layer_norm, ("x", "normalized_shape", "weight", "bias"), ("eps",)),
     Op("constant", constant, (), ("value", "dtype", "device")),
+    Op("filled", filled, (), ("shape", "value", "dtype", "device")),
     Op("masked_fill", torch.masked_fill, ("x", "mask", "value")),
     Op("where", torch.where, ("condition", "a", "b")),
     Op("softmax", F.softmax, ("x",), ("dim", "dtype")),

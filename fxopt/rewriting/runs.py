@@ -17,6 +17,7 @@ from fxopt.rewriting.pattern import Call, Match, Replacement
 from fxopt.rewriting.proof_sizes import Sizes
 from fxopt.rewriting.replacement import evaluate_call
 
+SHAPED = (vocabulary.reshape, vocabulary.expand, vocabulary.filled)
 Values = dict[fx.Node, Any]
 Runner = Callable[[Values], list[torch.Tensor]]
 
@@ -48,7 +49,7 @@ def _resize(arguments: Any, stock: fx.Node | Call, sizes: Sizes) -> Any:
     args, kwargs = arguments
     if sizes.numbers and isinstance(stock, fx.Node) and _counts(stock):
         return tree_map_only(int, lambda number: _resized(number, sizes), (args, kwargs))
-    if stock.target is not vocabulary.reshape or not sizes.numbers:
+    if stock.target not in SHAPED or not sizes.numbers:
         return args, kwargs
     shape = kwargs["shape"]
     given: Any = stock.kwargs["shape"]

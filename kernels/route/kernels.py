@@ -14,6 +14,25 @@ def rounded(b_x, DTYPE: tl.constexpr):
 
 
 @jit
+def softplus(b_x):
+    """Return log(1 + exp(x)) as torch does: x itself where it is large; exact where exp(x) is small beside 1."""
+    b_exp = tl.exp(tl.minimum(b_x, 20.0))
+    b_sum = 1 + b_exp
+    b_log = tl.where(b_sum == 1, b_exp, tl.log(b_sum) * (b_exp / tl.where(b_sum == 1, 1, b_sum - 1)))
+    return tl.where(b_x > 20.0, b_x, b_log)
+
+
+@jit
+def score_of_one(b_x, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """Return scores that each hang on one logit alone, in fp32; DTYPE is that of what is made on the way."""
+    if SCORE == "sigmoid":
+        b_x = tl.sigmoid(b_x)
+    else:
+        b_x = tl.sqrt_rn(rounded(softplus(b_x), DTYPE))
+    return b_x
+
+
+@jit
 def largest_of(b_value, b_is_open, b_index):
     """Return the largest value of a tile's open items, and the first index where it stands."""
     top = tl.max(tl.max(tl.where(b_is_open, b_value, -float("inf")), axis=1), axis=0)
@@ -61,6 +80,7 @@ def route_forward_kernel(
     least,
     scale,
     SCORE: tl.constexpr,
+    BY_LOGITS: tl.constexpr,
     SCORES_AFTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_CHOICES: tl.constexpr,
@@ -82,17 +102,19 @@ def route_forward_kernel(
     b_is_inside = (b_member < group_size) & (b_index < num_experts)
     b_logits = tl.load(p_logits + row * logits_row_stride + b_index, mask=b_is_inside, other=-float("inf"))
     b_scores = b_logits.to(tl.float32)
+    b_choice = b_scores
     if not SCORES_AFTER:
         if SCORE == "softmax":
             b_exp = tl.exp(b_scores - tl.max(tl.max(b_scores, axis=1), axis=0))
             b_scores = b_exp / tl.sum(tl.sum(b_exp, axis=1), axis=0)
         else:
-            b_scores = tl.sigmoid(b_scores)
+            b_scores = score_of_one(b_scores, SCORE, SCORES_DTYPE)
         b_scores = rounded(b_scores, SCORES_DTYPE)
-    b_choice = b_scores
+    if not BY_LOGITS:
+        b_choice = b_scores
     if HAS_BIAS:
         b_bias = tl.load(p_bias + b_index, mask=b_is_inside, other=0.0).to(tl.float32)
-        b_choice = rounded(b_scores + b_bias, CHOICE_DTYPE)
+        b_choice = rounded(b_choice + b_bias, CHOICE_DTYPE)
     b_choice = tl.where(b_choice != b_choice, float("inf"), b_choice)  # a NaN is the largest, as in torch
     if NUM_KEPT > 0:
         b_is_kept = kept_groups(
@@ -125,7 +147,7 @@ def route_forward_kernel(
             b_exp = tl.exp(b_masked - tl.max(b_masked, axis=0))
             b_picked = b_exp / tl.sum(b_exp, axis=0)
         else:
-            b_picked = tl.sigmoid(b_picked)
+            b_picked = score_of_one(b_picked, SCORE, SCORES_DTYPE)
         b_picked = rounded(b_picked, SCORES_DTYPE)
     if NORMALIZES:
         total = tl.sum(tl.where(b_is_choice, b_picked, 0.0), axis=0) + eps
@@ -165,8 +187,8 @@ def route_backward_kernel(
     b_index = tl.arange(0, BLOCK_EXPERTS)
     b_is_inside = b_index < num_experts
     b_scores = tl.zeros([BLOCK_EXPERTS], tl.float32)
-    if SCORE == "sigmoid":
-        b_picked = tl.sigmoid(b_chosen)
+    if SCORE != "softmax":
+        b_picked = score_of_one(b_chosen, SCORE, "float32")
     elif SCORES_AFTER:
         b_exp = tl.exp(b_chosen - tl.max(b_chosen, axis=0))
         b_picked = b_exp / tl.sum(b_exp, axis=0)
@@ -186,6 +208,8 @@ def route_backward_kernel(
     mean = tl.sum(b_given * b_picked, axis=0)
     if SCORE == "sigmoid":
         b_given = b_given * b_picked * (1 - b_picked)
+    elif SCORE == "sqrt_softplus":
+        b_given = tl.where(b_is_choice, b_given * tl.sigmoid(b_chosen) / (2 * b_picked), 0.0)
     elif SCORES_AFTER:
         b_given = b_picked * (b_given - mean)
     b_is_at = (b_index[:, None] == b_ids[None, :]) & b_is_choice[None, :]

@@ -66,6 +66,7 @@ def launch_forward(logits: Tensor, bias: Tensor | None, *attributes: Any) -> tup
             form.least,
             form.scale,
             SCORE=form.score,
+            BY_LOGITS=form.by_logits,
             SCORES_AFTER=form.scores_after,
             HAS_BIAS=bias is not None,
             NUM_CHOICES=form.num_choices,
@@ -74,7 +75,7 @@ def launch_forward(logits: Tensor, bias: Tensor | None, *attributes: Any) -> tup
             FILLS_ZERO=form.fills_zero,
             NORMALIZES=form.normalizes,
             SCORES_DTYPE=_name_of(form.scores_dtype),
-            CHOICE_DTYPE=_name_of(form.choice_dtype(bias)),
+            CHOICE_DTYPE=_name_of(form.choice_dtype(logits, bias)),
             **tile,
             num_warps=num_warps_of(tile["BLOCK_GROUPS"] * tile["BLOCK_MEMBERS"]),
             enable_fp_fusion=False,  # scores that are equal in stock stay so
@@ -131,12 +132,12 @@ def _new_gradient(dweights: Tensor, logits: Tensor, ids: Tensor, *attributes: An
 
 def _fused_forward(logits: Tensor, bias: Tensor | None, *attributes: Any) -> tuple[Tensor, Tensor]:
     form = Form(*attributes)
-    can = can_launch(logits, bias, out_dtype=form.dtype) and form.has_kernel(logits.shape[-1], bias)
+    can = can_launch(logits, bias, out_dtype=form.dtype) and form.has_kernel(logits, bias)
     return (launch_forward if can else plain_forward)(logits, bias, *attributes)
 
 
 def _fused_backward(dweights: Tensor, logits: Tensor, ids: Tensor, *attributes: Any) -> Tensor:
-    can = can_launch(dweights, logits) and Form(*attributes).has_kernel(logits.shape[-1], None)
+    can = can_launch(dweights, logits) and Form(*attributes).has_kernel(logits, None)
     return (launch_backward if can else _plain_backward)(dweights, logits, ids, *attributes)
 
 
@@ -184,9 +185,7 @@ def route(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tupl
     """
     form = Form(**attributes)
     check_form(form, logits)
-    if bias is not None and (form.scores_after or bias.shape != logits.shape[-1:]):
-        raise ValueError(
-            f"route: bias, expected one per expert and scores before the choice, got {list(bias.shape)}"
-        )
+    if bias is not None and bias.shape != logits.shape[-1:]:
+        raise ValueError(f"route: bias, expected one per expert, got {list(bias.shape)}")
     weights, ids = _apply(logits, bias, *form.astuple())
     return weights, ids

@@ -1,5 +1,6 @@
 """The routing in plain torch: the specification, and its gradient."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,18 +10,18 @@ from torch.nn import functional as F
 from fxopt.kernels.launch import wide_dtype
 from fxopt.kernels.route.form import Form
 
+LINEAR_FROM = 20.0
+"""Where torch's softplus returns what it is given."""
+
 
 def route_reference(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tuple[Tensor, Tensor]:
     """Return the weights, differentiable in the logits, and the ids of the chosen experts: [*, K] each."""
     form = Form(**attributes)
-    if form.scores_after:
-        ids = torch.topk(logits, form.num_choices, dim=-1, sorted=form.is_sorted)[1]
-        picked = _score(logits.gather(-1, ids), form)
-    else:
-        scores = _score(logits, form)
-        choice = scores.detach() if bias is None else scores.detach() + bias.detach()
-        ids = torch.topk(_keep_groups(choice, form), form.num_choices, dim=-1, sorted=form.is_sorted)[1]
-        picked = scores.gather(-1, ids)
+    scores = None if form.scores_after else _score(logits, form)
+    choice = logits.detach() if form.by_logits or scores is None else scores.detach()
+    choice = choice if bias is None else choice + bias.detach()
+    ids = torch.topk(_keep_groups(choice, form), form.num_choices, dim=-1, sorted=form.is_sorted)[1]
+    picked = _score(logits.gather(-1, ids), form) if scores is None else scores.gather(-1, ids)
     weights = picked.to(wide_dtype(picked.dtype))
     if form.normalizes:
         weights = weights / (weights.sum(-1, keepdim=True) + form.eps).clamp(min=form.least)
@@ -39,7 +40,7 @@ def plain_backward(dweights: Tensor, logits: Tensor, ids: Tensor, *attributes: A
     wide = wide_dtype(logits.dtype)
     logits, found = logits.to(wide), torch.zeros(logits.shape, dtype=wide, device=logits.device)
     scores = logits.gather(-1, ids) if form.scores_after else logits
-    scores = torch.softmax(scores, -1) if form.score == "softmax" else torch.sigmoid(scores)
+    scores = _score(scores, dataclasses.replace(form, scores_dtype=wide))
     picked = scores if form.scores_after else scores.gather(-1, ids)
     given = dweights.to(wide) * form.scale
     if form.normalizes:
@@ -47,8 +48,8 @@ def plain_backward(dweights: Tensor, logits: Tensor, ids: Tensor, *attributes: A
         divisor = total.clamp(min=form.least)
         through_sum = (given * picked).sum(-1, keepdim=True) / divisor**2
         given = given / divisor - torch.where(total >= form.least, through_sum, 0.0)
-    if form.score == "sigmoid":
-        return found.scatter(-1, ids, given * picked * (1 - picked))
+    if form.score != "softmax":
+        return found.scatter(-1, ids, given * _derivative(logits.gather(-1, ids), picked, form))
     mean = (given * picked).sum(-1, keepdim=True)
     if form.scores_after:
         return found.scatter(-1, ids, picked * (given - mean))
@@ -59,7 +60,16 @@ def _score(logits: Tensor, form: Form) -> Tensor:
     dtype = torch.promote_types(logits.dtype, form.scores_dtype)
     if form.score == "softmax":
         return F.softmax(logits, dim=-1, dtype=dtype).to(form.scores_dtype)
-    return torch.sigmoid(logits.to(dtype)).to(form.scores_dtype)
+    wide = logits.to(dtype)
+    scores = torch.sigmoid(wide) if form.score == "sigmoid" else F.softplus(wide).sqrt()
+    return scores.to(form.scores_dtype)
+
+
+def _derivative(logits: Tensor, scores: Tensor, form: Form) -> Tensor:
+    """Return the derivative of scores that each hang on one logit alone."""
+    if form.score == "sigmoid":
+        return scores * (1 - scores)
+    return torch.where(logits > LINEAR_FROM, 1.0, torch.sigmoid(logits)) / (2 * scores)
 
 
 def _keep_groups(choice: Tensor, form: Form) -> Tensor:

@@ -142,17 +142,17 @@ def route_builds() -> Iterator[Build]:
     grouped = dict(group_size=32, num_kept=4, group_choices=2, normalizes=True)
     for num_experts, form in (
         (8, Routing("softmax", 2, normalizes=True)),
-        (128, Routing("softmax", 4, scores_after=True)),
+        (128, Routing("softmax", 4, by_logits=True, scores_after=True)),
         (256, Routing("sigmoid", 8, **grouped)),
+        (384, Routing("sqrt_softplus", 6, normalizes=True)),
         (512, Routing("softmax", 10, normalizes=True)),
     ):
         tile = route_op.tile_of(form, num_experts)
         warps = route_op.num_warps_of(tile["BLOCK_GROUPS"] * tile["BLOCK_MEMBERS"])
         both = dict(SCORE=form.score, SCORES_AFTER=form.scores_after, NUM_CHOICES=form.num_choices)
         both |= dict(NORMALIZES=form.normalizes)
-        forward = (
-            both | tile | dict(NUM_KEPT=form.num_kept, GROUP_CHOICES=form.group_choices, FILLS_ZERO=False)
-        )
+        forward = both | tile | dict(BY_LOGITS=form.by_logits, NUM_KEPT=form.num_kept)
+        forward |= dict(GROUP_CHOICES=form.group_choices, FILLS_ZERO=False)
         forward |= dict(SCORES_DTYPE="bfloat16", CHOICE_DTYPE="float32", HAS_BIAS=form.group_size > 0)
         yield route.route_forward_kernel, forward, types, warps, False
         experts = tile["BLOCK_GROUPS"] * tile["BLOCK_MEMBERS"]

@@ -17,8 +17,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS: dict[str, dict[str, Any]] = {
     "mixtral": dict(score="softmax", num_choices=2, normalizes=True),
     "qwen2": dict(score="softmax", num_choices=4),
-    "gpt_oss": dict(score="softmax", num_choices=4, scores_after=True),
-    "sigmoid after": dict(score="sigmoid", num_choices=1, scores_after=True),
+    "gpt_oss": dict(score="softmax", num_choices=4, by_logits=True, scores_after=True),
+    "sigmoid after": dict(score="sigmoid", num_choices=1, by_logits=True, scores_after=True),
+    "kolibri1": dict(score="sigmoid", num_choices=3, by_logits=True, scores_after=True, normalizes=True),
+    "by logits": dict(score="softmax", num_choices=3, by_logits=True, normalizes=True),
+    "deepseek_v4": dict(score="sqrt_softplus", num_choices=4, normalizes=True, eps=1e-20, scale=1.5),
+    "roots after": dict(score="sqrt_softplus", num_choices=2, by_logits=True, scores_after=True),
     "ernie": dict(score="softmax", num_choices=3, normalizes=True, least=0.2),
     "deepseek_v2": dict(
         score="softmax", num_choices=3, group_size=4, num_kept=2, fills_zero=True, scale=16.0
@@ -34,7 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
         scale=2.5,
     ),
 }
-BIASED = ("ernie", "deepseek_v3")
+BIASED = ("ernie", "kolibri1", "by logits", "deepseek_v4", "deepseek_v3")
 
 
 def make(num_tokens: int, num_experts: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -120,7 +124,7 @@ def test_of_equal_scores_the_first_are_chosen(device: str) -> None:
 def test_infinite_logits_and_nan_choose_experts_that_exist(device: str) -> None:
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[-inf, -inf, -inf, 1.0], [nan, 0.0, nan, 0.0], [nan] * 4]).to(device)
-    form = Form("softmax", 3, scores_after=True)
+    form = Form("softmax", 3, by_logits=True, scores_after=True)
     _, ids = file.launch_forward(logits, None, *form.astuple())
     assert ids.tolist() == [[3, 0, 1], [0, 2, 1], [0, 1, 2]]
 
@@ -186,6 +190,7 @@ def test_weights_are_those_of_a_router_in_plain_torch(op_device: str) -> None:
 @pytest.mark.parametrize(
     ("attributes", "text"),
     [
+        (dict(score="sigmoid", num_choices=2, scores_after=True), "route: scores_after, expected by_logits"),
         (dict(score="relu", num_choices=2), "route: score, expected one of"),
         (dict(score="softmax", num_choices=9), "route: num_choices, expected 1 to 8, got 9"),
         (

@@ -9,7 +9,6 @@ from fxopt.graph.anchors.stock import MAX_DEPTH, MOVING, ROUNDING, is_given, sto
 STACK_RANK = 3
 CHOSEN = 1
 """The place of the ids among what `topk` returns."""
-ORDERING = frozenset({"sort", "argsort"})
 
 
 def route_kind(node: fx.Node) -> str:
@@ -28,11 +27,14 @@ def route_kind(node: fx.Node) -> str:
 
 
 def _passes_on(node: fx.Node, ids: fx.Node) -> bool:
-    """Return whether `node` holds the same ids in another order, form or dtype."""
-    if stock_name(node) == "getitem" and stock_name(ids) in ORDERING:
+    """Return whether `node` holds the same ids in another order, form or dtype.
+
+    A sort returns them and the places where they stood, an `argsort` these places alone, which are no ids.
+    """
+    if stock_name(node) == "getitem" and stock_name(ids) == "sort":
         return bool(node.args[1] == 0)
     is_first = bool(node.args) and node.args[0] is ids
-    return is_first and stock_name(node) in MOVING | ROUNDING | ORDERING
+    return is_first and stock_name(node) in MOVING | ROUNDING | {"sort"}
 
 
 def _picks_matrices(node: fx.Node, ids: fx.Node) -> bool:

@@ -151,6 +151,16 @@ def chosen_to_copy(x, w):
     return w[ids.reshape(-1)].sum() * weights.sum()
 
 
+def chosen_and_put_in_order(x, w):
+    ids = x[:, :3].topk(2)[1].flatten()
+    return w[ids[ids.argsort()]].sum()
+
+
+def places_of_choices(x, w):
+    """Return a sum over rows at the places where choices stand, which are no ids."""
+    return w[x[:, :3].topk(2)[1].flatten().argsort() // 2].sum()
+
+
 def chosen_to_count(x):
     return x.topk(2, dim=-1).indices.flatten().sort()[0].float().histc(bins=8, min=0, max=7)
 
@@ -180,6 +190,8 @@ SITES = {
     "a stack that nothing chooses from": (one_head_each, (ROWS, STACK), []),
     "rows that no matrix multiplied": (lambda x: x[CHOSEN].view(3, 2, 8).sum(1), (ROWS,), []),
     "a choice of matrices": (chosen_to_copy, (ROWS, STACK), ["route"]),
+    "a choice of matrices, in order": (chosen_and_put_in_order, (ROWS, STACK), ["route"]),
+    "places where choices stand": (places_of_choices, (ROWS, STACK), []),
     "a choice that is counted": (chosen_to_count, (ROWS.detach(),), ["route"]),
     "a choice among the best group": (chosen_of_the_best_group, (ROWS.detach(),), ["route"]),
     "a choice that is a mask": (chosen_to_mask, (ROWS,), []),

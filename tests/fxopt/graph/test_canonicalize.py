@@ -68,6 +68,16 @@ REMOVED = {
         lambda x: x.mean(-1).unsqueeze(0) * 2,
         ["mean", "unsqueeze", "mul"],
     ),
+    "a detach before what is chosen": (
+        (LEAF,),
+        lambda x: x.gather(-1, (x.detach() + 1).topk(2)[1]),
+        ["add", "topk", "getitem", "gather"],
+    ),
+    "a detach before what is computed too stays": (
+        (LEAF,),
+        lambda x: ((y := x.detach() + 1) * 2, x.gather(-1, y.topk(2)[1])),
+        ["detach", "add", "mul", "topk", "getitem", "gather"],
+    ),
     "times minus one": ((LEAF,), lambda x: -1 * (x + 2), ["add", "neg"]),
     "times minus one that promotes stays": ((INTEGERS,), lambda x: (x + 2) * -1.0, ["add", "mul"]),
     "plus a negated value": ((LEAF, HALF), lambda x, y: x + -(y.float() * 2), ["cast", "mul", "sub"]),
@@ -202,7 +212,6 @@ INPLACE = {
         put_back,
         [
             "getitem",
-            "detach",
             "sort",
             "getitem",
             "empty_like",
@@ -219,7 +228,6 @@ INPLACE = {
         [
             "getitem",
             "mul",
-            "detach",
             "cast",
             "sort",
             "getitem",
@@ -241,23 +249,23 @@ INPLACE = {
     "through the only view": (
         (PLAIN,),
         write_through_one_view,
-        ["unsqueeze", "ones", "matmul", "squeeze", "add", "exp"],
+        ["unsqueeze", "filled", "matmul", "squeeze", "add", "exp"],
     ),
     "through a view that was read stays": (
         (PLAIN,),
         read_view_before,
         ["mul", "unsqueeze", "exp", "add_", "mul", "add"],
     ),
-    "chain of operators": ((PLAIN,), widen, ["add", "ones", "add", "sub", "div", ".sin"]),
+    "chain of operators": ((PLAIN,), widen, ["add", "filled", "add", "sub", "div", ".sin"]),
     "a read before": ((PLAIN,), read_before, ["mul", ".exp", "mul", "mul", "mul"]),
     "activation": ((PLAIN,), lambda x: F.relu(x + 1, inplace=True) * 2, ["add", "relu", "mul"]),
     "write through a view stays": ((PLAIN,), mutate_view, ["add", "getitem", ".mul_", "mul"]),
     "a read afterwards": ((PLAIN,), read_after, ["add", "mul", "mul"]),
     "a read of an alias stays": ((PLAIN,), read_alias_after, ["add", ".view", "iadd", "mul", "mul"]),
-    "rounding to the narrower dtype stays": ((HALF,), narrow, ["mul", "ones", "iadd", ".sin"]),
+    "rounding to the narrower dtype stays": ((HALF,), narrow, ["mul", "filled", "iadd", ".sin"]),
     "write to an input stays": ((PLAIN,), mutate_input, ["iadd", "mul"]),
     "setitem stays": ((LEAF,), set_item, ["mul", "setitem", "exp"]),
-    "setitem in a constant stays": ((LEAF,), set_item_unread, [".zeros", "setitem", "mul"]),
+    "setitem in a constant stays": ((LEAF,), set_item_unread, ["filled", "setitem", "mul"]),
 }
 
 
@@ -291,6 +299,27 @@ def test_equal_nodes_without_gradient_are_merged(capture, canonical) -> None:
     assert count_ops(gm)["unsqueeze"] == 1
     merged = next(node for node in gm.graph.nodes if node.target is torch.unsqueeze)
     assert len(merged.meta["origins"]) == 3
+
+
+def choose(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        ids = (x + 1).topk(2)[1]
+    return x.gather(-1, ids)
+
+
+def halve(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        half = x / 2
+        place = half.argmax(-1, keepdim=True)
+    return x.gather(-1, place) * half
+
+
+@pytest.mark.parametrize(("function", "num_switches"), [(choose, 0), (halve, 2)])
+def test_a_stretch_without_grad_that_ends_in_integers_needs_no_switch(
+    function, num_switches, capture, canonical
+) -> None:
+    gm = canonical(capture(function, LEAF))
+    assert sum(node.target is torch._C._set_grad_enabled for node in gm.graph.nodes) == num_switches
 
 
 def test_equal_nodes_that_gradients_flow_into_are_kept(capture, canonical) -> None:

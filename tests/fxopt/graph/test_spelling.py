@@ -228,6 +228,29 @@ TABLE = {
             lambda a, b: torch.masked_fill(input=a, mask=b, value=-torch.inf),
         ],
     ),
+    "logical_not": (
+        (SEEN,),
+        "logical_not(%0)",
+        [
+            torch.logical_not,
+            lambda a: ~a,
+            torch.bitwise_not,
+            lambda a: a.logical_not(),
+            operator.invert,
+            lambda a: a.__invert__(),
+        ],
+    ),
+    "filled": (
+        (LEAF,),
+        "filled(shape=(2, 3, 4), value=0, dtype=f32, device=device(type='cpu'))",
+        [
+            torch.zeros_like,
+            lambda a: a.new_zeros(2, 3, 4),
+            lambda a: a.new_zeros(a.shape),
+            lambda a: a.new_full((2, 3, 4), 0),
+            lambda a: torch.full_like(a, fill_value=0),
+        ],
+    ),
     "where": (
         (LEAF, SEEN),
         "where(%1, %0, -1000.0)",
