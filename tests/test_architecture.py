@@ -73,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"__init__", "errors", "report"},
     "coverage": {"demo", "__init__", "errors"},
     "offline": {
+        "coverage",
         "demo",
         "explaining",
         "surveying",

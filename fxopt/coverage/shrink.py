@@ -111,6 +111,28 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return shrink(default, own)
 
 
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return `config` with small sizes, and all else as it is."""
+    return shrink(config, _changed_fields(config))
+
+
+def _changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields of `config` that differ from its class's defaults and that shrinking leaves alone."""
+    try:
+        default = type(config)().to_dict()
+    except Exception:  # some take no defaults
+        default = {}
+    small = small_fields(config)
+    changed: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        inner = vars(config).get(name)
+        if isinstance(inner, PreTrainedConfig):
+            changed[name] = _changed_fields(inner)
+        elif name not in small and (name not in default or default[name] != value):
+            changed[name] = value
+    return changed
+
+
 def shrink(config: PreTrainedConfig, own: dict[str, Any]) -> PreTrainedConfig:
     """Return a new config of the same class with small sizes, `own` over all of these."""
     return type(config)(**{**small_fields(config), **own_fields(config, own)})
