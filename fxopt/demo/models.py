@@ -110,11 +110,13 @@ def find_config(source: str | None, model_type: str | None, fields: Sequence[str
         return config
     known = {**config.to_dict(), **config.attribute_map}
     given = dict(_read_field(text, known) for text in fields)
+    written = PreTrainedConfig.get_config_dict(source)[0] if source is not None else {}
     try:
-        return type(config).from_dict({**config.to_dict(), **given})
+        return type(config).from_dict({**written, **given})
     except Exception as error:
+        told = ": ".join(line.strip(" :") for line in str(error).splitlines() if line.strip())
         raise FxoptError(
-            f"--set: {config.model_type} takes no {', '.join(fields)}: {_first_line(error)}\ngive other values"
+            f"--set: {config.model_type} takes no {', '.join(fields)}: {told[:300]}\ngive other values"
         ) from error
 
 

@@ -65,7 +65,13 @@ def test_a_model_that_asks_for_values_is_reported_by_a_small_one(asking: str) ->
 
 
 def test_what_a_config_lacks_is_told_with_how_to_give_it() -> None:
-    fields = ("num_hidden_layers=1", "hidden_size=64", "n_routed_experts=4", "moe_intermediate_size=32", "vocab_size=256")
+    fields = (
+        "num_hidden_layers=1",
+        "hidden_size=64",
+        "n_routed_experts=4",
+        "moe_intermediate_size=32",
+        "vocab_size=256",
+    )
     with pytest.raises(FxoptError) as caught:
         report_offline(setting("deepseek_v2", *fields))
     assert "argument 'k' must be int" in str(caught.value)
@@ -99,6 +105,11 @@ def test_fields_go_over_a_config() -> None:
         None, "llama", ("num_hidden_layers=2", "hidden_act=relu", "attention_bias=true")
     )
     assert (config.num_hidden_layers, config.hidden_act, config.attention_bias) == (2, "relu", True)
+
+
+def test_what_a_config_computes_from_a_field_follows_it() -> None:
+    config: Any = find_config(None, "gemma2", ("num_hidden_layers=2",))
+    assert len(config.layer_types) == 2
 
 
 def test_a_small_config_keeps_all_but_sizes() -> None:
