@@ -33,6 +33,7 @@ from fxopt.report.units import format_bytes
 from fxopt.sites import build_report
 from fxopt.surveying import options_for_plan, survey_model, surveyed
 
+log = logging.getLogger("fxopt")
 POINTS = 12
 LORA_RANK = 16
 
@@ -123,7 +124,8 @@ def _explain_small(config: PreTrainedConfig, setting: Setting) -> Report | None:
         model = build_model(shrunk(config))
         randomize(model)
         return explain(_adapted(model, setting))
-    except Exception:  # what the model itself said is told
+    except Exception as error:  # what the model itself said is told
+        log.debug("no small model: %s: %s", type(error).__name__, error)
         return None
 
 

@@ -166,7 +166,7 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
             small[name] = min(value, num_layers) if value == 1 else num_layers
         elif name in KEY_VALUE_HEADS and _is_int(value):
             queries = fields.get(QUERY_HEADS.get(name, ""), fields.get("num_attention_heads"))
-            small[name] = HEADS if value == queries else min(value, HEADS // 2)
+            small[name] = min(value, HEADS if value == queries else HEADS // 2)
         elif name in SIZES and _is_int(value):
             small[name] = min(value, SIZES[name])
         elif name in SIZES and isinstance(value, list | tuple) and all(map(_is_int, value)):
