@@ -14,6 +14,7 @@ from fxopt.capture.lowering import choose_lowering
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.options import Options
 from fxopt.pipeline import ALL, make_transform
+from fxopt.report.records import MODEL_REGION
 
 log = logging.getLogger("fxopt")
 
@@ -25,10 +26,10 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
     """
     options = Options(patterns=tuple(ALL))
     training = torch.is_grad_enabled()
-    outcome = make_transform(options)(gm, region="model", lazy_outputs=training)
+    outcome = make_transform(options)(gm, region=MODEL_REGION, lazy_outputs=training)
     log.info("%d sites in this graph: %s", len(outcome.sites), [site.pattern for site in outcome.sites])
     lowering, reason = choose_lowering(options.lowering, gm)
     if reason:
         log.warning("%s", reason)
-    lower = keep_stock_gradients(lowering, "model")
+    lower = keep_stock_gradients(lowering, MODEL_REGION)
     return compile_model_graph(gm, example_inputs, lower, find_segments(gm))

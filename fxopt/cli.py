@@ -45,6 +45,10 @@ Lora = Annotated[bool, typer.Option("--lora", help="With low-rank adapters on al
 FourBit = Annotated[
     bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
 ]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config; may be given several times."),
+]
 Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
@@ -100,6 +104,7 @@ def demo(
 def report(
     source: Source = None,
     arch: Arch = None,
+    fields: Fields = None,
     budget: Budget = "auto",
     batch: Batch = 1,
     seq: Seq = None,
@@ -115,7 +120,8 @@ def report(
         _check_writable(html)
     from fxopt.offline import Setting, report_offline
 
-    found = report_offline(Setting(source, arch, budget, batch, seq, lora, device, four_bit))
+    setting = Setting(source, arch, budget, batch, seq, lora, device, four_bit, fields=tuple(fields or ()))
+    found = report_offline(setting)
     if html is not None:
         _write(html, found.save_html)
         print(f"fxopt report: wrote {html}", file=sys.stderr)
@@ -129,11 +135,12 @@ def report(
 def trace(
     source: Source = None,
     arch: Arch = None,
+    fields: Fields = None,
 ) -> None:
     """Print the canonical graph of each distinct block, as patterns see it, as Python that runs."""
     import fxopt
 
-    print(fxopt.trace(_build("trace", source, arch)), end="")
+    print(fxopt.trace(_build("trace", source, arch, fields)), end="")
 
 
 @app.command()
@@ -208,6 +215,7 @@ def new_pattern(
 def plan(
     source: Source = None,
     arch: Arch = None,
+    fields: Fields = None,
     budget: Budget = "auto",
     batch: Batch = 1,
     seq: Seq = None,
@@ -227,7 +235,8 @@ def plan(
     _check_source("plan", source, arch)
     from fxopt.offline import Setting, plan_offline, render_curve
 
-    setting = Setting(source, arch, budget, batch, seq, lora, device, four_bit, host_memory)
+    chosen = tuple(fields or ())
+    setting = Setting(source, arch, budget, batch, seq, lora, device, four_bit, host_memory, chosen)
     found, curve = plan_offline(setting, out)
     if json:
         print(found.to_json())
@@ -277,12 +286,12 @@ def _check_source(command: str, source: str | None, arch: str | None) -> None:
         )
 
 
-def _build(command: str, source: str | None, arch: str | None) -> Any:
+def _build(command: str, source: str | None, arch: str | None, fields: Sequence[str] | None) -> Any:
     """Return the model that `source` or `arch` names, on the meta device."""
     _check_source(command, source, arch)
-    from fxopt.demo.models import build_meta_model, default_config, load_config
+    from fxopt.demo.models import build_meta_model, find_config
 
-    return build_meta_model(default_config(arch) if arch is not None else load_config(str(source)))
+    return build_meta_model(find_config(source, arch, fields or ()))
 
 
 def _check_writable(path: Path) -> None:

@@ -1,7 +1,7 @@
 """`fxopt plan` and `fxopt report`: what fxopt would do to a model on a named GPU, from the model's config alone.
 
 No weights exist: the model is built on the meta device, its blocks are captured there, and costs come from the GPU's
-datasheet.
+datasheet. A model that asks for values on the way is reported by a small one of its kind, with values.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
-from fxopt.demo.models import build_meta_model, default_config, default_tokens, load_config
-from fxopt.demo.quantized import quantize_on_meta
+from fxopt.coverage.row import randomize
+from fxopt.coverage.shrink import shrunk
+from fxopt.demo.models import build_meta_model, build_model, default_tokens, find_config
+from fxopt.demo.quantized import quantize
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
 from fxopt.options import Options
@@ -30,6 +33,7 @@ from fxopt.report.units import format_bytes
 from fxopt.sites import build_report
 from fxopt.surveying import options_for_plan, survey_model, surveyed
 
+log = logging.getLogger("fxopt")
 POINTS = 12
 LORA_RANK = 16
 
@@ -38,7 +42,8 @@ LORA_RANK = 16
 class Setting:
     """A model by its config, on a GPU by its name, in a step of so many tokens under a budget.
 
-    Without `seq` a sequence has the tokens of `default_tokens`.
+    Without `seq` a sequence has the tokens of `default_tokens`. `fields` are those of the config that differ, as
+    "name=value".
     """
 
     source: str | None
@@ -50,6 +55,7 @@ class Setting:
     device: str
     four_bit: bool = False
     host_memory: str = "0"
+    fields: tuple[str, ...] = ()
 
 
 def plan_offline(setting: Setting, out: Path) -> tuple[Plan, tuple[Plan, ...]]:
@@ -60,7 +66,7 @@ def plan_offline(setting: Setting, out: Path) -> tuple[Plan, tuple[Plan, ...]]:
         UnknownNameError: no such device or model type.
     """
     options, device = _options_of(setting), _find_device(setting.device)
-    model = build_model(setting)
+    model = _adapted(build_meta_model(config_of(setting)), setting)
     survey, ledger = survey_model(model, options, _inputs_of(setting, model), device)
     plan = finish_plan(survey, ledger)
     curve = survey.trace_curve(POINTS)
@@ -72,26 +78,55 @@ def plan_offline(setting: Setting, out: Path) -> tuple[Plan, tuple[Plan, ...]]:
 def report_offline(setting: Setting) -> Report:
     """Return the report of one forward pass of `setting`, with its plan.
 
-    Where no plan can be made unasked, a note says why, and the pass is one on small inputs.
+    Where no plan can be made unasked, a note says why, and the pass is one on small inputs; where that takes values,
+    of a small model.
 
     Raises:
         FxoptError: a mistake in the options, or the model fails.
         UnknownNameError: no such device or model type.
     """
     options, device = _options_of(setting), _find_device(setting.device)
-    model = build_model(setting)
-    try:
-        with _quiet_fakes(), surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
-            plan = finish_plan(survey, probe.ledger)
-            report = build_report(probe)
-            return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
-    except FxoptError as error:
-        if setting.budget != "auto":
-            raise
-        reason = str(error).partition("\n")[0]
-    report = explain(model)
-    note = f"no plan was made, and all figures are those of small inputs: {reason}"
+    config = config_of(setting)
+    model = _adapted(build_meta_model(config), setting)
+    with _quiet_fakes():
+        try:
+            with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
+                plan = finish_plan(survey, probe.ledger)
+                report = build_report(probe)
+                return dataclasses.replace(
+                    report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device))
+                )
+        except FxoptError as error:
+            if setting.budget != "auto":
+                raise
+            reason = error
+        try:
+            report, seen = explain(model), "small inputs"
+        except FxoptError as error:
+            report, reason = _explain_small(config, setting), error
+            seen = "a small model of this config with random values, its layers fewer, on small inputs"
+    if report is None:
+        raise FxoptError(f"{reason}{_say_unset(config)}") from reason
+    told = str(reason).partition("\n")[0]
+    note = f"no plan was made, and all figures are those of {seen}: {told}"
     return dataclasses.replace(report, notes=(*report.notes, note))
+
+
+def _say_unset(config: PreTrainedConfig) -> str:
+    """Return a line that names what `config` leaves open, "" where that is nothing."""
+    unset = [name for name, value in config.to_dict().items() if value is None]
+    return f"\nfields that this config leaves open: {', '.join(unset)}" if unset else ""
+
+
+def _explain_small(config: PreTrainedConfig, setting: Setting) -> Report | None:
+    """Return the report of a small model with the kinds of layers that `config` has, None where there is none."""
+    try:
+        model = build_model(shrunk(config))
+        randomize(model)
+        return explain(_adapted(model, setting))
+    except Exception as error:  # what the model itself said is told
+        log.debug("no small model: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _misfit(plan: Plan, device: Device) -> tuple[str, ...]:
@@ -116,21 +151,25 @@ def _quiet_fakes() -> Generator[None]:
         log.disabled = held
 
 
-def build_model(setting: Setting) -> torch.nn.Module:
-    """Return the model of `setting` on the meta device, in bfloat16.
+def config_of(setting: Setting) -> PreTrainedConfig:
+    """Return the config that `setting` names.
 
     Raises:
-        FxoptError: no such model, or four-bit weights without adapters.
+        FxoptError: there is none, or four-bit weights are asked for without adapters.
     """
     if setting.four_bit and not setting.lora:
         raise FxoptError(
             "--4bit: four-bit weights are not trained, expected adapters beside them\nadd --lora"
         )
-    config = default_config(setting.arch) if setting.arch is not None else load_config(str(setting.source))
-    model = build_meta_model(config).to(torch.bfloat16).train()
+    return find_config(setting.source, setting.arch, setting.fields)
+
+
+def _adapted(model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    """Return `model` in bfloat16 and training mode, its weights in four bits and with adapters as `setting` says."""
+    model = model.to(torch.bfloat16).train()
     if setting.four_bit:
-        model = quantize_on_meta(model, torch.bfloat16)
-    return _adapt(model) if setting.lora else model
+        model = quantize(model, torch.bfloat16)
+    return _with_adapters(model) if setting.lora else model
 
 
 def _inputs_of(setting: Setting, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -163,13 +202,13 @@ def _find_device(name: str) -> Device:
     return found
 
 
-def _adapt(model: torch.nn.Module) -> torch.nn.Module:
+def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
     try:
         import peft
     except ImportError as error:
         raise FxoptError(f"--lora: peft is not installed ({error})\npip install peft") from error
     settings = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.device("meta"):
+    with next(model.parameters()).device:
         return peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from torch import fx
 
-from fxopt.capture.model_call import REGION
 from fxopt.graph.anchors import find_anchors
 from fxopt.graph.lift import check_taken, lift_loops
 from fxopt.graph.node_records import node_records
@@ -19,7 +18,7 @@ from fxopt.graph.strides import note_orders
 from fxopt.graph.verify import note_items, note_placeholders, verify
 from fxopt.graph.work import ambient_autocast, kept_for_work, measure_work
 from fxopt.options import Options
-from fxopt.report.records import GraphRecord, PassRecord
+from fxopt.report.records import MODEL_REGION, GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import RewriteResult
 from fxopt.sites import Outcome, find_sites
@@ -84,7 +83,7 @@ def run_passes(
         tuple(records),
         nodes_before=nodes_before,
         nodes_after=node_records(gm),
-        code=to_python(gm, "tail" if region == REGION else "block"),
+        code=to_python(gm, "tail" if region == MODEL_REGION else "block"),
     )
     rewritten, autocast = kept_for_work(gm), ambient_autocast()
     measure = functools.cache(lambda: (measure_work(stock(), autocast), measure_work(rewritten(), autocast)))

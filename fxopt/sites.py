@@ -11,10 +11,9 @@ from torch import fx
 
 from fxopt.capture.installation import Installation
 from fxopt.capture.ledger import Capture
-from fxopt.capture.model_call import REGION
 from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
-from fxopt.report.records import GraphRecord, MismatchRecord, RegionRecord, Report, Site, Work
+from fxopt.report.records import MODEL_REGION, GraphRecord, MismatchRecord, RegionRecord, Report, Site, Work
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.near_places import find_near_places
 from fxopt.rewriting.pattern import Mismatch
@@ -137,7 +136,7 @@ def build_report(installation: Installation) -> Report:
     ledger = installation.ledger
     served = [
         (path, capture)
-        for path in (*(path for path, _ in installation.regions.blocks), REGION)
+        for path in (*(path for path, _ in installation.regions.blocks), MODEL_REGION)
         for capture in ledger.served.get(path, ())
     ]
     used = tuple({id(capture): capture for _, capture in served}.values())
@@ -183,7 +182,7 @@ def _count_sites(served: Sequence[tuple[str, Capture]]) -> tuple[Site, ...]:
     counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
     seen_in: dict[str, collections.Counter[tuple[Any, ...]]] = {}
     for path, capture in served:
-        prefix = "" if path == REGION else path
+        prefix = "" if path == MODEL_REGION else path
         seen = seen_in.setdefault(path, collections.Counter())
         for site, backend in zip(capture.outcome.sites, capture.outcome.backends, strict=True):
             key = (
@@ -213,7 +212,7 @@ def _count_misses(served: Sequence[tuple[str, Capture]]) -> tuple[MismatchRecord
     first: dict[tuple[Any, ...], MismatchRecord] = {}
     counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
     for path, capture in served:
-        prefix = "" if path == REGION else path
+        prefix = "" if path == MODEL_REGION else path
         for place, miss in enumerate(capture.outcome.mismatches):
             same = capture.outcome.mismatches[:place].count(miss)
             key = (capture.region, miss.anchor, miss.pattern, miss.module, miss.location, miss.reason, same)
@@ -230,7 +229,7 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
     named = [
         ("block", stack.path, stack.paths[0], len(stack.blocks)) for stack in installation.regions.stacks
     ]
-    for kind, region, module, count in (*named, ("model", REGION, "", 1)):
+    for kind, region, module, count in (*named, ("model", MODEL_REGION, "", 1)):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
         breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))

@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "explaining": {"pipeline", "probing", "sites", "capture", "options", "report"},
     "surveying": {"pipeline", "probing", "planning", "capture", "rewriting", "remat", "options", *PLAN},
-    "backend": {"pipeline", "capture", "options"},
+    "backend": {"pipeline", "capture", "options", RECORDS},
     "bisection": {"pipeline", "installing", "capture", "graph", "rewriting", "options", "errors"},
     "__init__": {
         "bisection",
@@ -71,8 +71,9 @@ ALLOWED: dict[str, set[str]] = {
         "report",
     },
     "demo": {"__init__", "errors", "report"},
-    "coverage": {"demo", "__init__", "errors"},
+    "coverage": {"demo", "__init__", "errors", RECORDS},
     "offline": {
+        "coverage",
         "demo",
         "explaining",
         "surveying",

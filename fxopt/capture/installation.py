@@ -25,7 +25,7 @@ from fxopt.capture.gradients import keep_stock_gradients
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.libraries import find_doubts
 from fxopt.capture.lowering import Lowering, has_fixed_sizes
-from fxopt.capture.model_call import REGION, ModelCall, is_leaf
+from fxopt.capture.model_call import ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.offload import make_offloader
 from fxopt.capture.patched import find_patched
@@ -40,6 +40,7 @@ from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_distributed import is_first_fsdp
 from fxopt.capture.torch_modules import SLOT
 from fxopt.errors import FxoptError
+from fxopt.report.records import MODEL_REGION
 
 log = logging.getLogger("fxopt")
 AFTER_BLOCKS = "what stands after the blocks"
@@ -92,7 +93,7 @@ class Installation:
             self.model_call = None
         if planner is not None and self.model_call is not None:
             self.model_call.shortage = Shortage(model, planner, self.ledger)
-        for region in [stack.path for stack in self.regions.stacks] or [REGION]:
+        for region in [stack.path for stack in self.regions.stacks] or [MODEL_REGION]:
             self._calls[region] = BlockCalls(
                 self.ledger,
                 region,
@@ -161,7 +162,7 @@ class Installation:
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
         with torch_settings.capture_scope(self._settings):
-            return self._calls[REGION].begin(REGION, self.model)(*args, **kwargs)
+            return self._calls[MODEL_REGION].begin(MODEL_REGION, self.model)(*args, **kwargs)
 
     def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:
         model_call = self.model_call
@@ -232,8 +233,8 @@ class Installation:
         check_spread([example_inputs[index] for index in tail.placeholders])
         progress = self.ledger.progress
         progress.show(AFTER_BLOCKS, "rewriting and proving")
-        outcome = self._transform(tail.graph, region=REGION, lazy_outputs=self.model.training)
-        capture = self.ledger.add_capture(REGION, outcome)
+        outcome = self._transform(tail.graph, region=MODEL_REGION, lazy_outputs=self.model.training)
+        capture = self.ledger.add_capture(MODEL_REGION, outcome)
         placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
         examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
         examples += [example_inputs[index] for index in tail.placeholders]
@@ -246,7 +247,7 @@ class Installation:
         if planner is not None and planner.is_asked(checkpointed=bool(self.checkpointing.taken)):
             planner.begin_tail()
             mark = Mark(planner.read_tail, decides=False)
-        lower = keep_stock_gradients(with_mark(self._lower, mark), REGION)
+        lower = keep_stock_gradients(with_mark(self._lower, mark), MODEL_REGION)
         call = compile_model_graph(tail.graph, examples, lower, segments)
         progress.done(AFTER_BLOCKS)
         ledger = self.ledger

@@ -45,8 +45,7 @@ from fxopt.capture.shortage import Shortage
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form, rehearse
-
-REGION = "model"
+from fxopt.report.records import MODEL_REGION
 
 
 def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kwargs: Any) -> Any:
@@ -115,7 +114,7 @@ class ModelCall:
                 reason = "another thread runs the model"
             gatherings = self._sharding.find_gatherings()
             if reason is not None:
-                self.ledger.count_fallback(REGION, reason)
+                self.ledger.count_fallback(MODEL_REGION, reason)
                 if gatherings:
                     return call_model_gathered(model, gatherings, model.forward, args, kwargs)
                 return torch_modules.stock_call(model, *args, **kwargs)
@@ -158,13 +157,13 @@ class ModelCall:
                 *args, **kwargs
             )  # a call that fails in stock too is no obstacle to others
             self.obstacles[self._form_of(args, kwargs)] = reason
-            self.ledger.refused[REGION] = reason
-            self.ledger.count_fallback(REGION, reason)
+            self.ledger.refused[MODEL_REGION] = reason
+            self.ledger.count_fallback(MODEL_REGION, reason)
             for line in find_own_forwards(self.model):
                 self.ledger.note(line)
             return output
         except TailMismatch as error:
-            self.ledger.count_fallback(REGION, str(error))
+            self.ledger.count_fallback(MODEL_REGION, str(error))
             if error.output is not None:
                 return error.output[0]
         finally:
@@ -225,7 +224,7 @@ class ModelCall:
             self.collect()
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        self.ledger.begin(REGION)
+        self.ledger.begin(MODEL_REGION)
         is_first = not self.ledger.captures and not self.ledger.refused
         if is_first:
             self.ledger.progress.show("the model around its blocks", "capturing")
@@ -244,7 +243,7 @@ class ModelCall:
             self._arguments = previous
 
     def _count_eager(self) -> None:
-        self.ledger.count_fallback(REGION, "Dynamo ran the model uncaptured")
+        self.ledger.count_fallback(MODEL_REGION, "Dynamo ran the model uncaptured")
 
     @contextlib.contextmanager
     def _leaves(self) -> Iterator[None]:
@@ -358,7 +357,7 @@ class ModelCall:
             else:
                 with this._sharding.hooks_shown():
                     calls = this._trunk.run(*this._arguments, num_calls, wanted, judge)
-            this.ledger.begin(REGION)
+            this.ledger.begin(MODEL_REGION)
             values = this._sharding.enter(living, values_of(calls))
             output = call(*values, *[captured_args[index] for index in placeholders])
             output = this._sharding.leave(living, output)

@@ -14,8 +14,8 @@ from fxopt.graph.torch_private import FakeTensorMode
 from fxopt.graph.view import location_in
 
 WITH_WEIGHTS = (
-    "give a config that is complete, as a folder with a config.json or a name on the hub; or run one step of the model "
-    "with its weights, in Python, and print(fxopt.explain(model))"
+    "give a config that is complete, as a folder with a config.json or a name on the hub, or what it lacks as "
+    "--set FIELD=VALUE; or run one step of the model with its weights, in Python, and print(fxopt.explain(model))"
 )
 TOKENS = (2, 16)
 """Batch and sequence length of the inputs fxopt makes."""

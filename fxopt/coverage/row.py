@@ -30,6 +30,7 @@ from fxopt.coverage.record import Row
 from fxopt.coverage.shrink import tiny_config
 from fxopt.demo.training import count_saved_bytes
 from fxopt.errors import FxoptError
+from fxopt.report.records import MODEL_REGION
 
 SPREAD, VECTOR_SPREAD = 0.1, 0.02
 """Of random values added to every weight, and to those of one dim: no norm is all ones, no bias zero, and matrices
@@ -198,7 +199,10 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
     for region in row.regions:
         del region["guards"]
     row.captures = sum(region.captures for region in report.regions)
-    row.fallbacks = [f"{each.region or 'model'}: {each.reason}" for each in report.fallbacks]
+    row.fallbacks = [
+        f"{'model' if each.region in ('', MODEL_REGION) else each.region}: {each.reason}"
+        for each in report.fallbacks
+    ]
     row.notes += [note for note in report.notes if "use_cache" not in note]
     row.forms = sorted({form_of(rewrite.op, rewrite.attributes) for rewrite in report.rewrites})
     for site in report.sites:
@@ -212,7 +216,7 @@ def write_report(row: Row, report: fxopt.Report, called: Collection[str]) -> Non
     captured = [region for region in run if region.status == "captured"]
     reasons = [f"{region.module or 'model'}: {region.reason}" for region in run if region.reason]
     reasons += [f"{region.module or 'model'}: never captured" for region in run if region.status == "pending"]
-    of_blocks = [each for each in report.fallbacks if each.region != "model"]
+    of_blocks = [each for each in report.fallbacks if each.region != MODEL_REGION]
     if len(captured) == len(run) and not row.fallbacks:
         row.status = "captured"
         return

@@ -111,6 +111,28 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return shrink(default, own)
 
 
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return `config` with small sizes, and all else as it is."""
+    return shrink(config, _changed_fields(config))
+
+
+def _changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields of `config` that differ from its class's defaults and that shrinking leaves alone."""
+    try:
+        default = type(config)().to_dict()
+    except Exception:  # some take no defaults
+        default = {}
+    small = small_fields(config)
+    changed: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        inner = vars(config).get(name)
+        if isinstance(inner, PreTrainedConfig):
+            changed[name] = _changed_fields(inner)
+        elif name not in small and (name not in default or default[name] != value):
+            changed[name] = value
+    return changed
+
+
 def shrink(config: PreTrainedConfig, own: dict[str, Any]) -> PreTrainedConfig:
     """Return a new config of the same class with small sizes, `own` over all of these."""
     return type(config)(**{**small_fields(config), **own_fields(config, own)})
@@ -144,7 +166,7 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
             small[name] = min(value, num_layers) if value == 1 else num_layers
         elif name in KEY_VALUE_HEADS and _is_int(value):
             queries = fields.get(QUERY_HEADS.get(name, ""), fields.get("num_attention_heads"))
-            small[name] = HEADS if value == queries else min(value, HEADS // 2)
+            small[name] = min(value, HEADS if value == queries else HEADS // 2)
         elif name in SIZES and _is_int(value):
             small[name] = min(value, SIZES[name])
         elif name in SIZES and isinstance(value, list | tuple) and all(map(_is_int, value)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def build_small_model(model_type: str, vocabulary_size: int) -> torch.nn.Module:
     try:
         config = AutoConfig.for_model(model_type, **overrides, vocab_size=vocabulary_size)
         _check_size(model_type, config)
-        model = _from_config(config)
+        model = build_model(config)
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
     except FxoptError:
         raise
@@ -93,7 +95,47 @@ def _check_size(model_type: str, config: PreTrainedConfig) -> None:
 def build_meta_model(config: PreTrainedConfig) -> torch.nn.Module:
     """Return the causal LM of `config` on the meta device: all shapes, no storage."""
     with torch.device("meta"):
-        return _from_config(config)
+        return build_model(config)
+
+
+def find_config(source: str | None, model_type: str | None, fields: Sequence[str] = ()) -> PreTrainedConfig:
+    """Return the config at `source`, else the default one of `model_type`, with `fields` as "name=value" over it.
+
+    Raises:
+        UnknownNameError: no such model type, or no such field; the text lists the nearest.
+        FxoptError: no config there, a field without a value, or fields that do not go together.
+    """
+    config = default_config(model_type) if model_type is not None else load_config(str(source))
+    if not fields:
+        return config
+    known = {**config.to_dict(), **config.attribute_map}
+    given = dict(_read_field(text, known) for text in fields)
+    written = PreTrainedConfig.get_config_dict(source)[0] if source is not None else {}
+    try:
+        return type(config).from_dict({**written, **given})
+    except Exception as error:
+        told = ": ".join(line.strip(" :") for line in str(error).splitlines() if line.strip())
+        raise FxoptError(
+            f"--set: {config.model_type} takes no {', '.join(fields)}: {told[:300]}\ngive other values"
+        ) from error
+
+
+def _read_field(text: str, known: dict[str, Any]) -> tuple[str, Any]:
+    """Return the name and the value of "name=value": a value in JSON, else the text as it is."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise FxoptError(
+            f"--set: expected a field of the config and its value, got {text!r}\ntry --set num_hidden_layers=2"
+        )
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.0)
+        raise UnknownNameError(
+            f"--set: unknown field {name!r}, expected one of the config; the nearest are {', '.join(nearest)}"
+        )
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
@@ -151,7 +193,8 @@ def load_config(source: str) -> PreTrainedConfig:
         ) from error
 
 
-def _from_config(config: PreTrainedConfig) -> torch.nn.Module:
+def build_model(config: PreTrainedConfig) -> torch.nn.Module:
+    """Return the causal LM of `config` on the default device."""
     logging.set_verbosity_error()
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""A model on the meta device with four-bit weights: all forms of what bitsandbytes would make, and no value of it."""
+"""A model with four-bit weights, as bitsandbytes makes them; on the meta device all forms of these and no value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVELS = 16
 NESTED_LEVELS = 256
 
 
-def quantize_on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def quantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Give the linear layers of `model` NF4 weights with nested scales that compute in `dtype`, in place.
 
     The layer that makes the logits stays as it is, as transformers has it.
@@ -43,26 +43,6 @@ def quantize_on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _quantized(library: Any, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    def on_meta(size: int, of: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    num_scales = -(-layer.weight.numel() // BLOCKSIZE)
-    nested = library.functional.QuantState(
-        absmax=on_meta(-(-num_scales // NESTED_BLOCKSIZE), torch.float32),
-        code=on_meta(NESTED_LEVELS, torch.float32),
-        blocksize=NESTED_BLOCKSIZE,
-        dtype=torch.float32,
-    )
-    state = library.functional.QuantState(
-        absmax=on_meta(num_scales, torch.uint8),
-        shape=layer.weight.shape,
-        code=on_meta(LEVELS, torch.float32),
-        blocksize=BLOCKSIZE,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=on_meta(1, torch.float32)[0],
-        state2=nested,
-    )
     has_bias = layer.bias is not None  # pyright: ignore[reportUnnecessaryComparison]
     made = library.nn.Linear4bit(
         layer.in_features,
@@ -72,11 +52,48 @@ def _quantized(library: Any, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    packed = torch.empty((layer.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
-    made.weight = library.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=made
+    weight = layer.weight.detach()
+    made.weight = (
+        _packed_form(library, made, weight, dtype) if weight.is_meta else _packed(library, made, weight)
     )
-    made.quant_state = state
+    made.quant_state = made.weight.quant_state
     if has_bias:
         made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return made
+
+
+def _packed(library: Any, made: nn.Module, weight: torch.Tensor) -> Any:
+    """Return the weight in four bits, its scales in eight."""
+    packed = library.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+    )
+    return packed.to(weight.device)
+
+
+def _packed_form(library: Any, made: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Return the form of the weight in four bits, its scales in eight; nothing of it has a value."""
+
+    def on_meta(size: int, of: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    num_scales = -(-weight.numel() // BLOCKSIZE)
+    nested = library.functional.QuantState(
+        absmax=on_meta(-(-num_scales // NESTED_BLOCKSIZE), torch.float32),
+        code=on_meta(NESTED_LEVELS, torch.float32),
+        blocksize=NESTED_BLOCKSIZE,
+        dtype=torch.float32,
+    )
+    state = library.functional.QuantState(
+        absmax=on_meta(num_scales, torch.uint8),
+        shape=weight.shape,
+        code=on_meta(LEVELS, torch.float32),
+        blocksize=BLOCKSIZE,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=on_meta(1, torch.float32)[0],
+        state2=nested,
+    )
+    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+    return library.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=made
+    )

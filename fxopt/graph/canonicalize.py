@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxopt.graph.aliases import Aliases
@@ -15,6 +16,7 @@ from fxopt.graph.purity import is_pure
 from fxopt.graph.quantized import unfold_quantized_products
 from fxopt.graph.sizes import settle_sizes
 from fxopt.graph.spelling import fold_constants, unify_spelling
+from fxopt.graph.switches import remove_idle_switches
 from fxopt.graph.view import find_subgraphs
 
 
@@ -36,8 +38,11 @@ def canonicalize(gm: fx.GraphModule) -> None:
     >>> y.target is torch.add, y.args
     (True, (x, 1))
     """
+    # Dynamo guards the mode that a capture begins in, and calls its backend in that mode.
+    entered_in = torch.is_grad_enabled()
     for prefix, part in find_subgraphs(gm):
         _canonicalize_graph(part, prefix)
+        remove_idle_switches(part.graph, None if prefix else entered_in)
         part.recompile()
 
 

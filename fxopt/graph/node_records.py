@@ -39,7 +39,7 @@ def node_records(gm: fx.GraphModule) -> tuple[NodeRecord, ...]:
                     kind=kind,
                     inputs=tuple(dict.fromkeys(sources)),
                     type=type_text(value_of(node)),
-                    bytes=_bytes_written(node) if kind == "op" else 0,
+                    bytes=_bytes_added(node) if kind in ("op", "input") else 0,
                     module=module_of(node),
                     location=location_of(node),
                     pattern=str(node.meta.get("rewritten_by", "")),
@@ -84,8 +84,8 @@ def _kind_of(node: fx.Node) -> str:
     return "view" if keys_of(node) <= given else "op"
 
 
-def _bytes_written(node: fx.Node) -> int:
-    """Return the bytes of the memory that `node` adds to what it reads."""
+def _bytes_added(node: fx.Node) -> int:
+    """Return the bytes of the memory that `node` adds to what it reads: all of an input's."""
     given = frozenset[int]().union(*(keys_of(source) for source in node.all_input_nodes))
     sizes: dict[int, int] = {}
     for value in tensors_of(node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,7 +101,7 @@ def _measure(gm: fx.GraphModule) -> Work:
                 saved.setdefault(key_of(tensor), tensor)
             return tensor
 
-        with saved_tensors_hooks(note, lambda tensor: tensor), _Launches() as forward:
+        with saved_tensors_hooks(note, lambda tensor: tensor), _Launches(given) as forward:
             outputs = tree_leaves(_Run(gm).run(*inputs))
         roots = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
         wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
@@ -109,8 +109,9 @@ def _measure(gm: fx.GraphModule) -> Work:
         with _Launches() as backward:
             if roots and wanted:
                 torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
-        size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    return Work(forward.number, backward.number, size)
+        again = saved.keys() & forward.repeatable
+        size = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in again)
+    return Work(forward.number, backward.number + len(again), size)
 
 
 def _drop_lazy(gm: fx.GraphModule) -> None:
@@ -168,16 +169,25 @@ def _fused_attention(
 
 
 class _Launches(DispatchMode):
-    """Counts the ops that run within it and write memory: on a device, each is one kernel or more."""
+    """Counts the ops that run within it and write memory: on a device, each is one kernel or more.
 
-    def __init__(self) -> None:
+    `repeatable` are the storages of what a single op of fxopt that is tagged so computes again in backward from
+    `inputs`, as that of a weight decoded from its codes: nobody saves it.
+    """
+
+    def __init__(self, inputs: Collection[int] = ()) -> None:
         super().__init__()
         self.number = 0
+        self.repeatable: set[int] = set()
+        self._inputs = inputs
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
         given = {key_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         made = {key_of(value) for value in tree_leaves(result) if isinstance(value, Tensor)}
+        is_ours = registered_name(op).startswith("fxopt::")
+        if is_ours and torch.Tag.pointwise in op.tags and given <= set(self._inputs):
+            self.repeatable |= made
         writes = bool(made - given) or (bool(made) and schema_of(op).is_mutable)
         self.number += writes and not registered_name(op).startswith(("prim::", "aten::empty"))
         return result

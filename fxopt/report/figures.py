@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from fxopt.report.records import GraphRecord, MismatchRecord, NodeRecord, Report, Work
+from fxopt.report.records import MODEL_REGION, Fallback, GraphRecord, MismatchRecord, NodeRecord, Report, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,7 @@ class LayerFigures:
     """
 
     region: str
+    title: str
     capture: int
     layers: int
     ops_before: int
@@ -30,7 +31,7 @@ class LayerFigures:
     @property
     def name(self) -> str:
         """How texts call the capture."""
-        return f"{self.region or 'the model'}, capture {self.capture}"
+        return f"{self.title}, capture {self.capture}"
 
     @property
     def kernels(self) -> tuple[int, int] | None:
@@ -51,15 +52,38 @@ class LayerFigures:
 
 def layer_figures(report: Report) -> tuple[LayerFigures, ...]:
     """Return the figures of each capture that has node records, in the report's order."""
-    return tuple(_figures_of(graph) for graph in report.graphs if graph.nodes_before)
+    return tuple(
+        _figures_of(graph, region_title(report, graph.region))
+        for graph in report.graphs
+        if graph.nodes_before
+    )
 
 
-def _figures_of(graph: GraphRecord) -> LayerFigures:
+def region_title(report: Report, region: str) -> str:
+    """Return how a reader is told of a captured region: the path of its blocks, or what follows all blocks.
+
+    >>> region_title(Report("Tiny"), MODEL_REGION), region_title(Report("Tiny"), "model.layers")
+    ('the model', 'model.layers')
+    """
+    if region not in ("", MODEL_REGION):
+        return region
+    has_blocks = any(other.kind == "block" for other in report.regions)
+    if not has_blocks:
+        return "the model"
+    return "the tail" if region == MODEL_REGION else "the blocks"
+
+
+def caller_of(fallback: Fallback) -> str:
+    """Return how a reader is told of what ran stock: the path of its blocks, or the model."""
+    return "the model" if fallback.region == MODEL_REGION else fallback.region or "the blocks"
+
+
+def _figures_of(graph: GraphRecord, title: str) -> LayerFigures:
     before, after = graph.nodes_before, graph.nodes_after
     ops = (_count_ops(before), _count_ops(after))
     sizes = (_sum_bytes(before), _sum_bytes(after))
     return LayerFigures(
-        graph.region, graph.capture, graph.layers, *ops, *sizes, graph.work_before, graph.work_after
+        graph.region, title, graph.capture, graph.layers, *ops, *sizes, graph.work_before, graph.work_after
     )
 
 
@@ -68,7 +92,7 @@ def _count_ops(nodes: Sequence[NodeRecord]) -> int:
 
 
 def _sum_bytes(nodes: Sequence[NodeRecord]) -> int:
-    return sum(node.bytes for node in nodes)
+    return sum(node.bytes for node in nodes if node.kind == "op")
 
 
 def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:
@@ -109,5 +133,7 @@ def render_code(report: Report) -> str:
         )
         imports, _, body = code.partition("\n\n\n")
         layers = f", {graph.layers} layers" if graph.layers > 1 else ""
-        parts.append(f"{imports}\n\n\n# {graph.region or 'model'}, capture {graph.capture}{layers}\n{body}")
+        parts.append(
+            f"{imports}\n\n\n# {region_title(report, graph.region)}, capture {graph.capture}{layers}\n{body}"
+        )
     return "\n\n".join(parts)

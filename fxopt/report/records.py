@@ -18,6 +18,8 @@ SCHEMA = 1
 """The version of the JSON form; raised where a field goes or changes its meaning, not where one comes."""
 
 Status = Literal["rewritten", "refused", "unmatched"]
+MODEL_REGION = "(model)"
+"""The region of what follows the blocks, of the whole model where it has none: no path of a module reads so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +110,8 @@ class NodeRecord:
     """One node of a graph.
 
     `kind` is "input", "output", "op" (it computes into memory of its own), "view" (it does not), or "lazy" (it runs
-    only where somebody reads what it leads to); `bytes` are those an op writes. `pattern` names the rewrite that
-    brought it in, "" for a node of the model's; `origins` are the stock nodes that it stands for.
+    only where somebody reads what it leads to); `bytes` are those an op writes or an input holds. `pattern`
+    names the rewrite that brought it in, "" for a node of the model's; `origins` are the stock nodes it stands for.
     """
 
     name: str

@@ -12,8 +12,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fxopt.report.figures import layer_figures
-from fxopt.report.records import GraphRecord, PassRecord, Proof, Report, Site, Status
+from fxopt.report.figures import caller_of, layer_figures, region_title
+from fxopt.report.records import PassRecord, Proof, Report, Site, Status
 from fxopt.report.units import format_bytes
 
 WIDTH = 100
@@ -51,7 +51,7 @@ def render_text(report: Report) -> str:
         _render_fallbacks(report),
         _render_list("Notes", report.notes),
         _render_passes(report),
-        *_render_graphs(report.graphs),
+        *_render_graphs(report),
     )
     return printable("\n\n".join("\n".join(section) for section in sections if section) + "\n")
 
@@ -231,7 +231,7 @@ def _render_fallbacks(report: Report) -> list[str]:
         return ["Fallbacks: none"]
     lines = [f"Fallbacks: {sum(fallback.count for fallback in report.fallbacks)} calls ran the stock path"]
     for fallback in report.fallbacks:
-        lines += wrap(f"{fallback.count} x {fallback.region or 'the blocks'}: {fallback.reason}", 2)
+        lines += wrap(f"{fallback.count} x {caller_of(fallback)}: {fallback.reason}", 2)
     return lines
 
 
@@ -256,13 +256,13 @@ def _render_passes(report: Report) -> list[str]:
     return ["Passes", *_table(rows, right=(1, 2, 3, 4))]
 
 
-def _render_graphs(graphs: Sequence[GraphRecord]) -> list[list[str]]:
+def _render_graphs(report: Report) -> list[list[str]]:
     """Return one section per capture; captures of one region with equal diffs are shown once."""
     sections: list[list[str]] = []
     shown: dict[tuple[str, tuple[str, ...]], int] = {}
-    for graph in graphs:
+    for graph in report.graphs:
         diff = _diff(graph.before, graph.after)
-        title = f"Graph of {graph.region or 'the model'}, capture {graph.capture}"
+        title = f"Graph of {region_title(report, graph.region)}, capture {graph.capture}"
         key = (graph.region, tuple(diff))
         if key in shown:
             sections.append(wrap(f"{title}: the same changes as capture {shown[key]}"))

@@ -38,7 +38,7 @@ def test_trls_trainer_accumulates_under_ddp(lora, two, tmp_path):
     pytest.importorskip("trl")
     sites = {name: count for name, count in SITES.items() if name != "linear_cross_entropy"} | {"rms_norm": 4}
     for answer in two.run("trained", folder=str(tmp_path), library="trl", lora=lora):
-        assert [reason.partition(":")[0] for reason in answer["fallbacks"]] == ["model"]
+        assert [reason.partition(":")[0] for reason in answer["fallbacks"]] == ["(model)"]
         assert answer["sites"] == ({**sites, "lora_linear": 14} if lora else sites)
         check_logged(answer["figures"])
 
@@ -84,7 +84,7 @@ def test_a_weight_that_hooks_gather_is_not_read(place, kind, two):
     """As under DeepSpeed's ZeRO-3: the head would be multiplied with an empty weight."""
     for answer in two.run("gathered_by_hooks", place=place):
         reason = f"a weight of the {kind} is empty outside its own forward, as ZeRO-3 keeps it"
-        assert answer["fallbacks"][f"model: {reason}"] == 1
+        assert answer["fallbacks"][f"(model): {reason}"] == 1
         assert answer["errors"]["stock"] <= BOUND
         assert "linear_cross_entropy" not in answer["sites"]
 
@@ -99,7 +99,7 @@ def test_a_weight_that_has_no_items_of_its_own_is_read():
 
 
 SPREAD = "a weight of the Linear is spread over ranks, as tensor parallel plans have it"
-REFUSED = f"model: what stands after the blocks was not captured: {SPREAD}"
+REFUSED = f"(model): what stands after the blocks was not captured: {SPREAD}"
 
 
 def test_a_tensor_parallel_block_runs_stock_with_the_reason(two):

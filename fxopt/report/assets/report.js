@@ -22,6 +22,11 @@
       return made;
     }));
   }
+  // On a narrow page each row of a table is a card: its cells say what column they are of.
+  for (const table of document.querySelectorAll(".scroll table")) {
+    const titles = [...table.tHead.rows[0].cells].map((cell) => cell.textContent);
+    for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, place) => { cell.dataset.column = titles[place]; });
+  }
   if (!data.graphs.length) return;
 
   const hint = at("detail").firstElementChild;
@@ -172,8 +177,8 @@
     if (label.type) el("text", { x: 9, y: 30, class: "type" }, group).textContent = label.type;
     if (!state.drawn.has(box.id)) state.drawn.set(box.id, []);
     state.drawn.get(box.id).push(group);
-    group.addEventListener("pointerenter", (event) => showTip(event, box, side));
-    group.addEventListener("pointerleave", () => { at("tip").hidden = true; });
+    group.addEventListener("pointerenter", (event) => showTip(box, side, event.clientX + 14, event.clientY + 18, event.clientY - 10));
+    group.addEventListener("pointerleave", hideTip);
     group.addEventListener("click", () => select(box.id, false));
     group.addEventListener("dblclick", () => toggleOf(box));
   }
@@ -192,22 +197,33 @@
   }
 
   function linesOf(node) {
-    return [["op", node.title], ["value", node.name], ["form", node.type], ["writes", node.bytes], ["module", node.module],
-      ["source", node.at], ["stands for", node.origins.join(", ")]].filter(([, text]) => text);
+    const isInput = node.kind === "input";
+    return [[isInput ? "input" : "op", node.title], ["value", node.name], ["form", node.type], [isInput ? "holds" : "writes", node.bytes],
+      ["module", node.module], ["source", node.at], ["stands for", isInput ? "" : node.origins.join(", ")]].filter(([, text]) => text);
   }
 
-  function showTip(event, box, side) {
+  const hideTip = () => { at("tip").hidden = true; };
+
+  // Below `y`, or above `top` where there is no room.
+  function showTip(box, side, x, y, top) {
     const tip = at("tip");
     const node = box.fold === null ? box.cells[0][side] : null;
     const pattern = box.cells[0].pattern;
     tip.textContent = node
       ? [...linesOf(node), ...(pattern ? [["pattern", pattern]] : [])].map(([name, text]) => `${name}: ${text}`).join("\n")
-      : `${box.fold}: ${box.label[side].type}. Double-click to unfold.`;
+      : `${box.fold}: ${box.label[side].type}. Double-click or Enter unfolds it.`;
     tip.hidden = false;
-    const x = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
-    const y = event.clientY + 18 + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 10 : event.clientY + 18;
-    tip.style.left = `${Math.max(4, x)}px`;
-    tip.style.top = `${Math.max(4, y)}px`;
+    tip.style.left = `${Math.max(4, Math.min(x, innerWidth - tip.offsetWidth - 8))}px`;
+    tip.style.top = `${Math.max(4, y + tip.offsetHeight > innerHeight ? top - tip.offsetHeight : y)}px`;
+  }
+
+  // At the selected node, in the panel that has the keys or else in the other one.
+  function showTipOfSelected() {
+    const first = SIDES.find((side) => at(side) === document.activeElement);
+    if (first === undefined || state.selected === null) return hideTip();
+    const group = [first, ...SIDES].map((side) => at(side).querySelector(`.node[data-box="${CSS.escape(state.selected)}"]`)).find(Boolean);
+    const place = group.getBoundingClientRect();
+    showTip(state.boxes.get(state.selected), group.ownerSVGElement.id, place.left, place.bottom + 8, place.top - 8);
   }
 
   function select(id, isMoved) {
@@ -366,6 +382,7 @@
     };
     let grabbed = null;
     svg.addEventListener("pointerdown", (event) => { grabbed = toGraph(event); svg.classList.add("dragged"); });
+    svg.addEventListener("blur", hideTip);
     svg.addEventListener("pointermove", (event) => {
       if (!grabbed) return;
       const here = toGraph(event);
@@ -387,8 +404,10 @@
       else if (event.key === "Escape") select(null, false);
       else return;
       event.preventDefault();
+      showTipOfSelected();
     });
   }
+  addEventListener("scroll", hideTip, { passive: true });
 
   const strip = at("overview");
   const jump = (event) => {

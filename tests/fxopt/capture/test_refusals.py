@@ -12,6 +12,7 @@ import fxopt
 from fxopt.capture import torch_lowering
 from fxopt.capture.installation import Installation
 from fxopt.errors import FxoptError, VerifyError
+from fxopt.report.records import MODEL_REGION
 
 IDS = torch.arange(1, 17).reshape(2, 8)
 
@@ -27,15 +28,16 @@ class Broken(nn.Module):
 class Stack(nn.Module):
     """Three blocks and a head."""
 
-    def __init__(self, *blocks: nn.Module) -> None:
+    def __init__(self, *blocks: nn.Module, name: str = "layers") -> None:
         super().__init__()
         self.table = nn.Embedding(32, 8)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), block) for block in blocks)
+        self.name = name
+        setattr(self, name, nn.ModuleList(nn.Sequential(nn.Linear(8, 8), block) for block in blocks))
         self.head = nn.Linear(8, 32)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.table(ids)
-        for layer in self.layers:
+        for layer in getattr(self, self.name):
             x = layer(x)
         return self.head(x).square().mean()
 
@@ -147,6 +149,21 @@ def test_blocks_of_which_no_piece_is_captured_are_counted() -> None:
     x = torch.randn(2, 4)
     assert torch.equal(model(x), stock(x))
     report = fxopt.explain(model)
-    counts = {fallback.reason: fallback.count for fallback in report.fallbacks if fallback.region != "model"}
+    counts = {
+        fallback.reason: fallback.count for fallback in report.fallbacks if fallback.region != MODEL_REGION
+    }
     assert counts == {"its graph breaks before a piece of it could be captured": 3}, report.fallbacks
     assert report.regions[0].status == "stock"
+
+
+def test_blocks_may_be_called_as_what_stands_around_them() -> None:
+    """The graphs of blocks in a list called "model" are told from the graph of the model."""
+    told = []
+    for name in ("model", "layers"):
+        model = fxopt.optimize(Stack(*(nn.Tanh() for _ in range(3)), name=name))
+        model(IDS).backward()
+        report = fxopt.explain(model)
+        told.append([(region.kind, region.count, region.captures) for region in report.regions])
+        assert [(graph.region, graph.layers) for graph in report.graphs] == [(name, 3), (MODEL_REGION, 1)]
+        assert "def tail(" not in report.graphs[0].code
+    assert told[0] == told[1] == [("block", 3, 1), ("model", 1, 1)]
