@@ -45,7 +45,7 @@ Lora = Annotated[bool, typer.Option("--lora", help="With low-rank adapters on al
 FourBit = Annotated[
     bool, typer.Option("--4bit", help="With NF4 weights under the adapters, as QLoRA has them.")
 ]
-Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")]
+Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, H200, A100, 4090 or L4.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 
