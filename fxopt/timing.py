@@ -40,14 +40,15 @@ def find_measured(place: torch.device) -> Measured:
     if place.type != "cuda":
         return ROOFLINES
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Measured(left=(RANKS,))
+        return Measured(without=RANKS)
     return Measured(OpTimer(place), cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json")
 
 
 def environment_of(place: torch.device) -> str:
-    """Return what timings depend on beside the op: the GPU, and the code that runs on it."""
+    """Return what timings depend on beside the op: the GPU, the code that runs on it, and torch's switches."""
     versions = (torch.cuda.get_device_name(place), torch.__version__, find_triton_version(), source_digest())
-    return hashlib.sha256(repr(versions).encode()).hexdigest()[:16]
+    switches = torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
+    return hashlib.sha256(repr((versions, switches)).encode()).hexdigest()[:16]
 
 
 def find_triton_version() -> str:

@@ -16,6 +16,7 @@ from torch import fx
 
 from fxopt.graph.backward import find_backward
 from fxopt.graph.sizes import span_of
+from fxopt.graph.storage import key_of as storage_of
 from fxopt.graph.torch_private import registered_name, schema_of, size_seen
 from fxopt.remat.cost import (
     FUSIBLE,
@@ -34,7 +35,7 @@ from fxopt.remat.timings import Timing, read_timings, write_timings
 OURS = "fxopt"
 HANGS = "its work hangs on whole numbers that it is given"
 HOST = "to launch it takes the host longer than it runs"
-RANKS = "every op: ranks that train one model have to plan alike"
+RANKS = "ranks that train one model have to plan alike"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +52,18 @@ Timer = Callable[[Sequence[Trial], int], Iterable[Timing | str]]
 
 
 class Measured:
-    """The timings of one device, kept in the file at `path`; without a timer there are none, for the reasons `left`."""
+    """The timings of one device, kept in the file at `path`; without a timer there are none, and `without` says why."""
 
-    def __init__(
-        self, timer: Timer | None = None, path: Path | None = None, left: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, timer: Timer | None = None, path: Path | None = None, without: str = "") -> None:
         self._timer, self._path = timer, path
         self._known = {} if timer is None or path is None else read_timings(path)
         self._refused: dict[str, str] = {}
-        self._left = set(left)
+        self._left: dict[str, set[str]] = {without: {"every op"}} if without else {}
 
     @property
     def left(self) -> tuple[str, ...]:
-        """The ops that cost their roofline although they are of a kind that is timed, each with the reason."""
-        return tuple(sorted(self._left))
+        """The ops that cost their roofline although they are of a kind that is timed, with the reasons."""
+        return tuple(f"{', '.join(sorted(ops))}: {reason}" for reason, ops in sorted(self._left.items()))
 
     def find_costs(
         self, graph: fx.Graph, held: Collection[int], device: Device, declared: Declarations
@@ -76,7 +75,8 @@ class Measured:
         settled = {*self._known, *self._refused}
         missing = {key: node for node, key in keys.items() if key not in settled}
         if missing:
-            own = {node for n, node in enumerate(graph.find_nodes(op="placeholder")) if n in held}
+            inputs = enumerate(graph.find_nodes(op="placeholder"))
+            own = {storage_of(value) for n, node in inputs if n in held for value in _tensors(node)}
             in_step = max(_num_bytes(node, declared, own) for node in graph.nodes)
             backward = find_backward(list(graph.nodes))
             ordered = sorted(missing.items(), key=lambda item: -cost_of(item[1], device, declared))
@@ -89,7 +89,7 @@ class Measured:
                 found[node] = max(1, int(timing.ms * 1e-3 * PICOSECONDS))
             else:
                 reason = HOST if timing is not None else self._refused[key]
-                self._left.add(f"{registered_name(node.target)}: {reason}")
+                self._left.setdefault(reason, set()).add(registered_name(node.target))
         return found
 
     def _key_of(self, node: fx.Node) -> str:
@@ -99,9 +99,7 @@ class Measured:
         except ValueError as error:  # a size that is known when it runs
             key = f"{node.target}: {error}"
             self._refused[key] = str(error)
-        if any(
-            _decides_work(value) for source in node.all_input_nodes for value in tensors_in(_value(source))
-        ):
+        if any(_decides_work(value) for source in node.all_input_nodes for value in _tensors(source)):
             self._refused[key] = HANGS
         return key
 
@@ -153,6 +151,10 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    return tensors_in(_value(node))
+
+
 def _decides_work(value: torch.Tensor) -> bool:
     """Return whether what an op does may hang on the values of one operand: places, ends of groups, labels.
 
@@ -163,15 +165,10 @@ def _decides_work(value: torch.Tensor) -> bool:
     return value.ndim > 0 and 0 not in value.shape
 
 
-def _num_bytes(node: fx.Node, declared: Declarations, without: Collection[fx.Node] = ()) -> int:
-    """Return the bytes that live while `node` runs: what it reads, but for `without`, what it gives and holds."""
+def _num_bytes(node: fx.Node, declared: Declarations, without: Collection[int] = ()) -> int:
+    """Return the bytes that live while `node` runs: what it reads, but for the storages `without`, gives and holds."""
     if node.op != "call_function":
         return 0
-    read = [
-        value
-        for source in node.all_input_nodes
-        if source not in without
-        for value in tensors_in(_value(source))
-    ]
-    spans = sum(span_of(value) * value.element_size() for value in read)
-    return spans + bytes_in(node) + workspace_of(node, declared)
+    read = [value for source in node.all_input_nodes for value in _tensors(source)]
+    spans = (span_of(value) * value.element_size() for value in read if storage_of(value) not in without)
+    return sum(spans) + bytes_in(node) + workspace_of(node, declared)
