@@ -9,11 +9,11 @@ each length four plans, from the smallest peak to the fastest step: "min", a thi
 Each model and mode has a process of its own, and takes some of the sixteen.
 
 Of each plan the prediction is on the disk, in `<model>-<mode>.jsonl`, before the model is given it; it is made from
-the graphs, the datasheet, and what single products, copies and calls of attention reached of it on an H100. Then some
-steps run in bf16 autocast with AdamW: `peak_bytes` is `torch.cuda.max_memory_allocated` over them, from the second on;
-the first one compiles. `step_ms` is the median. While
-one process measures, the others stand still. `phases` tell of one more step where the most was allocated. On a CPU the
-peak is what torch's profiler saw allocated, beyond what lives all the time.
+the graphs, what single ops took on this GPU, and for the rest the datasheet and what single products, copies and
+calls of attention reached of it on an H100; never from a step or a block. Then some steps run in bf16 autocast with
+AdamW: `peak_bytes` is `torch.cuda.max_memory_allocated` over them, from the second on; the first one compiles.
+`step_ms` is the median. While one process measures, the others stand still. `phases` tell of one more step where the
+most was allocated. On a CPU the peak is what torch's profiler saw allocated, beyond what lives all the time.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def render(result: dict[str, Any]) -> str:
         "# Predictions",
         "",
         "Plans of models with four layers of real width and random weights, one sequence a step, bf16 autocast, AdamW.",
-        "Each prediction was on the disk before its plan ran. It is made from the datasheet and what single products,",
-        "copies and calls of attention reached of it on an H100; no measured step feeds it. `python -m",
+        "Each prediction was on the disk before its plan ran. It is made from what single ops took on this GPU,",
+        "and the datasheet for the rest; no measured step or block feeds it. `python -m",
         f"benchmarks.predictions` makes this page. {machine['device']}, {versions}.",
         "",
         "| model | mode | tokens | budget | peak GiB predicted | measured | off | ms predicted | measured | off |",

@@ -49,7 +49,7 @@ Fields = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config; may be given several times."),
 ]
-Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, A100, 4090 or L4.")]
+Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, H200, A100, 4090 or L4.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 

@@ -20,11 +20,13 @@ from fxopt.options import Options
 from fxopt.remat.devices import Device, device_of
 from fxopt.remat.figures import Facts
 from fxopt.remat.host import SHARE, free_host_bytes
+from fxopt.remat.measured import ROOFLINES
 from fxopt.remat.planner import StepPlanner
 from fxopt.remat.step import Spread
 from fxopt.remat.survey import Survey
 from fxopt.report.plan import Plan
 from fxopt.report.units import format_bytes
+from fxopt.timing import find_measured
 
 OPTIMIZER_STATES = 2
 """Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer.
@@ -164,6 +166,7 @@ def facts_of(
         declared=launch.DECLARED,
         host_bytes=_host_bytes(options),
         spread=spread,
+        measured=ROOFLINES if named is not None else find_measured(place),
     )
 
 

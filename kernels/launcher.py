@@ -145,6 +145,27 @@ def rehearsed() -> Generator[None]:
         _rehearsing.discard(thread)
 
 
+class _Backward(torch.autograd.Function):
+    """A node whose backward pass is a function of the caller's."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, run: Callable[[], None]) -> torch.Tensor:
+        ctx.run = run
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.run()
+        return None, None
+
+
+def run_as_backward(run: Callable[[], None], device: torch.device) -> None:
+    """Call `run` in the thread in which autograd runs the backward passes of `device`."""
+    with torch.enable_grad():
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        torch.autograd.grad(_Backward.apply(anchor, run), anchor, allow_unused=True)
+
+
 @functools.cache
 def _compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), "fxopt-compile")

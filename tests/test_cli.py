@@ -56,7 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("plan",), "plan: which model is not clear.*got neither"),
         (
             ("plan", "--arch", "llama", "--device", "TPU"),
-            "unknown GPU 'TPU', expected one of H100, A100, 4090, L4",
+            "unknown GPU 'TPU', expected one of H100, H200, A100, 4090, L4",
         ),
         (
             ("plan", "--arch", "llama", "--budget", "12 potatoes"),

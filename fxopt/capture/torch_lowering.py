@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,13 @@ def share_kernel_cache(device: torch.device) -> None:
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
     os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
+
+
+def cache_folder() -> Path:
+    """Return the folder in which Inductor keeps what it compiled, and what fxopt keeps beside it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def load_inductor() -> None:

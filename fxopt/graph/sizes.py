@@ -31,6 +31,19 @@ def num_bytes_of(value: Tensor) -> int:
     return math.prod(map(number_of, value.shape)) * value.element_size()
 
 
+def span_of(value: Tensor) -> int:
+    """Return how many items of its storage lie between the first and the last of one tensor, these among them.
+
+    >>> import torch
+    >>> span_of(torch.ones(4, 6)[:, :2]), span_of(torch.ones(1).expand(5)), span_of(torch.ones(0, 3))
+    (20, 1, 0)
+    """
+    sizes, strides = (list(map(number_of, each)) for each in (value.shape, value.stride()))
+    if 0 in sizes:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
 def settle_sizes(graph: fx.Graph) -> None:
     """Make numbers of the symbolic sizes in the example values of `graph` that capture has found to be numbers since.
 

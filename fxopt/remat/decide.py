@@ -60,7 +60,14 @@ def make_decision(joint: Joint, choice: Choice) -> Decision:
         offloaded=tuple(_residuals(joint, choice.offloaded)),
         offloaded_bytes=working.offloaded,
         wait_ms=wait_of(joint, choice) * MS,
+        measured_ms=_measured_cost(joint, choice) * MS,
     )
+
+
+def _measured_cost(joint: Joint, choice: Choice) -> int:
+    """Return the part of what `choice` takes that was timed, computing again among it."""
+    again = (place for place in choice.recomputed if joint.forward[place] in joint.measured)
+    return joint.measured_cost + joint.dag.cost_of(tuple(again))
 
 
 def read_tagged(joint: Joint) -> Choice:

@@ -38,11 +38,12 @@ on an H100, measured on single products and copies."""
 
 DEVICES = (
     Device("H100", 80 * GIB, 3.35e12, 989e12, 67e12, 64e9),
+    Device("H200", int(139.7 * GIB), 4.8e12, 989e12, 67e12, 64e9),
     Device("A100", 80 * GIB, 2.039e12, 312e12, 19.5e12, 32e9),
     Device("4090", 24 * GIB, 1.008e12, 165e12, 82.6e12, 32e9),
     Device("L4", 24 * GIB, 0.3e12, 121e12, 30.3e12, 32e9),
 )
-"""H100 SXM and A100 SXM of 80 GB, GeForce RTX 4090 and L4."""
+"""H100 SXM of 80 GB, H200 SXM of 141 GB, A100 SXM of 80 GB, GeForce RTX 4090 and L4."""
 OTHER = Device("CPU", 16 * GIB, 0.1e12, 1e12, 1e12, 16e9, launch_ps=0, bounded=False)
 """A CPU, or a GPU that is in no table: only the ratio of products to bandwidth matters for a plan."""
 

@@ -9,6 +9,7 @@ from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.cost import Declarations
 from fxopt.remat.devices import BANDWIDTH_SHARE, Device
+from fxopt.remat.measured import ROOFLINES, Measured
 from fxopt.remat.step import NOT_SPREAD, Around, Spread, find_peak, simulate_step
 from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
@@ -25,7 +26,7 @@ class Facts:
 
     `static_bytes` live all the time, `gradient_bytes` are those of all parameters; `free_bytes` is how much may be
     allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host; `spread` what an engine
-    adds that shards the parameters.
+    adds that shards the parameters; `measured` knows what ops take on the device.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Facts:
     declared: Declarations
     host_bytes: int = 0
     spread: Spread = NOT_SPREAD
+    measured: Measured = ROOFLINES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,8 @@ def make_plan(
         recompute_ms=recompute_ms,
         wait_ms=wait_ms,
         update_ms=update_ms,
+        measured_ms=sum(decision.measured_ms for decision in (*taken, *around.tail)),
+        rooflines=facts.measured.left,
         after=around.tail,
         timeline=timeline,
     )
@@ -177,4 +181,5 @@ def scale_decision(decision: Decision, scale: float) -> Decision:
         compute_ms=decision.compute_ms * scale,
         recompute_ms=decision.recompute_ms * scale,
         chunk_ms=decision.chunk_ms * scale,
+        measured_ms=decision.measured_ms * scale,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ CHUNK = "chunk"
 """Where the meta of a node that runs on some rows names the node that it was copied from."""
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
+Cost = Callable[..., int]
+"""Takes a node, and what its kernel reads where these are not its operands; gives picoseconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Joint:
     `storages` gives each node the storages of its value, `sizes` the bytes of these. `chained` are the storages of
     what the block before made; `shared` those of other inputs, which all blocks read; `held` both these and the
     model's own, which live anyway. `passed_on` are those of the gradient of that input, which lives until the block
-    before is done. `forward_cost` is the part of `compute_cost` that forward takes.
+    before is done. `forward_cost` is the part of `compute_cost` that forward takes, `measured_cost`
+    the part that was timed, of the nodes `measured`.
     """
 
     forward: tuple[fx.Node, ...]
@@ -53,6 +56,8 @@ class Joint:
     workspaces: dict[fx.Node, int]
     compute_cost: int
     forward_cost: int
+    measured_cost: int
+    measured: frozenset[fx.Node]
     weights: tuple[Any, ...]
     device: Device
 
@@ -70,12 +75,14 @@ def read_joint(
     fuses: bool,
     last: bool = False,
     declared: Declarations | None = None,
+    measured: Mapping[fx.Node, int] | None = None,
 ) -> Joint:
     """Return `graph` as the planner reads it.
 
     `held` are the numbers of the graph's inputs that are the model's own tensors; `fuses` whether pointwise
     ops are computed within the kernels that read them. A block hands on a value of the form it was given; with `last`,
-    of a piece after the blocks, every input is its own. `declared` is what ops say of themselves.
+    of a piece after the blocks, every input is its own. `declared` is what ops say of themselves,
+    `measured` the picoseconds of nodes that were timed; the others cost their roofline.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
     backward = find_backward(nodes)
@@ -87,7 +94,11 @@ def read_joint(
     sizes = {storage: size for node in nodes for storage, size in _sizes_of(node).items()}
     inputs = [node for node in forward if node.op == "placeholder"]
     own = [node for number, node in enumerate(inputs) if number not in held]
-    declared = declared or {}
+    declared, timed = declared or {}, dict(measured or {})
+
+    def cost(node: fx.Node, reads: Iterable[fx.Node] | None = None) -> int:
+        return timed[node] if node in timed else cost_of(node, device, declared, reads)
+
     forms = {_form(node) for node in results}
     chained = frozenset(s for node in own if last or _form(node) in forms for s in storages[node])
     inner = {_form(node) for node in own if last or _form(node) in forms}
@@ -102,7 +113,7 @@ def read_joint(
             names[node],
             tuple(places[source] for source in node.all_input_nodes),
             _saved_bytes(node, storages, sizes, rest),
-            _recompute_cost(node, storages, device, declared, fused),
+            _recompute_cost(node, storages, cost, fused),
             by_name.get(node.meta.get(REPLAYS, "")),
         )
         for node in forward
@@ -113,6 +124,7 @@ def read_joint(
         for source in node.all_input_nodes
         if source in places and storages[source]
     )
+    runs = {node: _run_cost(node, storages, cost, fused) for node in nodes if REPLAYS not in node.meta}
     return Joint(
         tuple(forward),
         tuple(node for node in nodes if node in backward),
@@ -127,10 +139,10 @@ def read_joint(
         gradients,
         fused,
         {node: workspace_of(node, declared) for node in nodes if node.target in declared},
-        sum(_run_cost(node, storages, device, declared, fused) for node in nodes if REPLAYS not in node.meta),
-        sum(
-            _run_cost(node, storages, device, declared, fused) for node in forward if REPLAYS not in node.meta
-        ),
+        sum(runs.values()),
+        sum(runs.get(node, 0) for node in forward),
+        sum(runs.get(node, 0) for node in timed),
+        frozenset(timed),
         tuple(_form(node) for number, node in enumerate(inputs) if number in held),
         device,
     )
@@ -202,8 +214,7 @@ def _saved_bytes(
 def _recompute_cost(
     node: fx.Node,
     storages: dict[fx.Node, tuple[int, ...]],
-    device: Device,
-    declared: Declarations,
+    cost: Cost,
     fused: Collection[fx.Node],
 ) -> int | None:
     if node.op != "call_function":
@@ -212,23 +223,22 @@ def _recompute_cost(
         return 0
     if is_random(node):
         return None
-    return 0 if node in fused else cost_of(node, device, declared)
+    return 0 if node in fused else cost(node)
 
 
 def _run_cost(
     node: fx.Node,
     storages: dict[fx.Node, tuple[int, ...]],
-    device: Device,
-    declared: Declarations,
+    cost: Cost,
     fused: Collection[fx.Node],
 ) -> int:
     """Return what `node` takes once; a fused one nothing, where all that reads it is in its kernel."""
     if node.op != "call_function" or _is_within(node, fused):
         return 0
-    known = _recompute_cost(node, storages, device, declared, ())
+    known = _recompute_cost(node, storages, cost, ())
     if known == 0:
         return 0
-    return cost_of(node, device, declared, _reads_of(node, fused) if node in fused else None)
+    return cost(node, _reads_of(node, fused) if node in fused else None)
 
 
 def _is_within(node: fx.Node, fused: Collection[fx.Node]) -> bool:

@@ -194,8 +194,9 @@ class StepPlanner:
 
     def _read(self, graph: fx.Graph, held: frozenset[int], *, last: bool = False) -> Joint:
         facts = self._look()
-        fuses = facts.lowering == "inductor"
-        return read_joint(graph, held, facts.device, fuses=fuses, last=last, declared=facts.declared)
+        device, declared, fuses = facts.device, facts.declared, facts.lowering == "inductor"
+        measured = facts.measured.find_costs(graph, held, device, declared)
+        return read_joint(graph, held, device, fuses=fuses, last=last, declared=declared, measured=measured)
 
     def form_of(self, path: str) -> Any:
         """Return what tells the captured form of the block at `path` from others, None before it was seen."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from fxopt.errors import FxoptError
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Decision:
     `backward_bytes` are the most that lives at an instant of the block's own run, `gradient_bytes` the gradients of
     its parameters. `recompute_ms` comes on top of `compute_ms`, forward and backward, and so does `wait_ms` where
     transfers take longer than what runs meanwhile. In `chunks` of its tokens, one after the other, runs the part of the
-    block with the widest values, which takes `chunk_ms` more.
+    block with the widest values, which takes `chunk_ms` more. Of all these `measured_ms` are of ops that
+    were timed on the device.
     """
 
     saved: tuple[Residual, ...]
@@ -56,6 +57,7 @@ class Decision:
     wait_ms: float = 0.0
     chunks: int = 1
     chunk_ms: float = 0.0
+    measured_ms: float = 0.0
 
     @property
     def extra_ms(self) -> float:
@@ -88,7 +90,8 @@ class Plan:
     path, the number of its decision. `static_bytes` live all the time: weights, buffers, the optimizer's state.
     `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
     not planned; `update_ms` of `step_ms` are the optimizer's; `timeline` is the simulated step. `residual_bytes` stay
-    on the device, `host_bytes` on the host.
+    on the device, `host_bytes` on the host. `measured_ms` of `step_ms` are of ops that were timed on the device, the
+    rest are estimates from its datasheet; of these, `rooflines` are ops that are timed elsewhere, with the reasons.
     """
 
     model: str
@@ -107,6 +110,8 @@ class Plan:
     recompute_ms: float
     wait_ms: float = 0.0
     update_ms: float = 0.0
+    measured_ms: float = 0.0
+    rooflines: tuple[str, ...] = ()
     after: tuple[Decision, ...] = ()
     timeline: tuple[Instant, ...] = ()
 
@@ -117,6 +122,11 @@ class Plan:
         residuals = [residual for decision in decisions for residual in decision.saved]
         shared = {residual.op: residual.bytes for residual in residuals if residual.shared}
         return sum(residual.bytes for residual in residuals if not residual.shared) + sum(shared.values())
+
+    @property
+    def measured_share(self) -> float:
+        """How much of the step's time rests on ops that were timed on the device."""
+        return self.measured_ms / self.step_ms if self.step_ms else 0.0
 
     @property
     def host_bytes(self) -> int:
@@ -157,8 +167,11 @@ def _made(cls: type[Plan], data: dict[str, Any]) -> Plan:
     decisions = tuple(map(_decision, data.pop("decisions")))
     after = tuple(map(_decision, data.pop("after")))
     layers = tuple((str(path), int(number)) for path, number in data.pop("layers"))
+    rooflines = tuple(map(str, data.pop("rooflines")))
     timeline = tuple(Instant(**instant) for instant in data.pop("timeline"))
-    return cls(**data, decisions=decisions, layers=layers, after=after, timeline=timeline)
+    return cls(
+        **data, decisions=decisions, layers=layers, after=after, rooflines=rooflines, timeline=timeline
+    )
 
 
 def _decision(data: dict[str, Any]) -> Decision:

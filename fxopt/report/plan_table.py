@@ -20,6 +20,8 @@ def render_plan(plan: Plan) -> str:
         f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again"
         + (f", {plan.wait_ms:.1f} ms waiting for the host" if plan.wait_ms else "")
         + f", {plan.update_ms:.1f} ms the optimizer's",
+        f"{plan.measured_share:.0%} of the step from ops timed on this device, the rest from its datasheet",
+        *(f"  by datasheet: {reason}" for reason in plan.rooflines),
         f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
         "are weights, buffers and the optimizer's state",
     ]

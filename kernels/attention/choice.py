@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ from fxopt.kernels.attention.call import Call
 from fxopt.kernels.attention.launches import with_dense_inputs, with_dense_rows
 from fxopt.kernels.attention.reference import as_heads_last, is_for_torch_on_cpu, pick_gradients
 from fxopt.kernels.launch import next_power_of_two, warn_once
-from fxopt.kernels.launcher import is_rehearsal
+from fxopt.kernels.launcher import is_rehearsal, run_as_backward
 
 ROUNDS = 5
 AGREEMENT = 0.03  # relative; rounding in 16-bit dtypes stays below 0.01, a wrong mask is above 0.1
@@ -261,30 +260,9 @@ def _run(backend: Backend, call: Call) -> tuple[float, list[Tensor]]:
         results.extend(value for value in gradients if value is not None)
         end.record()
 
-    _run_as_backward(run_backward, out.device)
+    run_as_backward(run_backward, out.device)
     end.synchronize()
     return begin.elapsed_time(end), results
-
-
-class _Backward(torch.autograd.Function):
-    """A node whose backward pass is a function of the caller's."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: Callable[[], None]) -> Tensor:
-        ctx.run = run
-        return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.run()
-        return None, None
-
-
-def _run_as_backward(run: Callable[[], None], device: torch.device) -> None:
-    """Call `run` in the thread in which autograd runs the backward passes of `device`."""
-    with torch.enable_grad():
-        anchor = torch.zeros((), device=device, requires_grad=True)
-        torch.autograd.grad(_Backward.apply(anchor, run), anchor, allow_unused=True)
 
 
 def _gradient_like(out: Tensor) -> Tensor:

@@ -1,0 +1,171 @@
+"""What one op takes on the GPU that is there, called on random values of the form that it will get.
+
+Torch's own benchmarkers are not used: which one serves is a setting of Inductor's, only one of them returns medians,
+and none runs a backward op in the thread that will run it, for which cuDNN would build its plans once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from fxopt.capture.caching import source_digest
+from fxopt.capture.joint_codes import is_ours
+from fxopt.capture.torch_lowering import cache_folder
+from fxopt.graph.sizes import span_of
+from fxopt.graph.torch_private import size_seen, unset_fake_temporarily
+from fxopt.kernels.launcher import compiled_ahead, run_as_backward
+from fxopt.remat.measured import RANKS, ROOFLINES, Measured, Trial
+from fxopt.remat.timings import Timing
+
+log = logging.getLogger("fxopt")
+ROUNDS = 3
+LIMIT_S = 1.0
+"""What all timings of one model may take, first calls left out: these compile what the first step would."""
+NO_MEMORY = "there is not memory enough to time it"
+NO_TIME = f"all timings together would take more than {LIMIT_S:g} s"
+
+
+def find_measured(place: torch.device) -> Measured:
+    """Return what is known, or can be timed, of ops on `place`; ranks of one group time nothing, lest plans differ."""
+    if place.type != "cuda":
+        return ROOFLINES
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Measured(without=RANKS)
+    return Measured(OpTimer(place), cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json")
+
+
+def environment_of(place: torch.device) -> str:
+    """Return what timings depend on beside the op: the GPU, the code that runs on it, and torch's switches."""
+    versions = (torch.cuda.get_device_name(place), torch.__version__, find_triton_version(), source_digest())
+    switches = torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
+    return hashlib.sha256(repr((versions, switches)).encode()).hexdigest()[:16]
+
+
+def find_triton_version() -> str:
+    """Return the version of Triton, "" where it is not installed."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+class OpTimer:
+    """Times ops on `place`, as long as there is memory and time; the user's random state stays as it was."""
+
+    def __init__(
+        self,
+        place: torch.device,
+        measure: Callable[[Callable[[], Any], torch.device], Timing] | None = None,
+        room: Callable[[torch.device, int], int] | None = None,
+    ) -> None:
+        self._place = place
+        self._measure, self._room = measure or measure_on_gpu, room or find_room
+        self._left_s = LIMIT_S
+
+    def __call__(self, trials: Sequence[Trial], in_step: int) -> list[Timing | str]:
+        """Return of each trial what it takes, or why it was not timed; an op of the step needs `in_step` bytes."""
+        places = [self._place.index or 0] if self._place.type == "cuda" else []
+        with (
+            unset_fake_temporarily(),
+            torch.no_grad(),
+            torch.autocast(self._place.type, enabled=False),
+            torch.random.fork_rng(places),  # pyright: ignore[reportUnknownMemberType]
+        ):
+            room = self._room(self._place, in_step)
+            self._compile([trial.node for trial in trials if trial.bytes <= room and is_ours(trial.node)])
+            return [self._time(trial) if trial.bytes <= room else NO_MEMORY for trial in trials]
+
+    def _compile(self, nodes: list[fx.Node]) -> None:
+        """Compile side by side what `nodes` will launch."""
+        with compiled_ahead(self._place) as is_needed:
+            for node in nodes if is_needed else []:
+                try:
+                    call_of(node)()
+                except Exception as error:  # the timing meets it again
+                    log.debug("%s was not compiled ahead: %s: %s", node.target, type(error).__name__, error)
+
+    def _time(self, trial: Trial) -> Timing | str:
+        if self._left_s <= 0:
+            return NO_TIME
+        found: list[Timing] = []
+        try:
+            call = call_of(trial.node)
+
+            def run() -> None:
+                found.append(self._measure(call, self._place))
+
+            if trial.in_backward and self._place.type == "cuda":
+                run_as_backward(run, self._place)
+            else:
+                run()
+        except torch.OutOfMemoryError:
+            return NO_MEMORY
+        except Exception as error:  # an estimate is left, and the plan says so
+            log.debug("%s was not timed: %s: %s", trial.node.target, type(error).__name__, error)
+            return f"it does not run on random values ({type(error).__name__})"
+        self._left_s -= ROUNDS * max(found[0].ms, found[0].host_ms) * 1e-3
+        return found[0]
+
+
+def measure_on_gpu(call: Callable[[], Any], place: torch.device) -> Timing:
+    """Return what `call` takes on `place`: the median of some calls launched one behind the other."""
+    with torch.cuda.device(place):
+        call()
+        torch.cuda.synchronize(place)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
+        started = time.perf_counter()
+        for begin, end in events:
+            begin.record()
+            call()
+            end.record()
+        host_ms = (time.perf_counter() - started) * 1e3 / ROUNDS
+        torch.cuda.synchronize(place)
+        return Timing(statistics.median(begin.elapsed_time(end) for begin, end in events), host_ms)
+
+
+def find_room(place: torch.device, in_step: int) -> int:
+    """Return how many bytes may be allocated now: what is free, and what never shows in torch's recorded peak.
+
+    That peak is at least what is recorded already, and what one op of the step needs beside what is allocated now.
+    """
+    allocated = torch.cuda.memory_allocated(place)
+    free = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place) - allocated
+    return min(free, max(torch.cuda.max_memory_allocated(place) - allocated, in_step))
+
+
+def call_of(node: fx.Node) -> Callable[[], Any]:
+    """Return a call of the op of `node` on random values of the forms that it will get."""
+    target: Any = node.target
+    args, kwargs = fx.map_arg(node.args, make_value), fx.map_arg(node.kwargs, make_value)
+    return lambda: target(*args, **kwargs)
+
+
+def make_value(node: fx.Node) -> Any:
+    """Return a value of the form that `node` will have, its items random.
+
+    All bytes are valid codes, masks hide nothing, and other whole numbers, seeds of random generators, are zero.
+    """
+    value = node.meta["val"]
+    if isinstance(value, torch.SymInt):
+        return size_seen(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    sizes, strides = (list(map(size_seen, each)) for each in (value.shape, value.stride()))
+    flat = torch.empty(span_of(value), dtype=value.dtype, device=value.device)
+    if value.is_floating_point():
+        flat.normal_()
+    elif value.dtype == torch.uint8:
+        flat.random_()
+    else:
+        flat.fill_(value.dtype == torch.bool)
+    return flat.as_strided(sizes, strides)

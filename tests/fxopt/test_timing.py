@@ -1,0 +1,251 @@
+"""An op is called on random values of the form that it will get, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+
+import fxopt
+from fxopt import timing
+from fxopt.kernels.launcher import run_as_backward
+from fxopt.remat.devices import find_device
+from fxopt.remat.measured import Trial
+from fxopt.remat.timings import Timing
+from fxopt.timing import LIMIT_S, NO_MEMORY, NO_TIME, ROUNDS, OpTimer, find_room, make_value
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+
+
+def value_of(tensor):
+    node = fx.Graph().placeholder("x")
+    node.meta["val"] = tensor
+    return make_value(node)
+
+
+def product_of(rows, device="cpu", dtype=torch.float32, *, fails=False):
+    """Return a node that multiplies two square matrices, of shapes that do not fit where it `fails`."""
+    graph = fx.Graph()
+    with FakeTensorMode():
+        a, b = graph.placeholder("a"), graph.placeholder("b")
+        a.meta["val"] = torch.empty(rows, rows, device=device, dtype=dtype)
+        b.meta["val"] = torch.empty(rows + fails, rows, device=device, dtype=dtype)
+        node = graph.call_function(aten.mm.default, (a, b))
+        node.meta["val"] = torch.empty(rows, rows, device=device, dtype=dtype)
+    return node
+
+
+def trial_of(node, *, in_backward=False):
+    value = node.meta["val"]
+    return Trial(node, 3 * value.numel() * value.element_size(), in_backward)
+
+
+def fake_timer(ms=2.0, room=10**6):
+    """Return a timer on a CPU, and the results of what it called."""
+    seen = []
+
+    def measure(call, place):
+        seen.append(call())
+        return Timing(ms, 0.5)
+
+    return OpTimer(CPU, measure, lambda place, in_step: room), seen
+
+
+def test_values_have_the_form_that_they_stand_for():
+    with FakeTensorMode():
+        fakes = [
+            torch.empty(4, 6)[:, 1:3],
+            torch.empty(6, 4).t(),
+            torch.empty(1, 3).expand(5, 3),
+            torch.empty(0, 3),
+            torch.empty(2, 3, dtype=torch.bfloat16),
+        ]
+    for fake in fakes:
+        made = value_of(fake)
+        assert not isinstance(made, type(fake))
+        assert (made.shape, made.stride(), made.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        assert made.isfinite().all()
+    assert value_of(fakes[0]).unique().numel() > 1
+
+
+def test_bytes_are_any_masks_hide_nothing_and_seeds_are_zero():
+    with FakeTensorMode():
+        codes, mask, seed = (
+            torch.empty(1000, dtype=torch.uint8),
+            torch.empty(8, dtype=torch.bool),
+            torch.empty(2, dtype=torch.uint64),
+        )
+    assert value_of(codes).unique().numel() > 200
+    assert value_of(mask).all()
+    assert value_of(seed).tolist() == [0, 0]
+
+
+def test_an_op_runs_on_real_values_while_others_are_stand_ins():
+    timer, seen = fake_timer()
+    with FakeTensorMode():
+        assert timer([trial_of(product_of(8))], 0) == [Timing(2.0, 0.5)]
+    (result,) = seen
+    assert result.isfinite().all()
+    assert result.abs().sum() > 0
+
+
+def test_random_states_stay_as_they_were():
+    timer, _ = fake_timer()
+    before = torch.get_rng_state()
+    timer([trial_of(product_of(8))], 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_changes_no_dtype_of_what_is_timed():
+    timer, seen = fake_timer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        timer([trial_of(product_of(8))], 0)
+    assert seen[0].dtype == torch.float32
+
+
+def test_what_needs_more_than_there_is_room_for_is_not_run():
+    timer, seen = fake_timer(room=3 * 8 * 8 * 4)
+    results = timer([trial_of(product_of(9)), trial_of(product_of(8))], 0)
+    assert results == [NO_MEMORY, Timing(2.0, 0.5)]
+    assert len(seen) == 1
+
+
+def test_after_the_limit_nothing_more_is_timed():
+    timer, seen = fake_timer(ms=LIMIT_S * 1e3 / ROUNDS)
+    trials = [trial_of(product_of(8)), trial_of(product_of(9))]
+    assert timer(trials, 0)[1] == NO_TIME
+    assert timer(trials, 0) == [NO_TIME, NO_TIME], "the limit is of all calls together"
+    assert len(seen) == 1
+
+
+def test_an_op_that_fails_leaves_an_estimate():
+    timer, _ = fake_timer()
+    results = timer([trial_of(product_of(8, fails=True)), trial_of(product_of(8))], 0)
+    assert results == ["it does not run on random values (RuntimeError)", Timing(2.0, 0.5)]
+
+
+def test_an_op_that_runs_out_of_memory_says_so():
+    def measure(call, place):
+        raise torch.OutOfMemoryError
+
+    timer = OpTimer(CPU, measure, lambda place, in_step: 10**6)
+    assert timer([trial_of(product_of(8))], 0) == [NO_MEMORY]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 4096) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.up(x).relu()
+
+
+@pytest.fixture
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_large_product_takes_about_what_the_datasheet_says(in_backward):
+    device = find_device(torch.cuda.get_device_name())
+    if device is None:
+        pytest.skip("this GPU is in no table")
+    node = product_of(8192, "cuda", torch.bfloat16)
+    (found,) = OpTimer(torch.device("cuda", 0))([trial_of(node, in_backward=in_backward)], 10**9)
+    assert isinstance(found, Timing), found
+    assert found.host_ms < found.ms
+    share = 2 * 8192**3 / device.half_flops / (found.ms * 1e-3)
+    assert 0.3 < share < 1.05, f"{share:.2f} of the datasheet's products"
+
+
+@pytest.mark.gpu
+def test_a_tiny_op_takes_the_host_longer():
+    (found,) = OpTimer(torch.device("cuda", 0))([trial_of(product_of(16, "cuda"))], 10**9)
+    assert isinstance(found, Timing), found
+    assert found.ms < 1
+
+
+@pytest.mark.gpu
+def test_timing_leaves_no_memory_no_random_state_and_no_peak():
+    place = torch.device("cuda", 0)
+    small = torch.ones(512, 512, device=place)
+    _ = small @ small  # torch's library takes its workspace
+    run_as_backward(lambda: torch.mm(small, small) and None, place)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
+    nodes = [product_of(rows, "cuda") for rows in (4096, 2048)]
+    in_step = 3 * 2048**2 * 4
+    for in_backward in (False, True):
+        results = OpTimer(place)([trial_of(node, in_backward=in_backward) for node in nodes], in_step)
+        assert results[0] == NO_MEMORY, "torch's recorded peak would be higher than the step's"
+        assert isinstance(results[1], Timing), results[1]
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.max_memory_allocated() <= allocated + in_step
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert find_room(place, 2**60) <= torch.cuda.get_device_properties(place).total_memory
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_own_cache")
+def test_a_plan_on_a_gpu_rests_on_timings_and_a_second_one_times_nothing(monkeypatch):
+    model = nn.Sequential(*(Block() for _ in range(3))).to("cuda", torch.bfloat16)
+    inputs = {"input": torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)}
+    plan = fxopt.plan(model, None, inputs)
+    assert plan.rooflines == ()
+    assert plan.measured_share > 0.5
+    products = plan.measured_ms
+    assert products < plan.step_ms
+    monkeypatch.setattr(timing, "measure_on_gpu", lambda *_: pytest.fail("timed once more"))
+    again = fxopt.plan(model, None, inputs)
+    assert again.measured_ms == products
+
+
+def quantize(model):
+    """Put NF4 weights with nested scales in the place of all linear layers but the head."""
+    library = pytest.importorskip("bitsandbytes").nn
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or layer is model.get_output_embeddings():
+            continue
+        sizes = layer.in_features, layer.out_features, layer.bias is not None
+        new = library.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4")
+        new.load_state_dict(layer.state_dict())
+        model.set_submodule(name, new)
+    model.is_loaded_in_4bit = True
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_every_op_of_an_adapted_llama_runs_on_random_values(four_bit):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=1024,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if four_bit:
+        quantize(model)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model.cuda(), LoraConfig(r=16, target_modules=targets)).train()
+    ids = torch.randint(0, 1024, (4, 2048), device="cuda")
+    allocated = torch.cuda.memory_allocated()
+    plan = fxopt.plan(model, "min", {"input_ids": ids, "labels": ids})
+    print(plan)
+    assert [reason for reason in plan.rooflines if "random values" in reason] == []
+    assert plan.measured_share > 0.5, plan.rooflines
+    assert torch.cuda.memory_allocated() - allocated < 2**27, "what libraries keep for themselves alone"
+    fxopt.optimize(model, plan=plan)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert fxopt.explain(model).plans[0].residual_bytes == plan.residual_bytes
