@@ -57,8 +57,8 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
 
 def group_of(module: nn.Module) -> Any:
     """Return the process group whose ranks share the parameters of `module`, or None."""
-    partitioned: Iterator[Any] = (tensor for tensor in module.parameters() if is_partitioned(tensor))
-    return next((tensor.ds_process_group for tensor in partitioned), None)
+    partitioned: Any = next(filter(is_partitioned, module.parameters()), None)
+    return None if partitioned is None else partitioned.ds_process_group
 
 
 @dataclasses.dataclass(frozen=True)

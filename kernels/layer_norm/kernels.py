@@ -45,8 +45,12 @@ def layer_norm_forward_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Write y and the statistics of BLOCK_ROWS rows."""
+    """Write y and the statistics of BLOCK_ROWS rows; EARLY: weight and bias are on their way while the sums are made.
+
+    Of longer rows they would take the registers that a second program beside the first needs.
+    """
     b_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     b_is_row = b_row < num_rows
     b_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -56,13 +60,16 @@ def layer_norm_forward_kernel(
     if WIDTH <= BLOCK_COLUMNS:
         b_mask = b_is_row[:, None] & (b_column < WIDTH)
         b_x = tl.load(p_x + b_column, mask=b_mask, other=0.0).to(tl.float32)
-        # On their way while the sums are made.
-        b_weight = _load_columns(p_weight, b_column, WIDTH, HAS_WEIGHT)
-        b_bias = _load_columns(p_bias, b_column, WIDTH, HAS_BIAS)
+        if EARLY:
+            b_weight = _load_columns(p_weight, b_column, WIDTH, HAS_WEIGHT)
+            b_bias = _load_columns(p_bias, b_column, WIDTH, HAS_BIAS)
         b_mean = tl.sum(b_x, 1) / WIDTH
         b_x = tl.where(b_mask, b_x - b_mean[:, None], 0.0)
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / WIDTH + eps)
         b_n = b_x * b_rstd[:, None]
+        if not EARLY:
+            b_weight = _load_columns(p_weight, b_column, WIDTH, HAS_WEIGHT)
+            b_bias = _load_columns(p_bias, b_column, WIDTH, HAS_BIAS)
         _finish(b_n, b_weight, b_bias, p_y, b_column, b_mask, HAS_WEIGHT, HAS_BIAS)
     else:
         b_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)

@@ -17,7 +17,14 @@ from fxopt.kernels.layer_norm.kernels import (
     layer_norm_forward_kernel,
     layer_norm_sum_kernel,
 )
-from fxopt.kernels.rms_norm.launches import TILE_ELEMENTS, tile_of
+from fxopt.kernels.rms_norm.launches import (
+    FORWARD_ELEMENTS,
+    MOST_EARLY_COLUMNS,
+    SUM_COLUMNS,
+    SUM_ROWS,
+    TILE_ELEMENTS,
+    tile_of,
+)
 
 MOST_KEPT_COLUMNS = 8192  # backward holds a row and the weight in registers; what is longer it reads again
 
@@ -33,7 +40,7 @@ def launch_forward(
     if num_rows == 0:
         return y, statistics
     block_rows, block_columns = tile_of(columns, TILE_ELEMENTS)
-    num_warps = num_warps_for(block_rows * block_columns)
+    num_warps = num_warps_for(block_rows * block_columns, FORWARD_ELEMENTS)
     x, x_row_stride = with_row_stride(x)
     with on_device(x):
         launch(
@@ -52,9 +59,8 @@ def launch_forward(
             HAS_BIAS=bias is not None,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
+            EARLY=block_columns <= MOST_EARLY_COLUMNS,
             num_warps=num_warps,
-            # 16 warps with 86 registers each would leave no room for a second program beside the first.
-            maxnreg=64 if num_warps == 16 else None,
             enable_fp_fusion=True,  # sums of squares and n * w + b: a fused multiply-add only rounds less
         )
     return y, statistics
@@ -117,10 +123,9 @@ def launch_backward(
             enable_fp_fusion=False,  # a fused multiply-add would make a difference of equal products not 0
         )
         if num_sums:
-            block = 64
             launch(
                 layer_norm_sum_kernel,
-                (ceil_div(columns, block), num_sums),
+                (ceil_div(columns, SUM_COLUMNS), num_sums),
                 partial,
                 partial if dweight is None else dweight,
                 partial if dbias is None else dbias,
@@ -128,9 +133,9 @@ def launch_backward(
                 columns,
                 NEED_WEIGHT=dweight is not None,
                 NEED_BIAS=dbias is not None,
-                BLOCK_ROWS=64,
-                BLOCK_COLUMNS=block,
-                num_warps=8,
+                BLOCK_ROWS=SUM_ROWS,
+                BLOCK_COLUMNS=SUM_COLUMNS,
+                num_warps=4,
                 enable_fp_fusion=True,  # sums only: nothing to fuse
             )
     return dx, dweight, dbias

@@ -97,8 +97,13 @@ def rms_norm_forward_kernel(
     CENTRE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Write y and the statistics of BLOCK_ROWS rows of one group; with a skip, h = x * scale + skip as well."""
+    """Write y and the statistics of BLOCK_ROWS rows of one group; with a skip, h = x * scale + skip as well.
+
+    EARLY: the weight is on its way while the sums are made. Of longer rows it would take the registers that a second
+    program beside the first needs.
+    """
     group = tl.program_id(1)
     b_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     b_is_row = b_row < num_rows
@@ -120,7 +125,8 @@ def rms_norm_forward_kernel(
             p_x + b_column, p_skip + b_column, p_gate + b_column, b_mask, scale,
             h_type, HAS_SKIP, GATE, GATE_BEFORE,
         )  # fmt: skip
-        b_weight = _load_weight(p_weight, b_column, WIDTH, HAS_WEIGHT)  # on its way while the sums are made
+        if EARLY:
+            b_weight = _load_weight(p_weight, b_column, WIDTH, HAS_WEIGHT)
         if HAS_SKIP:
             tl.store(p_h + b_column, b_x.to(h_type), mask=b_mask)
         if CENTRE:
@@ -129,6 +135,8 @@ def rms_norm_forward_kernel(
             b_x = tl.where(b_mask, b_x - b_mean[:, None], 0.0)
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / WIDTH + eps)
         b_n = b_x * b_rstd[:, None]
+        if not EARLY:
+            b_weight = _load_weight(p_weight, b_column, WIDTH, HAS_WEIGHT)
         _finish(
             b_n, b_weight, p_gate + b_column, p_y + b_column, b_mask, offset,
             h_type, HAS_WEIGHT, GATE, GATE_BEFORE, CAST_FIRST,

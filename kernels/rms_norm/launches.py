@@ -21,6 +21,13 @@ from fxopt.kernels.rms_norm.reference import promoted
 
 MOST_TILE_COLUMNS = 16384  # longer rows go through in tiles
 TILE_ELEMENTS = 4096  # what a program holds at a time, unless one row is longer
+FORWARD_ELEMENTS = 32  # a thread's, where forward reads one tensor: fewer warps meet at a row's sum
+FORWARD_ELEMENTS_BESIDE = 16  # a thread's, of each of two
+MOST_EARLY_COLUMNS = 4096  # up to here weight and bias are on their way while the sums are made
+SUM_ROWS, SUM_COLUMNS = (
+    64,
+    16,
+)  # many programs of a few columns each: partial sums are few, and all of them wait
 LOOP_COLUMNS = 4096
 MOST_KEPT_COLUMNS = 8192  # backward holds the weight in registers; of longer rows it reads it again for each
 
@@ -79,6 +86,8 @@ def run_forward(
         return statistics
     width = columns // groups
     block_rows, block_columns = tile_of(width, TILE_ELEMENTS)
+    reads_one = gate is None and h is None
+    per_thread = FORWARD_ELEMENTS if reads_one else FORWARD_ELEMENTS_BESIDE
     x, x_row_stride = with_row_stride(x)
     skip, skip_row_stride = (x, 0) if skip is None else with_row_stride(skip)
     gate, gate_row_stride = (None, 0) if gate is None else with_row_stride(gate)
@@ -110,7 +119,8 @@ def run_forward(
             CENTRE=centre,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
-            num_warps=num_warps_for(block_rows * block_columns),
+            EARLY=not reads_one or block_columns <= MOST_EARLY_COLUMNS,
+            num_warps=num_warps_for(block_rows * block_columns, per_thread),
             # Sums of squares, x * scale + skip, n * w * act: a fused multiply-add only rounds less.
             enable_fp_fusion=True,
         )
@@ -223,17 +233,16 @@ def run_backward(
             enable_fp_fusion=True,  # products and sums of fp32 values: a fused multiply-add only rounds less
         )
         if dweight is not None:
-            block = 64
             launch(
                 rms_norm_sum_kernel,
-                (ceil_div(columns, block),),
+                (ceil_div(columns, SUM_COLUMNS),),
                 partial,
                 dweight,
                 programs,
                 columns,
-                BLOCK_ROWS=64,
-                BLOCK_COLUMNS=block,
-                num_warps=8,
+                BLOCK_ROWS=SUM_ROWS,
+                BLOCK_COLUMNS=SUM_COLUMNS,
+                num_warps=4,
                 enable_fp_fusion=True,  # sums only: nothing to fuse
             )
     return dweight

@@ -68,10 +68,15 @@ def rms_norm_builds() -> Iterator[Build]:
         backward = form | dict(NEED_X=True, NEED_WEIGHT=form["HAS_WEIGHT"], NEED_GATE=gated, KEEP_WEIGHT=keep)
         has_skip = backward.pop("HAS_SKIP")
         backward |= dict(HAS_DH=has_skip, NEED_SKIP=has_skip and width == ODD_WIDTH)
-        yield rms_norm.rms_norm_forward_kernel, form | dict(CAST_FIRST=True), fp32, warps, True
+        reads_one = not gated and not has_skip
+        per_thread = rms_norm.FORWARD_ELEMENTS if reads_one else rms_norm.FORWARD_ELEMENTS_BESIDE
+        early = not reads_one or columns <= rms_norm.MOST_EARLY_COLUMNS
+        forward = form | dict(CAST_FIRST=True, EARLY=early)
+        yield rms_norm.rms_norm_forward_kernel, forward, fp32, num_warps_for(rows * columns, per_thread), True
         yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
         yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
-    yield rms_norm.rms_norm_sum_kernel, dict(BLOCK_ROWS=64, BLOCK_COLUMNS=64), fp32, 8, True
+    sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
+    yield rms_norm.rms_norm_sum_kernel, sums, fp32, 4, True
 
 
 def layer_norm_builds() -> Iterator[Build]:
@@ -80,8 +85,10 @@ def layer_norm_builds() -> Iterator[Build]:
         rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
         form = dict(HAS_WEIGHT=True, WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
         warps = num_warps_for(rows * columns)
+        forward_warps = num_warps_for(rows * columns, rms_norm.FORWARD_ELEMENTS)
         for biased in (True, False):
-            yield layer_norm.layer_norm_forward_kernel, form | dict(HAS_BIAS=biased), fp32, warps, True
+            forward = form | dict(HAS_BIAS=biased, EARLY=columns <= rms_norm.MOST_EARLY_COLUMNS)
+            yield layer_norm.layer_norm_forward_kernel, forward, fp32, forward_warps, True
         keep = columns <= layer_norm.MOST_KEPT_COLUMNS
         for trainable in (True, False):
             needs = dict(NEED_X=True, NEED_WEIGHT=trainable, NEED_BIAS=trainable)
@@ -89,8 +96,8 @@ def layer_norm_builds() -> Iterator[Build]:
             for stages in (1, 3):
                 kernel = layer_norm.layer_norm_backward_kernel
                 yield kernel, backward | dict(STAGES=stages), fp32, warps, True
-    form = dict(NEED_WEIGHT=True, NEED_BIAS=True, BLOCK_ROWS=64, BLOCK_COLUMNS=64)
-    yield layer_norm.layer_norm_sum_kernel, form, fp32, 8, True
+    sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
+    yield layer_norm.layer_norm_sum_kernel, sums | dict(NEED_WEIGHT=True, NEED_BIAS=True), fp32, 4, True
 
 
 def glu_builds() -> Iterator[Build]:
