@@ -8,6 +8,7 @@ returns. A call is replayed only where nothing of an earlier one still waits for
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,6 +84,7 @@ class CudaGraphs:
 
             def run(*args: Any) -> Any:
                 results = compiled(*self._enter(args))
+                self._copy_gradients(args, results)
                 self._note_results(results)
                 return results
 
@@ -91,21 +93,26 @@ class CudaGraphs:
         return lower_graph
 
     def _enter(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return `args` so that gradients of what no block of this call returned are copied out of the replays."""
-        places = [
-            place
-            for place, value in enumerate(args)
-            if isinstance(value, torch.Tensor)
-            and value.requires_grad
-            and value.untyped_storage().data_ptr() not in self._written
-        ]
-        if not places:
-            return args
-        entered: Any = Leave.apply(self._token, *(args[place] for place in places))
-        changed = list(args)
-        for place, value in zip(places, entered, strict=True):
-            changed[place] = value
-        return tuple(changed)
+        """Return `args`, one that needs a gradient behind a node that holds on to this call."""
+        for place, value in enumerate(args):
+            if isinstance(value, torch.Tensor) and value.requires_grad and not self._is_written(value):
+                held: Any = Hold.apply(self._token, value)
+                return (*args[:place], held, *args[place + 1 :])
+        return args
+
+    def _copy_gradients(self, args: tuple[Any, ...], results: Any) -> None:
+        """Have a block's gradients copied out of the replays, but for those that a block of this call reads."""
+        given = {value.grad_fn for value in args if isinstance(value, torch.Tensor)} - {None}
+        values = (value for value in args if isinstance(value, torch.Tensor) and value.grad_fn in given)
+        read = {value.grad_fn for value in values if self._is_written(value)}
+        items = results if isinstance(results, tuple | list) else (results,)
+        ends = (value.grad_fn for value in items if isinstance(value, torch.Tensor))
+        for node in dict.fromkeys(_compiled_node_behind(end, given) for end in ends):
+            if node is not None:
+                node.register_hook(_copier(weakref.ref(node), read))
+
+    def _is_written(self, value: torch.Tensor) -> bool:
+        return value.untyped_storage().data_ptr() in self._written
 
     def _note_results(self, results: Any) -> None:
         """Note what a block returned: it lies in the memory of the replays."""
@@ -125,22 +132,43 @@ class CudaGraphs:
         return tree_map(copied, output)
 
 
-class Leave(torch.autograd.Function):
-    """Inputs as they are; in the backward pass, copies of their gradients."""
+class Hold(torch.autograd.Function):
+    """An input as it is; `token` lives as long as what this call saved."""
 
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return views of `values`; `token` lives as long as what this call saved."""
+    def forward(ctx: Any, token: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return a view of `value`."""
         ctx.save_for_backward(token)
         ctx.set_materialize_grads(False)
-        return tuple(value.view_as(value) for value in values)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Return copies of `gradients`."""
-        found = [gradient for gradient in gradients if gradient is not None]
-        copies = iter(copies_of(found))
-        return None, *(None if gradient is None else next(copies) for gradient in gradients)
+        """Return the gradient as it is."""
+        return None, *gradients
+
+
+def _compiled_node_behind(end: Any, given: set[Any]) -> Any:
+    """Return the node of the compiled graph that a result comes from, itself or by views; None if from no such."""
+    while end is not None and end not in given and not torch_tensors.is_compiled_node(end):
+        end = end.next_functions[0][0] if len(end.next_functions) == 1 else None
+    return None if end in given else end
+
+
+def _copier(find_node: Callable[[], Any], read: set[Any]) -> Callable[..., Any]:
+    """Return a hook that gives copies of a node's gradients, but of those that the nodes `read` take up."""
+
+    def copy(gradients: tuple[torch.Tensor | None, ...], _: Any) -> tuple[torch.Tensor | None, ...]:
+        takers = (taker for taker, _ in find_node().next_functions)
+        found = {
+            place: gradient
+            for place, (gradient, taker) in enumerate(zip(gradients, takers, strict=True))
+            if gradient is not None and taker not in read
+        }
+        copies = dict(zip(found, copies_of(list(found.values())), strict=True))
+        return tuple(copies.get(place, gradient) for place, gradient in enumerate(gradients))
+
+    return copy
 
 
 def copies_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -17,31 +17,35 @@ from fxopt.capture import torch_tensors
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
 
 
-class Replay(torch.autograd.Function):
-    """x * w + b in memory of its own, written again by each call."""
+class CompiledFunction(torch.autograd.Function):
+    """x * w + b in memory of its own, written again by each call; called as AOTAutograd calls its own."""
 
     memory: ClassVar[dict[str, torch.Tensor]] = {}
 
     @staticmethod
     def write(name: str, value: torch.Tensor) -> torch.Tensor:
-        buffer = Replay.memory.setdefault(name, torch.empty_like(value))
+        buffer = CompiledFunction.memory.setdefault(name, torch.empty_like(value))
         buffer.copy_(value)
         return buffer.detach()  # another tensor on the same memory, as a replay returns
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, w)
-        return Replay.write("y", x * w + b)
+        return CompiledFunction.write("y", x * w + b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (dy,), (x, w) = gradients, ctx.saved_tensors
-        return Replay.write("dx", dy * w), Replay.write("dw", dy * x), Replay.write("db", dy)
+        return (
+            CompiledFunction.write("dx", dy * w),
+            CompiledFunction.write("dw", dy * x),
+            CompiledFunction.write("db", dy),
+        )
 
 
 @pytest.fixture
 def graphs() -> Any:
-    Replay.memory.clear()
+    CompiledFunction.memory.clear()
     notes: list[str] = []
     made = CudaGraphs(None, notes.append)
     made.notes = notes  # pyright: ignore[reportAttributeAccessIssue]
@@ -50,7 +54,7 @@ def graphs() -> Any:
 
 def lower(gm: Any, example_inputs: Any, *, graphed: bool) -> Any:
     assert graphed
-    return Replay.apply
+    return CompiledFunction.apply
 
 
 def call(graphs: CudaGraphs, *args: torch.Tensor, times: int = 1) -> torch.Tensor:
@@ -97,6 +101,39 @@ def test_gradients_between_blocks_are_not_copied(graphs: Any, monkeypatch: pytes
     x, w, b = leaves()
     call(graphs, x, w, b, times=2).sum().backward()
     assert counted == [2, 3]  # the second block's input is the first one's result
+
+
+def test_gradients_pass_views_of_a_blocks_result(graphs: Any) -> None:
+    def lower_viewed(gm: Any, example_inputs: Any, *, graphed: bool) -> Any:
+        return lambda *args: CompiledFunction.apply(*args).view(1, 1).view(1)
+
+    ours, run = leaves(), graphs.with_replays(lower_viewed, "layers")(None, [])
+    for _ in range(2):
+        with graphs.step():
+            result = run(*ours)
+        result.sum().backward()
+    assert [float(own.grad) for own in ours] == [6.0, 4.0, 2.0]
+
+
+def test_gradients_of_what_aotautograd_compiled_are_copied(graphs: Any, monkeypatch: Any) -> None:
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        torch_tensors,
+        "copy_each",
+        lambda to, values: (copied.extend(values), torch._foreach_copy_(to, values)),
+    )
+
+    def compiled(gm: Any, example_inputs: Any, *, graphed: bool) -> Any:
+        return torch.compile(lambda x, w, b: x * w + b, backend="aot_eager")
+
+    x, w, b = leaves()
+    run = graphs.with_replays(compiled, "layers")(None, [])
+    with graphs.step():
+        y = run(x, w, b)
+        z = run(y, w, b)
+    z.sum().backward()
+    assert [float(each.grad) for each in (x, w, b)] == [9.0, 17.0, 4.0]
+    assert sorted(map(float, copied)) == [1.0, 3.0, 6.0, 9.0, 11.0]  # all but the one between the two
 
 
 def test_a_call_is_not_replayed_before_an_earlier_ones_backward_pass(graphs: Any) -> None:
