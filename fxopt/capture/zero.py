@@ -18,20 +18,31 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules
-from fxopt.graph.torch_private import tree_leaves, tree_map
+from fxopt.graph.torch_private import TORCH_LINEAR, tree_leaves, tree_map
 
 ENGINE = "deepspeed.runtime.zero.parameter_offload"
+OPTIMIZER = "deepspeed.runtime.zero.stage3"
 LINEAR = "deepspeed.runtime.zero.linear"
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
 def is_zero_hook(hook: Any) -> bool:
     """Return whether `hook` is one by which ZeRO-3 follows a module, or a wrapper around such a one."""
-    engine = sys.modules.get(ENGINE)
-    queue = [] if engine is None else [hook]
+    return _comes_from(hook, ENGINE)
+
+
+def is_engine_hook(hook: Any) -> bool:
+    """Return whether `hook` follows a module or, for one that is gathered with all inside, reduces its gradients."""
+    return _comes_from(hook, ENGINE) or _comes_from(hook, OPTIMIZER)
+
+
+def _comes_from(hook: Any, name: str) -> bool:
+    """Return whether `hook` is a function of the module called `name`, or a wrapper around such a one."""
+    source = sys.modules.get(name)
+    queue = [] if source is None else [hook]
     while queue:
         function = queue.pop()
-        if getattr(function, "__globals__", None) is vars(engine):
+        if getattr(function, "__globals__", None) is vars(source):
             return True
         if str(getattr(function, "__module__", "")).partition(".")[0] not in ("deepspeed", "torch"):
             continue
@@ -57,8 +68,15 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
 
 def group_of(module: nn.Module) -> Any:
     """Return the process group whose ranks share the parameters of `module`, or None."""
+<<<<<<< HEAD
     partitioned: Any = next(filter(is_partitioned, module.parameters()), None)
     return None if partitioned is None else partitioned.ds_process_group
+=======
+    if not is_there():
+        return None
+    parameters: Iterator[Any] = iter(module.parameters())
+    return next((each.ds_process_group for each in parameters if is_partitioned(each)), None)
+>>>>>>> a8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +94,17 @@ class Gathering:
     @property
     def has_parameters(self) -> bool:
         """Whether there is anything to gather."""
-        return next(torch_modules.own_tensors(self.module), None) is not None
+        return bool(self._parameters())
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the parameters are whole now."""
+        return all(parameter.numel() for parameter in self._parameters())
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """Return the parameters gathered with this module: of what DeepSpeed calls a leaf, all that are inside."""
+        is_leaf = getattr(self.module, "_z3_leaf", False)
+        return [each for each in self.module.parameters(recurse=is_leaf) if is_partitioned(each)]
 
     def gather(self) -> None:
         """Gather the parameters; each such call wants one of `free`."""
@@ -152,7 +180,7 @@ def captured_linear() -> Callable[..., Any]:
     """
     engine = sys.modules.get(LINEAR)
     found = nn.functional.linear
-    return torch_modules.linear if engine is not None and found is engine.zero3_linear_wrap else found
+    return TORCH_LINEAR if engine is not None and found is engine.zero3_linear_wrap else found
 
 
 @contextlib.contextmanager
