@@ -65,6 +65,17 @@ TABLE = {
             lambda a: a.mean([2], True, dtype=torch.float32),
         ],
     ),
+    "norm": (
+        (LEAF,),
+        "vector_norm(%0, dim=(-1,), keepdim=True)",
+        [
+            lambda a: a.norm(dim=-1, keepdim=True),
+            lambda a: a.norm(2, 2, True),
+            lambda a: torch.norm(a, p=2.0, dim=-1, keepdim=True),
+            lambda a: torch.linalg.norm(a, dim=-1, keepdim=True),
+            lambda a: torch.linalg.vector_norm(a, 2, (-1,), True),
+        ],
+    ),
     "sum": (
         (LEAF,),
         "sum(%0, dim=(-2, -1), keepdim=False)",
