@@ -11,9 +11,9 @@ from fxopt.rewriting.terms import Term, named, operation
 FORM = ("act", "alpha", "gate_scale", "gate_limit", "up_limit", "up_offset", "scale", "layout", "gate_first")
 
 
-def unit_of(up: Term) -> Term:
-    """Return the unit of the first product `up`, in whichever form."""
-    return named("unit", operation(fused_glu, up, **dict.fromkeys(FORM, ...)))
+def unit_of(*products: Term) -> Term:
+    """Return the unit of the first products, one of both gate and up or two, in whichever form."""
+    return named("unit", operation(fused_glu, *products, **dict.fromkeys(FORM, ...)))
 
 
 def form_of(m: Match) -> dict[str, Any]:

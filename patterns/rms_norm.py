@@ -8,6 +8,7 @@ Numerics: statistics in fp32; rounded where the model rounds, or less often.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from fxopt.rewriting.terms import (
     mean,
     named,
     number,
+    operation,
     reciprocal,
     reshape,
     rms_norm,
@@ -36,6 +38,7 @@ from fxopt.rewriting.terms import (
     silu,
     sqrt,
     tensor,
+    total,
     upcast,
     variance,
 )
@@ -67,7 +70,7 @@ def normalized(v: Term) -> Term:
     return choice(
         "centre",
         yes=over_root(d, either(mean(square(d)), variance(v)) + eps),
-        no=over_root(v, mean(square(v)) + eps),
+        no=over_root(v, mean_square(v) + eps),
         # torch's own norm without a weight
         fused=rms_norm(v, None, eps=attribute("eps")),
     )
@@ -78,6 +81,13 @@ def over_root(v: Term, s: Term) -> Term:
     root = maybe(downcast, sqrt(s))
     inverse = maybe(downcast, either(rsqrt(s), s**-0.5, reciprocal(root)))
     return either(v * inverse, v / root)
+
+
+def mean_square(v: Term) -> Term:
+    """Return the mean of the squares of `v`: a sum of them, or their root squared again, over their number."""
+    root = operation(torch.linalg.vector_norm, v, dim=(-1,), keepdim=True)
+    sums = either(total(square(v)), square(root))
+    return either(mean(square(v)), sums / number("size"), sums * number("share"))
 
 
 def square(v: Term) -> Term:
@@ -106,6 +116,10 @@ def check(m: Match) -> Mismatch | None:
         group = m.example("group")
         if group.dim() != x.dim() + 1 or group.shape[-2] * group.shape[-1] != x.shape[-1]:
             return m.fail(f"x is viewed as {list(group.shape)}, expected [..., groups, size]", "group")
+    size = x.shape[-1] if m["group"] is None else m.example("group").shape[-1]
+    divisor = 1 / m["share"] if m["share"] else m["size"]
+    if divisor is not None and not math.isclose(divisor, size, rel_tol=1e-6):
+        return m.fail(f"the sum of {size} squares is divided by {divisor:g}, expected their number", "x")
     if not same_shape(m.output, x):
         return m.fail(f"the result has shape {list(m.output.shape)}, expected that of x {list(x.shape)}", "x")
     for node in m.nodes:
@@ -175,6 +189,16 @@ def _times_reciprocal(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return w * (xf * (1 / torch.sqrt(xf.square().mean((-1,), True) + 1e-5))).to(x.dtype)
 
 
+def _by_its_root(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    squares = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).pow(2).div(x.shape[-1])
+    return torch.mul(x.float(), (squares + 1e-6).pow(-0.5)).to(x).mul(w)
+
+
+def _by_a_sum(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    squares = x.float().square().sum(-1, keepdim=True) * (1 / x.shape[-1])
+    return (x / torch.sqrt(squares + 1e-6)).to(x) * w
+
+
 def _weightless(x: torch.Tensor) -> torch.Tensor:
     xf = x.float()
     return (xf * torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
@@ -239,9 +263,10 @@ def examples(device: torch.device) -> Iterator[tuple[str, Example]]:
     """Yield the spellings above in bf16 and fp32, at odd sizes, and on a transposed input."""
     bf16, fp32 = torch.bfloat16, torch.float32
     plain = (_llama, _gemma, _olmo2, _t5, _gemma3n, _over_sqrt, _times_reciprocal, _torch_norm, _cohere)
+    plain = (*plain, _by_its_root)
     for function in (*plain, _by_variance):
         yield f"{function.__name__.strip('_')} bf16", (function, _inputs(device, bf16, 2, 5, 63))
-    for function in (_llama, _gemma, _cohere, _torch_norm):
+    for function in (_llama, _gemma, _cohere, _torch_norm, _by_a_sum):
         yield f"{function.__name__.strip('_')} fp32", (function, _inputs(device, fp32, 2, 5, 63))
     for function in (_gated_after, _gated_by_sigmoid, _mamba2, _falcon_h1):
         yield f"{function.__name__.strip('_')} bf16", (function, _inputs(device, bf16, 2, 5, 63, gate=True))
@@ -282,7 +307,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         return w * (y * root)
 
     yield "eps outside the root", (outside, (x, w)), "under rsqrt: expected add, got mean"
-    yield "sum instead of mean", (summed, (x, w)), "expected mean, got sum"
+    yield "sum instead of mean", (summed, (x, w)), "expected div or mul above sum, got add"
     yield "mean over the wrong dim", (other_dim, (x, w)), "expected (-1,), got (-2,)"
     yield "the root is read elsewhere", (escaping, (x, w)), "root (rsqrt) is also read by the graph's output"
     yield (

@@ -26,6 +26,7 @@ from fxopt.rewriting.terms import (
     cat,
     choice,
     chunk,
+    contiguous,
     downcast,
     either,
     maybe,
@@ -77,7 +78,9 @@ def turned(v: Term, name: str) -> Term:
 
 def turned_as_complex(lanes: Term) -> Term:
     """Return pairs turned by a product of complex numbers: of a pair, and of a cosine and a sine."""
-    numbers = operation(torch.view_as_complex, choice("pieces", lanes=lanes)) * tensor("angles")
+    numbers = operation(torch.view_as_complex, choice("pieces", lanes=maybe(contiguous, lanes))) * tensor(
+        "angles"
+    )
     return choice("out", interleaved=reshape(operation(torch.view_as_real, numbers)))
 
 

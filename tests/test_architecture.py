@@ -92,6 +92,7 @@ APART = {
     "patterns": {
         "dropped",
         "expert_units",
+        "experts_cases",
         "logits",
         "rotations",
         "attention_cases",

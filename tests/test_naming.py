@@ -19,6 +19,7 @@ NOT_A_FEATURE = {
     "launcher",
     "row_loss",
     "expert_units",
+    "experts_cases",
     "logits",
     "rotations",
     "attention_cases",

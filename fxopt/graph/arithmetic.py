@@ -11,6 +11,7 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.graph.arguments import Form, bind, from_last, is_number, rank_of
 from fxopt.graph.edit import Editor, can_bypass, fresh_like, num_edges
+from fxopt.graph.names import op_name
 from fxopt.graph.view import is_tensor, value_of
 
 Rule = Callable[[fx.Node, Editor], Form | None]
@@ -157,6 +158,18 @@ def _reduction(target: Any) -> Rule:
     return rule
 
 
+def _norm(node: fx.Node, editor: Editor) -> Form | None:
+    """Return the root of the sum of squares over some dims, whatever torch calls that."""
+    order = "ord" if "ord" in node.kwargs or op_name(node) == "vector_norm" else "p"
+    bound = bind(node, "x", **{order: None}, dim=None, keepdim=False, dtype=None)
+    if bound is None or not is_tensor(bound["x"]) or not _is_default_dtype(bound["dtype"], bound["x"]):
+        return None
+    dims = _reduced(bound["dim"], bound["x"])
+    if dims is None or len(dims) != 1 or bound[order] not in (None, 2, "fro"):
+        return None
+    return Form(torch.linalg.vector_norm, (bound["x"],), {"dim": dims, "keepdim": bool(bound["keepdim"])})
+
+
 def _max(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "dim", keepdim=False)
     if bound is None or not is_tensor(bound["x"]) or is_tensor(node):
@@ -278,6 +291,9 @@ RULES: dict[str, Rule] = {
     "std": _spread(torch.std),
     "logsumexp": _logsumexp,
     "max": _max,
+    "norm": _norm,
+    "vector_norm": _norm,
+    "linalg_vector_norm": _norm,
     "softmax": _softmax,
     "masked_fill": _masked_fill,
     "where": _where,

@@ -24,8 +24,9 @@ def canonicalize(gm: fx.GraphModule) -> None:
     """Rewrite `gm`, and the bodies of its higher-order ops, in place to the ops of `vocabulary`.
 
     Outputs and gradients keep every bit; of a product with a four-bit weight those of the decoded weight, with which
-    a library's own kernels for few tokens sum in another order. Nodes whose spelling is not known, and impure ones,
-    stay as they are. A node keeps its stock name, and `meta["origins"]` names the stock nodes it stands for.
+    a library's own kernels for few tokens sum in another order, and of an einsum those of the product of matrices that
+    it is. Nodes whose spelling is not known, and impure ones, stay as they are. A node keeps its stock name, and
+    `meta["origins"]` names the stock nodes it stands for.
 
     >>> import operator, torch
     >>> graph = fx.Graph()
@@ -50,8 +51,8 @@ def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
     graph = gm.graph
     settle_sizes(graph)
     fold_constants(graph)
-    remove_idle_grad_switches(graph)
     make_pure(graph)
+    remove_idle_grad_switches(graph)
     editor = Editor(graph, Aliases(graph), prefix)
     unfold_quantized_products(gm, editor)
     name_grouped_products(editor)

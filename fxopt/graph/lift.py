@@ -29,6 +29,8 @@ from fxopt.graph.turns import MARKS, ROWS, SKIPS, Turn, find_turns
 
 CASTS = frozenset({"to", "float", "half", "bfloat16"})
 NEW = frozenset({"zeros_like", "zeros", "new_zeros"})
+OF_A_LOOP = "of_a_loop"
+"""The mark, in the meta of a node, of copies that stock does not make: there it multiplies by the stack's own item."""
 VIEWS = frozenset({"getitem", "reshape", "view", "squeeze", "flatten"})
 
 
@@ -212,7 +214,9 @@ class _Lift:
 
     def _copies(self, at: fx.Node, pick: fx.Node) -> fx.Node:
         flat = self._make(at, "reshape", self.ids, -1)
-        return self._make(at, operator.getitem, self.stacks[pick], flat)
+        copies = self._make(at, operator.getitem, self.stacks[pick], flat)
+        copies.meta[OF_A_LOOP] = True
+        return copies
 
     def _replace(self, node: fx.Node, by: fx.Node) -> None:
         node.replace_all_uses_with(by)

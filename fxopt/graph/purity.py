@@ -58,8 +58,8 @@ PURE = frozenset(
         # reductions and products
         *("mean", "sum", "var", "std", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all"),
         *("norm", "vector_norm", "linalg_vector_norm", "prod", "cumsum", "cumprod", "logsumexp", "softmax"),
-        *("log_softmax", "topk", "sort", "argsort", "gather", "index_select", "take_along_dim", "one_hot"),
-        *("diff", "numel", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "outer"),
+        *("log_softmax", "topk", "sort", "argsort", "gather", "scatter", "index_select", "take_along_dim"),
+        *("one_hot", "diff", "numel", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "outer"),
         *("conv1d", "conv2d", "conv3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
         *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "masked_scatter", "cross_entropy"),
         *("nll_loss", "rms_norm", "layer_norm", "normalize", "group_norm"),

@@ -7,14 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.graph import arithmetic, factories, functions, layout
+from fxopt.graph import arithmetic, einsum, factories, functions, layout
 from fxopt.graph.any_op import general_form
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
 from fxopt.graph.torch_private import constant_of
 
-RULES: dict[str, Rule] = {**arithmetic.RULES, **layout.RULES, **functions.RULES, **factories.RULES}
+RULES: dict[str, Rule] = {
+    **arithmetic.RULES,
+    **layout.RULES,
+    **functions.RULES,
+    **factories.RULES,
+    **einsum.RULES,
+}
 CONSTANT = (bool, int, float)
 
 

@@ -160,6 +160,7 @@ OPS: tuple[Op, ...] = (
     Op("var", torch.var, ("x",), ("dim", "correction", "keepdim")),
     Op("std", torch.std, ("x",), ("dim", "correction", "keepdim")),
     Op("logsumexp", torch.logsumexp, ("x",), ("dim", "keepdim")),
+    Op("norm", torch.linalg.vector_norm, ("x",), ("dim", "keepdim")),
     Op("max", torch.max, ("x",), ("dim", "keepdim")),
     Op("cast", cast, ("x",), ("dtype",)),
     Op("silu", F.silu),

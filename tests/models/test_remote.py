@@ -22,16 +22,29 @@ CLASSES = {
     "heron": ("HeronConfig", "HeronForWriting"),
     "marten": ("MartenConfig", "MartenForText"),
     "sedge": ("SedgeConfig", "SedgeForGrowth"),
+    "dunlin": ("DunlinConfig", "DunlinForCalls"),
 }
 SITES = {
     "heron": {"rms_norm": 3 * 4 + 1, "rope": 3 * 2, "attention": 3, "glu": 3, "linear_cross_entropy": 1},
     "marten": {"layer_norm": 3 + 1, "rope": 3 * 2, "attention": 3, "glu": 3, "linear_cross_entropy": 1},
+    "dunlin": {
+        "rms_norm": 2 * 2 + 1,
+        "rope": 2 * 2,
+        "attention": 2,
+        "glu": 2,
+        "route": 2,
+        "experts": 2,
+        "linear_cross_entropy": 1,
+    },
     "sedge": {"rms_norm": 4 * 2 + 2 + 1, "attention": 2, "glu": 4 * 4, "linear_cross_entropy": 1},
 }
 """Counted by hand in the files: per layer, and what stands after the last one."""
 
 
-@pytest.fixture(params=["heron", "marten", pytest.param("sedge", marks=pytest.mark.slow)])
+SLOW = ("dunlin", "sedge")
+
+
+@pytest.fixture(params=["heron", "marten", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def twins(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, Any, Any]:

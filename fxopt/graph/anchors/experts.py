@@ -14,10 +14,16 @@ BETWEEN = MOVING | ROUNDING | {"mul", "add"}
 def experts_kind(node: fx.Node) -> str:
     """Return "experts" if `node` sums, over one of three dims, products with matrices that a stack holds, else "".
 
-    The rows were put in order, or each has its own copy of a matrix, or all were multiplied by all.
+    The rows were put in order, or each has its own copy of a matrix, or all were multiplied by all. The sum may be a
+    product with the weights.
     """
     operands = tensors_read(node)
-    if stock_name(node) != "sum" or not operands or _rank(operands[0]) != STACK_RANK or _rank(node) != 2:
+    if (
+        stock_name(node) not in ("sum", "matmul")
+        or not operands
+        or _rank(operands[0]) != STACK_RANK
+        or _rank(node) != 2
+    ):
         return ""
     stacks = _find_stacks(operands[0])
     first = operands[0].meta["example_value"].shape[0]

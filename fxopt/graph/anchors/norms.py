@@ -83,6 +83,9 @@ def _is_mean_of_squares(node: fx.Node) -> bool:
             if name == "var":
                 return True
             return (name == "mean" or is_scaled) and _is_square(operands[0])
+        if name in ("pow", "square") and operands and stock_name(operands[0]) == "norm":
+            is_square = name == "square" or _exponent(node) == 2
+            return is_scaled and is_square and _reduces_last(operands[0])
         large = [item for item in operands if not is_scalar(item)]
         if name not in SCALING | ROUNDING or len(large) != 1:
             return False
