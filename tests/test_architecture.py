@@ -75,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     "offline": {
         "coverage",
         "demo",
+        "graph.torch_private",
         "explaining",
         "surveying",
         "sites",

@@ -7,7 +7,8 @@ fails in plain words when a torch version moves one of these.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +87,17 @@ def conditions_on(size: Any) -> list[Any]:
 def numbers_at_capture(size: Any) -> Mapping[Any, Any]:
     """Return the number that each symbol had at capture, of all sizes that were captured with this symbolic one."""
     return size.node.shape_env.backed_var_to_val
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Generator[None]:
+    """Keep torch from logging a traceback for what does not run on tensors without storage: a report tells it."""
+    fakes = logging.getLogger(fake_tensor.__name__)
+    held, fakes.disabled = fakes.disabled, True
+    try:
+        yield
+    finally:
+        fakes.disabled = held
 
 
 def leaving_no_symbols(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:

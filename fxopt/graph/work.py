@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import (
     DispatchMode,
     FakeTensorMode,
+    quiet_fakes,
     registered_name,
     schema_of,
     tree_leaves,
@@ -61,23 +62,12 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
     What is computed only where somebody reads it is left out. It runs in a thread of its own: a graph that fails
     between two switches of a mode leaves the modes of this thread as they are.
     """
-    with ThreadPoolExecutor(1) as thread, _quiet_fakes():
+    with ThreadPoolExecutor(1) as thread, quiet_fakes():
         try:
             return thread.submit(_measure_under, gm, autocast).result()
         except Exception as error:
             log.debug("the work of a graph is not known: %s: %s", type(error).__name__, error)
             return None
-
-
-@contextlib.contextmanager
-def _quiet_fakes() -> Generator[None]:
-    """Keep torch from logging a traceback for what does not run on tensors without storage: a report tells it."""
-    fakes = logging.getLogger("torch._subclasses.fake_tensor")
-    held, fakes.disabled = fakes.disabled, True
-    try:
-        yield
-    finally:
-        fakes.disabled = held
 
 
 def _measure_under(gm: fx.GraphModule, autocast: Sequence[Autocast]) -> Work:
