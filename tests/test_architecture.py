@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "options",
         *PLAN,
     },
-    "explaining": {"pipeline", "probing", "sites", "capture", "options", "report"},
+    "explaining": {"pipeline", "probing", "sites", "capture", "options", "errors", "report"},
     "surveying": {"pipeline", "probing", "planning", "capture", "rewriting", "remat", "options", *PLAN},
     "backend": {"pipeline", "capture", "options", RECORDS},
     "bisection": {"pipeline", "installing", "capture", "graph", "rewriting", "options", "errors"},
