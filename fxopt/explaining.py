@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.capture.installation import check_model, check_uncompiled, find_installation
+from fxopt.errors import FxoptError
 from fxopt.options import Options
 from fxopt.pipeline import ALL, make_transform
 from fxopt.probing import report_on_small_inputs
@@ -47,7 +48,7 @@ def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str
     source. Inputs are made as by `explain`.
 
     Raises:
-        FxoptError: not a module, or no inputs could be made for it.
+        FxoptError: not a module, no inputs could be made for it, or none of it could be captured.
 
     >>> import torch, fxopt
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
@@ -64,4 +65,12 @@ def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str
     model = check_model(model)
     check_uncompiled(model)
     options = Options(patterns=())
-    return render_code(report_on_small_inputs(model, options, make_transform(options), example_inputs))
+    report = report_on_small_inputs(model, options, make_transform(options), example_inputs)
+    code = render_code(report)
+    if not code:
+        reasons = "; ".join(region.reason for region in report.regions if region.reason)
+        raise FxoptError(
+            f"trace: no graph of {report.model} was captured, expected one at least, got {reasons or 'no op'}\n"
+            "print(fxopt.explain(model)) says more"
+        )
+    return code

@@ -6,11 +6,10 @@ datasheet. A model that asks for values on the way is reported by a small one of
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fxopt.demo.models import build_meta_model, build_model, default_tokens, fin
 from fxopt.demo.quantized import quantize
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
+from fxopt.graph.torch_private import quiet_fakes
 from fxopt.options import Options
 from fxopt.planning import MARGIN, finish_plan
 from fxopt.remat.devices import DEVICES, Device
@@ -88,7 +88,7 @@ def report_offline(setting: Setting) -> Report:
     options, device = _options_of(setting), _find_device(setting.device)
     config = config_of(setting)
     model = _adapted(build_meta_model(config), setting)
-    with _quiet_fakes():
+    with quiet_fakes():
         try:
             with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
                 plan = finish_plan(survey, probe.ledger)
@@ -138,17 +138,6 @@ def _misfit(plan: Plan, device: Device) -> tuple[str, ...]:
     return (
         f"the step does not fit: it needs {needed} under any plan, and {device.name} has {format_bytes(there)} free",
     )
-
-
-@contextlib.contextmanager
-def _quiet_fakes() -> Generator[None]:
-    """Keep torch from logging a traceback for a step that the model does not take: a note tells it in one line."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    held, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = held
 
 
 def config_of(setting: Setting) -> PreTrainedConfig:

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "options",
         *PLAN,
     },
-    "explaining": {"pipeline", "probing", "sites", "capture", "options", "report"},
+    "explaining": {"pipeline", "probing", "sites", "capture", "options", "errors", "report"},
     "surveying": {"pipeline", "probing", "planning", "capture", "rewriting", "remat", "options", *PLAN},
     "backend": {"pipeline", "capture", "options", RECORDS},
     "bisection": {"pipeline", "installing", "capture", "graph", "rewriting", "options", "errors"},
@@ -76,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "offline": {
         "coverage",
         "demo",
+        "graph.torch_private",
         "explaining",
         "surveying",
         "sites",

@@ -68,15 +68,10 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
 
 def group_of(module: nn.Module) -> Any:
     """Return the process group whose ranks share the parameters of `module`, or None."""
-<<<<<<< HEAD
-    partitioned: Any = next(filter(is_partitioned, module.parameters()), None)
-    return None if partitioned is None else partitioned.ds_process_group
-=======
     if not is_there():
         return None
     parameters: Iterator[Any] = iter(module.parameters())
     return next((each.ds_process_group for each in parameters if is_partitioned(each)), None)
->>>>>>> a8
 
 
 @dataclasses.dataclass(frozen=True)

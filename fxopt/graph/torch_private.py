@@ -7,7 +7,9 @@ fails in plain words when a torch version moves one of these.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -89,6 +91,24 @@ def conditions_on(size: Any) -> list[Any]:
 def numbers_at_capture(size: Any) -> Mapping[Any, Any]:
     """Return the number that each symbol had at capture, of all sizes that were captured with this symbolic one."""
     return size.node.shape_env.backed_var_to_val
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Generator[None]:
+    """Keep torch from logging, in this thread, a traceback for what does not run on tensors without storage.
+
+    A report tells it.
+    """
+    fakes, own = logging.getLogger(fake_tensor.__name__), threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    fakes.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        fakes.removeFilter(is_of_others)
 
 
 def leaving_no_symbols(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-<<<<<<< HEAD
-from collections.abc import Callable, Collection, Generator, Sequence
-=======
-import threading
-from collections.abc import Callable, Generator, Sequence
->>>>>>> a8
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +20,7 @@ from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import (
     DispatchMode,
     FakeTensorMode,
+    quiet_fakes,
     registered_name,
     schema_of,
     tree_leaves,
@@ -74,24 +70,8 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
             return None
 
 
-@contextlib.contextmanager
-def _quiet_fakes() -> Generator[None]:
-    """Keep torch from logging, in this thread, a traceback for what does not run on tensors without storage."""
-    fakes = logging.getLogger("torch._subclasses.fake_tensor")
-    own = threading.get_ident()
-
-    def is_of_others(record: logging.LogRecord) -> bool:
-        return record.thread != own
-
-    fakes.addFilter(is_of_others)
-    try:
-        yield
-    finally:
-        fakes.removeFilter(is_of_others)
-
-
 def _measure_under(gm: fx.GraphModule, autocast: Sequence[Autocast]) -> Work:
-    with _quiet_fakes(), torch.random.fork_rng(devices=[]), contextlib.ExitStack() as modes:
+    with quiet_fakes(), torch.random.fork_rng(devices=[]), contextlib.ExitStack() as modes:
         for device, dtype, enabled in autocast:
             modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         return _measure(gm)

@@ -16,7 +16,7 @@ import jinja2
 
 from fxopt.errors import FxoptError
 from fxopt.report.alignment import align
-from fxopt.report.figures import distinct_graphs, distinct_misses, layer_figures
+from fxopt.report.figures import caller_of, distinct_graphs, distinct_misses, layer_figures, region_title
 from fxopt.report.memory import describe_budget
 from fxopt.report.memory_chart import chart_of
 from fxopt.report.records import GraphRecord, NodeRecord, Report
@@ -42,6 +42,8 @@ def render_html(report: Report) -> str:
         format_bytes=format_bytes,
         describe_budget=describe_budget,
         relative=_relative,
+        region_title=region_title,
+        caller_of=caller_of,
         figures=layer_figures(report),
         charts=[chart for plan in report.plans if (chart := chart_of(plan)) is not None],
         graphs=graphs,

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.edit import PROVENANCE
-from fxopt.graph.torch_private import leaving_no_symbols, tree_leaves, tree_map_only
+from fxopt.graph.torch_private import leaving_no_symbols, quiet_fakes, tree_leaves, tree_map_only
 from fxopt.rewriting.failures import cure_of, function_place, said_by
 from fxopt.rewriting.modes import autocast_scope
 from fxopt.rewriting.pattern import Call, Match
@@ -32,7 +32,7 @@ def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[i
         example = old.meta["example_value"]
         try:
             scope = _fake_mode_of(match)
-            with autocast_scope(match.autocast), leaving_no_symbols(scope):
+            with autocast_scope(match.autocast), leaving_no_symbols(scope), quiet_fakes():
                 found = evaluate_call(item, lambda node: node.meta["example_value"], scope, known)
         except Exception as error:
             main = find_main_call(outputs)

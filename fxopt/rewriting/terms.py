@@ -8,7 +8,7 @@ node, or two nodes that compute the same from the same values. Sums and products
 
 >>> x, w, eps = tensor("x", "* H"), tensor("w", "H"), number("eps")
 >>> print(x * rsqrt(mean(x ** 2) + eps) * w)
-mul(mul(x, rsqrt(add(mean(pow(x, 2)), eps))), w)
+mul(mul(x, rsqrt(add(mean(pow(x, 2), dim=(-1,)), eps))), w)
 """
 
 from __future__ import annotations

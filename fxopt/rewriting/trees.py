@@ -155,7 +155,7 @@ def describe(term: Any) -> str:
         case Tensor() | Number() | Attribute():
             return term.name
         case Operation():
-            attributes = [describe(value) for name, value in term.attributes if _is_shown(name, value)]
+            attributes = [_describe_attribute(*pair) for pair in term.attributes if _is_shown(*pair)]
             return f"{name_of(term.target)}({', '.join([*map(describe, term.args), *attributes])})"
         case Either(options=((True, built), (False, _))):
             return f"maybe {describe(built)}"
@@ -174,7 +174,11 @@ def describe(term: Any) -> str:
 
 
 def _is_shown(name: str, value: Any) -> bool:
-    return value is not ... and name not in ("dim", "keepdim")
+    return value is not ... and value is not None and name != "keepdim"
+
+
+def _describe_attribute(name: str, value: Any) -> str:
+    return f"{name}={value}" if name == "dim" else describe(value)
 
 
 def items_of(value: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.graph.work import ambient_autocast, kept_for_work, measure_work
+from fxopt.kernels.glu.op import glu
 from fxopt.report.records import Work
 from fxopt.rewriting.functions import capture
 
@@ -35,6 +36,29 @@ def test_kernels_and_saved_bytes_are_those_counted_by_hand() -> None:
 def test_what_needs_no_gradient_is_not_saved() -> None:
     gm = graph_of(lambda x: torch.exp(x) * 2, torch.randn(4, 8))
     assert measure_work(gm) == Work(2, 0, 0)
+
+
+def gated(*, doubled: bool) -> fx.GraphModule:
+    """Return the graph of the square of a gated unit, as a rewrite leaves it: of two inputs, or of one doubled."""
+    graph = fx.Graph()
+    gate, up = graph.placeholder("gate"), graph.placeholder("up")
+    for node in (gate, up):
+        node.meta["example_value"] = leaf(4, 8)
+    first = graph.call_function(torch.mul, (gate, 2)) if doubled else gate
+    unit = graph.call_function(glu, (first, up), {"act": "silu"})
+    graph.output((graph.call_function(torch.square, (unit,)),))
+    return fx.GraphModule({}, graph)
+
+
+def test_what_one_op_computes_again_from_inputs_is_not_kept() -> None:
+    """It is one launch more in backward, as what fxopt compiles has it; made from other values it is kept."""
+    again, kept = measure_work(gated(doubled=False)), measure_work(gated(doubled=True))
+    assert again is not None
+    assert kept is not None
+    assert again.saved_bytes == 0
+    assert kept.saved_bytes == 2 * 4 * 8 * ITEM  # gate * 2, and what is squared
+    # The doubled one's other launch is the product's own backward.
+    assert again.backward_kernels == kept.backward_kernels
 
 
 def test_what_is_computed_only_where_it_is_read_is_left_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,6 +236,81 @@ def test_keys_walk_and_zoom(page: Any) -> None:
     page.keyboard.press("+")
     assert page.get_attribute("#before", "viewBox") != before
     assert page.evaluate("() => document.activeElement.id") == "before"
+
+
+TIP = """() => {
+  const tip = document.getElementById("tip"), box = tip.getBoundingClientRect();
+  if (tip.hidden) return null;
+  const node = document.querySelector("#after .node.selected") || document.querySelector("#before .node.selected");
+  const place = node.getBoundingClientRect();
+  const gap = Math.max(box.top - place.bottom, place.top - box.bottom);
+  return { lines: tip.innerText.split("\\n"), gap, title: node.querySelector("text").textContent,
+    inside: box.left >= 0 && box.top >= 0 && box.right <= innerWidth && box.bottom <= innerHeight };
+}"""
+
+
+def test_walking_by_keys_tells_what_pointing_does(page: Any) -> None:
+    page.locator("#after").focus()
+    page.keyboard.press("ArrowRight")
+    seen = set()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
+        shown = page.evaluate(TIP)
+        assert shown["lines"][0] in (f"op: {shown['title']}", f"input: {shown['title']}")
+        assert 0 <= shown["gap"] < 20, "beside its node"
+        assert shown["inside"]
+        seen.add("\n".join(shown["lines"]))
+    assert len(seen) > 2
+    page.keyboard.press("Enter")
+    assert page.evaluate(TIP)["lines"][0].endswith("Enter unfolds it.")
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#tip").is_visible()
+    page.locator("#search").focus()
+    assert page.locator("#tip").is_hidden()
+
+
+def test_an_input_tells_its_form_and_bytes(page: Any) -> None:
+    page.locator("#before .node.input").first.hover()
+    lines = page.inner_text("#tip").splitlines()
+    assert lines[0].startswith("input: ")
+    assert any(re.fullmatch(r"holds: [\d.]+ \w+", line) for line in lines)
+    assert not any(line.startswith(("op: ", "stands for: ")) for line in lines)
+
+
+PHONE: Any = {"width": 420, "height": 900}
+CUT_OFF = """() => [...document.querySelectorAll("main :is(td, h2, h3, p, button, select, input), header *")]
+  .filter((part) => {
+  if (part.closest(".chips, pre, details:not([open])")) return false;
+  const box = part.getBoundingClientRect();
+  return box.width > 0 && box.right > innerWidth + 1;
+}).map((part) => part.outerHTML.slice(0, 120))"""
+
+
+def test_a_narrow_page_cuts_nothing_off(page: Any) -> None:
+    page.set_viewport_size(PHONE)
+    assert not page.evaluate(WIDER_THAN_PAGE)
+    assert page.evaluate(CUT_OFF) == []
+    row = page.locator("#sites tbody tr").first
+    titles = row.evaluate(
+        "(row) => [...row.cells].map((cell) => getComputedStyle(cell, '::before').content.slice(1, -1))"
+    )
+    assert titles == ["form", "became", "layers", "status", "module", "source", "reason, or what serves it"]
+    tops = row.evaluate("(row) => [...row.cells].slice(0, 4).map((cell) => cell.getBoundingClientRect().top)")
+    assert tops == sorted(set(tops)), "one below the other"
+    assert page.evaluate("() => document.getElementById('before').getBoundingClientRect().height") < 400
+    for side in ("before", "after"):
+        assert (
+            page.evaluate(f"() => getComputedStyle(document.getElementById('{side}')).touchAction") == "pan-y"
+        )
+
+
+def test_regions_are_told_apart_by_their_names(page: Any) -> None:
+    names = page.locator(".tiles .name").all_inner_texts()
+    assert "the tail" in names
+    assert not any(name in ("model", "the model", "(model)") for name in names)
+    assert page.locator("#graph option").last.inner_text().strip() == "the tail, capture 0"
 
 
 def test_pointing_at_a_node_tells_its_form_and_source(page: Any) -> None:

@@ -303,6 +303,16 @@ def test_traced_code_computes_the_same() -> None:
     torch.testing.assert_close(y, model[0](x))
 
 
+def test_a_model_of_which_nothing_is_captured_has_no_trace() -> None:
+    class Closed(nn.Module):
+        @torch.compiler.disable
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input.exp()
+
+    with pytest.raises(FxoptError, match=r"trace: no graph of Closed was captured, .*, got .*\nprint"):
+        fxopt.trace(Closed(), {"input": torch.ones(2)})
+
+
 def site(pattern: str, status: str = "rewritten", count: int = 2, module: str = "layers.0.x") -> Site:
     op = pattern if status == "rewritten" else ""
     return Site(pattern, op, count, status, module, "f.py:1", "" if op else "no reason")  # pyright: ignore[reportArgumentType]

@@ -269,7 +269,7 @@ def raising() -> Any:
         ),
         (
             lambda: exp(cat(many("a", tensor("x")), many("b", tensor("y")))),
-            r"returned 'cat\(\[x, ..., y, ...\]\)', expected at most one many\(...\) in a list of arguments",
+            r"returned 'cat\(\[x, ..., y, ...\], dim=-1\)', expected at most one many\(...\) in a list of arguments",
         ),
     ],
 )
