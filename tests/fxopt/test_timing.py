@@ -13,7 +13,7 @@ from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
 from fxopt.remat.measured import HANGS, Measured, Trial
 from fxopt.remat.timings import Timing
-from fxopt.timing import LIMIT_S, NO_MEMORY, NO_TIME, ROUNDS, OpTimer, find_room, make_value
+from fxopt.timing import ELSEWHERE, LIMIT_S, NO_MEMORY, NO_TIME, ROUNDS, OpTimer, find_room, make_value
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -110,6 +110,12 @@ def test_what_needs_more_than_there_is_room_for_is_not_run():
     results = timer([trial_of(product_of(9)), trial_of(product_of(8))], 0)
     assert results == [NO_MEMORY, Timing(2.0, 0.5)]
     assert len(seen) == 1
+
+
+def test_an_op_on_another_device_is_not_run():
+    timer, seen = fake_timer()
+    assert timer([trial_of(product_of(8, "meta"))], 0) == [ELSEWHERE]
+    assert seen == []
 
 
 def test_after_the_limit_nothing_more_is_timed():
