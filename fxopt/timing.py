@@ -24,13 +24,16 @@ from fxopt.capture.torch_lowering import cache_folder
 from fxopt.graph.sizes import span_of
 from fxopt.graph.torch_private import size_seen, unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead, run_as_backward
+from fxopt.remat.cost import tensors_in
 from fxopt.remat.measured import RANKS, ROOFLINES, Measured, Trial
 from fxopt.remat.timings import Timing
 
 log = logging.getLogger("fxopt")
+CPU = torch.device("cpu")
 ROUNDS = 3
 LIMIT_S = 1.0
 """What all timings of one model may take, first calls left out: these compile what the first step would."""
+ELSEWHERE = "it runs on another device"
 NO_MEMORY = "there is not memory enough to time it"
 NO_TIME = f"all timings together would take more than {LIMIT_S:g} s"
 
@@ -68,7 +71,7 @@ class OpTimer:
         measure: Callable[[Callable[[], Any], torch.device], Timing] | None = None,
         room: Callable[[torch.device, int], int] | None = None,
     ) -> None:
-        self._place = place
+        self._place = place if place.type != "cuda" else torch.device("cuda", place.index or 0)
         self._measure, self._room = measure or measure_on_gpu, room or find_room
         self._left_s = LIMIT_S
 
@@ -95,6 +98,8 @@ class OpTimer:
                     log.debug("%s was not compiled ahead: %s: %s", node.target, type(error).__name__, error)
 
     def _time(self, trial: Trial) -> Timing | str:
+        if any(device not in (self._place, CPU) for device in _devices_of(trial.node)):
+            return ELSEWHERE
         if self._left_s <= 0:
             return NO_TIME
         found: list[Timing] = []
@@ -115,6 +120,11 @@ class OpTimer:
             return f"it does not run on random values ({type(error).__name__})"
         self._left_s -= ROUNDS * max(found[0].ms, found[0].host_ms) * 1e-3
         return found[0]
+
+
+def _devices_of(node: fx.Node) -> set[torch.device]:
+    """Return where the values lie that `node` reads."""
+    return {value.device for source in node.all_input_nodes for value in tensors_in(source.meta.get("val"))}
 
 
 def measure_on_gpu(call: Callable[[], Any], place: torch.device) -> Timing:

@@ -11,9 +11,9 @@ import fxopt
 from fxopt import timing
 from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
-from fxopt.remat.measured import Trial
+from fxopt.remat.measured import HANGS, Measured, Trial
 from fxopt.remat.timings import Timing
-from fxopt.timing import LIMIT_S, NO_MEMORY, NO_TIME, ROUNDS, OpTimer, find_room, make_value
+from fxopt.timing import ELSEWHERE, LIMIT_S, NO_MEMORY, NO_TIME, ROUNDS, OpTimer, find_room, make_value
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -110,6 +110,12 @@ def test_what_needs_more_than_there_is_room_for_is_not_run():
     results = timer([trial_of(product_of(9)), trial_of(product_of(8))], 0)
     assert results == [NO_MEMORY, Timing(2.0, 0.5)]
     assert len(seen) == 1
+
+
+def test_an_op_on_another_device_is_not_run():
+    timer, seen = fake_timer()
+    assert timer([trial_of(product_of(8, "meta"))], 0) == [ELSEWHERE]
+    assert seen == []
 
 
 def test_after_the_limit_nothing_more_is_timed():
@@ -218,34 +224,50 @@ def quantize(model):
     model.is_loaded_in_4bit = True
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("_own_cache")
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_every_op_of_an_adapted_llama_runs_on_random_values(four_bit):
+def make_adapted(device, *, width, tokens, four_bit):
+    """Return a llama of two layers with adapters, and inputs of so many tokens a sequence."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
         "llama",
-        hidden_size=2048,
-        intermediate_size=8192,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=2,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        num_attention_heads=width // 32 if width < 1024 else width // 128,
+        num_key_value_heads=2,
         vocab_size=1024,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if four_bit:
         quantize(model)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model.cuda(), LoraConfig(r=16, target_modules=targets)).train()
-    ids = torch.randint(0, 1024, (4, 2048), device="cuda")
+    model = get_peft_model(model.to(device), LoraConfig(r=16, target_modules=targets)).train()
+    ids = torch.randint(0, 1024, (4, tokens), device=device)
+    return model, {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bit):
+    timer, seen = fake_timer(ms=1.0, room=10**9)
+    monkeypatch.setattr("fxopt.planning.find_measured", lambda place: Measured(timer))
+    model, inputs = make_adapted("cpu", width=64, tokens=32, four_bit=four_bit)
+    plan = fxopt.plan(model, "min", inputs)
+    assert plan.rooflines == (f"fxopt::linear_cross_entropy: {HANGS}",), "only labels are no random values"
+    assert plan.measured_ms > len(seen) > 10, "equal calls are made once"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_plan_of_an_adapted_llama_rests_on_timings(four_bit):
+    model, inputs = make_adapted("cuda", width=4096, tokens=2048, four_bit=four_bit)
     allocated = torch.cuda.memory_allocated()
-    plan = fxopt.plan(model, "min", {"input_ids": ids, "labels": ids})
+    plan = fxopt.plan(model, "min", inputs)
     print(plan)
     assert [reason for reason in plan.rooflines if "random values" in reason] == []
     assert plan.measured_share > 0.5, plan.rooflines
     assert torch.cuda.memory_allocated() - allocated < 2**27, "what libraries keep for themselves alone"
     fxopt.optimize(model, plan=plan)
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(**inputs).loss.backward()
     assert fxopt.explain(model).plans[0].residual_bytes == plan.residual_bytes

@@ -21,6 +21,7 @@ from fxopt.kernels.attention.masks import (
     plain_intervals,
 )
 from fxopt.kernels.attention.plans import plans_for, plans_of
+from fxopt.kernels.launcher import run_as_backward
 
 # The interpreter multiplies the bits of bfloat16 tiles as integers.
 ON_CPU = (torch.float32, torch.float16)
@@ -499,7 +500,7 @@ def test_our_backends_agree_with_the_reference(device: str, check: Any, gradient
 def test_backward_passes_are_timed_where_autograd_runs_them(device: str) -> None:
     threads: list[int] = []
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():  # as an op is called
-        choice._run_as_backward(lambda: threads.append(threading.get_ident()), torch.device(device))
+        run_as_backward(lambda: threads.append(threading.get_ident()), torch.device(device))
     assert len(threads) == 1
     assert (threads[0] == threading.get_ident()) == (device == "cpu")  # each GPU has a thread of its own
 
@@ -507,7 +508,7 @@ def test_backward_passes_are_timed_where_autograd_runs_them(device: str) -> None
         raise RuntimeError("no kernel")
 
     with pytest.raises(RuntimeError, match="no kernel"):
-        choice._run_as_backward(fail, torch.device(device))
+        run_as_backward(fail, torch.device(device))
 
 
 @pytest.mark.gpu

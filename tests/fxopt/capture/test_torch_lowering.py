@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +89,12 @@ def test_passes_are_known_to_caches_by_the_plan_they_carry_out():
     passes(graph)
     assert passes.uuid() != before
     assert torch_lowering.JointPasses().uuid() == before
+
+
+def test_what_is_kept_lies_where_inductor_keeps_what_it_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Moved if this fails: `torch._inductor.runtime.cache_dir_utils.cache_dir`."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+    assert torch_lowering.cache_folder() == tmp_path / "kept"
+    assert (tmp_path / "kept").is_dir()
