@@ -28,12 +28,6 @@ HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 CHILDREN = "_modules"
 """The dictionary of the modules right inside a module."""
 
-<<<<<<< HEAD
-linear = torch._C._nn.linear  # pyright: ignore
-"""What `torch.nn.functional.linear` is, unless somebody put another function there."""
-
-=======
->>>>>>> a8
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
 
