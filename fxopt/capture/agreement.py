@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fxopt.capture import torch_distributed
+from fxopt.capture import torch_distributed, zero
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.planning import Planner
 from fxopt.errors import RanksDifferError
@@ -65,7 +65,8 @@ class Agreement:
             ranks = [] if state is None else torch_distributed.ranks_of(state)
             if ranks:
                 return ranks
-        return []
+        group = zero.group_of(self._model)
+        return [] if group is None else dist.get_process_group_ranks(group)
 
 
 def describe(options: Options, model: nn.Module) -> dict[str, str]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from fxopt.capture import torch_tensors
+from fxopt.capture.forwards import run_gathered
+
 SWITCH = "gradient_checkpointing"
 
 
@@ -53,7 +56,8 @@ class Checkpointing:
 
         def run_once(*inputs: Any) -> Any:
             with _switched_off(block):  # in backward too, when the model's call is long over
-                return run(*inputs, **kwargs)
+                again = torch_tensors.is_in_backward()
+                return run_gathered(block, run, *inputs, **kwargs) if again else run(*inputs, **kwargs)
 
         checkpoint: Any = block._gradient_checkpointing_func
         return checkpoint(run_once, *args)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fxopt.capture import torch_modules, zero
+from fxopt.capture import torch_modules, torch_tensors, zero
 from fxopt.capture.hooks import hooks_hidden
 from fxopt.capture.modules import walk
 
@@ -44,8 +44,13 @@ def _restore(module: nn.Module, had: bool, previous: Any) -> None:
 
 def run_gathered(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return what `run` does with the parameters inside `block` gathered by ZeRO-3, all at once."""
-    inner = [module for module in walk(block) if module is not block]
-    gatherings = [each for each in zero.find_gatherings(inner) if each.has_parameters]
+    again = torch_tensors.is_in_backward()  # what the first forward returned has gathered them for backward
+    inner = [module for module in walk(block) if again or module is not block]
+    gatherings = [
+        each
+        for each in zero.find_gatherings(inner)
+        if each.has_parameters and not (again and each.is_gathered)
+    ]
     with hooks_hidden(inner, zero.is_zero_hook), zero.gathered(gatherings):
         args, kwargs = zero.wrap_inputs(gatherings, (args, kwargs))
         return zero.wrap_outputs(gatherings, run(*args, **kwargs))

@@ -14,7 +14,7 @@ from torch import nn
 from fxopt.capture import torch_modules
 from fxopt.capture.recorders import Recorder, recorder_of
 from fxopt.capture.torch_distributed import is_fsdp_hook
-from fxopt.capture.zero import is_zero_hook
+from fxopt.capture.zero import is_engine_hook, is_zero_hook
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 def is_gathering_hook(hook: Any) -> bool:
     """Return whether `hook` is one by which an engine gathers and frees a module's parameters: FSDP2's or ZeRO-3's."""
-    return is_fsdp_hook(hook) or is_zero_hook(hook)
+    return is_fsdp_hook(hook) or is_engine_hook(hook)
 
 
 def find_hooks(module: nn.Module) -> Hooks:

@@ -24,6 +24,11 @@ def make_form(tensor_class: type[torch.Tensor], form: torch.Tensor, device: torc
     )
 
 
+def is_in_backward() -> bool:
+    """Return whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """Return how often `tensor` was written to."""
     return tensor._version

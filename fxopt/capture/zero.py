@@ -21,17 +21,28 @@ from fxopt.capture import torch_modules
 from fxopt.graph.torch_private import tree_leaves, tree_map
 
 ENGINE = "deepspeed.runtime.zero.parameter_offload"
+OPTIMIZER = "deepspeed.runtime.zero.stage3"
 LINEAR = "deepspeed.runtime.zero.linear"
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
 def is_zero_hook(hook: Any) -> bool:
     """Return whether `hook` is one by which ZeRO-3 follows a module, or a wrapper around such a one."""
-    engine = sys.modules.get(ENGINE)
-    queue = [] if engine is None else [hook]
+    return _comes_from(hook, ENGINE)
+
+
+def is_engine_hook(hook: Any) -> bool:
+    """Return whether `hook` follows a module or, for one that is gathered with all inside, reduces its gradients."""
+    return _comes_from(hook, ENGINE) or _comes_from(hook, OPTIMIZER)
+
+
+def _comes_from(hook: Any, name: str) -> bool:
+    """Return whether `hook` is a function of the module called `name`, or a wrapper around such a one."""
+    source = sys.modules.get(name)
+    queue = [] if source is None else [hook]
     while queue:
         function = queue.pop()
-        if getattr(function, "__globals__", None) is vars(engine):
+        if getattr(function, "__globals__", None) is vars(source):
             return True
         if str(getattr(function, "__module__", "")).partition(".")[0] not in ("deepspeed", "torch"):
             continue
@@ -57,6 +68,8 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
 
 def group_of(module: nn.Module) -> Any:
     """Return the process group whose ranks share the parameters of `module`, or None."""
+    if not is_there():
+        return None
     partitioned: Iterator[Any] = (tensor for tensor in module.parameters() if is_partitioned(tensor))
     return next((tensor.ds_process_group for tensor in partitioned), None)
 
@@ -76,7 +89,17 @@ class Gathering:
     @property
     def has_parameters(self) -> bool:
         """Whether there is anything to gather."""
-        return next(torch_modules.own_tensors(self.module), None) is not None
+        return bool(self._parameters())
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the parameters are whole now."""
+        return all(parameter.numel() for parameter in self._parameters())
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """Return the parameters gathered with this module: of what DeepSpeed calls a leaf, all that are inside."""
+        is_leaf = getattr(self.module, "_z3_leaf", False)
+        return [each for each in self.module.parameters(recurse=is_leaf) if is_partitioned(each)]
 
     def gather(self) -> None:
         """Gather the parameters; each such call wants one of `free`."""

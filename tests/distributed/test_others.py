@@ -9,6 +9,7 @@ from torch import nn
 from fxopt.capture.engines import say_kept
 
 BOUND = 5e-6
+NO_DEEPSPEED = "DeepSpeed is not among the test tools: it is built on the machine"
 SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
 
 
@@ -56,34 +57,81 @@ def check_logged(figures):
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_deepspeeds_zero_2_is_served(order, lora, new_world):
     """A world of its own, also below: DeepSpeed replaces functions of torch for good."""
-    pytest.importorskip(
-        "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
-    )
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
     for answer in new_world(2).run("zero", stage=2, order=order, lora=lora):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
+        assert answer["lazy"]
         assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_deepspeeds_zero_3_runs_stock_with_the_reason(order, new_world):
-    pytest.importorskip(
-        "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
-    )
-    for answer in new_world(2).run("zero", stage=3, order=order):
-        assert any(
-            "is empty outside its own forward, as ZeRO-3 keeps it" in why for why in answer["fallbacks"]
-        )
-        assert answer["sites"] == {}
+def test_deepspeeds_zero_3_is_served(order, lora, new_world):
+    """The parameters of a block are gathered together, those of the head for as long as the model's forward."""
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
+    for answer in new_world(2).run("zero", stage=3, order=order, lora=lora):
+        assert answer["fallbacks"] == {}
+        assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
+        assert answer["lazy"]
+        assert answer["whole"] == []
         assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpointed": True},
+        {"overrides": {"tie_word_embeddings": True}},
+        {"leaves": True},
+        {"budget": "min", "lowering": "inductor"},
+    ],
+    ids=["checkpointed", "tied", "blocks as leaves", "planned"],
+)
+def test_models_under_zero_3_are_served(options, new_world):
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
+    for answer in new_world(2).run("zero", stage=3, order="before", **options):
+        assert answer["fallbacks"] == {}
+        assert answer["sites"] == SITES
+        assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("hooked", ["block", "head"])
+def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, new_world):
+    """DeepSpeed compares the order between ranks, and its collectives hang or raise where it differs."""
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
+    answers = new_world(2).run("zero", stage=3, order="before", hooked=hooked, checkpointed=checkpointed)
+    assert [bool(answer["fallbacks"]) for answer in answers] == [False, True]
+    assert all(error <= BOUND for answer in answers for error in answer["errors"].values())
+
+
+@pytest.mark.slow
+def test_other_options_under_zero_3_are_named_on_all_ranks(new_world):
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
+    for answer in new_world(2).run("zero_differs"):
+        assert answer["raised"] == "RanksDifferError"
+        assert "'glu' on rank 1" in answer["text"]
+
+
+@pytest.mark.slow
+def test_logits_read_under_zero_3_after_their_weight_was_freed_say_so(new_world):
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
+    for answer in new_world(2).run("zero_logits"):
+        assert answer["raised"] == "StaleLogitsError"
+        assert answer["text"].startswith(
+            "logits: read after the head's weight was freed, which an engine gathers"
+        )
 
 
 @pytest.mark.parametrize(("place", "kind"), [("all", "Embedding"), ("head", "Linear")])
 def test_a_weight_that_hooks_gather_is_not_read(place, kind, two):
-    """As under DeepSpeed's ZeRO-3: the head would be multiplied with an empty weight."""
+    """By an engine that fxopt does not know: the head would be multiplied with an empty weight."""
     for answer in two.run("gathered_by_hooks", place=place):
-        reason = f"a weight of the {kind} is empty outside its own forward, as ZeRO-3 keeps it"
+        reason = f"a weight of the {kind} is empty outside its own forward"
         assert answer["fallbacks"][f"model: {reason}"] == 1
         assert answer["errors"]["stock"] <= BOUND
         assert "linear_cross_entropy" not in answer["sites"]

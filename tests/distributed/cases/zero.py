@@ -7,46 +7,113 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases.models import gradients_of, largest_error, make_batch, make_model, num_items, report_of
+from cases.models import (
+    find_blocks,
+    gradients_of,
+    largest_error,
+    make_batch,
+    make_model,
+    num_items,
+    report_of,
+)
 
 import fxopt
+from fxopt.capture.lazy import LazyLogits
 
 
-def zero(stage: int, order: str, lora: bool = False) -> dict[str, Any]:
-    """Two steps of SGD under a stage of ZeRO against stock; the gradients of the first against one process too."""
-    import deepspeed
+def zero(
+    stage: int,
+    order: str,
+    lora: bool = False,
+    overrides: dict[str, Any] | None = None,
+    checkpointed: bool = False,
+    leaves: bool = False,
+    hooked: str = "",
+    budget: str = "auto",
+    lowering: str = "auto",
+) -> dict[str, Any]:
+    """Three steps of SGD under a stage of ZeRO against stock; the gradients of the first against one process too.
+
+    DeepSpeed notes in the first two in which order parameters are gathered, and gathers ahead from the third on.
+    `leaves`: it gathers each block as a whole. `hooked`: on the last rank a user's hook sits in a block, or on the head.
+    `whole` names the parameters that are left gathered after a step.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     rank, world = dist.get_rank(), dist.get_world_size()
+    alone = make_model("llama", lora, **(overrides or {}))
+    engines: dict[str, Any] = {}
+    for which in (order, "stock"):
+        model = copy.deepcopy(alone)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        if which == "before":
+            model = fxopt.optimize(model, memory_budget=budget, lowering=lowering)
+        engines[which] = _initialize(model, stage, leaves)
+        if which == "after":
+            fxopt.optimize(engines[which].module)
+        if hooked and which == order and rank == world - 1:
+            block, head = find_blocks(engines[which].module)[0], engines[which].module.get_output_embeddings()
+            (head if hooked == "head" else block.mlp).register_forward_hook(lambda *_: None)
+    errors = {"stock": 0.0}
+    lazy = True
+    for number in range(3):
+        batches = [make_batch(10 * number + r, 1 + r, 12 + 4 * r) for r in range(world)]
+        total = num_items(batches)
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for which, engine in engines.items():
+            output = engine(**batches[rank], num_items_in_batch=total)
+            engine.backward(output.loss * world)
+            named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+            found[which] = {name: safe_get_full_grad(p).to("cpu", copy=True) for name, p in named}
+            engine.step()
+            lazy = lazy and (
+                which == "stock" or (isinstance(output.logits, LazyLogits) and output.logits.is_lazy)
+            )
+        errors["stock"] = max(errors["stock"], largest_error(found[order], found["stock"]))
+        if number == 0:
+            for batch in batches:
+                alone(**batch, num_items_in_batch=total).loss.backward()
+            errors["alone"] = largest_error(found[order], gradients_of(alone))
+    whole = [name for name, parameter in engines[order].module.named_parameters() if parameter.numel()]
+    return {"errors": errors, "lazy": lazy, "whole": whole, **report_of(engines[order].module)}
+
+
+def zero_differs() -> dict[str, Any]:
+    """The last rank optimizes with other options; return what the first step under ZeRO-3 raises."""
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    model = fxopt.optimize(make_model("llama"), disable=["glu"] if is_last else [])
+    engine = _initialize(model, 3)
+    try:
+        engine(**make_batch(0, 2, 12))
+    except fxopt.FxoptError as error:
+        return {"raised": type(error).__name__, "text": str(error)}
+    return {"raised": None}
+
+
+def zero_logits() -> dict[str, Any]:
+    """Read logits after a forward pass under ZeRO-3, and return what that raises."""
+    engine = _initialize(fxopt.optimize(make_model("llama")), 3)
+    output = engine(**make_batch(0, 2, 12))
+    try:
+        output.logits.sum()
+    except fxopt.FxoptError as error:
+        return {"raised": type(error).__name__, "text": str(error)}
+    return {"raised": None}
+
+
+def _initialize(model: Any, stage: int, leaves: bool = False) -> Any:
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if leaves:
+        set_z3_leaf_modules(model, [type(find_blocks(model)[0])])
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    alone = make_model("llama", lora)
-    engines: dict[str, Any] = {}
-    for which in (order, "stock"):
-        model = copy.deepcopy(alone)
-        if which == "before":
-            model = fxopt.optimize(model)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        engines[which], *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        if which == "after":
-            fxopt.optimize(engines[which].module)
-    errors = {"stock": 0.0}
-    for number in range(2):
-        batches = [make_batch(10 * number + r, 1 + r, 12 + 4 * r) for r in range(world)]
-        total = num_items(batches)
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for which, engine in engines.items():
-            engine.backward(engine(**batches[rank], num_items_in_batch=total).loss * world)
-            named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-            found[which] = {name: safe_get_full_grad(p).to("cpu", copy=True) for name, p in named}
-            engine.step()
-        errors["stock"] = max(errors["stock"], largest_error(found[order], found["stock"]))
-        if number == 0:
-            for batch in batches:
-                alone(**batch, num_items_in_batch=total).loss.backward()
-            errors["alone"] = largest_error(found[order], gradients_of(alone))
-    return {"errors": errors, **report_of(engines[order].module)}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
