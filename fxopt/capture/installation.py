@@ -19,6 +19,7 @@ from fxopt.capture import torch_dynamo, torch_modules, torch_settings, torch_sta
 from fxopt.capture.agreement import Agreement
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
+from fxopt.capture.devices import mixture_told
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.engines import check_spread, inside_engine
 from fxopt.capture.gradients import keep_stock_gradients
@@ -289,7 +290,8 @@ class _Slot:
             return torch_modules.stock_call(self.installation.model, *args, **kwargs)
         if torch.is_grad_enabled():
             self._agreement.check()
-        return self._call(*args, **kwargs)
+        with mixture_told(self.installation.model):
+            return self._call(*args, **kwargs)
 
 
 def find_caller(frame: types.FrameType) -> nn.Module | None:

@@ -31,7 +31,7 @@ GRACE = 20
 """Seconds in which the other ranks answer after one has met an error; they may wait for it in a collective."""
 TIMEOUT = {"cpu": 120, "cuda": 90}
 """Seconds that a collective waits for a rank."""
-NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2}
+NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2, "zero_world": 2}
 """GPUs that a test needs to run over NCCL, by what it asks for."""
 
 
@@ -179,14 +179,15 @@ def is_error(answer: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def worlds() -> Iterator[Callable[[int], World]]:
-    """Return a function that gives the group of a size, started once and again where a test ended it."""
-    made: dict[int, World] = {}
+def worlds() -> Iterator[Callable[..., World]]:
+    """Return a function that gives the group of a size and purpose, started once and again where a test ended it."""
+    made: dict[tuple[int, str], World] = {}
 
-    def find(size: int) -> World:
-        if size not in made or not made[size].is_alive:
-            made[size] = World(size)
-        return made[size]
+    def find(size: int, purpose: str = "") -> World:
+        key = size, purpose
+        if key not in made or not made[key].is_alive:
+            made[key] = World(size)
+        return made[key]
 
     yield find
     for world in made.values():
@@ -203,6 +204,21 @@ def two(worlds: Callable[[int], World]) -> World:
 def four(worlds: Callable[[int], World]) -> World:
     """Four processes."""
     return worlds(4)
+
+
+@pytest.fixture(scope="session")
+def deepspeeds(worlds: Callable[..., World]) -> Callable[[], World]:
+    """Return a function that gives two processes of their own: DeepSpeed replaces functions of torch for good."""
+    pytest.importorskip(
+        "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
+    )
+    return lambda: worlds(2, "deepspeed")
+
+
+@pytest.fixture
+def zero_world(deepspeeds: Callable[[], World]) -> World:
+    """Two processes for DeepSpeed's ZeRO."""
+    return deepspeeds()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from torch import nn
 from fxopt.capture.engines import say_kept
 
 BOUND = 5e-6
-NO_DEEPSPEED = "DeepSpeed is not among the test tools: it is built on the machine"
 SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
 
 
@@ -55,10 +54,8 @@ def check_logged(figures):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_deepspeeds_zero_2_is_served(order, lora, new_world):
-    """A world of its own, also below: DeepSpeed replaces functions of torch for good."""
-    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
-    for answer in new_world(2).run("zero", stage=2, order=order, lora=lora):
+def test_deepspeeds_zero_2_is_served(order, lora, zero_world):
+    for answer in zero_world.run("zero", stage=2, order=order, lora=lora):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
         assert answer["lazy"]
@@ -68,10 +65,9 @@ def test_deepspeeds_zero_2_is_served(order, lora, new_world):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_deepspeeds_zero_3_is_served(order, lora, new_world):
+def test_deepspeeds_zero_3_is_served(order, lora, zero_world):
     """The parameters of a block are gathered together, those of the head for as long as the model's forward."""
-    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
-    for answer in new_world(2).run("zero", stage=3, order=order, lora=lora):
+    for answer in zero_world.run("zero", stage=3, order=order, lora=lora):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
         assert answer["lazy"]
@@ -90,9 +86,8 @@ def test_deepspeeds_zero_3_is_served(order, lora, new_world):
     ],
     ids=["checkpointed", "tied", "blocks as leaves", "planned"],
 )
-def test_models_under_zero_3_are_served(options, new_world):
-    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
-    for answer in new_world(2).run("zero", stage=3, order="before", **options):
+def test_models_under_zero_3_are_served(options, zero_world):
+    for answer in zero_world.run("zero", stage=3, order="before", **options):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == SITES
         assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
@@ -101,26 +96,23 @@ def test_models_under_zero_3_are_served(options, new_world):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("hooked", ["block", "head"])
-def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, new_world):
+def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, zero_world):
     """DeepSpeed compares the order between ranks, and its collectives hang or raise where it differs."""
-    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
-    answers = new_world(2).run("zero", stage=3, order="before", hooked=hooked, checkpointed=checkpointed)
+    answers = zero_world.run("zero", stage=3, order="before", hooked=hooked, checkpointed=checkpointed)
     assert [bool(answer["fallbacks"]) for answer in answers] == [False, True]
     assert all(error <= BOUND for answer in answers for error in answer["errors"].values())
 
 
 @pytest.mark.slow
-def test_other_options_under_zero_3_are_named_on_all_ranks(new_world):
-    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
-    for answer in new_world(2).run("zero_differs"):
+def test_other_options_under_zero_3_are_named_on_all_ranks(zero_world):
+    for answer in zero_world.run("zero_differs"):
         assert answer["raised"] == "RanksDifferError"
         assert "'glu' on rank 1" in answer["text"]
 
 
 @pytest.mark.slow
-def test_logits_read_under_zero_3_after_their_weight_was_freed_say_so(new_world):
-    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
-    for answer in new_world(2).run("zero_logits"):
+def test_logits_read_under_zero_3_after_their_weight_was_freed_say_so(zero_world):
+    for answer in zero_world.run("zero_logits"):
         assert answer["raised"] == "StaleLogitsError"
         assert answer["text"].startswith(
             "logits: read after the head's weight was freed, which an engine gathers"

@@ -35,7 +35,8 @@ def zero(
     """Three steps of SGD under a stage of ZeRO against stock; the gradients of the first against one process too.
 
     DeepSpeed notes in the first two in which order parameters are gathered, and gathers ahead from the third on.
-    `leaves`: it gathers each block as a whole. `hooked`: on the last rank a user's hook sits in a block, or on the head.
+    `leaves`: it gathers each block as a whole. `hooked`: on the last rank a user's hook sits in a
+    block, or on the head.
     `whole` names the parameters that are left gathered after a step.
     """
     from deepspeed.utils import safe_get_full_grad
