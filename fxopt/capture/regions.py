@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from torch import nn
 
 from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.zero import whole_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,4 +83,5 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum([tensor.numel() for tensor in tensors_of(module) if isinstance(tensor, nn.Parameter)])
+    own = [tensor for tensor in tensors_of(module) if isinstance(tensor, nn.Parameter)]
+    return sum(map(math.prod, map(whole_shape, own)))

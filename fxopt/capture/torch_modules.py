@@ -28,9 +28,6 @@ HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 CHILDREN = "_modules"
 """The dictionary of the modules right inside a module."""
 
-linear = torch._C._nn.linear
-"""What `torch.nn.functional.linear` is, unless somebody put another function there."""
-
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules
-from fxopt.graph.torch_private import tree_leaves, tree_map
+from fxopt.graph.torch_private import TORCH_LINEAR, tree_leaves, tree_map
 
 ENGINE = "deepspeed.runtime.zero.parameter_offload"
 OPTIMIZER = "deepspeed.runtime.zero.stage3"
@@ -175,7 +175,7 @@ def captured_linear() -> Callable[..., Any]:
     """
     engine = sys.modules.get(LINEAR)
     found = nn.functional.linear
-    return torch_modules.linear if engine is not None and found is engine.zero3_linear_wrap else found
+    return TORCH_LINEAR if engine is not None and found is engine.zero3_linear_wrap else found
 
 
 @contextlib.contextmanager

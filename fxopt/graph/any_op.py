@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from fxopt.graph.torch_private import (
     unset_fake_temporarily,
 )
 from fxopt.graph.view import is_tensor, value_of
+
+log = logging.getLogger("fxopt")
 
 HOMES = (torch, F, torch.special, torch.linalg)
 """Where the function is looked for that stands for an op; the first wins."""
@@ -136,7 +139,8 @@ def _stand_in(source: fx.Node, place: int) -> Any:
 def _run_same(question: _Question) -> bool:
     try:
         return _ops_of(*question.spelled) == _ops_of(*question.proposed)
-    except Exception:  # no such call, or one that hangs on values: then the node stays as it is
+    except Exception as error:  # no such call, or one that hangs on values: then the node stays as it is
+        log.debug("%s keeps its spelling: %s: %s", question.text, type(error).__name__, error)
         return False
 
 

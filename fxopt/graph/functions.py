@@ -12,6 +12,7 @@ from fxopt.graph.arguments import Form, bind, from_last, rank_of
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor, can_bypass, fresh_like, num_edges
 from fxopt.graph.names import op_name
+from fxopt.graph.torch_private import TORCH_LINEAR
 from fxopt.graph.view import dtype_of, is_tensor
 from fxopt.graph.vocabulary import cast
 
@@ -39,7 +40,7 @@ def _glu(node: fx.Node, editor: Editor) -> Form | None:
 
 def _linear(node: fx.Node, editor: Editor) -> Form | None:
     bound = bind(node, "x", "weight", bias=None)
-    return Form(F.linear, (bound["x"], bound["weight"], bound["bias"]), {}) if bound else None
+    return Form(TORCH_LINEAR, (bound["x"], bound["weight"], bound["bias"]), {}) if bound else None
 
 
 def _matmul(node: fx.Node, editor: Editor) -> Form | None:
@@ -51,7 +52,7 @@ def _matmul(node: fx.Node, editor: Editor) -> Form | None:
         return None
     weight = _weight_of(node, a, b)
     if weight is not None:
-        return Form(F.linear, (a, weight, None), {})
+        return Form(TORCH_LINEAR, (a, weight, None), {})
     return Form(torch.matmul, (a, b), {})
 
 
@@ -62,7 +63,7 @@ def _addmm(node: fx.Node, editor: Editor) -> Form | None:
     weight = _weight_of(node, bound["mat1"], bound["mat2"])
     if weight is None or dtype_of(bound["x"]) != dtype_of(node):
         return None
-    return Form(F.linear, (bound["mat1"], weight, bound["x"]), {})
+    return Form(TORCH_LINEAR, (bound["mat1"], weight, bound["x"]), {})
 
 
 def _weight_of(node: fx.Node, x: fx.Node, b: fx.Node) -> fx.Node | None:

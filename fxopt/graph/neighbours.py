@@ -6,12 +6,12 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.names import op_name
 from fxopt.graph.purity import PURE
+from fxopt.graph.torch_private import TORCH_LINEAR
 from fxopt.graph.view import is_tensor
 
 PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "outer"})
@@ -31,7 +31,7 @@ def is_product(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     if node.op == "call_function" and node.target in vocabulary.BY_TARGET:
-        return node.target in (F.linear, torch.matmul)
+        return node.target in (TORCH_LINEAR, torch.matmul)
     name = op_name(node)
     return name in PRODUCTS or (name not in PURE and name != "dropout")
 

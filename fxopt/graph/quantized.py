@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph.edit import Editor
@@ -20,6 +19,7 @@ from fxopt.graph.torch_private import (
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
     SET_GRAD,
+    TORCH_LINEAR,
     HigherOrderOperator,
     OpOverload,
     schema_of,
@@ -102,7 +102,7 @@ def _unfold(
         result, dequantize_4bit, (codes, *tensors), {**options, "dtype": dtype}, decoded
     )
     weight.meta["origins"] = weight.meta["origins"] | node.meta["origins"]
-    linear = editor.insert_before(result, F.linear, (x, weight, bias), {}, result.meta["example_value"])
+    linear = editor.insert_before(result, TORCH_LINEAR, (x, weight, bias), {}, result.meta["example_value"])
     editor.replace(result, linear)
     if node is not result:
         bodies = [body for body in node.all_input_nodes if body.op == "get_attr"]

@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 NN_FUNCTIONS: Any = getattr(torch._C, "_nn")  # noqa: B009
 """Holds what F.linear, F.gelu and F.pad are or call; its type stub is missing."""
 
+TORCH_LINEAR: Any = NN_FUNCTIONS.linear
+"""What F.linear is, unless somebody has put another function there, as DeepSpeed does for good."""
+
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator

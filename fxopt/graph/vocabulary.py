@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.graph.torch_private import TORCH_LINEAR
+
 NESTED_BLOCKSIZE = 256
 LOOP_OVER_GROUPS = "transformers::grouped_mm_fallback"
 """The op of a library that computes a grouped product in any dtype."""
@@ -155,7 +157,7 @@ OPS: tuple[Op, ...] = (
     Op("gelu", F.gelu, ("x",), ("approximate",)),
     Op("clamp", torch.clamp, ("x",), ("min", "max")),
     Op("glu", F.glu, ("x",), ("dim",)),
-    Op("linear", F.linear, ("x", "w", "bias")),
+    Op("linear", TORCH_LINEAR, ("x", "w", "bias")),
     Op("matmul", torch.matmul, ("a", "b")),
     Op("grouped_mm", grouped_mm, ("x", "w", "ends")),
     Op(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -61,7 +62,7 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
     What is computed only where somebody reads it is left out. It runs in a thread of its own: a graph that fails
     between two switches of a mode leaves the modes of this thread as they are.
     """
-    with ThreadPoolExecutor(1) as thread, _quiet_fakes():
+    with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(_measure_under, gm, autocast).result()
         except Exception as error:
@@ -71,17 +72,22 @@ def measure_work(gm: fx.GraphModule, autocast: Sequence[Autocast] = ()) -> Work 
 
 @contextlib.contextmanager
 def _quiet_fakes() -> Generator[None]:
-    """Keep torch from logging a traceback for what does not run on tensors without storage: a report tells it."""
+    """Keep torch from logging, in this thread, a traceback for what does not run on tensors without storage."""
     fakes = logging.getLogger("torch._subclasses.fake_tensor")
-    held, fakes.disabled = fakes.disabled, True
+    own = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    fakes.addFilter(is_of_others)
     try:
         yield
     finally:
-        fakes.disabled = held
+        fakes.removeFilter(is_of_others)
 
 
 def _measure_under(gm: fx.GraphModule, autocast: Sequence[Autocast]) -> Work:
-    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as modes:
+    with _quiet_fakes(), torch.random.fork_rng(devices=[]), contextlib.ExitStack() as modes:
         for device, dtype, enabled in autocast:
             modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         return _measure(gm)

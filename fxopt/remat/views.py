@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 from torch import fx
@@ -15,6 +16,7 @@ from fxopt.remat.menu import Choice, make_choice
 from fxopt.remat.regions import find_regions
 from fxopt.report.plan import Decision
 
+log = logging.getLogger("fxopt")
 COUNTS = (4, 16)
 """Into how many chunks rows may be divided: each further number is one more for the planner to weigh."""
 SMALLEST = 2048
@@ -54,7 +56,8 @@ class Views:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         try:
             replaced = divide(graph, count, self._declared)
-        except NotDivisible:
+        except NotDivisible as error:
+            log.debug("a block is not divided into %d chunks: %s", count, error)
             return None
         joint = self._read(graph)
         places = {node: place for place, node in enumerate(joint.forward)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from fxopt.rewriting.pattern import Match
 from fxopt.rewriting.proof_sizes import Sizes, propose_few, propose_many
 from fxopt.rewriting.runs import Values, read_by, stock_run
 from fxopt.rewriting.samples import GRADIENT_SEED, Sampler
+
+log = logging.getLogger("fxopt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,9 @@ def draw_few(match: Match, autocast: Autocast) -> Drawn:
     """Return random values of the first sizes with which the stock nodes run."""
     *proposals, last = propose_few(match)
     for sizes in proposals:
-        with contextlib.suppress(Exception):
-            drawn = _draw(match, sizes, autocast)
-            if drawn is not None:
-                return drawn
+        drawn = _try(match, sizes, autocast)
+        if drawn is not None:
+            return drawn
     drawn = _draw(match, last, autocast, is_checked=False)
     assert drawn is not None
     return drawn
@@ -41,12 +42,17 @@ def draw_few(match: Match, autocast: Autocast) -> Drawn:
 
 def draw_many(match: Match, autocast: Autocast) -> Drawn | None:
     """Return random values of the largest sizes in which the stock nodes run, None where no more than few do."""
-    for sizes in propose_many(match):
-        with contextlib.suppress(Exception):
-            drawn = _draw(match, sizes, autocast)
-            if drawn is not None:
-                return drawn
-    return None
+    found = (_try(match, sizes, autocast) for sizes in propose_many(match))
+    return next((drawn for drawn in found if drawn is not None), None)
+
+
+def _try(match: Match, sizes: Sizes, autocast: Autocast) -> Drawn | None:
+    """Return what `_draw` does, None where the stock nodes do not run with these sizes: any op may refuse them."""
+    try:
+        return _draw(match, sizes, autocast)
+    except Exception as error:
+        log.debug("%s: the stock nodes do not run with %s: %s", match.pattern.name, sizes, error)
+        return None
 
 
 def _draw(match: Match, sizes: Sizes, autocast: Autocast, is_checked: bool = True) -> Drawn | None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.graph import vocabulary
+from fxopt.graph.torch_private import TORCH_LINEAR
 from fxopt.rewriting.trees import (
     Also,
     Attribute,
@@ -231,7 +232,7 @@ def clamp(x: Term, min: Any = None, max: Any = None) -> Operation:
 
 def linear(x: Term, w: Term, bias: Term | None = None) -> Operation:
     """Return `x @ w.T + bias`."""
-    return operation(F.linear, x, w, bias)
+    return operation(TORCH_LINEAR, x, w, bias)
 
 
 def matmul(a: Term, b: Term) -> Operation:

@@ -1,7 +1,6 @@
 """What is done row by row: the sum over a token's choices, and the gradients of the unit and of its weight."""
 
-from fxopt.kernels.activations import act_backward
-from fxopt.kernels.glu.kernels import enter_tile, is_within, load_pair
+from fxopt.kernels.glu.kernels import leave_tile, load_pair
 from fxopt.kernels.launch import jit, tl
 
 
@@ -110,12 +109,20 @@ def experts_unit_backward_kernel(
                 )
         b_dunit = tl.load(p_dunit + row * num_columns + start + b_at, mask=b_at < num_left, other=0.0)
         b_dunit = b_dunit.to(tl.float32) * scale
-        b_entered, b_lifted = enter_tile(
-            b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+        b_unit, b_dgate, b_dup = leave_tile(
+            b_dunit * weight,
+            b_gate,
+            b_up,
+            alpha,
+            gate_scale,
+            gate_limit,
+            up_limit,
+            up_offset,
+            ACT,
+            HAS_GATE_LIMIT,
+            HAS_UP_LIMIT,
+            PASSES_AT_LIMIT,
         )
-        b_dy = b_dunit * weight
-        b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
-        b_unit = b_act * b_lifted
         if NEED_WEIGHTS:
             b_total += tl.where(b_at < num_left, b_dunit * b_unit, 0.0)
         if NEED_UNIT:
@@ -124,12 +131,6 @@ def experts_unit_backward_kernel(
                 p_unit + row * num_columns + start + b_at, b_weighted.to(p_unit.dtype.element_ty), mask=b_mask
             )
         if NEED_A:
-            b_dgate *= gate_scale
-            if HAS_GATE_LIMIT:
-                b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
-            b_dup = b_dy * b_act
-            if HAS_UP_LIMIT:
-                b_dup = tl.where(is_within(tl.abs(b_up), up_limit, PASSES_AT_LIMIT), b_dup, 0.0)
             b_dgate = tl.where(b_at < num_left, b_dgate, 0.0)
             b_dup = tl.where(b_at < num_left, b_dup, 0.0)
             if GATE_FIRST:

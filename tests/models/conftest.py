@@ -138,6 +138,20 @@ def make_model(arch: str, **overrides: Any) -> Any:
     return AutoModelForCausalLM.from_config(config).train()
 
 
+def make_trained(arch: str, adapted: bool = False, **overrides: Any) -> Any:
+    """Return a tiny model, or one with adapters on all its linear layers alone to train, that change its values."""
+    model = make_model(arch, **overrides)
+    if adapted:
+        import peft
+
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
 def make_batch(shape: tuple[int, int], *, padded: str, device: str) -> dict[str, torch.Tensor]:
     """Return input ids, labels and an attention mask; `padded` is "none", "left" or "right"."""
     generator = torch.Generator().manual_seed(sum(shape))
@@ -301,6 +315,7 @@ def tools() -> Any:
 
     class Tools:
         make_model = staticmethod(make_model)
+        make_trained = staticmethod(make_trained)
         make_batch = staticmethod(make_batch)
         run_step = staticmethod(run_step)
         relative = staticmethod(relative)

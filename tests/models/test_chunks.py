@@ -41,16 +41,7 @@ def _small_chunks(monkeypatch):
 
 def make(tools, arch, adapted=False, **overrides):
     wide = {"gpt2": GPT2, "bloom": {}}.get(arch, {"intermediate_size": 512})
-    model = tools.make_model(arch, **{**wide, **overrides})
-    if adapted:
-        import peft
-
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-    return model.train()
+    return tools.make_trained(arch, adapted, **{**wide, **overrides})
 
 
 def batch_of(tools, shape=SHAPE):

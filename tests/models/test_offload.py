@@ -18,16 +18,7 @@ ARCHES = ("llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qw
 
 
 def make(tools, arch="llama", adapted=False):
-    model = tools.make_model(arch, num_hidden_layers=6)
-    if adapted:
-        import peft
-
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-    return model.train()
+    return tools.make_trained(arch, adapted, num_hidden_layers=6)
 
 
 def batch_of(tools, shape=SHAPE):

@@ -18,19 +18,6 @@ ARCHES = ("llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qw
 SHAPE = (4, 96)
 
 
-def make(tools, arch, adapted=False, **overrides):
-    model = tools.make_model(arch, **overrides)
-    if adapted:
-        import peft
-
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-    return model.train()
-
-
 def batch_of(tools, shape=SHAPE):
     return tools.make_batch(shape, padded="none", device="cpu")
 
@@ -71,14 +58,14 @@ def saved_per_block(model, batch):
 @pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(arch, adapted, tools):
-    unplanned = make(tools, arch, adapted)
+    unplanned = tools.make_trained(arch, adapted)
     batch = batch_of(tools)
     bounds = [fxopt.plan(unplanned, budget, batch).peak_bytes for budget in (None, "min")]
     fxopt.optimize(unplanned)
     reference = tools.run_step(unplanned, batch)
     totals = []
     for budget in (None, sum(bounds) // 2, "min"):
-        model = make(tools, arch, adapted)
+        model = tools.make_trained(arch, adapted)
         fxopt.optimize(model, memory_budget=budget)
         step = tools.run_step(model, batch)
         assert torch.equal(step.loss, reference.loss)
@@ -95,9 +82,8 @@ def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(arch
 
 
 def test_what_follows_the_blocks_is_predicted_too(tools):
-    model = make(
-        tools, "llama", adapted=True
-    )  # its embedding is frozen, so nothing before the blocks saves anything
+    model = tools.make_trained("llama", adapted=True)
+    # its embedding is frozen, so nothing before the blocks saves anything
     batch = batch_of(tools)
     fxopt.optimize(model, memory_budget="min")
     tools.run_step(model, batch)
@@ -113,7 +99,7 @@ def test_what_follows_the_blocks_is_predicted_too(tools):
 )
 def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(arch, adapted, tools):
     # With adapters the first block is another form.
-    model, batch = make(tools, arch, adapted), batch_of(tools)
+    model, batch = tools.make_trained(arch, adapted), batch_of(tools)
     plan = fxopt.plan(model, "min", batch)
     read = fxopt.Plan.from_json(plan.to_json())
     assert read == plan
@@ -127,7 +113,7 @@ def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(arch, ada
 
 
 def test_planning_changes_nothing(tools):
-    model, batch = make(tools, "llama"), batch_of(tools)
+    model, batch = tools.make_trained("llama"), batch_of(tools)
     before = copy.deepcopy(model.state_dict())
     fxopt.plan(model, "min", batch)
     assert find_installation(model) is None
@@ -136,7 +122,7 @@ def test_planning_changes_nothing(tools):
 
 
 def test_on_a_cpu_nothing_is_planned_unless_asked_for(tools):
-    model = make(tools, "llama")
+    model = tools.make_trained("llama")
     fxopt.optimize(model)
     tools.run_step(model, batch_of(tools))
     assert plans_of(model) == ()
@@ -145,7 +131,7 @@ def test_on_a_cpu_nothing_is_planned_unless_asked_for(tools):
 
 @pytest.mark.slow
 def test_ten_budgets_are_monotonic(tools):
-    model, batch = make(tools, "qwen2", adapted=True), batch_of(tools)
+    model, batch = tools.make_trained("qwen2", adapted=True), batch_of(tools)
     low, high = (fxopt.plan(model, budget, batch) for budget in ("min", None))
     steps = range(10)
     plans = [
@@ -161,10 +147,10 @@ def test_ten_budgets_are_monotonic(tools):
 @pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointing_means_the_smallest_plan(order, use_reentrant, tools):
     batch = batch_of(tools)
-    smallest = make(tools, "llama")
+    smallest = tools.make_trained("llama")
     fxopt.optimize(smallest, memory_budget="min")
     reference = tools.run_step(smallest, batch)
-    model = make(tools, "llama")
+    model = tools.make_trained("llama")
     switch = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     if order == "before":
         model.gradient_checkpointing_enable(**switch)
@@ -187,7 +173,7 @@ def test_checkpointing_means_the_smallest_plan(order, use_reentrant, tools):
 
 
 def test_a_budget_counts_for_more_than_the_switch(tools):
-    model = make(tools, "llama")
+    model = tools.make_trained("llama")
     model.gradient_checkpointing_enable()
     fxopt.optimize(model, memory_budget=None)
     tools.run_step(model, batch_of(tools))
@@ -197,7 +183,7 @@ def test_a_budget_counts_for_more_than_the_switch(tools):
 
 @pytest.mark.slow
 def test_other_lengths_have_plans_of_their_own_and_few_captures(tools):
-    model, stock = make(tools, "llama"), make(tools, "llama")
+    model, stock = tools.make_trained("llama"), tools.make_trained("llama")
     fxopt.optimize(model, memory_budget="min")
     for shape in ((2, 24), (2, 96), (3, 80), (2, 30)):
         batch = batch_of(tools, shape)
@@ -213,7 +199,7 @@ def test_other_lengths_have_plans_of_their_own_and_few_captures(tools):
 
 
 def test_a_planned_model_is_freed_with_its_last_reference(tools):
-    model = make(tools, "llama")
+    model = tools.make_trained("llama")
     fxopt.optimize(model, memory_budget="min")
     tools.run_step(model, batch_of(tools))
     alive = weakref.ref(model)
@@ -225,7 +211,7 @@ def test_a_planned_model_is_freed_with_its_last_reference(tools):
 def test_dropout_that_is_saved_is_the_same_in_both_passes(tools):
     step_by = {}
     for budget in (None, "min"):
-        model = make(tools, "gpt_neox", hidden_dropout=0.1)
+        model = tools.make_trained("gpt_neox", hidden_dropout=0.1)
         fxopt.optimize(model, memory_budget=budget)
         torch.manual_seed(5)
         step_by[budget] = tools.run_step(model, batch_of(tools))
@@ -246,7 +232,7 @@ class Breaking(torch.nn.Module):
 @pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_blocks_that_no_plan_serves_are_checkpointed_as_in_stock(why, use_reentrant, tools):
     batch = batch_of(tools)
-    model, stock = make(tools, "llama"), make(tools, "llama")
+    model, stock = tools.make_trained("llama"), tools.make_trained("llama")
     for each in (model, stock):
         for layer in each.model.layers:
             if why == "a hook inside":
@@ -278,7 +264,7 @@ def test_a_budget_for_a_model_without_blocks_is_refused():
 
 
 def test_a_second_thread_runs_stock_blocks_and_changes_no_plan(tools):
-    model, batch = make(tools, "llama"), batch_of(tools)
+    model, batch = tools.make_trained("llama"), batch_of(tools)
     other = batch_of(tools, (2, 24))
     fxopt.optimize(model, memory_budget="min")
     reference = tools.run_step(model, batch)
