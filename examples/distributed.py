@@ -45,12 +45,12 @@ def train(model: Any, device: torch.device, steps: int) -> list[float]:
 
 
 def train_by_deepspeed(model: Any, device: torch.device, steps: int) -> list[float]:
-    """Train `model` under DeepSpeed's ZeRO-2 and return the losses of this rank."""
+    """Train `model` under DeepSpeed's ZeRO-3 and return the losses of this rank."""
     import deepspeed
 
     settings = {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 3},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

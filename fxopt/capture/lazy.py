@@ -202,7 +202,7 @@ class LazyLogits(torch.Tensor):
         return func(*read_args, **read_kwargs)
 
 
-_READ_OF_GRAD_FN = torch.Tensor.grad_fn.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_READ_OF_GRAD_FN: Any = torch.Tensor.grad_fn.__get__  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 _READ_OF_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _READS_OF_FORM = frozenset(
     {

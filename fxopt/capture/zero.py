@@ -70,8 +70,8 @@ def group_of(module: nn.Module) -> Any:
     """Return the process group whose ranks share the parameters of `module`, or None."""
     if not is_there():
         return None
-    partitioned: Iterator[Any] = (tensor for tensor in module.parameters() if is_partitioned(tensor))
-    return next((tensor.ds_process_group for tensor in partitioned), None)
+    parameters: Iterator[Any] = iter(module.parameters())
+    return next((each.ds_process_group for each in parameters if is_partitioned(each)), None)
 
 
 @dataclasses.dataclass(frozen=True)
