@@ -1,0 +1,177 @@
+"""ZeRO-3 without DeepSpeed: hooks of its kinds, by a module of its name, on every module of a tiny model.
+
+`tests/distributed/test_others.py` has DeepSpeed itself, where it is installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxopt
+from fxopt.capture import zero
+from fxopt.capture.installation import find_installation
+
+TINY = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=64,
+    head_dim=8,
+)
+IDS = torch.arange(24).reshape(2, 12)
+ENGINE = """
+import torch
+
+def gather(module):
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.whole
+
+def free(module):
+    for parameter in module.parameters(recurse=False):
+        parameter.data = torch.empty(0)
+
+class Before(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, module, value):
+        ctx.module = module
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gather(ctx.module)
+        return None, gradient
+
+class After(Before):
+    @staticmethod
+    def backward(ctx, gradient):
+        free(ctx.module)
+        return None, gradient
+
+def apply(function, module, value):
+    if isinstance(value, torch.Tensor):
+        return function.apply(module, value)
+    return type(value)(apply(function, module, each) for each in value) if isinstance(value, tuple) else value
+
+def follow(module, wrapped):
+    for parameter in module.parameters(recurse=False):
+        parameter.whole, parameter.ds_shape, parameter.ds_process_group = parameter.data, parameter.shape, None
+
+    def fetch(module, given):
+        gather(module)
+
+    def release(module, given, output):
+        free(module)
+
+    module.register_forward_pre_hook(wrapped(fetch))
+    module.register_forward_hook(release)
+    module.register_forward_hook(lambda module, given, output: apply(Before, module, output))
+    module.register_forward_pre_hook(lambda module, given: apply(After, module, given))
+    free(module)
+"""
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    module = types.ModuleType(zero.ENGINE)
+    exec(ENGINE, vars(module))
+    monkeypatch.setitem(sys.modules, zero.ENGINE, module)
+    return module
+
+
+def disabled(function):
+    """Wrap `function` as torch and DeepSpeed wrap hooks."""
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    wrapper.__module__ = "torch._dynamo.eval_frame"
+    return wrapper
+
+
+def followed(engine, model):
+    for module in model.modules():
+        engine.follow(module, disabled)
+    return model
+
+
+def step(model):
+    loss = model(input_ids=IDS, labels=IDS).loss
+    whole = [name for name, parameter in model.named_parameters() if parameter.numel()]
+    loss.backward()
+    return loss.detach(), whole, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_blocks_and_head_are_rewritten_where_hooks_gather_each_module(order, engine):
+    stock = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    model = copy.deepcopy(stock)
+    if order == "before":
+        fxopt.optimize(model)
+    followed(engine, model)
+    if order == "after":
+        fxopt.optimize(model)
+    for _ in range(2):
+        loss, whole, found = step(model)
+        expected_loss, _, expected = step(stock)
+        assert whole == [], "nothing is left gathered between forward and backward"
+        torch.testing.assert_close(loss, expected_loss)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    installation = find_installation(model)
+    assert not installation.ledger.fallbacks
+    report = fxopt.explain(model)
+    assert {site.status for site in report.sites} == {"rewritten"}
+    assert sum(site.count for site in report.sites) == 14
+
+
+def test_a_users_hook_is_told_from_the_engines(engine):
+    model = fxopt.optimize(LlamaForCausalLM(LlamaConfig(**TINY)).train(), verify="off")
+    followed(engine, model)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    stock = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    for own, parameter in zip(stock.parameters(), model.parameters(), strict=True):
+        own.data = parameter.whole.clone()
+    _, _, found = step(model)
+    _, _, expected = step(stock)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    fallbacks = find_installation(model).ledger.fallbacks
+    assert {reason for _, reason in fallbacks} == {
+        "a hook sits on the LlamaMLP inside",
+        "a hook sits on a LlamaMLP of a block and may keep what the forward reads",
+    }
+
+
+def test_parameters_around_the_blocks_leave_the_head_stock(engine):
+    model = fxopt.optimize(LlamaForCausalLM(LlamaConfig(**TINY)).train(), verify="off")
+    model.scale = nn.Parameter(torch.ones(()))
+    followed(engine, model)
+    step(model)
+    (reason,) = [why for region, why in find_installation(model).ledger.fallbacks if region == "model"]
+    assert reason.startswith(
+        "the LlamaForCausalLM around the blocks has parameters of its own, which ZeRO-3 gathers"
+    )
+
+
+def test_a_linear_that_somebody_put_in_the_place_of_torchs_is_back_after_a_call(engine, monkeypatch):
+    linear = types.ModuleType(zero.LINEAR)
+    linear.zero3_linear_wrap = lambda x, weight, bias=None: (
+        x.matmul(weight.t()) + (0 if bias is None else bias)
+    )
+    monkeypatch.setitem(sys.modules, zero.LINEAR, linear)
+    monkeypatch.setattr(F, "linear", linear.zero3_linear_wrap)
+    model = followed(engine, fxopt.optimize(LlamaForCausalLM(LlamaConfig(**TINY)).train(), verify="off"))
+    step(model)
+    assert F.linear is linear.zero3_linear_wrap
+    assert "linear_cross_entropy" in {site.op for site in fxopt.explain(model).sites}
