@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -46,6 +47,19 @@ def own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the parameters and buffers of `module` itself."""
     for own in (module._parameters, module._buffers):
         yield from (value for value in own.values() if value is not None)
+
+
+@contextlib.contextmanager
+def parameters_in_plain_dicts(module: torch.nn.Module) -> Iterator[None]:
+    """Keep the parameters in `module` in plain dictionaries within the scope, whatever keeps them else."""
+    kept = {inner: inner._parameters for inner in module.modules()}
+    for inner, parameters in kept.items():
+        inner.__dict__["_parameters"] = dict(parameters.items())
+    try:
+        yield
+    finally:
+        for inner, parameters in kept.items():
+            inner.__dict__["_parameters"] = parameters
 
 
 def carries_hooks(module: torch.nn.Module) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -189,14 +190,6 @@ def linear_put(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         nn.functional.linear = found
 
 
-@contextlib.contextmanager
-def parameters_in_plain_dicts(module: nn.Module) -> Iterator[None]:
+def parameters_in_plain_dicts(module: nn.Module) -> AbstractContextManager[None]:
     """Keep the parameters in `module` in plain dictionaries within the scope: ZeRO-3's own gather what is read."""
-    kept = {inner: inner._parameters for inner in module.modules()} if is_there() else {}
-    for inner, parameters in kept.items():
-        inner.__dict__["_parameters"] = dict(parameters.items())
-    try:
-        yield
-    finally:
-        for inner, parameters in kept.items():
-            inner.__dict__["_parameters"] = parameters
+    return torch_modules.parameters_in_plain_dicts(module) if is_there() else contextlib.nullcontext()

@@ -60,3 +60,13 @@ def test_the_method_that_reads_the_slot_has_the_name_we_look_for():
 def test_what_torch_compile_wraps_around_a_module_is_told_by_its_class():
     compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     assert isinstance(compiled, torch_modules.OptimizedModule), "torch._dynamo.OptimizedModule moved"
+
+
+def test_parameters_lie_in_a_dictionary_that_may_be_another_one():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    held = module[0]._parameters
+    with torch_modules.parameters_in_plain_dicts(module):
+        assert type(module[0]._parameters) is dict
+        assert module[0]._parameters is not held
+        assert [name for name, _ in module.named_parameters()] == ["0.weight", "0.bias"], "_parameters moved"
+    assert module[0]._parameters is held
