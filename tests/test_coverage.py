@@ -26,7 +26,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "coverage.json"
 DOCUMENTS = (DOCUMENT, DOCUMENT.with_name("coverage-5.17.json"))
 SAMPLE = (
     *(
-        "deepseek_v3",
+        "zaya",
         "ernie4_5_moe",
         "gemma2",
         "cohere",
