@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fxopt
+from fxopt.report.records import MODEL_REGION
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETTINGS: dict[str, Any] = {
@@ -108,7 +109,7 @@ def assert_only_the_head_is_stock(model: Any) -> None:
     report = fxopt.explain(model)
     blocks = [region for region in report.regions if region.kind == "block"]
     assert {region.status for region in blocks} == {"captured"}
-    assert {fallback.region for fallback in report.fallbacks} == {"model"}
+    assert {fallback.region for fallback in report.fallbacks} == {MODEL_REGION}
     assert any("trl put a forward of its own" in note for note in report.notes)
     assert report.sites
     assert {site.status for site in report.sites} == {"rewritten"}

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxopt
+from fxopt.report.records import MODEL_REGION
 
 peft: Any = pytest.importorskip("peft")
 
@@ -388,7 +389,7 @@ def test_dropped_items_are_stocks_in_every_step_and_under_every_plan(
     assert {region.status for region in report.regions if region.kind == "block"} == {"captured"}
     # checkpointing lets the embedding's result need a gradient, by a hook with which Dynamo captures no tail
     assert {fallback.region for fallback in report.fallbacks} <= (
-        {"model"} if how == "checkpointed" else set()
+        {MODEL_REGION} if how == "checkpointed" else set()
     )
 
 

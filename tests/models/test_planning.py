@@ -13,6 +13,7 @@ import torch
 import fxopt
 from fxopt.capture.installation import find_installation
 from fxopt.demo.training import count_saved_bytes
+from fxopt.report.records import MODEL_REGION
 
 ARCHES = ("llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "gemma2")))
 SHAPE = (4, 96)
@@ -286,6 +287,6 @@ def test_a_second_thread_runs_stock_blocks_and_changes_no_plan(tools):
     step = tools.run_step(model, batch)
     assert set(ran) == {threading.get_ident()}
     assert [plan.tokens for plan in installation.planner.plans] == [384]
-    assert dict(installation.ledger.fallbacks) == {("model", "another thread runs the model"): 1}
+    assert dict(installation.ledger.fallbacks) == {(MODEL_REGION, "another thread runs the model"): 1}
     for name, gradient in reference.gradients.items():
         assert torch.equal(step.gradients[name], gradient), name

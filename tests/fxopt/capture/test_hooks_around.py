@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.report.records import MODEL_REGION
 
 peft: Any = pytest.importorskip("peft")
 
@@ -85,7 +86,7 @@ def test_adapters_whose_input_is_made_to_require_gradients_keep_their_tail(
         each.enable_input_require_grads()
     assert_same_step(model, stock)
     assert not reasons_of(installation)
-    assert "model" in {capture.region for capture in installation.ledger.captures}
+    assert MODEL_REGION in {capture.region for capture in installation.ledger.captures}
 
 
 @pytest.mark.filterwarnings("ignore")

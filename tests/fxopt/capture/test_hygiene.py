@@ -12,6 +12,7 @@ from torch import nn
 
 from fxopt.capture import torch_lowering, torch_settings
 from fxopt.capture.installation import Installation
+from fxopt.report.records import MODEL_REGION
 
 
 @pytest.mark.slow
@@ -78,8 +79,8 @@ def test_a_second_identical_model_makes_captures_of_its_own(build, install):
     for model in (first, second):
         model(input_ids=ids, labels=ids).loss.backward()
     for installation in installations:
-        assert {c.region for c in installation.ledger.captures} == {"model", "model.layers"}
-        assert set(installation.ledger.served) == {"model", *(f"model.layers.{i}" for i in range(3))}
+        assert {c.region for c in installation.ledger.captures} == {MODEL_REGION, "model.layers"}
+        assert set(installation.ledger.served) == {MODEL_REGION, *(f"model.layers.{i}" for i in range(3))}
 
 
 def test_twenty_eight_equal_layers_cost_at_most_three_captures(build, install):
@@ -227,7 +228,7 @@ def test_num_items_as_an_int_settles_after_two_captures(twins, install, assert_s
         assert_same_step(
             model, stock, lambda m, n=count: m(input_ids=ids, labels=ids, num_items_in_batch=n).loss
         )
-    assert [c.region for c in installation.ledger.captures].count("model") <= 2
+    assert [c.region for c in installation.ledger.captures].count(MODEL_REGION) <= 2
     assert [c.region for c in installation.ledger.captures].count("model.layers") == 1
     assert not installation.ledger.fallbacks
 

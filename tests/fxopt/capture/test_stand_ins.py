@@ -8,6 +8,8 @@ import logging
 import torch
 from torch import nn
 
+from fxopt.report.records import MODEL_REGION
+
 
 class Packed(nn.Parameter):
     """A weight in eighths, with its scales set on it, as 4-bit parameters have theirs."""
@@ -56,7 +58,7 @@ def test_a_weight_that_carries_its_scales_does_not_keep_the_head_stock(install, 
     ids = torch.randint(32, (2, 5))
     assert_same_step(model, stock, lambda each: each(ids))
     assert installation.ledger.fallback_records() == ()
-    assert "model" in installation.ledger.served
+    assert MODEL_REGION in installation.ledger.served
 
 
 def test_a_capture_logs_no_error_of_torch(install, build, caplog):
