@@ -29,7 +29,7 @@ RENAMED = {
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm", "einsum", "imatmul"), "matmul"),
     **dict.fromkeys(("clip", "clamp_min", "clamp_max", "maximum", "minimum"), "clamp"),
     **dict.fromkeys(("numpy_T", "mT", "matrix_H", "mH"), "transpose"),
-    **dict.fromkeys(("float", "half", "bfloat16", "double", "type", "type_as"), "to"),
+    **dict.fromkeys(("float", "half", "bfloat16", "double", "int", "long", "type", "type_as"), "to"),
 }
 SCALING = frozenset({"add", "sub", "mul", "div", "neg"})
 ROUNDING = frozenset({"to", "clone", "contiguous", "clamp", "dropout", "alpha_dropout", "detach"})

@@ -165,6 +165,11 @@ def chosen_to_count(x):
     return x.topk(2, dim=-1).indices.flatten().sort()[0].float().histc(bins=8, min=0, max=7)
 
 
+def chosen_to_count_integers(x):
+    ids = x.topk(2, dim=-1).indices.flatten().sort()[0]
+    return ids.int().float().histc(bins=8, min=0, max=7)  # a GPU counts the integers, a CPU has to cast them
+
+
 def chosen_of_the_best_group(x):
     best = x.view(3, 2, 4).amax(-1).topk(1)[1]
     mask = torch.zeros(3, 2).scatter_(1, best, 1).repeat_interleave(4, -1)
@@ -193,6 +198,7 @@ SITES = {
     "a choice of matrices, in order": (chosen_and_put_in_order, (ROWS, STACK), ["route"]),
     "places where choices stand": (places_of_choices, (ROWS, STACK), []),
     "a choice that is counted": (chosen_to_count, (ROWS.detach(),), ["route"]),
+    "a choice that is counted as on a GPU": (chosen_to_count_integers, (ROWS.detach(),), ["route"]),
     "a choice among the best group": (chosen_of_the_best_group, (ROWS.detach(),), ["route"]),
     "a choice that is a mask": (chosen_to_mask, (ROWS,), []),
     "largest values that are counted": (counted_values, (ROWS.detach(),), []),
