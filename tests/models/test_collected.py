@@ -64,6 +64,12 @@ def assert_all_rewritten(model: Any) -> None:
 def test_router_logits_and_their_loss_equal_stock_and_all_is_rewritten(arch, device, tools) -> None:
     model = make(arch, output_router_logits=True).to(device)
     stock = copy.deepcopy(model)
+    try:
+        stock(**tools.make_batch(SHAPE, padded="none", device=device))
+    except (
+        AttributeError
+    ) as error:  # granitemoe of transformers 5.17 takes the loss of no router for a tensor
+        pytest.skip(f"stock {arch} of transformers {transformers.__version__} cannot run: {error}")
     fxopt.optimize(model)
     output = check(tools, model, stock, device)
     assert len(output.router_logits) > 0
