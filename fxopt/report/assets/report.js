@@ -407,7 +407,7 @@
       showTipOfSelected();
     });
   }
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", showTipOfSelected, { passive: true }); // the page also scrolls to what gets the keys
 
   const strip = at("overview");
   const jump = (event) => {
