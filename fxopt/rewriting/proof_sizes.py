@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
@@ -33,6 +34,8 @@ LIMITS = (1024, 256, 80)
 Tiles hold up to 64 or 128 rows, and the least of these is more than 64."""
 FEW_BESIDE = 3
 """What all other leading dims shrink to where only one can be large."""
+CLASSES = 24576
+"""What the classes of a loss are cut to: more than a kernel takes at a time, a sixth of what large heads have."""
 MOST_ITEMS = 2**22
 """Of one activation in the second proof: 32 MiB in float64. The first has no limit, and needs none."""
 SIZE_CLASS = 16
@@ -43,16 +46,20 @@ Symbols = Mapping[Any, int]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What becomes of the sizes of one match: plain numbers by number, symbols by their names."""
+    """What becomes of the sizes of one match: plain numbers by number, symbols by their names.
+
+    `classes` are numbers too, of a loss: weights have them as rows, and activations as last dims.
+    """
 
     numbers: Mapping[int, int]
     symbols: Symbols
     shrinks_last: bool = False
+    classes: Mapping[int, int] = dataclasses.field(default_factory=dict[int, int])
 
     def of(self, size: Any) -> int:
         """Return the size that stands for `size`."""
         if isinstance(size, int):
-            return self.numbers.get(size, size)
+            return self.numbers.get(size, self.classes.get(size, size))
         expression = expression_of(size)
         return int(expression.subs({symbol: self.symbols[symbol] for symbol in expression.free_symbols}))
 
@@ -61,13 +68,25 @@ class Sizes:
         return tuple(
             self.of(size)
             if place < len(shape) - 1 or self.shrinks_last or not isinstance(size, int)
-            else size
+            else self.classes.get(size, size)
+            for place, size in enumerate(shape)
+        )
+
+    def of_weight(self, shape: Sequence[Any]) -> tuple[int, ...]:
+        """Return what stands for the shape of a weight: of plain sizes, rows that are classes are cut."""
+        return tuple(
+            self.of(size) if not isinstance(size, int) else size if place else self.classes.get(size, size)
             for place, size in enumerate(shape)
         )
 
 
 def propose_few(match: Match) -> Iterator[Sizes]:
     """Yield sizes to try, smallest first; the last are those of the capture and always fit."""
+    yield from _with_classes(match, _propose_few(match))
+    yield from _propose_few(match)
+
+
+def _propose_few(match: Match) -> Iterator[Sizes]:
     symbols = symbols_of(match)
     few = {symbol: min(size, FEW_TOKENS + place) for place, (symbol, size) in enumerate(symbols.items())}
     grown = (_grow(symbols, limit) for limit in reversed(LIMITS))
@@ -82,6 +101,23 @@ def propose_few(match: Match) -> Iterator[Sizes]:
 
 def propose_many(match: Match) -> Iterator[Sizes]:
     """Yield sizes to try that are larger and keep each activation within `MOST_ITEMS`, the largest first."""
+    for sizes in (*_with_classes(match, _propose_many(match)), *_propose_many(match)):
+        if _most_items(match, sizes) <= MOST_ITEMS:
+            yield sizes
+
+
+def _with_classes(match: Match, proposals: Iterator[Sizes]) -> Iterator[Sizes]:
+    """Yield `proposals` with the classes of the loss in `match` cut, nothing where there are none to cut."""
+    logits = [node.args[0] for node in match.nodes if node.target is F.cross_entropy]
+    numbers = [node.meta["example_value"].shape[-1] for node in logits if isinstance(node, fx.Node)]
+    classes = {
+        size: _cut(size, size, CLASSES, 0) for size in numbers if isinstance(size, int) and size > CLASSES
+    }
+    if classes:
+        yield from (dataclasses.replace(sizes, classes=classes) for sizes in proposals)
+
+
+def _propose_many(match: Match) -> Iterator[Sizes]:
     symbols = symbols_of(match)
     leading = [size for size in _leading_sizes(match, floats=True) if size not in _stacked_sizes(match)]
     names = [*leading, *symbols]
@@ -95,9 +131,7 @@ def propose_many(match: Match) -> Iterator[Sizes]:
     for chosen in (*wholes, *singles):
         known = {symbol: chosen[symbol] for symbol in symbols}
         if fits_conditions(match, known):
-            for sizes in _variants(match, {size: chosen[size] for size in leading}, known):
-                if _most_items(match, sizes) <= MOST_ITEMS:
-                    yield sizes
+            yield from _variants(match, {size: chosen[size] for size in leading}, known)
 
 
 def _cut(name: Any, size: int, limit: int, place: int) -> int:

@@ -42,20 +42,22 @@ def stock_run(match: Match, sizes: Sizes, dtype: torch.dtype | None) -> Runner:
 
 
 def _resize(arguments: Any, stock: fx.Node | Call, sizes: Sizes) -> Any:
-    """Return arguments in which the sizes of a new shape are those of the samples; leading sizes only.
+    """Return arguments in which the sizes of a new shape are those of the samples; leading sizes and classes only.
 
     So are the numbers that integers are counted and compared by.
     """
     args, kwargs = arguments
     if sizes.numbers and isinstance(stock, fx.Node) and _counts(stock):
         return tree_map_only(int, lambda number: _resized(number, sizes), (args, kwargs))
-    if stock.target not in SHAPED or not sizes.numbers:
+    if stock.target not in SHAPED or not (sizes.numbers or sizes.classes):
         return args, kwargs
     shape = kwargs["shape"]
     given: Any = stock.kwargs["shape"]
     last = len(shape) - 1
     resized = tuple(
-        sizes.numbers.get(size, size) if isinstance(given[place], int) and place < last else size
+        (sizes.of(size) if place < last else sizes.classes.get(size, size))
+        if isinstance(given[place], int)
+        else size
         for place, size in enumerate(shape)
     )
     return args, {**kwargs, "shape": resized}

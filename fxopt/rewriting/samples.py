@@ -73,7 +73,7 @@ class Sampler:
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         example = node.meta["example_value"]
         if is_weight(node):
-            return tuple(size if isinstance(size, int) else self._sizes.of(size) for size in example.shape)
+            return self._sizes.of_weight(example.shape)
         if is_stack_of_matrices(node):
             return (self._sizes.of(example.shape[0]), *example.shape[1:])
         is_number = example.is_floating_point() or example.is_complex()
@@ -109,7 +109,8 @@ class Sampler:
                 return (self._uniform(shape, torch.float64, example.device) * bound).to(example.dtype)
             high = 255 if example.dtype == torch.uint8 else 8
             return (self._uniform(shape, torch.float32, example.device) * high + 1).to(example.dtype)
-        num_classes = number_of(loss.args[0].meta["example_value"].shape[-1])
+        classes = number_of(loss.args[0].meta["example_value"].shape[-1])
+        num_classes = self._sizes.classes.get(classes, classes)
         values = (self._uniform(shape, torch.float64, example.device) * num_classes).to(example.dtype)
         flat = values.reshape(-1)
         ignore_index = loss.kwargs.get("ignore_index", -100)

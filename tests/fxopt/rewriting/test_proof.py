@@ -16,7 +16,7 @@ from fxopt.report.records import Proof
 from fxopt.rewriting.pattern import Match, Pattern, call
 from fxopt.rewriting.proof import FLOAT32_ERROR, Prover, _compare_value
 from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
-from fxopt.rewriting.terms import cast, cross_entropy, mean, number, reshape, rsqrt, tanh, tensor
+from fxopt.rewriting.terms import cast, cross_entropy, linear, mean, number, reshape, rsqrt, tanh, tensor
 
 
 def norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
@@ -358,6 +358,47 @@ def test_a_loss_that_counts_ignored_rows_is_refused(builder: Any) -> None:
         return F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
 
     assert len(apply(loss_graph(builder, 2, 9), make_loss(counting)).refused) == 1
+
+
+def head_of(h: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(h, w).float().reshape(-1, w.shape[0]), labels)
+
+
+def prove_head(builder: Any, num_classes: int, op: Callable[..., Any]) -> Proof:
+    """Prove a head of so many classes: a product with a weight, and the loss of its rows."""
+    h = builder.input("h", 2, 9, 8, dtype=torch.bfloat16)
+    w = builder.input("w", num_classes, 8, dtype=torch.bfloat16)
+    labels = builder.input("labels", 18, dtype=torch.int64)
+    wide = builder.call(vocabulary.cast, builder.call(F.linear, h, w, None), dtype=torch.float32)
+    rows = builder.call(vocabulary.reshape, wide, shape=(-1, num_classes))
+    kwargs = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    gm = builder.finish(builder.call(F.cross_entropy, rows, labels, None, **kwargs))
+    search = lambda: cross_entropy(reshape(cast(linear(tensor("h"), tensor("w")))), tensor("labels", "N"))  # noqa: E731
+    pattern = Pattern("head", search, replace=lambda m: call(op, m["h"], m["w"], m["labels"]))
+    return proof_of(apply(gm, pattern))
+
+
+@pytest.mark.parametrize(("num_classes", "proven"), [(100, 100), (40003, 24563)])
+def test_a_head_is_proven_with_some_of_its_classes(builder: Any, num_classes: int, proven: int) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watched(h: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if type(w) is torch.Tensor:
+            seen.append((w.shape[0], int(labels.max())))
+        return head_of(h, w, labels)
+
+    proof = prove_head(builder, num_classes, watched)
+    assert proof.passed, proof.reason
+    assert {classes for classes, _ in seen} == {proven}
+    assert all(label < proven for _, label in seen)
+
+
+def test_an_error_in_the_last_of_many_classes_is_found(builder: Any) -> None:
+    def leaves_some_out(h: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        kept = torch.arange(w.shape[0], device=w.device)[:, None] < 16384  # what a kernel takes at a time
+        return head_of(h, torch.where(kept, w, 0.0), labels)
+
+    assert not prove_head(builder, 40003, leaves_some_out).passed
 
 
 def test_the_replacement_runs_under_the_ambient_autocast_state(builder: Any) -> None:
