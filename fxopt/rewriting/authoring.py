@@ -75,6 +75,11 @@ def pattern(
                 f"pattern: expected a function as {what}, got {type(function).__name__}\n"
                 "give fxopt.pattern(search, replacement, examples=[(x, ...)])"
             )
+    if isinstance(search, torch.nn.Module):
+        raise FxoptError(
+            f"pattern: expected a function as search, got a module, {type(search).__name__}\n"
+            "write what its forward computes as one, weights as arguments: def my_form(x, w): return torch.sinh(x) * w"
+        )
     given: Any = name or getattr(search, "__name__", None)
     if not isinstance(given, str) or not given.isidentifier() or keyword.iskeyword(given):
         got = "a function without one" if given is None else repr(given)

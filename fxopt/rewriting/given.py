@@ -59,12 +59,19 @@ def check_near_miss(item: Any, subject: str) -> NearMiss:
 def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subject: str) -> list[str]:
     """Return the names of the arguments of `search`; every example must give as many."""
     try:
-        names = list(inspect.signature(search).parameters)
+        parameters = inspect.signature(search).parameters
     except ValueError as error:
         raise FxoptError(
             f"{subject}: has no signature, expected a Python function as search\n"
             "write the form as one: def my_form(x): return torch.sinh(x)"
         ) from error
+    names = list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise FxoptError(
+                f"{subject}: takes any number of arguments as {name}, expected as many as it has names\n"
+                "name each argument, and write one pattern for each number of them"
+            )
     for place, case in enumerate(cases):
         if len(case) != len(names):
             raise FxoptError(

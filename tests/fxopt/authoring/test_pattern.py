@@ -125,6 +125,10 @@ def printing(x: torch.Tensor) -> torch.Tensor:
     return y - 1
 
 
+def adding(*xs: torch.Tensor) -> torch.Tensor:
+    return xs[0] + xs[1]
+
+
 def writing(x: torch.Tensor) -> torch.Tensor:
     x = x.view_as(x)
     x.mul_(2)
@@ -253,6 +257,14 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: fxopt.pattern(growth, growth, [(X,)], name="class"), r"an identifier, got 'class'\ngive name"),
     (lambda: odd_pattern(3, growth, [(X,)]), r"expected a function as search, got int\ngive"),
+    (
+        lambda: fxopt.pattern(torch.nn.SiLU(), growth, [(X,)]),
+        r"expected a function as search, got a module, SiLU\nwrite what its forward computes",
+    ),
+    (
+        lambda: fxopt.pattern(adding, growth, [(X, X)]),
+        rf"adding {PLACE}: takes any number of arguments as xs, expected .*\nname each argument",
+    ),
     (lambda: odd_pattern(growth, None, [(X,)]), r"expected a function as replacement, got NoneType\ngive"),
     (
         lambda: odd_pattern(growth, growth, [X]),
