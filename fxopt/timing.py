@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import statistics
 import time
@@ -85,8 +86,18 @@ class OpTimer:
             torch.random.fork_rng(places),  # pyright: ignore[reportUnknownMemberType]
         ):
             room = self._room(self._place, in_step)
-            self._compile([trial.node for trial in trials if trial.bytes <= room and is_ours(trial.node)])
+            if self._left_s > 0:
+                fitting = [trial.node for trial in trials if trial.bytes <= room]
+                self._compile([node for node in fitting if is_ours(node) and self._is_there(node)])
             return [self._time(trial) if trial.bytes <= room else NO_MEMORY for trial in trials]
+
+    def _is_there(self, node: fx.Node) -> bool:
+        """Return whether all that `node` reads lies on the place, but for single numbers."""
+        sources = (tensors_in(source.meta.get("val")) for source in node.all_input_nodes)
+        return all(
+            value.device == self._place or (value.device == CPU and not value.dim())
+            for value in itertools.chain.from_iterable(sources)
+        )
 
     def _compile(self, nodes: list[fx.Node]) -> None:
         """Compile side by side what `nodes` will launch."""
@@ -98,7 +109,7 @@ class OpTimer:
                     log.debug("%s was not compiled ahead: %s: %s", node.target, type(error).__name__, error)
 
     def _time(self, trial: Trial) -> Timing | str:
-        if any(device not in (self._place, CPU) for device in _devices_of(trial.node)):
+        if not self._is_there(trial.node):
             return ELSEWHERE
         if self._left_s <= 0:
             return NO_TIME
@@ -120,11 +131,6 @@ class OpTimer:
             return f"it does not run on random values ({type(error).__name__})"
         self._left_s -= ROUNDS * max(found[0].ms, found[0].host_ms) * 1e-3
         return found[0]
-
-
-def _devices_of(node: fx.Node) -> set[torch.device]:
-    """Return where the values lie that `node` reads."""
-    return {value.device for source in node.all_input_nodes for value in tensors_in(source.meta.get("val"))}
 
 
 def measure_on_gpu(call: Callable[[], Any], place: torch.device) -> Timing:

@@ -117,7 +117,9 @@ def check(m: Match) -> Mismatch | None:
         if group.dim() != x.dim() + 1 or group.shape[-2] * group.shape[-1] != x.shape[-1]:
             return m.fail(f"x is viewed as {list(group.shape)}, expected [..., groups, size]", "group")
     size = x.shape[-1] if m["group"] is None else m.example("group").shape[-1]
-    divisor = 1 / m["share"] if m["share"] else m["size"]
+    if m["share"] == 0:
+        return m.fail("the sum of squares is multiplied by 0, expected one over their number", "x")
+    divisor = m["size"] if m["share"] is None else 1 / m["share"]
     if divisor is not None and not math.isclose(divisor, size, rel_tol=1e-6):
         return m.fail(f"the sum of {size} squares is divided by {divisor:g}, expected their number", "x")
     if not same_shape(m.output, x):

@@ -270,6 +270,14 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     def weighed(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _deepseek_v3(logits, bias, weighs_bias=True)
 
+    def of_places(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.sigmoid()
+        groups = scores.unflatten(-1, (4, 4))
+        marks = torch.zeros(len(logits), 4, device=logits.device)
+        marks.scatter_(1, groups.amax(dim=-2).topk(2, dim=-1)[1], 1.0)
+        ids = groups.masked_fill((marks == 0).unsqueeze(-1), 0.0).flatten(-2).topk(NUM_CHOICES, dim=-1)[1]
+        return scores.gather(1, ids), ids
+
     forms: dict[str, Any] = {
         "the smallest": smallest,
         "softmax over tokens": over_tokens,
@@ -278,5 +286,6 @@ def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:
     }
     for name, router in forms.items():
         yield name, (router, _inputs(device))
+    yield "groups by places in them", (of_places, (torch.randn(9, 16, device=device, requires_grad=True),))
     yield "no group is marked", (unmarked, _inputs(device, has_bias=True))
     yield "the bias weighs", (weighed, _inputs(device, has_bias=True))

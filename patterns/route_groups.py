@@ -35,7 +35,7 @@ def of_best_groups(values: Term) -> Term:
     group_scores = choice(
         "group_score",
         several=total(largest_ones, keepdim=False),
-        one=either(largest(groups, -1, False), operation(torch.amax, groups, dim=..., keepdim=False)),
+        one=either(largest(groups, -1, False), operation(torch.amax, groups, dim=(-1,), keepdim=False)),
     )
     group_scores = named("group_scores", group_scores)
     best = operation(torch.topk, group_scores, k=number("num_kept"), dim=-1, sorted=...)[1]

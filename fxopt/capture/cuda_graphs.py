@@ -36,7 +36,7 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Serve one call of the model within the scope; nested and concurrent calls are not replayed."""
+        """Serve one call of the model within the scope; a nested one is a part of it."""
         if self._token is not None:
             yield
             return

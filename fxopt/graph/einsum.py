@@ -9,12 +9,12 @@ import contextlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxopt.graph.arguments import Form, rank_of
+from fxopt.graph.arguments import Form, rank_of, same_size
 from fxopt.graph.arithmetic import Rule
 from fxopt.graph.edit import Editor
+from fxopt.graph.torch_private import TORCH_LINEAR
 from fxopt.graph.view import is_tensor, value_of
 
 
@@ -67,6 +67,9 @@ class _Product:
         if not is_whole or len(self.summed) != 1 or len(dtypes) != 1:
             return None
         (summed,) = self.summed
+        first, second = value_of(self.a).shape, value_of(self.b).shape
+        if not same_size(first[self.first.index(summed)], second[self.second.index(summed)]):
+            return None  # one of them is repeated
         if not self.batch:
             return self._by_matrix(summed)
         is_small = len(self.rows) <= 1 and len(self.columns) <= 1
@@ -78,7 +81,7 @@ class _Product:
         if not is_last or len(self.second) != 2 or len(self.columns) != 1:
             return None
         if self.second[1] == summed:
-            return Form(F.linear, (self.a, self.b, None), {})
+            return Form(TORCH_LINEAR, (self.a, self.b, None), {})
         return Form(torch.matmul, (self.a, self.b), {})
 
     def _by_batch(self, summed: str) -> Form:
@@ -125,10 +128,12 @@ class _Product:
         return [(torch.permute, {"dims": dims})] if moved else []
 
     def _insert(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        values = [value_of(item) for item in args]
+        values, product = [value_of(item) for item in args], value_of(self.node)
         mode = getattr(values[0], "fake_mode", None) or contextlib.nullcontext()
-        with mode, torch.enable_grad():
+        with mode, torch.set_grad_enabled(product.requires_grad):
             example: Tensor = target(*values, **kwargs)
+            if target is torch.matmul:
+                example = example.to(product.dtype)  # autocast may be on where it stands
         return self.editor.insert_before(self.node, target, args, kwargs, example)
 
 

@@ -101,7 +101,7 @@ def _propose_few(match: Match) -> Iterator[Sizes]:
 
 def propose_many(match: Match) -> Iterator[Sizes]:
     """Yield sizes to try that are larger and keep each activation within `MOST_ITEMS`, the largest first."""
-    for sizes in (*_with_classes(match, _propose_many(match)), *_propose_many(match)):
+    for sizes in itertools.chain(_with_classes(match, _propose_many(match)), _propose_many(match)):
         if _most_items(match, sizes) <= MOST_ITEMS:
             yield sizes
 

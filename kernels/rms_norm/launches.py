@@ -24,10 +24,8 @@ TILE_ELEMENTS = 4096  # what a program holds at a time, unless one row is longer
 FORWARD_ELEMENTS = 32  # a thread's, where forward reads one tensor: fewer warps meet at a row's sum
 FORWARD_ELEMENTS_BESIDE = 16  # a thread's, of each of two
 MOST_EARLY_COLUMNS = 4096  # up to here weight and bias are on their way while the sums are made
-SUM_ROWS, SUM_COLUMNS = (
-    64,
-    16,
-)  # many programs of a few columns each: partial sums are few, and all of them wait
+SUM_ROWS = 64
+SUM_COLUMNS = 16  # many programs of a few columns each: partial sums are few, and all of them wait
 LOOP_COLUMNS = 4096
 MOST_KEPT_COLUMNS = 8192  # backward holds the weight in registers; of longer rows it reads it again for each
 

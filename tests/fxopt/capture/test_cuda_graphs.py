@@ -173,11 +173,11 @@ def test_blocks_whose_activations_go_to_hooks_are_not_replayed(graphs: Any, kept
         assert graphs.are_used is (kept is None)
 
 
-def test_blocks_outside_a_model_call_and_nested_calls_are_not_replayed(graphs: Any) -> None:
+def test_blocks_outside_a_model_call_are_not_replayed_and_a_nested_call_is_a_part_of_it(graphs: Any) -> None:
     assert not graphs.are_used
     with graphs.step():
         with graphs.step():
-            pass
+            assert graphs.are_used
         assert graphs.are_used
     assert not graphs.are_used
 

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
+from fxopt.capture.devices import mixture_told
 
 TINY = dict(
     hidden_size=16,
@@ -29,6 +30,17 @@ def test_a_weight_on_another_device_is_named_beside_torchs_error():
         "fxopt: the model's tensors are on 2 types of devices, expected one, got 22 on cpu and 1 on meta "
         "(model.layers.1.mlp.up_proj.weight)\nfxopt: move the model as a whole: model.to('cpu')"
     ]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory on the device"), RuntimeError("no batch left")]
+)
+def test_an_error_about_something_else_has_no_such_note(error):
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(RuntimeError) as raised, mixture_told(model):
+        raise error
+    assert not hasattr(raised.value, "__notes__")
 
 
 def test_an_error_of_a_model_on_one_device_has_no_such_note():
