@@ -62,6 +62,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("plan", "--arch", "llama", "--budget", "12 potatoes"),
             "expected bytes, a size like .*, got '12 potatoes'",
         ),
+        (
+            ("trace", "--arch", "llama", "--set", "hidden_act=nosuch"),
+            "llama: cannot be built from this config, .*KeyError: 'nosuch'.*\nchange the config",
+        ),
         (("plan", "--arch", "llama", "--budget", "inf"), "expected bytes, a size like .*, got 'inf'"),
         (("demo", "--dtype", "int8"), "unknown name 'int8', expected one of fp32, bf16, fp16"),
         (("demo", "--device", "meta"), "a model on meta has no weights"),

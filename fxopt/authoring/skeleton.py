@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import keyword
+import re
 from pathlib import Path
 
 from fxopt.errors import FxoptError
@@ -33,14 +34,21 @@ def write_skeleton(name: str, out: Path) -> list[Path]:
         raise FxoptError(
             f"new-pattern: {name} is a pattern of the library already, expected a new name\nuse another name"
         )
+    skeleton = importlib.resources.files("fxopt.authoring") / "skeleton"
+    texts = {target: (skeleton / source).read_text(encoding="utf-8") for source, target in FILES.items()}
+    code = (text for target, text in texts.items() if target.endswith(".py"))
+    if any(re.search(rf"\b{name}\b", text) for text in code):
+        raise FxoptError(
+            f"new-pattern: {name} means something else in the files that would be written, expected a new name\n"
+            "use another name"
+        )
     folder = out / name
     try:
         folder.mkdir(parents=True)
-        texts = importlib.resources.files("fxopt.authoring") / "skeleton"
         paths: list[Path] = []
-        for source, target in FILES.items():
+        for target, text in texts.items():
             paths.append(folder / target.format(name=name))
-            paths[-1].write_text((texts / source).read_text(encoding="utf-8").replace("NAME", name))
+            paths[-1].write_text(text.replace("NAME", name))
     except FileExistsError as error:
         raise FxoptError(
             f"new-pattern: {folder} is there already, expected a new folder\ngive another --out"

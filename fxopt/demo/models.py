@@ -93,9 +93,22 @@ def _check_size(model_type: str, config: PreTrainedConfig) -> None:
 
 
 def build_meta_model(config: PreTrainedConfig) -> torch.nn.Module:
-    """Return the causal LM of `config` on the meta device: all shapes, no storage."""
-    with torch.device("meta"):
-        return build_model(config)
+    """Return the causal LM of `config` on the meta device: all shapes, no storage.
+
+    Raises:
+        FxoptError: the model's own code cannot make one of it.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except FxoptError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {_first_line(error)}"
+        raise FxoptError(
+            f"{config.model_type}: cannot be built from this config, expected fields that it knows, got {told}\n"
+            "change the config, or the field given by --set"
+        ) from error
 
 
 def find_config(source: str | None, model_type: str | None, fields: Sequence[str] = ()) -> PreTrainedConfig:

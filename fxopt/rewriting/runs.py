@@ -126,7 +126,11 @@ def read_by(match: Match, run: Runner) -> Runner:
 def run_with_gradients(
     run: Runner, inputs: Values, gradients: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return the outputs by name, and the gradients of the inputs that require them in the graph."""
+    """Return the outputs by name, and the gradients of the inputs that require them in the graph.
+
+    Raises:
+        RuntimeError: the backward pass writes to the gradient that it is given, which others may read.
+    """
     leaves = {node: _as_leaf(node, value) for node, value in inputs.items()}
     outputs = run(leaves)
     found = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
@@ -140,9 +144,14 @@ def run_with_gradients(
     ]
     if wanted and pairs:
         sources, seeds = zip(*pairs, strict=True)
+        given = [seed.clone() for seed in seeds]
         computed: tuple[Any, ...] = torch.autograd.grad(
             sources, list(wanted.values()), seeds, allow_unused=True
         )
+        if not all(map(torch.equal, seeds, given)):
+            raise RuntimeError(
+                "the backward pass writes to the gradient that it is given, which others may read"
+            )
         for node, leaf, gradient in zip(wanted, wanted.values(), computed, strict=True):
             found[f"gradient of {node.name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     return found

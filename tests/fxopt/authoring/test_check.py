@@ -187,6 +187,7 @@ def test_the_skeletons_kernels_equal_its_reference_in_the_interpreter(
         ("Bad-Name", r"got 'Bad-Name'\ntry"),
         ("class", r"got 'class'\ntry"),
         ("glu", r"glu is a pattern of the library already"),
+        ("torch", r"torch means something else in the files that would be written, expected a new name\nuse"),
     ],
 )
 def test_bad_names_are_told(tmp_path: Path, name: str, message: str) -> None:

@@ -360,6 +360,33 @@ def test_a_loss_that_counts_ignored_rows_is_refused(builder: Any) -> None:
     assert len(apply(loss_graph(builder, 2, 9), make_loss(counting)).refused) == 1
 
 
+class WritesItsGradient(torch.autograd.Function):
+    """A norm whose backward pass is right, and made in the memory of the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        with torch.enable_grad():
+            leaves = [each.detach().requires_grad_() for each in (x, w)]
+            y = norm(*leaves, eps)
+        ctx.save = leaves, y
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (leaves, y), (dy,) = ctx.save, gradients
+        dx, dw = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        return dy.copy_(dx), dw, None
+
+
+def test_a_backward_pass_that_writes_to_its_gradient_is_refused(builder: Any) -> None:
+    def written(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        return norm(x, w, eps) if type(x) is not torch.Tensor else WritesItsGradient.apply(x, w, eps)
+
+    proof = proof_of(apply(norm_graph(builder, 4, 8), make(written)))
+    assert not proof.passed
+    assert "writes to the gradient that it is given" in proof.reason
+
+
 def head_of(h: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(F.linear(h, w).float().reshape(-1, w.shape[0]), labels)
 
