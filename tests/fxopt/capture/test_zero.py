@@ -175,3 +175,22 @@ def test_a_linear_that_somebody_put_in_the_place_of_torchs_is_back_after_a_call(
     step(model)
     assert F.linear is linear.zero3_linear_wrap
     assert "linear_cross_entropy" in {site.op for site in fxopt.explain(model).sites}
+
+
+def test_a_rank_that_runs_out_of_memory_does_not_gather_again(engine, monkeypatch):
+    """The other ranks would not: a collective of one rank alone never ends."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    followed(engine, fxopt.optimize(model, verify="off", memory_budget=None))
+    calls = find_installation(model)._calls["model.layers"]
+    tried = []
+
+    def failing(path, *_):
+        tried.append(path)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calls, "_run", failing)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        step(model)
+    assert tried == ["model.layers.0"]
+    (note,) = error.value.__notes__
+    assert "not run again, since its parameters are gathered from all ranks" in note
