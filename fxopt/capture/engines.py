@@ -138,7 +138,7 @@ class Sharding:
         self._around = around
         self._hidden: Hidden = []
         self._gatherings: dict[nn.Module, zero.Gathering] = {}
-        self._linear: Any = nn.functional.linear
+        self._linear: Callable[..., Any] | None = None
 
     def find_modules(self) -> dict[nn.Module, Any]:
         """Return the sharded modules outside the blocks, the model left out, with their states."""
@@ -200,6 +200,7 @@ class Sharding:
             with zero.linear_put(zero.captured_linear()) as self._linear:
                 yield
         finally:
+            self._linear = None
             self._show()
 
     def _show(self) -> None:
@@ -211,8 +212,9 @@ class Sharding:
         """Put the hooks back within the scope: the trunk calls modules as stock does."""
         modules = list(dict.fromkeys(module for module, *_ in self._hidden))
         self._show()
+        linear = self._linear
         try:
-            with zero.linear_put(self._linear):
+            with contextlib.nullcontext() if linear is None else zero.linear_put(linear):
                 yield
         finally:
             self._hidden = hide_hooks(modules, is_gathering_hook)
