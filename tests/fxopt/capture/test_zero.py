@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from fxopt.capture import zero
+from fxopt.capture.hooks import find_hooks
 from fxopt.capture.installation import find_installation
 
 TINY = dict(
@@ -151,6 +152,21 @@ def test_a_users_hook_is_told_from_the_engines(engine):
         "a hook sits on the LlamaMLP inside",
         "a hook sits on a LlamaMLP of a block and may keep what the forward reads",
     }
+
+
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("first", ["users", "engines"])
+def test_a_users_hook_does_not_hide_that_the_engine_gathers(place, first, engine):
+    """Wherever it sits: a rank that does not gather as the others do gathers in another order."""
+    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    if first == "engines":
+        followed(engine, block)
+    block[place].register_forward_hook(lambda *_: None)
+    if first == "users":
+        followed(engine, block)
+    hooks = find_hooks(block)
+    assert hooks.live is block[place]
+    assert hooks.gathers
 
 
 def test_parameters_around_the_blocks_leave_the_head_stock(engine):
