@@ -130,7 +130,7 @@ class Sharding:
 
     Dynamo looks at their parameters before any of them runs, so they are gathered when the model's forward
     begins (the hook that would gather them finds that done: no collective is added), and their hooks are hidden
-    from the capture. The trunk runs with the hooks; around the tail they are called by `enter` and `leave`.
+    from the capture. The trunk runs with the hooks; around the tail they are called by `run`.
     """
 
     def __init__(self, model: nn.Module, blocks: frozenset[nn.Module], around: Sequence[nn.Module]) -> None:
@@ -238,8 +238,8 @@ class Sharding:
                 return f"the mixed precision policy of the {kind} casts its output to {policy.output_dtype}"
         return None
 
-    def enter(self, modules: Sequence[nn.Module], values: list[Any]) -> list[Any]:
-        """Do what an engine does before `modules` run, of which `values` are the inputs; return these.
+    def run(self, modules: Sequence[nn.Module], values: list[Any], call: Callable[..., Any]) -> Any:
+        """Return what `call` computes from `values` in the place of `modules`, with what an engine does around these.
 
         The gradients of a module's parameters are reduced once those of its inputs are there. The first input
         of the tail stands for all of them.
@@ -250,22 +250,15 @@ class Sharding:
                 changed = hook(module, inputs, {})
                 inputs = inputs if changed is None else changed[0]
         gatherings = self._gatherings_of(modules)
-        for gathering in gatherings:
-            gathering.gather()
-        return list(zero.wrap_inputs(gatherings, inputs))
-
-    def leave(self, modules: Sequence[nn.Module], output: Any) -> Any:
-        """Do what an engine does after `modules` have run, of which `output` is all that was computed; return that."""
-        for module in modules:
-            for hook in self._hooks(module, POST):
-                hook(module, (), output)
-        gatherings = self._gatherings_of(modules)
-        for gathering in gatherings:
-            gathering.free()
+        with zero.gathered(gatherings):
+            output = call(*zero.wrap_inputs(gatherings, inputs))
+            for module in modules:
+                for hook in self._hooks(module, POST):
+                    hook(module, (), output)
         return zero.wrap_outputs(gatherings, output)
 
     def find_wrapper(self, modules: Sequence[nn.Module]) -> Callable[[Any], Any] | None:
-        """Return what does as `leave` with an output that is computed later, or None: nothing."""
+        """Return what does as `run` with an output that is computed later, or None: nothing."""
         gatherings = self._gatherings_of(modules)
         return functools.partial(zero.wrap_outputs, gatherings) if gatherings else None
 

@@ -135,13 +135,11 @@ def find_gatherings(modules: Iterable[nn.Module]) -> list[Gathering]:
 @contextlib.contextmanager
 def gathered(gatherings: Sequence[Gathering]) -> Iterator[None]:
     """Gather the parameters of modules, in their order, for the length of the scope."""
-    for gathering in gatherings:
-        gathering.gather()
-    try:
+    with contextlib.ExitStack() as stack:
+        for gathering in gatherings:
+            gathering.gather()
+            stack.callback(gathering.free)
         yield
-    finally:
-        for gathering in reversed(gatherings):
-            gathering.free()
 
 
 def wrap_inputs(gatherings: Iterable[Gathering], values: Any) -> Any:

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from fxopt.capture import zero
+from fxopt.capture.engines import Sharding
 from fxopt.capture.hooks import find_hooks
 from fxopt.capture.installation import find_installation
 
@@ -210,3 +211,32 @@ def test_a_rank_that_runs_out_of_memory_does_not_gather_again(engine, monkeypatc
     assert tried == ["model.layers.0"]
     (note,) = error.value.__notes__
     assert "not run again, since its parameters are gathered from all ranks" in note
+
+
+def whole_in(model):
+    return [name for name, parameter in model.named_parameters() if parameter.numel()]
+
+
+def test_what_was_gathered_is_freed_where_gathering_the_next_fails(engine):
+    model = followed(engine, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    gatherings = zero.find_gatherings(model)
+    del model[1].weight.whole
+    with pytest.raises(AttributeError, match="whole"), zero.gathered(gatherings):
+        pass
+    assert whole_in(model) == []
+
+
+def test_what_was_gathered_for_the_tail_is_freed_where_it_fails(engine):
+    block, head = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = followed(engine, nn.Sequential(block, head))
+    sharding = Sharding(model, frozenset([block]), [model])
+    seen = []
+
+    def fail(value):
+        seen.extend(whole_in(model))
+        raise ValueError("of the tail")
+
+    with sharding.gathered(), pytest.raises(ValueError, match="of the tail"):
+        sharding.run([head], [torch.ones(1, 2, requires_grad=True)], fail)
+    assert seen == ["1.weight", "1.bias"]
+    assert whole_in(model) == []
