@@ -110,9 +110,9 @@ class ModelCall:
                 return torch_modules.stock_call(model, *args, **kwargs)
             kwargs = self._without_cache(kwargs)
             reason = self.find_obstacle(args, kwargs)
+            gatherings = self._sharding.find_gatherings()
             if reason is None and not self._lock.acquire(blocking=False):
                 reason = "another thread runs the model"
-            gatherings = self._sharding.find_gatherings()
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
                 if gatherings:

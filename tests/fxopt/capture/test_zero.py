@@ -240,3 +240,19 @@ def test_what_was_gathered_for_the_tail_is_freed_where_it_fails(engine):
         sharding.run([head], [torch.ones(1, 2, requires_grad=True)], fail)
     assert seen == ["1.weight", "1.bias"]
     assert whole_in(model) == []
+
+
+def test_an_error_while_an_engine_is_looked_for_does_not_lock_the_model(engine, monkeypatch):
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    followed(engine, fxopt.optimize(model, verify="off"))
+    sharding = find_installation(model).model_call._sharding
+
+    def fail():
+        raise ValueError("of the engine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "find_gatherings", fail)
+        with pytest.raises(ValueError, match="of the engine"):
+            step(model)
+    step(model)
+    assert not find_installation(model).ledger.fallbacks
