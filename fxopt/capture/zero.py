@@ -41,15 +41,27 @@ def _comes_from(hook: Any, name: str) -> bool:
     """Return whether `hook` is a function of the module called `name`, or a wrapper around such a one."""
     source = sys.modules.get(name)
     queue = [] if source is None else [hook]
+    seen: set[int] = set()
     while queue:
         function = queue.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
         if getattr(function, "__globals__", None) is vars(source):
             return True
         if str(getattr(function, "__module__", "")).partition(".")[0] not in ("deepspeed", "torch"):
             continue
-        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        queue += [each for each in (getattr(function, "__wrapped__", None), *cells) if callable(each)]
+        cells = getattr(function, "__closure__", None) or ()
+        queue += filter(callable, (getattr(function, "__wrapped__", None), *map(_content_of, cells)))
     return False
+
+
+def _content_of(cell: Any) -> Any:
+    """Return what a variable of a closure holds; None where nothing was put there yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def is_there() -> bool:

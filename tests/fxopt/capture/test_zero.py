@@ -256,3 +256,18 @@ def test_an_error_while_an_engine_is_looked_for_does_not_lock_the_model(engine, 
             step(model)
     step(model)
     assert not find_installation(model).ledger.fallbacks
+
+
+def test_a_hook_is_told_whose_closure_holds_itself_and_a_variable_that_nothing_is_in(engine):
+    def make(inner):
+        def function(*args):
+            return wrapper, missing, inner(*args)
+
+        function.__module__ = "torch"
+        wrapper = disabled(function)
+        if inner is None:
+            missing = 0
+        return wrapper
+
+    assert not zero.is_zero_hook(make(len))
+    assert zero.is_zero_hook(make(engine.gather))
