@@ -1,8 +1,9 @@
-"""Engines that spread a model over ranks: DistributedDataParallel around it, FSDP2 in it.
+"""Engines that spread a model over ranks: DistributedDataParallel around it, FSDP2 or DeepSpeed's ZeRO-3 in it.
 
 FSDP2 gathers a module's parameters in a hook before its forward and reduces their gradients in hooks of autograd;
 fxopt runs forwards, so it leaves those hooks where they are. Only the tail runs no module's forward: there the hooks
-of its modules are called around it (`Sharding`).
+of its modules are called around it (`Sharding`). So are ZeRO-3's, which has hooks on the modules in blocks too: `zero`
+tells them, and `forwards` calls those of blocks.
 """
 
 from __future__ import annotations
@@ -126,11 +127,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class Sharding:
-    """The modules of one model, outside its blocks, that FSDP2 shards on their own.
+    """The modules of one model, outside its blocks, that FSDP2 shards on their own or whose parameters ZeRO-3 keeps.
 
     Dynamo looks at their parameters before any of them runs, so they are gathered when the model's forward
     begins (the hook that would gather them finds that done: no collective is added), and their hooks are hidden
-    from the capture. The trunk runs with the hooks; around the tail they are called by `run`.
+    from the capture. The trunk runs with the hooks; around the tail they are called by `run`. FSDP2's are gathered
+    here; ZeRO-3's already around the model's forward (`forwards.call_model_gathered`), which frees them at its end.
     """
 
     def __init__(self, model: nn.Module, blocks: frozenset[nn.Module], around: Sequence[nn.Module]) -> None:

@@ -3,7 +3,8 @@
 A compiled region calls none of the modules it computes, so their hooks are called around it: all are gathered before
 it, what goes in is passed through what frees them after its backward, and what comes out through what gathers them
 for it. Where a region runs stock its modules are gathered so too: ranks that differ in what they compile gather in
-one order. Modules without parameters of their own are not followed: nothing hangs on it.
+one order. Modules without parameters of their own are not followed: nothing hangs on it. `forwards` does so for
+blocks, and for the length of a model's forward for what is outside of them; `engines.Sharding` does it for the tail.
 """
 
 from __future__ import annotations
