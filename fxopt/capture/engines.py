@@ -1,8 +1,9 @@
-"""Engines that spread a model over ranks: DistributedDataParallel around it, FSDP2 in it.
+"""Engines that spread a model over ranks: DistributedDataParallel around it, FSDP2 or DeepSpeed's ZeRO-3 in it.
 
 FSDP2 gathers a module's parameters in a hook before its forward and reduces their gradients in hooks of autograd;
 fxopt runs forwards, so it leaves those hooks where they are. Only the tail runs no module's forward: there the hooks
-of its modules are called around it (`Sharding`).
+of its modules are called around it (`Sharding`). So are ZeRO-3's, which has hooks on the modules in blocks too: `zero`
+tells them, and `forwards` calls those of blocks.
 """
 
 from __future__ import annotations
@@ -126,11 +127,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class Sharding:
-    """The modules of one model, outside its blocks, that FSDP2 shards on their own.
+    """The modules of one model, outside its blocks, that FSDP2 shards on their own or whose parameters ZeRO-3 keeps.
 
     Dynamo looks at their parameters before any of them runs, so they are gathered when the model's forward
     begins (the hook that would gather them finds that done: no collective is added), and their hooks are hidden
-    from the capture. The trunk runs with the hooks; around the tail they are called by `enter` and `leave`.
+    from the capture. The trunk runs with the hooks; around the tail they are called by `run`. FSDP2's are gathered
+    here; ZeRO-3's already around the model's forward (`forwards.call_model_gathered`), which frees them at its end.
     """
 
     def __init__(self, model: nn.Module, blocks: frozenset[nn.Module], around: Sequence[nn.Module]) -> None:
@@ -138,7 +140,7 @@ class Sharding:
         self._around = around
         self._hidden: Hidden = []
         self._gatherings: dict[nn.Module, zero.Gathering] = {}
-        self._linear: Any = nn.functional.linear
+        self._linear: Callable[..., Any] | None = None
 
     def find_modules(self) -> dict[nn.Module, Any]:
         """Return the sharded modules outside the blocks, the model left out, with their states."""
@@ -200,6 +202,7 @@ class Sharding:
             with zero.linear_put(zero.captured_linear()) as self._linear:
                 yield
         finally:
+            self._linear = None
             self._show()
 
     def _show(self) -> None:
@@ -211,8 +214,9 @@ class Sharding:
         """Put the hooks back within the scope: the trunk calls modules as stock does."""
         modules = list(dict.fromkeys(module for module, *_ in self._hidden))
         self._show()
+        linear = self._linear
         try:
-            with zero.linear_put(self._linear):
+            with contextlib.nullcontext() if linear is None else zero.linear_put(linear):
                 yield
         finally:
             self._hidden = hide_hooks(modules, is_gathering_hook)
@@ -236,8 +240,8 @@ class Sharding:
                 return f"the mixed precision policy of the {kind} casts its output to {policy.output_dtype}"
         return None
 
-    def enter(self, modules: Sequence[nn.Module], values: list[Any]) -> list[Any]:
-        """Do what an engine does before `modules` run, of which `values` are the inputs; return these.
+    def run(self, modules: Sequence[nn.Module], values: list[Any], call: Callable[..., Any]) -> Any:
+        """Return what `call` computes from `values` in the place of `modules`, with what an engine does around these.
 
         The gradients of a module's parameters are reduced once those of its inputs are there. The first input
         of the tail stands for all of them.
@@ -248,22 +252,15 @@ class Sharding:
                 changed = hook(module, inputs, {})
                 inputs = inputs if changed is None else changed[0]
         gatherings = self._gatherings_of(modules)
-        for gathering in gatherings:
-            gathering.gather()
-        return list(zero.wrap_inputs(gatherings, inputs))
-
-    def leave(self, modules: Sequence[nn.Module], output: Any) -> Any:
-        """Do what an engine does after `modules` have run, of which `output` is all that was computed; return that."""
-        for module in modules:
-            for hook in self._hooks(module, POST):
-                hook(module, (), output)
-        gatherings = self._gatherings_of(modules)
-        for gathering in gatherings:
-            gathering.free()
+        with zero.gathered(gatherings):
+            output = call(*zero.wrap_inputs(gatherings, inputs))
+            for module in modules:
+                for hook in self._hooks(module, POST):
+                    hook(module, (), output)
         return zero.wrap_outputs(gatherings, output)
 
     def find_wrapper(self, modules: Sequence[nn.Module]) -> Callable[[Any], Any] | None:
-        """Return what does as `leave` with an output that is computed later, or None: nothing."""
+        """Return what does as `run` with an output that is computed later, or None: nothing."""
         gatherings = self._gatherings_of(modules)
         return functools.partial(zero.wrap_outputs, gatherings) if gatherings else None
 

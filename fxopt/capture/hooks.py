@@ -52,6 +52,7 @@ def is_gathering_hook(hook: Any) -> bool:
 
 def find_hooks(module: nn.Module) -> Hooks:
     """Return the hooks on the modules inside `module`, not on `module` itself."""
+    live: nn.Module | None = None
     idle = gathers = False
     recorders: list[Recorder] = []
     stack = list(torch_modules.children_of(module).values())
@@ -68,10 +69,10 @@ def find_hooks(module: nn.Module) -> Hooks:
                     gathers = True
                 elif recorder is not None and recorder.is_plain:
                     recorders.append(recorder)
-                else:
-                    return Hooks(inner, idle, gathers=gathers)
+                elif live is None:
+                    live = inner
         stack.extend(torch_modules.children_of(inner).values())
-    return Hooks(None, idle, tuple(recorders), gathers)
+    return Hooks(live, idle, tuple(recorders) if live is None else (), gathers)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

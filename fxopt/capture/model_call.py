@@ -110,9 +110,9 @@ class ModelCall:
                 return torch_modules.stock_call(model, *args, **kwargs)
             kwargs = self._without_cache(kwargs)
             reason = self.find_obstacle(args, kwargs)
+            gatherings = self._sharding.find_gatherings()
             if reason is None and not self._lock.acquire(blocking=False):
                 reason = "another thread runs the model"
-            gatherings = self._sharding.find_gatherings()
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
                 if gatherings:
@@ -358,9 +358,8 @@ class ModelCall:
                 with this._sharding.hooks_shown():
                     calls = this._trunk.run(*this._arguments, num_calls, wanted, judge)
             this.ledger.begin(MODEL_REGION)
-            values = this._sharding.enter(living, values_of(calls))
-            output = call(*values, *[captured_args[index] for index in placeholders])
-            output = this._sharding.leave(living, output)
+            others = [captured_args[index] for index in placeholders]
+            output = this._sharding.run(living, values_of(calls), lambda *values: call(*values, *others))
             wrap = this._sharding.find_wrapper(living)
             return output if wrap is None else put_through(wrap, output)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_distributed, torch_modules, torch_tensors
+from fxopt.capture import torch_distributed, torch_modules, torch_tensors, zero
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Planner
 
@@ -67,11 +67,13 @@ class Shortage:
             raise
 
     def _find_obstacle(self, before: tuple[int, ...]) -> str:
-        if any(torch_distributed.fsdp_state_of(module) is not None for module in self._model().modules()):
+        model = self._model()
+        is_sharded = any(torch_distributed.fsdp_state_of(module) is not None for module in model.modules())
+        if is_sharded or any(map(zero.is_partitioned, model.parameters())):
             return "its parameters are gathered from all ranks, which do not run it again"
         if self._ledger.changes_state:
             return "a block changes Python objects, which a second forward pass would do twice"
-        if self._holders is None or not _are_same(torch_modules.find_buffers(self._model()), self._holders):
+        if self._holders is None or not _are_same(torch_modules.find_buffers(model), self._holders):
             return "buffers were put into the model since its first call, and may have been written to"
         if _writes(self._holders) != before:
             return "the forward pass writes to a buffer of the model, which a second one would do twice"

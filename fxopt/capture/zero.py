@@ -3,7 +3,8 @@
 A compiled region calls none of the modules it computes, so their hooks are called around it: all are gathered before
 it, what goes in is passed through what frees them after its backward, and what comes out through what gathers them
 for it. Where a region runs stock its modules are gathered so too: ranks that differ in what they compile gather in
-one order. Modules without parameters of their own are not followed: nothing hangs on it.
+one order. Modules without parameters of their own are not followed: nothing hangs on it. `forwards` does so for
+blocks, and for the length of a model's forward for what is outside of them; `engines.Sharding` does it for the tail.
 """
 
 from __future__ import annotations
@@ -41,15 +42,27 @@ def _comes_from(hook: Any, name: str) -> bool:
     """Return whether `hook` is a function of the module called `name`, or a wrapper around such a one."""
     source = sys.modules.get(name)
     queue = [] if source is None else [hook]
+    seen: set[int] = set()
     while queue:
         function = queue.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
         if getattr(function, "__globals__", None) is vars(source):
             return True
         if str(getattr(function, "__module__", "")).partition(".")[0] not in ("deepspeed", "torch"):
             continue
-        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        queue += [each for each in (getattr(function, "__wrapped__", None), *cells) if callable(each)]
+        cells = getattr(function, "__closure__", None) or ()
+        queue += filter(callable, (getattr(function, "__wrapped__", None), *map(_content_of, cells)))
     return False
+
+
+def _content_of(cell: Any) -> Any:
+    """Return what a variable of a closure holds; None where nothing was put there yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def is_there() -> bool:
@@ -135,13 +148,11 @@ def find_gatherings(modules: Iterable[nn.Module]) -> list[Gathering]:
 @contextlib.contextmanager
 def gathered(gatherings: Sequence[Gathering]) -> Iterator[None]:
     """Gather the parameters of modules, in their order, for the length of the scope."""
-    for gathering in gatherings:
-        gathering.gather()
-    try:
+    with contextlib.ExitStack() as stack:
+        for gathering in gatherings:
+            gathering.gather()
+            stack.callback(gathering.free)
         yield
-    finally:
-        for gathering in reversed(gatherings):
-            gathering.free()
 
 
 def wrap_inputs(gatherings: Iterable[Gathering], values: Any) -> Any:

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.capture import torch_lowering, torch_settings
@@ -337,3 +338,40 @@ def test_hooks_on_saved_tensors_see_nothing_of_the_passes(install):
         model(torch.randn(4, 8)).backward()
     assert torch.Size((4, 8)) in seen
     assert torch.Size((3, 5)) not in seen
+
+
+class Projected(nn.Module):
+    """Blocks after a projection, which is the only layer of six features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+def test_what_stands_in_torchs_place_is_what_stands_there_now(install, monkeypatch):
+    own, at_first, later = F.linear, [], []
+
+    def noting(widths):
+        def linear(x, *rest):
+            widths.append(x.shape[-1])
+            return own(x, *rest)
+
+        return linear
+
+    model = Projected()
+    monkeypatch.setattr(F, "linear", noting(at_first))
+    installation = install(model)
+    monkeypatch.setattr(F, "linear", own)
+    model(torch.randn(4, 6)).backward()
+    assert at_first == []
+    assert not installation.ledger.fallbacks
+    monkeypatch.setattr(F, "linear", noting(later))
+    model(torch.randn(4, 6)).backward()
+    assert 6 in later

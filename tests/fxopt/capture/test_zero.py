@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from fxopt.capture import zero
+from fxopt.capture.engines import Sharding
+from fxopt.capture.hooks import find_hooks
 from fxopt.capture.installation import find_installation
 
 TINY = dict(
@@ -153,6 +155,21 @@ def test_a_users_hook_is_told_from_the_engines(engine):
     }
 
 
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("first", ["users", "engines"])
+def test_a_users_hook_does_not_hide_that_the_engine_gathers(place, first, engine):
+    """Wherever it sits: a rank that does not gather as the others do gathers in another order."""
+    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    if first == "engines":
+        followed(engine, block)
+    block[place].register_forward_hook(lambda *_: None)
+    if first == "users":
+        followed(engine, block)
+    hooks = find_hooks(block)
+    assert hooks.live is block[place]
+    assert hooks.gathers
+
+
 def test_parameters_around_the_blocks_leave_the_head_stock(engine):
     model = fxopt.optimize(LlamaForCausalLM(LlamaConfig(**TINY)).train(), verify="off")
     model.scale = nn.Parameter(torch.ones(()))
@@ -175,3 +192,82 @@ def test_a_linear_that_somebody_put_in_the_place_of_torchs_is_back_after_a_call(
     step(model)
     assert F.linear is linear.zero3_linear_wrap
     assert "linear_cross_entropy" in {site.op for site in fxopt.explain(model).sites}
+
+
+def test_a_rank_that_runs_out_of_memory_does_not_gather_again(engine, monkeypatch):
+    """The other ranks would not: a collective of one rank alone never ends."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    followed(engine, fxopt.optimize(model, verify="off", memory_budget=None))
+    calls = find_installation(model)._calls["model.layers"]
+    tried = []
+
+    def failing(path, *_):
+        tried.append(path)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calls, "_run", failing)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        step(model)
+    assert tried == ["model.layers.0"]
+    (note,) = error.value.__notes__
+    assert "not run again, since its parameters are gathered from all ranks" in note
+
+
+def whole_in(model):
+    return [name for name, parameter in model.named_parameters() if parameter.numel()]
+
+
+def test_what_was_gathered_is_freed_where_gathering_the_next_fails(engine):
+    model = followed(engine, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    gatherings = zero.find_gatherings(model)
+    del model[1].weight.whole
+    with pytest.raises(AttributeError, match="whole"), zero.gathered(gatherings):
+        pass
+    assert whole_in(model) == []
+
+
+def test_what_was_gathered_for_the_tail_is_freed_where_it_fails(engine):
+    block, head = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = followed(engine, nn.Sequential(block, head))
+    sharding = Sharding(model, frozenset([block]), [model])
+    seen = []
+
+    def fail(value):
+        seen.extend(whole_in(model))
+        raise ValueError("of the tail")
+
+    with sharding.gathered(), pytest.raises(ValueError, match="of the tail"):
+        sharding.run([head], [torch.ones(1, 2, requires_grad=True)], fail)
+    assert seen == ["1.weight", "1.bias"]
+    assert whole_in(model) == []
+
+
+def test_an_error_while_an_engine_is_looked_for_does_not_lock_the_model(engine, monkeypatch):
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    followed(engine, fxopt.optimize(model, verify="off"))
+    sharding = find_installation(model).model_call._sharding
+
+    def fail():
+        raise ValueError("of the engine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "find_gatherings", fail)
+        with pytest.raises(ValueError, match="of the engine"):
+            step(model)
+    step(model)
+    assert not find_installation(model).ledger.fallbacks
+
+
+def test_a_hook_is_told_whose_closure_holds_itself_and_a_variable_that_nothing_is_in(engine):
+    def make(inner):
+        def function(*args):
+            return wrapper, missing, inner(*args)
+
+        function.__module__ = "torch"
+        wrapper = disabled(function)
+        if inner is None:
+            missing = 0
+        return wrapper
+
+    assert not zero.is_zero_hook(make(len))
+    assert zero.is_zero_hook(make(engine.gather))
