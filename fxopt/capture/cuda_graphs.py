@@ -84,8 +84,10 @@ class CudaGraphs:
 
             def run(*args: Any) -> Any:
                 results = compiled(*self._enter(args))
-                self._copy_gradients(args, results)
-                self._note_results(results)
+                items = results if isinstance(results, tuple | list) else (results,)
+                returned = [item for item in items if isinstance(item, torch.Tensor)]
+                self._copy_gradients(args, returned)
+                self._written.update(value.untyped_storage().data_ptr() for value in returned)
                 return results
 
             return run
@@ -100,25 +102,18 @@ class CudaGraphs:
                 return (*args[:place], held, *args[place + 1 :])
         return args
 
-    def _copy_gradients(self, args: tuple[Any, ...], results: Any) -> None:
+    def _copy_gradients(self, args: tuple[Any, ...], returned: list[torch.Tensor]) -> None:
         """Have a block's gradients copied out of the replays, but for those that a block of this call reads."""
         given = {value.grad_fn for value in args if isinstance(value, torch.Tensor)} - {None}
         values = (value for value in args if isinstance(value, torch.Tensor) and value.grad_fn in given)
         read = {value.grad_fn for value in values if self._is_written(value)}
-        items = results if isinstance(results, tuple | list) else (results,)
-        ends = (value.grad_fn for value in items if isinstance(value, torch.Tensor))
-        for node in dict.fromkeys(_compiled_node_behind(end, given) for end in ends):
+        for node in dict.fromkeys(_compiled_node_behind(value.grad_fn, given) for value in returned):
             if node is not None:
                 node.register_hook(_copier(weakref.ref(node), read))
 
     def _is_written(self, value: torch.Tensor) -> bool:
+        """Return whether `value` lies in the memory of the replays, as what a block returned."""
         return value.untyped_storage().data_ptr() in self._written
-
-    def _note_results(self, results: Any) -> None:
-        """Note what a block returned: it lies in the memory of the replays."""
-        for value in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(value, torch.Tensor):
-                self._written.add(value.untyped_storage().data_ptr())
 
     def copy_out(self, output: Any) -> Any:
         """Return a model's output with copies of what lies in the memory of the replays."""
@@ -126,8 +121,7 @@ class CudaGraphs:
             return output
 
         def copied(value: Any) -> Any:
-            is_written = type(value) is torch.Tensor and value.untyped_storage().data_ptr() in self._written
-            return value.clone() if is_written else value
+            return value.clone() if type(value) is torch.Tensor and self._is_written(value) else value
 
         return tree_map(copied, output)
 
