@@ -22,8 +22,8 @@ from torch import fx
 from fxopt.capture.caching import source_digest
 from fxopt.capture.joint_codes import is_ours
 from fxopt.capture.torch_lowering import cache_folder
-from fxopt.graph.sizes import span_of
-from fxopt.graph.torch_private import size_seen, unset_fake_temporarily
+from fxopt.graph.sizes import make_seen, span_of
+from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead, run_as_backward
 from fxopt.remat.cost import tensors_in
 from fxopt.remat.measured import RANKS, ROOFLINES, Measured, Trial
@@ -171,17 +171,15 @@ def make_value(node: fx.Node) -> Any:
 
     All bytes are valid codes, masks hide nothing, and other whole numbers, seeds of random generators, are zero.
     """
-    value = node.meta["val"]
-    if isinstance(value, torch.SymInt):
-        return size_seen(value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    sizes, strides = (list(map(size_seen, each)) for each in (value.shape, value.stride()))
-    flat = torch.empty(span_of(value), dtype=value.dtype, device=value.device)
-    if value.is_floating_point():
-        flat.normal_()
-    elif value.dtype == torch.uint8:
-        flat.random_()
-    else:
-        flat.fill_(value.dtype == torch.bool)
-    return flat.as_strided(sizes, strides)
+
+    def make(value: torch.Tensor, sizes: list[int], strides: list[int]) -> torch.Tensor:
+        flat = torch.empty(span_of(value), dtype=value.dtype, device=value.device)
+        if value.is_floating_point():
+            flat.normal_()
+        elif value.dtype == torch.uint8:
+            flat.random_()
+        else:
+            flat.fill_(value.dtype == torch.bool)
+        return flat.as_strided(sizes, strides)
+
+    return make_seen(node.meta["val"], make)

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from fxopt.capture.joint_codes import is_ours
-from fxopt.graph.sizes import num_bytes_of
-from fxopt.graph.torch_private import size_seen, unset_fake_temporarily
+from fxopt.graph.sizes import make_seen, num_bytes_of
+from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead
 
 log = logging.getLogger("fxopt")
@@ -59,11 +59,9 @@ def _device_of(node: fx.Node) -> torch.device | None:
 
 def _made(node: fx.Node) -> Any:
     """Return a value of the form that `node` will have; whole numbers, which may be indices, are zero."""
-    value = node.meta["val"]
-    if isinstance(value, torch.SymInt):
-        return size_seen(value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    sizes, strides = (list(map(size_seen, each)) for each in (value.shape, value.stride()))
-    made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-    return made if made.is_floating_point() else made.zero_()
+
+    def make(value: torch.Tensor, sizes: list[int], strides: list[int]) -> torch.Tensor:
+        made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return made if made.is_floating_point() else made.zero_()
+
+    return make_seen(node.meta["val"], make)

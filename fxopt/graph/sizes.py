@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxopt.graph.torch_private import expression_of, hint_of, tree_map_only
+from fxopt.graph.torch_private import expression_of, hint_of, size_seen, tree_map_only
 
 EXAMPLE = "example_value"
 UNSEEN = 8
@@ -19,6 +20,20 @@ def number_of(size: Any) -> int:
     """Return a size as a number: the one seen at capture where it is symbolic, `UNSEEN` where none was seen."""
     hint = hint_of(size)
     return UNSEEN if hint is None else hint
+
+
+def make_seen(value: Any, make: Callable[[Tensor, list[int], list[int]], Tensor]) -> Any:
+    """Return a node's value with the sizes seen at capture: a tensor as `make` returns it from sizes and strides.
+
+    >>> make_seen(torch.ones(2, 3).t(), lambda value, sizes, strides: value.new_zeros(sizes)).shape, make_seen(4, None)
+    (torch.Size([3, 2]), 4)
+    """
+    if isinstance(value, torch.SymInt):
+        return size_seen(value)
+    if not isinstance(value, Tensor):
+        return value
+    sizes, strides = (list(map(size_seen, each)) for each in (value.shape, value.stride()))
+    return make(value, sizes, strides)
 
 
 def num_bytes_of(value: Tensor) -> int:
