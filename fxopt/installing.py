@@ -25,9 +25,11 @@ def new_installation(
         lowering, reason = choose_lowering(options.lowering, gm)
         if reason:
             installation.ledger.note(reason)
-        replayed = ", replayed as CUDA graphs" if graphed and lowering is not plain_backend else ""
+        compiled = lowering(gm, example_inputs, mark, graphed=graphed)
+        is_replayed = graphed and lowering is not plain_backend and not (mark is not None and mark.leaves)
+        replayed = ", replayed as CUDA graphs" if is_replayed else ""
         installation.ledger.lowerings.setdefault(name_of(lowering) + replayed)
-        return lowering(gm, example_inputs, mark, graphed=graphed)
+        return compiled
 
     installation = Installation(
         model,

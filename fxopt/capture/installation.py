@@ -205,14 +205,10 @@ class Installation:
             progress.show(name, f"{number}, compiling")
             note_held(gm, example_inputs, self.model)
             lower = with_mark(self._lower, mark)
-            is_moved = mark is not None and mark.offload is not None
-            is_graphed = graphed and has_fixed_sizes(example_inputs) and not is_moved
-            if is_graphed:
-                lower = self.cuda_graphs.with_replays(lower, region)
+            if graphed and has_fixed_sizes(example_inputs):
+                lower = self.cuda_graphs.with_replays(lower, region, mark)
             elif graphed:
-                changing = "is compiled for lengths that change"
-                reason = "may leave values on the host by its plan" if is_moved else changing
-                self.cuda_graphs.refuse(f"{region} {reason}")
+                self.cuda_graphs.refuse(f"{region} is compiled for lengths that change")
             compiled = keep_stock_gradients(lower, region)(gm, example_inputs)
             progress.done(name)
             ledger, planner = self.ledger, None if mark is None else self.planner

@@ -30,8 +30,14 @@ class Offloader:
     """What one model's blocks have on the host; `find_bounds` says how much its plans need and may have."""
 
     def __init__(self, find_bounds: Callable[[], tuple[int, int]], tell: Callable[[str], None]) -> None:
+        self._find_bounds = find_bounds
         self.memory = HostMemory(find_bounds, tell)
         self._last: Callable[[], Batch | None] = _none
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a plan made so far leaves values on the host."""
+        return self._find_bounds()[0] > 0
 
     def wrap(self, compiled: Callable[..., Any], leaving: Leaving) -> Callable[..., Any]:
         """Return a compiled block so that the values numbered by `leaving` leave after each call of it."""

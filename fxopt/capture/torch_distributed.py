@@ -7,6 +7,7 @@ No engine is imported here: where nobody imported one, no module is under it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -136,6 +137,15 @@ def device_of(state: Any) -> torch.device:
 def has_buckets_of_its_own(engine: Any) -> bool:
     """Return whether a DistributedDataParallel reduces copies of gradients, which are not views of its buckets."""
     return not engine.gradient_as_bucket_view
+
+
+def num_local_ranks() -> int:
+    """Return how many ranks share this machine: as their launcher says, else all that there are."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if said.isdecimal() and int(said):
+        return int(said)
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def shared_store(prefix: str) -> Any:

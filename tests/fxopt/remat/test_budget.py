@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt import planning
 from fxopt.capture.installation import find_installation
+from fxopt.options import Options
 from fxopt.remat.budget import check_budget
 from fxopt.report.records import MODEL_REGION
 from fxopt.report.units import format_bytes
@@ -157,6 +159,16 @@ def test_host_memory_that_cannot_be_given_is_refused():
     assert plan.host_bytes > 0
     with pytest.raises(fxopt.FxoptError, match=r"plan: keeps .* on the host, expected at most 0 B"):
         fxopt.optimize(Stack(), plan=plan, max_host_memory=0)(**INPUTS)
+
+
+def test_half_of_the_free_host_memory_is_used_on_a_gpu_and_shared_by_its_ranks(monkeypatch):
+    monkeypatch.setattr(planning, "free_host_bytes", lambda: 64)
+    found = []
+    for place, ranks in (("cpu", "1"), ("cuda", "1"), ("cuda", "4")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        found.append(planning._host_bytes(Options(()), torch.device(place)))
+    assert found == [0, 32, 8]
+    assert planning._host_bytes(Options((), max_host_memory=5), torch.device("cuda")) == 5
 
 
 def test_a_plan_is_made_with_the_patterns_that_will_be_used():
