@@ -65,7 +65,9 @@ def test_router_logits_and_their_loss_equal_stock_and_all_is_rewritten(arch, dev
     model = make(arch, output_router_logits=True).to(device)
     stock = copy.deepcopy(model)
     try:
-        stock(**tools.make_batch(SHAPE, padded="none", device=device))
+        returned = stock(**tools.make_batch(SHAPE, padded="none", device=device))
+        if returned.router_logits is None:  # jetmoe of transformers 5.17, whatever is asked for
+            pytest.skip(f"stock {arch} of transformers {transformers.__version__} returns no router logits")
     except (
         AttributeError
     ) as error:  # granitemoe of transformers 5.17 takes the loss of no router for a tensor

@@ -122,7 +122,7 @@ def on_top(crew: Crew, x: torch.Tensor, names: torch.Tensor, shares: torch.Tenso
 def of_other_hits(crew: Crew, x: torch.Tensor, names: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     y = torch.zeros_like(x)
     mask, hits = hits_of(names)
-    for number in (hits & (torch.arange(NUMBER) < 3)).nonzero():
+    for number in (hits & (torch.arange(NUMBER, device=names.device) < 3)).nonzero():
         place, token = torch.where(mask[number[0]])
         y.index_add_(0, token, crew.work(x[token], number[0]) * shares[token, place, None])
     return y

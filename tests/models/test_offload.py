@@ -189,14 +189,15 @@ def test_on_a_gpu_values_come_back_and_the_peak_falls(tools):
     for host in (0, "8GiB"):
         model = tools.make_model("llama", max_position_embeddings=2048, hidden_size=512, num_hidden_layers=6)
         model = model.cuda().train()
-        fxopt.optimize(model, memory_budget="min", max_host_memory=host)
+        # What replays of CUDA graphs write to is not counted as allocated after they were recorded.
+        fxopt.optimize(model, memory_budget="min", max_host_memory=host, cuda_graphs="off")
         for _ in range(3):
             model.zero_grad()
             torch.cuda.reset_peak_memory_stats()
             model(**batch).loss.backward()
         peaks.append(torch.cuda.max_memory_allocated())
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        if host is None:
+        if host:
             loss = model(**batch).loss
             assert used_bytes(model) == plan_of(model).host_bytes > 0
             assert all(chunk.is_pinned() for chunk in find_installation(model).offloader.memory._chunks)
