@@ -185,6 +185,7 @@ class JointPasses(CustomGraphPass):
         self._mark = mark
         self._held = held
         self._plan = ""
+        self._casts = _autocast_dtypes()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes over `graph`."""
@@ -192,5 +193,15 @@ class JointPasses(CustomGraphPass):
         compile_kernels(graph)
 
     def uuid(self) -> bytes:
-        """Return what Inductor's caches know these passes by; without it every process compiles anew."""
-        return f"fxopt.JointPasses {source_digest()} {self._plan}".encode()
+        """Return what Inductor's caches know these passes by; without it every process compiles anew.
+
+        Autocast's dtypes are part of it: casts are not in the graph that the key of AOTAutograd's cache is made of,
+        and before torch 2.13 a graph compiled under bfloat16 came back under float16.
+        """
+        return f"fxopt.JointPasses {source_digest()} {self._casts} {self._plan}".encode()
+
+
+def _autocast_dtypes() -> dict[str, torch.dtype]:
+    """Return what autocast now casts to, per kind of device where it is on."""
+    kinds = {"cpu", *([found.type] if (found := torch.accelerator.current_accelerator()) else [])}
+    return {kind: torch.get_autocast_dtype(kind) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)}

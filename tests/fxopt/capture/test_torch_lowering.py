@@ -91,6 +91,32 @@ def test_passes_are_known_to_caches_by_the_plan_they_carry_out():
     assert torch_lowering.JointPasses().uuid() == before
 
 
+def test_passes_are_known_to_caches_by_what_autocast_casts_to():
+    seen = {torch_lowering.JointPasses().uuid()}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            seen.add(torch_lowering.JointPasses().uuid())
+    assert len(seen) == 3
+
+
+@pytest.mark.slow  # a C++ compiler runs
+def test_what_was_compiled_under_one_autocast_is_not_used_under_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Torch 2.11 alone gives the second of these what it compiled for the first."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, w = torch.randn(8, 8), torch.randn(8, 8, requires_grad=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.compiler.reset()
+        compiled = torch_dynamo.compile_frame(
+            lambda x, w: x @ w, torch_lowering.inductor_backend, fullgraph=True
+        )
+        with torch.autocast("cpu", dtype):
+            y = compiled(x, w)
+        y.float().sum().backward()  # it is kept once its backward is compiled
+        assert y.dtype == dtype
+
+
 def test_what_is_kept_lies_where_inductor_keeps_what_it_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
