@@ -34,7 +34,7 @@ from fxopt.remat.timings import Timing, read_timings, write_timings
 
 OURS = "fxopt"
 HANGS = "its work hangs on whole numbers that it is given"
-HOST = "to launch it takes the host longer than it runs"
+HOST = "the host launches it too slowly to see how long it runs"
 RANKS = "ranks that train one model have to plan alike"
 
 
@@ -85,11 +85,10 @@ class Measured:
         found: dict[fx.Node, int] = {}
         for node, key in keys.items():
             timing = self._known.get(key)
-            if timing is not None and timing.ms > timing.host_ms:
+            if timing is not None:
                 found[node] = max(1, int(timing.ms * 1e-3 * PICOSECONDS))
             else:
-                reason = HOST if timing is not None else self._refused[key]
-                self._left.setdefault(reason, set()).add(registered_name(node.target))
+                self._left.setdefault(self._refused[key], set()).add(registered_name(node.target))
         return found
 
     def _key_of(self, node: fx.Node) -> str:

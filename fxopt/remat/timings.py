@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("fxopt")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What one call takes: the device, and the host until it has launched all of it."""
+    """What one call takes on the device."""
 
     ms: float
-    host_ms: float
 
 
 def read_timings(path: Path) -> dict[str, Timing]:
@@ -29,10 +28,7 @@ def read_timings(path: Path) -> dict[str, Timing]:
         data: dict[str, Any] = json.loads(path.read_text())
         if data["format"] != FORMAT:
             return {}
-        return {
-            str(key): Timing(float(item["ms"]), float(item["host_ms"]))
-            for key, item in data["timings"].items()
-        }
+        return {str(key): Timing(float(item["ms"])) for key, item in data["timings"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import fx, nn
@@ -11,9 +13,19 @@ import fxopt
 from fxopt import timing
 from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
-from fxopt.remat.measured import HANGS, Measured, Trial
+from fxopt.remat.measured import HANGS, HOST, Measured, Trial
 from fxopt.remat.timings import Timing
-from fxopt.timing import ELSEWHERE, LIMIT_S, NO_MEMORY, NO_TIME, ROUNDS, OpTimer, find_room, make_value
+from fxopt.timing import (
+    ELSEWHERE,
+    LIMIT_S,
+    NO_MEMORY,
+    NO_TIME,
+    ROUNDS,
+    GpuClock,
+    OpTimer,
+    find_room,
+    make_value,
+)
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -46,11 +58,11 @@ def fake_timer(ms=2.0, room=10**6):
     """Return a timer on a CPU, and the results of what it called."""
     seen = []
 
-    def measure(call, place):
+    def clock(call):
         seen.append(call())
-        return Timing(ms, 0.5)
+        return Timing(ms)
 
-    return OpTimer(CPU, measure, lambda place, in_step: room), seen
+    return OpTimer(CPU, lambda place: clock, lambda place, in_step: room + GpuClock.BYTES), seen
 
 
 def test_values_have_the_form_that_they_stand_for():
@@ -85,7 +97,7 @@ def test_bytes_are_any_masks_hide_nothing_and_seeds_are_zero():
 def test_an_op_runs_on_real_values_while_others_are_stand_ins():
     timer, seen = fake_timer()
     with FakeTensorMode():
-        assert timer([trial_of(product_of(8))], 0) == [Timing(2.0, 0.5)]
+        assert timer([trial_of(product_of(8))], 0) == [Timing(2.0)]
     (result,) = seen
     assert result.isfinite().all()
     assert result.abs().sum() > 0
@@ -108,7 +120,7 @@ def test_autocast_changes_no_dtype_of_what_is_timed():
 def test_what_needs_more_than_there_is_room_for_is_not_run():
     timer, seen = fake_timer(room=3 * 8 * 8 * 4)
     results = timer([trial_of(product_of(9)), trial_of(product_of(8))], 0)
-    assert results == [NO_MEMORY, Timing(2.0, 0.5)]
+    assert results == [NO_MEMORY, Timing(2.0)]
     assert len(seen) == 1
 
 
@@ -129,14 +141,14 @@ def test_after_the_limit_nothing_more_is_timed():
 def test_an_op_that_fails_leaves_an_estimate():
     timer, _ = fake_timer()
     results = timer([trial_of(product_of(8, fails=True)), trial_of(product_of(8))], 0)
-    assert results == ["it does not run on random values (RuntimeError)", Timing(2.0, 0.5)]
+    assert results == ["it does not run on random values (RuntimeError)", Timing(2.0)]
 
 
 def test_an_op_that_runs_out_of_memory_says_so():
-    def measure(call, place):
+    def clock(call):
         raise torch.OutOfMemoryError
 
-    timer = OpTimer(CPU, measure, lambda place, in_step: 10**6)
+    timer = OpTimer(CPU, lambda place: clock, lambda place, in_step: 10**9)
     assert timer([trial_of(product_of(8))], 0) == [NO_MEMORY]
 
 
@@ -163,16 +175,22 @@ def test_a_large_product_takes_about_what_the_datasheet_says(in_backward):
     node = product_of(8192, "cuda", torch.bfloat16)
     (found,) = OpTimer(torch.device("cuda", 0))([trial_of(node, in_backward=in_backward)], 10**9)
     assert isinstance(found, Timing), found
-    assert found.host_ms < found.ms
     share = 2 * 8192**3 / device.half_flops / (found.ms * 1e-3)
     assert 0.3 < share < 1.05, f"{share:.2f} of the datasheet's products"
 
 
 @pytest.mark.gpu
-def test_a_tiny_op_takes_the_host_longer():
+def test_the_hosts_time_is_not_in_that_of_a_tiny_op():
     (found,) = OpTimer(torch.device("cuda", 0))([trial_of(product_of(16, "cuda"))], 10**9)
     assert isinstance(found, Timing), found
-    assert found.ms < 1
+    assert found.ms < 0.02
+
+
+@pytest.mark.gpu
+def test_what_the_host_launches_too_slowly_is_not_timed():
+    clock = GpuClock(torch.device("cuda", 0))
+    slept = iter([0, 0, *[0.2] * 100])
+    assert clock(lambda: time.sleep(next(slept))) == HOST
 
 
 @pytest.mark.gpu
@@ -189,13 +207,14 @@ def test_timing_leaves_no_memory_no_random_state_and_no_peak():
     torch.cuda.reset_peak_memory_stats()
     allocated, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
     nodes = [product_of(rows, "cuda") for rows in (4096, 2048)]
-    in_step = 3 * 2048**2 * 4
+    in_step = 3 * 2048**2 * 4 + GpuClock.BYTES
     for in_backward in (False, True):
         results = OpTimer(place)([trial_of(node, in_backward=in_backward) for node in nodes], in_step)
         assert results[0] == NO_MEMORY, "torch's recorded peak would be higher than the step's"
         assert isinstance(results[1], Timing), results[1]
     assert torch.cuda.memory_allocated() == allocated
-    assert torch.cuda.max_memory_allocated() <= allocated + in_step
+    small_bytes = 4 * 512  # the node whose backward pass an op runs in, and its gradient
+    assert torch.cuda.max_memory_allocated() <= allocated + in_step + small_bytes
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert find_room(place, 2**60) <= torch.cuda.get_device_properties(place).total_memory
 
