@@ -136,9 +136,9 @@ def optimize(
         cuda_graphs: "auto" records the kernels of each block once and replays them, on one GPU, where shapes repeat;
             "off" launches them one by one.
         memory_budget: the most that a training step may allocate: bytes, a size like "12GiB", a share of the device
-            between 0 and 1, "min", or None for the fastest step. "auto" plans only where gradient checkpointing was
-            switched on, as "min"; elsewhere what costs one pass over memory is computed again. A plan is made at the
-            first step.
+            between 0 and 1, "min", or None for the fastest step. "auto" is "min" where gradient checkpointing was
+            switched on; elsewhere what costs one pass over memory is computed again, and a step that would not fit
+            what is free begins again under the fastest plan that does. A plan is made at the first step.
         plan: what `fxopt.plan` returned, to be carried out as it is.
         max_host_memory: how much of the host's memory a plan may use for values that leave a GPU until backward reads
             them, in bytes or as a size; by default half of what is free when a plan is made, shared by the ranks of

@@ -93,7 +93,7 @@ class Installation:
         else:
             self.model_call = None
         if planner is not None and self.model_call is not None:
-            self.model_call.shortage = Shortage(model, planner, self.ledger)
+            self.model_call.shortage = Shortage(model, planner, self.ledger, checkpointing)
         for region in [stack.path for stack in self.regions.stacks] or [MODEL_REGION]:
             self._calls[region] = BlockCalls(
                 self.ledger,
@@ -240,8 +240,8 @@ class Installation:
             self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
         progress.show(AFTER_BLOCKS, "compiling")
         note_held(tail.graph, examples, self.model)
-        planner, mark = self.planner, None
-        if planner is not None and planner.is_asked(checkpointed=bool(self.checkpointing.taken)):
+        planner, mark, shortage = self.planner, None, self.model_call.shortage
+        if planner is not None and shortage is not None and shortage.begin_tail():
             planner.begin_tail()
             mark = Mark(planner.read_tail, decides=False)
         lower = keep_stock_gradients(with_mark(self._lower, mark), MODEL_REGION)

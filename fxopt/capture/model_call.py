@@ -70,6 +70,7 @@ class ModelCall:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
+        self._backend = backend
         self.compiled = torch_dynamo.compile_frame(model_entry, backend, fullgraph=True)
         self._checkpointing = checkpointing
         self._cuda_graphs = cuda_graphs
@@ -91,7 +92,7 @@ class ModelCall:
         self.share: Callable[[], None] | None = None
         """Makes the leaves hand on mappings; called once, where the model cannot be captured without."""
         self.shortage: Shortage | None = None
-        """Where the model is planned: what is done when a forward pass runs out of memory."""
+        """Where the model may be planned: what is done when a forward pass runs out of memory."""
         self._trunk = Trunk(model)
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
@@ -141,6 +142,8 @@ class ModelCall:
 
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
+        if self.shortage is not None and self.shortage.needs_tail:
+            self.compiled = torch_dynamo.compile_frame(model_entry, self._backend, fullgraph=True)
         try:
             return self._capture_and_run(*args, **kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
@@ -304,6 +307,8 @@ class ModelCall:
             value = checkpoint(functools.partial(run, **kwargs), *args)
         else:
             value = run(*args, **kwargs)
+        if self.shortage is not None:
+            self.shortage.after_block()
         return self._trunk.after_block(
             value, flatten(value, find_added(counts, collected)) if collected else value
         )

@@ -130,8 +130,17 @@ class Planner(Protocol):
         """The most that may be reserved on the host."""
         ...
 
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the call that runs."""
+        ...
+
+    def is_too_much(self, kept_bytes: int, working: int) -> bool:
+        """Return whether a step does not fit whose blocks keep so much each, and once `working` times that."""
+        ...
+
     def describe_last(self) -> str:
-        """Return the figures of the plan of the last call, in one line."""
+        """Return the figures of the plan of the last call, in one line; "no plan" where it had none."""
         ...
 
     def lower(self) -> str | None:

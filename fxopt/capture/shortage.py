@@ -1,4 +1,7 @@
-"""When a planned forward pass runs out of memory: it runs once more, under a plan that needs less.
+"""When a forward pass runs out of memory, or its step would: it runs once more, under a plan that needs less.
+
+A step that nobody planned shows by its first blocks what the others will keep. Where that does not fit what is free, it
+is not run to its end: it begins again under the fastest plan that fits.
 
 A forward pass leaves nothing behind but what it wrote to: where a buffer was written to, or a block changed Python
 objects, a second one would do it twice, and the error stands. So does an error in backward, whose gradients may be
@@ -16,23 +19,55 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_distributed, torch_modules, torch_tensors, zero
+from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Planner
+from fxopt.report.units import format_bytes
 
 Holders = list[dict[str, torch.Tensor | None]]
 """Where modules keep their buffers: the same dictionaries as long as the modules are the same."""
 
 log = logging.getLogger("fxopt")
 
+PROBED = 3
+"""After so many blocks of a call it is seen what one keeps: the first ones keep what all share as well."""
+WORKING = 3
+"""What the backward pass of one block needs beside what blocks keep, in times of what one keeps.
+
+Simulated steps of Qwen2.5-7B, QLoRA: 2.13 GiB where a block keeps 0.83.
+"""
+
 
 class Shortage:
-    """What one planned model does where memory runs out."""
+    """What one model does where memory runs out."""
 
-    def __init__(self, model: nn.Module, planner: Planner, ledger: Ledger) -> None:
+    def __init__(
+        self, model: nn.Module, planner: Planner, ledger: Ledger, checkpointing: Checkpointing
+    ) -> None:
         self._find_model = weakref.ref(model)
         self._planner = planner
         self._ledger = ledger
+        self._checkpointing = checkpointing
+        self._is_tail_read = True
         self._holders: Holders | None = None
+        self._before: tuple[int, ...] = ()
+        self._levels: list[int] | None = None
+        self._most_tokens = 0
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether calls have a plan now."""
+        return self._planner.is_asked(checkpointed=bool(self._checkpointing.taken))
+
+    @property
+    def needs_tail(self) -> bool:
+        """Whether calls are planned now, and what follows the blocks was compiled when they were not."""
+        return not self._is_tail_read and self.is_planned
+
+    def begin_tail(self) -> bool:
+        """Note that what follows the blocks is about to be compiled; return whether a plan has to see it."""
+        self._is_tail_read = self.is_planned
+        return self._is_tail_read
 
     def run(self, serve: Callable[[], Any]) -> Any:
         """Return what `serve` returns, a forward pass of the model.
@@ -42,12 +77,13 @@ class Shortage:
         """
         if self._holders is None:
             self._holders = torch_modules.find_buffers(self._model())
-        before = _writes(self._holders)
+        self._before = _writes(self._holders)
+        self._levels = None if self.is_planned else []
         try:
             return serve()
         except torch.OutOfMemoryError as error:
             plan = self._planner.describe_last()
-            reason = self._find_obstacle(before)
+            reason = self._find_obstacle()
             self._holders = None
             smaller = None if reason else self._planner.lower()
             if smaller is None:
@@ -66,7 +102,29 @@ class Shortage:
             _explain(error, smaller, "this was the second attempt")
             raise
 
-    def _find_obstacle(self, before: tuple[int, ...]) -> str:
+    def after_block(self) -> None:
+        """See what the blocks of an unplanned call keep, where it has more tokens than any before.
+
+        Raises:
+            torch.OutOfMemoryError: the step would not fit, and may be run twice.
+        """
+        if self._levels is None:
+            return
+        device = next(self._model().parameters()).device
+        if not self._levels:
+            tokens = self._planner.num_tokens
+            if tokens <= self._most_tokens or torch_distributed.num_local_ranks() > 1:
+                self._levels = None
+                return
+            self._most_tokens = tokens
+        self._levels.append(torch_tensors.allocated_bytes(device))
+        if len(self._levels) < PROBED:
+            return
+        kept, self._levels = self._levels[-1] - self._levels[-2], None
+        if kept > 0 and self._planner.is_too_much(kept, WORKING) and not self._find_obstacle():
+            raise torch.OutOfMemoryError(f"blocks keep {format_bytes(kept)} each, which will not fit")
+
+    def _find_obstacle(self) -> str:
         model = self._model()
         is_sharded = any(torch_distributed.fsdp_state_of(module) is not None for module in model.modules())
         if is_sharded or any(map(zero.is_partitioned, model.parameters())):
@@ -75,7 +133,7 @@ class Shortage:
             return "a block changes Python objects, which a second forward pass would do twice"
         if self._holders is None or not _are_same(torch_modules.find_buffers(model), self._holders):
             return "buffers were put into the model since its first call, and may have been written to"
-        if _writes(self._holders) != before:
+        if _writes(self._holders) != self._before:
             return "the forward pass writes to a buffer of the model, which a second one would do twice"
         return ""
 

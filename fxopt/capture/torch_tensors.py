@@ -58,3 +58,8 @@ def packs_saved_tensors() -> bool:
 
 copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 """Copies each tensor of the second list into that of the first, in few launches."""
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Return what tensors take on `device`; 0 on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -70,6 +70,8 @@ class StepPlanner:
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
+        self._is_short = False
+        """Whether calls for which nobody asked a plan have one, since without it one did not fit."""
 
     @property
     def lowering(self) -> str:
@@ -110,8 +112,21 @@ class StepPlanner:
         return tuple(self._describe(goal, variants.numbers) for goal, variants in self._goals.items())
 
     def is_asked(self, *, checkpointed: bool) -> bool:
-        """Return whether calls are planned: by themselves only those that ask for the least memory."""
-        return checkpointed or self._budget != "auto" or self._given is not None
+        """Return whether calls are planned: under "auto" those that ask for the least memory, or have not fitted."""
+        return checkpointed or self._budget != "auto" or self._given is not None or self._is_short
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the call that runs."""
+        return self._tokens.of_call
+
+    def is_too_much(self, kept_bytes: int, working: int) -> bool:
+        """Return whether a step does not fit whose blocks keep so much each, and once `working` times that."""
+        facts = self._find_facts()
+        if facts.free_bytes is None:
+            return False
+        beside = facts.static_bytes + facts.gradient_bytes
+        return beside + (len(facts.paths) + working) * kept_bytes > facts.free_bytes
 
     def find_variant(self, path: str, call: Call) -> int | None:
         """Return the number of the variant that serves the block at `path`; None where nothing is planned."""
@@ -152,11 +167,14 @@ class StepPlanner:
         """Return the figures of the plan of the last call, in one line."""
         chosen = self._last and self._goals.get(self._last)
         if self._last is None or chosen is None:
-            return "none yet"
+            return "no plan"
         return summarize_plan(self._describe(self._last, chosen.numbers))
 
     def lower(self) -> str | None:
         """Make the plan for calls like the last one need less, and return its figures; None where none does."""
+        if not self.is_asked(checkpointed=False) and self._last is None:
+            self._is_short, self._facts = True, None
+            return "the fastest plan that fits what is free"
         chosen = self._last and self._goals.get(self._last)
         if self._last is None or chosen is None or self._given is not None:
             return None
@@ -228,7 +246,8 @@ class StepPlanner:
     def _find_goal(self, call: Call, tokens: int) -> Goal | None:
         if not self.is_asked(checkpointed=call.checkpointed):
             return None
-        budget = "min" if self._budget == "auto" and self._given is None else self._budget
+        is_least = self._budget == "auto" and self._given is None and call.checkpointed
+        budget = "min" if is_least else self._budget
         known = [g for g in self._goals if g.budget == budget and g.tokens / 2 < tokens <= g.tokens]
         return min(known, key=lambda goal: goal.tokens) if known else Goal(tokens, budget)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 
 import fxopt
+from fxopt.capture import torch_tensors
 from fxopt.capture.installation import find_installation
 
 SHAPE = (4, 96)
@@ -112,3 +114,62 @@ def test_buffers_of_modules_put_in_since_are_not_known(tools, monkeypatch):
         model(**batch_of(tools))
     assert left == [1]
     assert "put into the model since" in error.value.__notes__[0]
+
+
+def full_after(model, monkeypatch, kept):
+    """Let a CPU count: each block keeps `kept` bytes, and what is free is what `free` holds."""
+    planner, free, level = find_installation(model).planner, [2**40], [0]
+    find_facts = planner._find_facts
+
+    def allocated(device):
+        level[0] += kept
+        return level[0]
+
+    monkeypatch.setattr(torch_tensors, "allocated_bytes", allocated)
+    monkeypatch.setattr(planner, "_find_facts", lambda: dataclasses.replace(find_facts(), free_bytes=free[0]))
+    return free
+
+
+def test_a_step_that_would_not_fit_begins_again_under_a_plan_that_does(tools, monkeypatch, caplog):
+    batch = batch_of(tools)
+    small = tools.make_batch((1, 96), padded="none", device="cpu")
+    stock, model = make(tools, memory_budget="min"), make(tools)
+    smallest = fxopt.plan(model, "min", batch).peak_bytes
+    free = full_after(model, monkeypatch, kept=smallest)
+    model(**small).loss.backward()
+    assert find_installation(model).planner.plans == (), "it fits"
+    free[0] = smallest + 1000
+    for each in (stock, model):
+        each.zero_grad()
+        with caplog.at_level(logging.WARNING, "fxopt"):
+            each(**batch).loss.backward()
+    (plan,) = find_installation(model).planner.plans
+    assert plan.budget == "auto"
+    assert smallest <= plan.peak_bytes <= free[0]
+    (note,) = [note for note in find_installation(model).ledger.notes if "out of memory" in note]
+    assert "each, which will not fit) under no plan: run again under the fastest plan that fits" in note
+    assert fxopt.explain(model).fallbacks == ()
+    for (name, own), (_, other) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad), name
+
+
+def test_an_unplanned_forward_pass_that_runs_out_is_planned(tools, monkeypatch):
+    batch, model = batch_of(tools), make(tools)
+    model(**batch).loss.backward()
+    left = fail(model, 1, monkeypatch)
+    model(**batch).loss.backward()
+    assert left == [0]
+    (plan,) = find_installation(model).planner.plans
+    assert plan.budget == "auto"
+    assert plan.after, "what follows the blocks is compiled anew, so that the plan knows it"
+
+
+def test_a_plan_made_for_checkpointing_that_is_switched_on_later_knows_what_follows_the_blocks(tools):
+    batch, model = batch_of(tools), make(tools)
+    model(**batch).loss.backward()
+    model.gradient_checkpointing_enable()
+    model(**batch).loss.backward()
+    (plan,) = find_installation(model).planner.plans
+    expected = fxopt.plan(make(tools), "min", batch)
+    assert plan.peak_bytes == expected.peak_bytes
+    assert fxopt.explain(model).fallbacks == ()
