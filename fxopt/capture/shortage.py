@@ -22,7 +22,6 @@ from fxopt.capture import torch_distributed, torch_modules, torch_tensors, zero
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Planner
-from fxopt.report.units import format_bytes
 
 Holders = list[dict[str, torch.Tensor | None]]
 """Where modules keep their buffers: the same dictionaries as long as the modules are the same."""
@@ -122,7 +121,7 @@ class Shortage:
             return
         kept, self._levels = self._levels[-1] - self._levels[-2], None
         if kept > 0 and self._planner.is_too_much(kept, WORKING) and not self._find_obstacle():
-            raise torch.OutOfMemoryError(f"blocks keep {format_bytes(kept)} each, which will not fit")
+            raise torch.OutOfMemoryError(f"blocks keep {kept / 2**20:.1f} MiB each, which will not fit")
 
     def _find_obstacle(self) -> str:
         model = self._model()
