@@ -35,7 +35,7 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import decided_number, menu_of
 from fxopt.remat.joint import Joint, read_joint
-from fxopt.remat.step import Around, spread_decision
+from fxopt.remat.step import Around, Beside, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 from fxopt.remat.views import Views
@@ -66,7 +66,7 @@ class StepPlanner:
         self._tail_tokens: int | None = None
         self._variants = Variants()
         self._goals: dict[Goal, Chosen] = {}
-        self._scaled: dict[tuple[int, ...], tuple[Decision, ...]] = {}
+        self._scaled: dict[tuple[int, int, Beside], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
@@ -275,12 +275,12 @@ class StepPlanner:
         spread = self._look().spread
         for place, path in enumerate(self._look().paths):
             menu = self._menus[self._form_of[path]]
-            engine = *spread.of(place), spread.num_ranks
-            key = id(menu), goal.tokens, *engine
+            beside = spread.of(place)
+            key = id(menu), goal.tokens, beside
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
                 self._scaled[key] = tuple(
-                    spread_decision(scale_decision(decision, scale), *engine) for decision in menu.decisions
+                    spread_decision(scale_decision(decision, scale), beside) for decision in menu.decisions
                 )
             offered.append(self._scaled[key])
         return offered
@@ -294,7 +294,8 @@ class StepPlanner:
 
     def _around(self, goal: Goal, facts: Facts) -> Around:
         scale = goal.tokens / (self._tail_tokens or goal.tokens)
-        tail = tuple(scale_decision(decision, scale) for decision in self._tail)
+        beside = facts.spread.tail
+        tail = tuple(spread_decision(scale_decision(decision, scale), beside) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
         engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
         return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine)

@@ -50,7 +50,7 @@ def zero(
             model.gradient_checkpointing_enable()
         if which == "before":
             model = fxopt.optimize(model, memory_budget=budget, lowering=lowering)
-        engines[which] = _initialize(model, stage, leaves)
+        engines[which] = initialize(model, stage, leaves)
         if which == "after":
             fxopt.optimize(engines[which].module)
         if hooked and which == order and rank == world - 1:
@@ -84,7 +84,7 @@ def zero_differs() -> dict[str, Any]:
     """The last rank optimizes with other options; return what the first step under ZeRO-3 raises."""
     is_last = dist.get_rank() == dist.get_world_size() - 1
     model = fxopt.optimize(make_model("llama"), disable=["glu"] if is_last else [])
-    engine = _initialize(model, 3)
+    engine = initialize(model, 3)
     try:
         engine(**make_batch(0, 2, 12))
     except fxopt.FxoptError as error:
@@ -94,7 +94,7 @@ def zero_differs() -> dict[str, Any]:
 
 def zero_logits() -> dict[str, Any]:
     """Read logits after a forward pass under ZeRO-3, and return what that raises."""
-    engine = _initialize(fxopt.optimize(make_model("llama")), 3)
+    engine = initialize(fxopt.optimize(make_model("llama")), 3)
     output = engine(**make_batch(0, 2, 12))
     try:
         output.logits.sum()
@@ -103,7 +103,8 @@ def zero_logits() -> dict[str, Any]:
     return {"raised": None}
 
 
-def _initialize(model: Any, stage: int, leaves: bool = False) -> Any:
+def initialize(model: Any, stage: int, leaves: bool = False, optimizer: Any = None, **more: Any) -> Any:
+    """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -111,10 +112,12 @@ def _initialize(model: Any, stage: int, leaves: bool = False) -> Any:
         set_z3_leaf_modules(model, [type(find_blocks(model)[0])])
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more},
+        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    if optimizer is None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
