@@ -162,9 +162,18 @@ def test_a_mean_over_no_labels_is_what_stock_makes_of_it(two):
         assert answer["distance"] <= BOUND
 
 
-@pytest.mark.parametrize("options", [pytest.param({}, marks=slow), {"carved": True}], ids=["whole", "carved"])
-def test_logits_under_fsdp2_are_lazy_and_carry_gradients(options, two):
-    for answer in two.run("logits", engine="fsdp2", options=options):
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        pytest.param("fsdp2", {}, id="fsdp2", marks=slow),
+        pytest.param("fsdp2", {"carved": True}, id="fsdp2 carved"),
+        pytest.param("ddp", {"find_unused_parameters": True}, id="ddp unused"),
+        pytest.param("ddp", {"static_graph": True}, id="ddp static"),
+    ],
+)
+def test_logits_under_an_engine_are_lazy_and_carry_gradients(engine, options, two):
+    """Also where DDP passes outputs through a function of its own, as a static graph needs it in the first step."""
+    for answer in two.run("logits", engine=engine, options=options):
         assert answer["lazy"]
         assert answer["same"]
         assert answer["errors"]["stock"] <= BOUND

@@ -116,6 +116,19 @@ def test_a_loss_of_the_users_own_on_the_logits_has_stock_gradients(lazy_twins):
         assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_logits_first_read_without_grad_still_carry_their_gradient(lazy_twins):
+    """As where a metric of the user's reads a cast of them before a loss of the user's does."""
+    model, stock = lazy_twins
+    gradients = []
+    for each in (model, stock):
+        logits = each(input_ids=IDS, labels=IDS).logits.double()
+        with torch.no_grad():
+            logits.argmax(-1)
+        logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_accelerates_fp32_conversion_computes_nothing(lazy_twins):
     model, _ = lazy_twins
     with torch.autocast("cpu", torch.bfloat16):
