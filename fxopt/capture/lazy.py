@@ -118,6 +118,10 @@ class LazyLogits(torch.Tensor):
         lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
         lazy._parent, lazy._step, lazy._value, lazy._engine_hooks = parent, step, None, OrderedDict()
         lazy._sink = None
+        if needs_grad and lazy.dtype.is_floating_point:
+            # Code that calls no function of torch's on them, an autograd function's `apply`, would lose their gradient.
+            with torch_tensors.without_torch_function():
+                lazy.requires_grad_().register_hook(_refuse_gradient)
         return lazy
 
     def materialize(self) -> torch.Tensor:
@@ -277,6 +281,15 @@ def _check_gradient_flows(outputs: Any, given: Any = None, *_: Any, inputs: Any 
                 "logits: asked for a gradient with respect to them, but this loss was computed without them, "
                 f"expected a tensor that its gradient flows through\n{CURE}"
             )
+
+
+def _refuse_gradient(gradient: torch.Tensor | None) -> None:
+    """Raise where a gradient ends at lazy logits, which are no part of any graph."""
+    if gradient is not None:
+        raise FxoptError(
+            "logits: a gradient came back to logits that are not computed yet, expected the values of them in a "
+            "torch.autograd.Function\ngive it outputs.logits.clone()"
+        )
 
 
 def _put(step: Step, value: torch.Tensor) -> torch.Tensor:

@@ -89,10 +89,14 @@ class StepPlanner:
 
     @property
     def limits(self) -> dict[str, int]:
-        """What this rank's device has, by name: ranks that train one model plan for the least of each."""
+        """What this rank's device has, by name: ranks that train one model plan for the least of each.
+
+        Of what lives all the time that is the most, since it is taken from the rest.
+        """
         facts = self._look()
         free = {} if facts.free_bytes is None else {"free": facts.free_bytes}
-        return {"memory": facts.device.memory_bytes, "host": facts.host_bytes, **free}
+        taken = {"untaken": -facts.static_bytes}
+        return {"memory": facts.device.memory_bytes, "host": facts.host_bytes, **taken, **free}
 
     def agree(self, limits: dict[str, int]) -> None:
         """Plan for `limits`, the least of all ranks."""
@@ -101,6 +105,7 @@ class StepPlanner:
             facts,
             device=dataclasses.replace(facts.device, memory_bytes=limits["memory"]),
             host_bytes=limits["host"],
+            static_bytes=-limits["untaken"],
             free_bytes=limits.get("free"),
         )
 

@@ -130,10 +130,10 @@ def test_shards_in_replicas(options, four):
 
 
 @slow
-@pytest.mark.parametrize("carved", [False, True])
-def test_a_mixed_precision_policy_is_no_worse_than_in_stock(carved, two):
+@pytest.mark.parametrize(("carved", "order"), [(False, "before"), (True, "before"), (True, "after")])
+def test_a_mixed_precision_policy_is_no_worse_than_in_stock(carved, order, two):
     """One draw of log(our error / stock's) scatters by 3 % (tests/models/conftest.py): 15 % is five of these."""
-    for answer in two.run("step", engine="fsdp2", order="before", options={"half": True, "carved": carved}):
+    for answer in two.run("step", engine="fsdp2", order=order, options={"half": True, "carved": carved}):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == SITES
         assert answer["errors"]["alone"] <= 1.15 * answer["errors"]["stock_alone"]
@@ -207,3 +207,11 @@ def test_a_checkpoint_is_loaded_with_and_without_optimize(saved, loaded, two, tm
 def test_a_checkpoint_of_two_processes_is_loaded_by_four(saved, loaded, two, four, tmp_path):
     wanted = two.run("save", folder=str(tmp_path), order=saved)[0]["loss"]
     assert four.run("load", folder=str(tmp_path), order=loaded)[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+@slow
+@pytest.mark.parametrize(("saved", "loaded"), [("before", "stock"), ("stock", "after")])
+def test_a_checkpoint_of_adapters_by_four_processes_is_loaded_by_two(saved, loaded, two, four, tmp_path):
+    wanted = four.run("save", folder=str(tmp_path), order=saved, lora=True)[0]["loss"]
+    found = two.run("load", folder=str(tmp_path), order=loaded, lora=True)[0]["loss"]
+    assert found == pytest.approx(wanted, rel=1e-5)

@@ -65,6 +65,12 @@ def test_ranks_with_other_devices_agree_on_one_plan(engine, two):
     assert answers[0]["residual_bytes"] == answers[1]["residual_bytes"] > 0
 
 
+def test_ranks_plan_for_the_most_that_one_of_them_holds(two):
+    answers = two.run("plan", engine="fsdp2", budget="min", held=4096)
+    assert answers[0]["plan"] == answers[1]["plan"]
+    assert answers[0]["buffers"] == answers[1]["buffers"] + 4096
+
+
 @pytest.mark.parametrize(("engine", "passes"), [("ddp", 2), ("fsdp2", 1)])
 def test_a_forward_pass_that_gathers_is_not_run_again_where_memory_ran_out(engine, passes, two):
     """The other ranks would not gather with it; a pass without collectives of its own runs once more."""
