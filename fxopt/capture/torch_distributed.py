@@ -137,7 +137,7 @@ def device_of(state: Any) -> torch.device:
 
 
 def passes_on_outputs(frame: types.FrameType) -> bool:
-    """Return whether `frame` runs code of DistributedDataParallel's that passes what a model returned through its own."""
+    """Return whether `frame` runs code of DistributedDataParallel's, which may pass outputs through a function."""
     engine = sys.modules.get(DDP)
     return engine is not None and frame.f_globals is vars(engine)
 

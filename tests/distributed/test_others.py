@@ -129,7 +129,7 @@ def test_four_processes_under_zero(stage, lora, zero_four):
     ids=["kept", "planned", "checkpointed"],
 )
 def test_zero_3_gathers_each_parameter_twice_a_step(options, again, zero_world):
-    """Once for forward and once for backward, whatever is recomputed; stock gathers most of checkpointed blocks again."""
+    """Once for forward and once for backward, recomputation or not; stock gathers checkpointed blocks again."""
     for answer in zero_world.run("zero_gathers", **options):
         assert answer["fallbacks"] == {}
         assert answer["gathered"]["before"][1] == 2 * answer["whole"]

@@ -105,9 +105,7 @@ def killed(engine: str) -> dict[str, Any]:
     else:
         model = around = wrap(engine, model)
 
-    def backward(loss: torch.Tensor) -> None:
-        around.backward(loss) if engine == "zero" else loss.backward()
-
+    backward = around.backward if engine == "zero" else torch.Tensor.backward
     backward(around(**make_batch(0, 4, 48)).loss)
     installation = find_installation(model)
     assert installation is not None
