@@ -13,8 +13,8 @@ from fxopt.capture import torch_distributed
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.regions import find_regions
-from fxopt.capture.spread import NO_GROUP, Group, find_bucket_bytes, find_groups
 from fxopt.capture.spread import device_of as find_device
+from fxopt.capture.spread import find_bucket_bytes
 from fxopt.errors import FxoptError
 from fxopt.kernels import launch
 from fxopt.options import Options
@@ -23,10 +23,10 @@ from fxopt.remat.figures import Facts
 from fxopt.remat.host import SHARE, free_host_bytes
 from fxopt.remat.measured import ROOFLINES
 from fxopt.remat.planner import StepPlanner
-from fxopt.remat.step import Spread
 from fxopt.remat.survey import Survey
 from fxopt.report.plan import Plan
 from fxopt.report.units import format_bytes
+from fxopt.spreading import find_sharded
 from fxopt.timing import find_measured
 
 OPTIMIZER_STATES = 2
@@ -136,19 +136,17 @@ def facts_of(
     model: nn.Module, paths: tuple[str, ...], options: Options, named: Device | None = None
 ) -> Facts:
     """Return what a plan of `model` rests on, as it is now; on the device `named` where that is another one."""
-    lowering, groups = options.lowering, find_groups(model)
-    sharded = {id(tensor) for group in groups.values() for tensor in group.exposed}
-    own = [parameter for parameter in model.parameters() if id(parameter) not in sharded]
+    lowering, sharded = options.lowering, find_sharded(model, paths)
+    own = [parameter for parameter in model.parameters() if id(parameter) not in sharded.tensors]
     place = find_device(model)
     device = named or device_of(place)
-    spread = spread_of(model, paths, groups)
     trained = sum(_num_bytes(parameter) for parameter in own if parameter.requires_grad)
-    trained += sum(group.trained_bytes for group in groups.values())
-    static = held_bytes(model, groups.values()) + OPTIMIZER_STATES * trained + find_bucket_bytes(own)
+    held = held_bytes(model, but=sharded.tensors) + sharded.held_bytes
+    static = held + OPTIMIZER_STATES * (trained + sharded.trained_bytes) + find_bucket_bytes(own)
     free: int | None = None
     if place.type == "cuda":
         allocated = torch.cuda.memory_allocated(place)
-        static = max(static, allocated - spread.whole_bytes)
+        static = max(static, allocated - sharded.spread.whole_bytes)
         unused = torch.cuda.memory_reserved(place) - allocated
         free = int((allocated + unused + torch.cuda.mem_get_info(place)[0]) * (1 - MARGIN))
     if named is not None:
@@ -162,26 +160,13 @@ def facts_of(
         device=device,
         lowering=lowering,
         static_bytes=static,
-        gradient_bytes=trained,
+        gradient_bytes=trained + sharded.update_bytes,
+        trained_bytes=trained + sharded.trained_bytes,
         free_bytes=free,
         declared=launch.DECLARED,
         host_bytes=_host_bytes(options, place),
-        spread=spread,
+        spread=sharded.spread,
         measured=ROOFLINES if named is not None else find_measured(place),
-    )
-
-
-def spread_of(model: nn.Module, paths: tuple[str, ...], groups: dict[nn.Module, Group]) -> Spread:
-    """Return what the engine that shards `model` adds to a step; groups that stay gathered are counted all the time."""
-    modules = [model.get_submodule(path) for path in paths]
-    blocks = [groups.get(module, NO_GROUP) for module in modules]
-    others = [group for module, group in groups.items() if module not in modules]
-    return Spread(
-        gathered=tuple(0 if group.stays else group.whole_bytes for group in blocks),
-        reduced=tuple(group.reduced_bytes for group in blocks),
-        num_ranks=max((group.num_ranks for group in groups.values()), default=1),
-        whole_bytes=sum(group.whole_bytes for group in (*others, *(b for b in blocks if b.stays))),
-        reduced_bytes=sum(group.reduced_bytes for group in others),
     )
 
 
@@ -205,13 +190,12 @@ def _host_bytes(options: Options, place: torch.device) -> int:
     return most
 
 
-def held_bytes(model: nn.Module, groups: Collection[Group] = ()) -> int:
-    """Return the bytes of the weights and buffers of `model`, and of what hangs on these; of `groups`, the shards."""
-    sharded = {id(tensor) for group in groups for tensor in group.exposed}
-    holders = (*model.parameters(), *(model.modules() if sharded else ()))
+def held_bytes(model: nn.Module, but: Collection[int] = ()) -> int:
+    """Return the bytes of the weights and buffers of `model` and of what hangs on them, but for those of ids `but`."""
+    holders = (*model.parameters(), *(model.modules() if but else ()))
     scales = {id(tensor): tensor for holder in holders for tensor in _attached_to(holder)}
-    own = (tensor for tensor in tensors_of(model) if id(tensor) not in sharded)
-    return sum(map(_num_bytes, (*own, *scales.values()))) + sum(group.kept_bytes for group in groups)
+    own = (tensor for tensor in (*tensors_of(model), *scales.values()) if id(tensor) not in but)
+    return sum(map(_num_bytes, own))
 
 
 def _attached_to(holder: object, depth: int = 3) -> Iterator[torch.Tensor]:

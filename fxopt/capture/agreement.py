@@ -76,8 +76,11 @@ def describe(options: Options, model: nn.Module) -> dict[str, str]:
         "disable": ", ".join(sorted(options.disable)) or "none",
         "lowering": options.lowering,
         "verify": options.verify,
+        "strict": str(options.strict),
         "partial": str(options.partial),
+        "cuda_graphs": options.cuda_graphs,
         "memory_budget": str(options.memory_budget),
+        "max_host_memory": str(options.max_host_memory),
         "plan": "none"
         if options.plan is None
         else hashlib.sha256(repr(options.plan).encode()).hexdigest()[:12],

@@ -100,6 +100,7 @@ class LazyLogits(torch.Tensor):
     _needs_grad: bool
     _value: torch.Tensor | None
     _engine_hooks: dict[int, Any]
+    _sink: Step | None
 
     @staticmethod
     def make(
@@ -116,6 +117,11 @@ class LazyLogits(torch.Tensor):
         lazy = torch_tensors.make_form(LazyLogits, form, device)
         lazy._source, lazy._index, lazy._needs_grad = source, index, needs_grad
         lazy._parent, lazy._step, lazy._value, lazy._engine_hooks = parent, step, None, OrderedDict()
+        lazy._sink = None
+        if needs_grad and lazy.dtype.is_floating_point:
+            # Code that calls no function of torch's on them, an autograd function's `apply`, would lose their gradient.
+            with torch_tensors.without_torch_function():
+                lazy.requires_grad_().register_hook(_refuse_gradient)
         return lazy
 
     def materialize(self) -> torch.Tensor:
@@ -126,12 +132,20 @@ class LazyLogits(torch.Tensor):
                 if parent is None or step is None:
                     self._value = self._source.compute(self._index)
                 else:
-                    with torch_tensors.with_torch_function():
-                        self._value = step(parent.materialize())
+                    self._value = _put(step, parent.materialize())
+                if self._sink is not None:
+                    self._value = _put(self._sink, self._value)
                 if self._value.requires_grad:
                     for hook in self._engine_hooks.values():
                         self._value.register_hook(hook)
             return self._value
+
+    def _put_later(self, sink: Step) -> None:
+        """Put the values through `sink`, an engine's, when they are computed, or now where they are."""
+        with torch_tensors.without_torch_function():
+            self._sink = sink
+            if self._value is not None:
+                self._value = _put(sink, self._value)
 
     def _hook_later(self, hook: Any) -> RemovableHandle:
         """Put an engine's `hook`, which asks where backward begins, on the values if they are ever computed."""
@@ -181,6 +195,12 @@ class LazyLogits(torch.Tensor):
             if func == _READ_OF_GRAD_FN and asks_for_gradients(sys._getframe(1)):
                 with torch_tensors.without_torch_function():
                     return lazy._source if lazy._needs_grad else None
+            if func in _READS_OF_DDP and torch_distributed.passes_on_outputs(frame := sys._getframe(1)):
+                if func == _READ_OF_GRAD_FN and lazy._needs_grad:
+                    lazy._put_later(torch_distributed.find_sink(frame))
+                # It takes them for an output that nothing has to be done with, and looks for the parameters that get a
+                # gradient from the loss, which is computed from all that the logits are.
+                return None if func == _READ_OF_GRAD_FN else _extend(lazy, func, args[1:], kwargs)
             if func == _READ_OF_REQUIRES_GRAD:
                 with torch_tensors.without_torch_function():
                     return lazy._needs_grad
@@ -203,6 +223,7 @@ class LazyLogits(torch.Tensor):
 
 
 _READ_OF_GRAD_FN: Any = torch.Tensor.grad_fn.__get__  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+_READS_OF_DDP = (_READ_OF_GRAD_FN, torch.Tensor.clone)
 _READ_OF_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _READS_OF_FORM = frozenset(
     {
@@ -260,6 +281,21 @@ def _check_gradient_flows(outputs: Any, given: Any = None, *_: Any, inputs: Any 
                 "logits: asked for a gradient with respect to them, but this loss was computed without them, "
                 f"expected a tensor that its gradient flows through\n{CURE}"
             )
+
+
+def _refuse_gradient(gradient: torch.Tensor | None) -> None:
+    """Raise where a gradient ends at lazy logits, which are no part of any graph."""
+    if gradient is not None:
+        raise FxoptError(
+            "logits: a gradient came back to logits that are not computed yet, expected the values of them in a "
+            "torch.autograd.Function\ngive it outputs.logits.clone()"
+        )
+
+
+def _put(step: Step, value: torch.Tensor) -> torch.Tensor:
+    """Return `step` of the values of logits, with its gradient whoever reads them first: they are computed once."""
+    with torch_tensors.with_torch_function(), torch.enable_grad():
+        return step(value)
 
 
 def put_through(step: Step, values: Any) -> Any:

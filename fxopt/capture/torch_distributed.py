@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,6 +135,19 @@ def stays_gathered(group: Any) -> bool:
 def device_of(state: Any) -> torch.device:
     """Return where gathered parameters of `state` lie, while shards may wait on the host."""
     return state._device
+
+
+def passes_on_outputs(frame: types.FrameType) -> bool:
+    """Return whether `frame` runs code of DistributedDataParallel's, which may pass outputs through a function."""
+    engine = sys.modules.get(DDP)
+    return engine is not None and frame.f_globals is vars(engine)
+
+
+def find_sink(frame: types.FrameType) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what the DistributedDataParallel that runs in `frame` does with each output that has a gradient."""
+    engine: Any = sys.modules[DDP]
+    around = weakref.ref(frame.f_locals["self"])
+    return lambda output: engine._DDPSink.apply(around, output)[0]
 
 
 def has_buckets_of_its_own(engine: Any) -> bool:

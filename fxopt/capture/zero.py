@@ -25,6 +25,8 @@ from fxopt.graph.torch_private import TORCH_LINEAR, tree_leaves, tree_map
 ENGINE = "deepspeed.runtime.zero.parameter_offload"
 OPTIMIZER = "deepspeed.runtime.zero.stage3"
 LINEAR = "deepspeed.runtime.zero.linear"
+GROUPS = ("ds_process_group", "_dp_group")
+"""Where ZeRO-3, and ZeRO-1 and ZeRO-2, put the process group on parameters."""
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
@@ -81,11 +83,12 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
 
 
 def group_of(module: nn.Module) -> Any:
-    """Return the process group whose ranks share the parameters of `module`, or None."""
+    """Return the process group whose ranks share the parameters of `module`, or what trains them, or None."""
     if not is_there():
         return None
     parameters: Iterator[Any] = iter(module.parameters())
-    return next((each.ds_process_group for each in parameters if is_partitioned(each)), None)
+    found = (getattr(each, name, None) for each in parameters for name in GROUPS)
+    return next((group for group in found if group is not None), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ LOWER = 0.9
 class Facts:
     """What the planner knows of a model and its device when a plan is made.
 
-    `static_bytes` live all the time, `gradient_bytes` are those of all parameters; `free_bytes` is how much may be
+    `static_bytes` live all the time, `gradient_bytes` are those that the optimizer is given at a time, of
+    `trained_bytes` in all; `free_bytes` is how much may be
     allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host; `spread` what an engine
     adds that shards the parameters; `measured` knows what ops take on the device.
     """
@@ -35,6 +36,7 @@ class Facts:
     lowering: str
     static_bytes: int
     gradient_bytes: int
+    trained_bytes: int
     free_bytes: int | None
     declared: Declarations
     host_bytes: int = 0
@@ -123,7 +125,7 @@ def make_plan(
     peak = find_peak(timeline)
     recompute_ms = sum(decision.recompute_ms for decision in taken)
     wait_ms = sum(decision.wait_ms for decision in taken)
-    update_ms = update_ms_of(around.gradient_bytes, facts.device)
+    update_ms = update_ms_of(facts.trained_bytes, facts.device)
     compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
     return Plan(
         model=facts.model,

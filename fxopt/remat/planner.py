@@ -35,7 +35,7 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import decided_number, menu_of
 from fxopt.remat.joint import Joint, read_joint
-from fxopt.remat.step import Around, spread_decision
+from fxopt.remat.step import Around, Beside, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 from fxopt.remat.views import Views
@@ -66,7 +66,7 @@ class StepPlanner:
         self._tail_tokens: int | None = None
         self._variants = Variants()
         self._goals: dict[Goal, Chosen] = {}
-        self._scaled: dict[tuple[int, ...], tuple[Decision, ...]] = {}
+        self._scaled: dict[tuple[int, int, Beside], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
@@ -91,10 +91,14 @@ class StepPlanner:
 
     @property
     def limits(self) -> dict[str, int]:
-        """What this rank's device has, by name: ranks that train one model plan for the least of each."""
+        """What this rank's device has, by name: ranks that train one model plan for the least of each.
+
+        Of what lives all the time that is the most, since it is taken from the rest.
+        """
         facts = self._look()
         free = {} if facts.free_bytes is None else {"free": facts.free_bytes}
-        return {"memory": facts.device.memory_bytes, "host": facts.host_bytes, **free}
+        taken = {"untaken": -facts.static_bytes}
+        return {"memory": facts.device.memory_bytes, "host": facts.host_bytes, **taken, **free}
 
     def agree(self, limits: dict[str, int]) -> None:
         """Plan for `limits`, the least of all ranks."""
@@ -103,6 +107,7 @@ class StepPlanner:
             facts,
             device=dataclasses.replace(facts.device, memory_bytes=limits["memory"]),
             host_bytes=limits["host"],
+            static_bytes=-limits["untaken"],
             free_bytes=limits.get("free"),
         )
 
@@ -294,12 +299,12 @@ class StepPlanner:
         spread = self._look().spread
         for place, path in enumerate(self._look().paths):
             menu = self._menus[self._form_of[path]]
-            engine = *spread.of(place), spread.num_ranks
-            key = id(menu), goal.tokens, *engine
+            beside = spread.of(place)
+            key = id(menu), goal.tokens, beside
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
                 self._scaled[key] = tuple(
-                    spread_decision(scale_decision(decision, scale), *engine) for decision in menu.decisions
+                    spread_decision(scale_decision(decision, scale), beside) for decision in menu.decisions
                 )
             offered.append(self._scaled[key])
         return offered
@@ -313,7 +318,8 @@ class StepPlanner:
 
     def _around(self, goal: Goal, facts: Facts) -> Around:
         scale = goal.tokens / (self._tail_tokens or goal.tokens)
-        tail = tuple(scale_decision(decision, scale) for decision in self._tail)
+        beside = facts.spread.tail
+        tail = tuple(spread_decision(scale_decision(decision, scale), beside) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
         engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
         return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine)

@@ -26,40 +26,53 @@ class Around:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """What an engine that shards parameters adds to a step, in bytes.
+class Beside:
+    """What an engine that shards parameters has in memory beside one region, in bytes.
 
-    `gathered` are the parameters of each block while it runs, `reduced` the buffers in which its gradients are
-    reduced, `num_ranks` how many share what is left of these; the rest is as in `Around`.
+    `forward` and `backward` are there while the region runs so. `moved_bytes` only while its parameters are gathered,
+    `reduced_bytes` only while gradients are reduced, when all of the region's are there. `num_ranks` share what is
+    left of a gradient; none of it is counted here where the engine `holds_gradients` in buffers that always live.
     """
 
-    gathered: tuple[int, ...] = ()
-    reduced: tuple[int, ...] = ()
+    forward: int = 0
+    backward: int = 0
+    moved_bytes: int = 0
+    reduced_bytes: int = 0
     num_ranks: int = 1
+    holds_gradients: bool = False
+
+
+NOTHING_BESIDE = Beside()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What an engine that shards parameters adds to a step: beside each block, beside what follows, and else."""
+
+    blocks: tuple[Beside, ...] = ()
+    tail: Beside = NOTHING_BESIDE
     whole_bytes: int = 0
     reduced_bytes: int = 0
 
-    def of(self, place: int) -> tuple[int, int]:
-        """Return what is gathered for the block at `place`, and what its gradients are reduced in."""
-        return (self.gathered[place], self.reduced[place]) if self.gathered else (0, 0)
+    def of(self, place: int) -> Beside:
+        """Return what there is beside the block at `place`."""
+        return self.blocks[place] if self.blocks else NOTHING_BESIDE
 
 
 NOT_SPREAD = Spread()
 
 
-def spread_decision(decision: Decision, gathered: int, reduced: int, num_ranks: int) -> Decision:
-    """Return `decision` for a block that an engine gathers before it runs and whose gradients it reduces after.
-
-    While a block runs forward, what was received and the parameters copied out of it both live; backward, the
-    parameters, those of the next block on their way, and the buffer of the reduction before.
-    """
-    if not gathered:
+def spread_decision(decision: Decision, beside: Beside) -> Decision:
+    """Return `decision` for a region that an engine gathers parameters for and whose gradients it reduces."""
+    if beside == NOTHING_BESIDE:
         return decision
+    gathering = decision.saved_bytes + beside.moved_bytes
+    reducing = decision.gradient_bytes + beside.reduced_bytes
     return dataclasses.replace(
         decision,
-        forward_bytes=decision.forward_bytes + 2 * gathered,
-        backward_bytes=decision.backward_bytes + 2 * gathered + reduced,
-        gradient_bytes=decision.gradient_bytes // num_ranks,
+        forward_bytes=beside.forward + max(decision.forward_bytes, gathering),
+        backward_bytes=beside.backward + max(decision.backward_bytes, gathering, reducing),
+        gradient_bytes=0 if beside.holds_gradients else decision.gradient_bytes // beside.num_ranks,
     )
 
 

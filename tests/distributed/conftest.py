@@ -31,7 +31,7 @@ GRACE = 20
 """Seconds in which the other ranks answer after one has met an error; they may wait for it in a collective."""
 TIMEOUT = {"cpu": 120, "cuda": 90}
 """Seconds that a collective waits for a rank."""
-NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2, "zero_world": 2}
+NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2, "zero_world": 2, "zero_four": 4}
 """GPUs that a test needs to run over NCCL, by what it asks for."""
 
 
@@ -207,18 +207,24 @@ def four(worlds: Callable[[int], World]) -> World:
 
 
 @pytest.fixture(scope="session")
-def deepspeeds(worlds: Callable[..., World]) -> Callable[[], World]:
-    """Return a function that gives two processes of their own: DeepSpeed replaces functions of torch for good."""
+def deepspeeds(worlds: Callable[..., World]) -> Callable[[int], World]:
+    """Return a function that gives processes of their own: DeepSpeed replaces functions of torch for good."""
     pytest.importorskip(
         "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
     )
-    return lambda: worlds(2, "deepspeed")
+    return lambda size: worlds(size, "deepspeed")
 
 
 @pytest.fixture
-def zero_world(deepspeeds: Callable[[], World]) -> World:
+def zero_world(deepspeeds: Callable[[int], World]) -> World:
     """Two processes for DeepSpeed's ZeRO."""
-    return deepspeeds()
+    return deepspeeds(2)
+
+
+@pytest.fixture
+def zero_four(deepspeeds: Callable[[int], World]) -> World:
+    """Four processes for DeepSpeed's ZeRO."""
+    return deepspeeds(4)
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entro
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_accelerate_prepares_an_optimized_model(engine, two):
-    for answer in two.run("accelerated", engine=engine):
-        assert answer["sharded"]["before"] == answer["sharded"]["stock"]
-        assert ("FSDPLlamaDecoderLayer" in answer["sharded"]["before"]) == (engine == "fsdp2")
+def test_a_model_is_optimized_before_or_after_accelerate_prepares_it(engine, order, two):
+    for answer in two.run("accelerated", engine=engine, order=order):
+        assert answer["sharded"][order] == answer["sharded"]["stock"]
+        assert ("FSDPLlamaDecoderLayer" in answer["sharded"][order]) == (engine == "fsdp2")
         assert answer["fallbacks"] == {}
         assert answer["sites"] == SITES
         assert answer["errors"]["stock"] <= BOUND
@@ -104,8 +105,41 @@ def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, che
 
 
 @pytest.mark.slow
-def test_other_options_under_zero_3_are_named_on_all_ranks(zero_world):
-    for answer in zero_world.run("zero_differs"):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_micro_batches_accumulate_under_zero_with_ignored_labels_on_a_rank(stage, zero_world):
+    for answer in zero_world.run("zero_accumulated", stage=stage):
+        assert answer["fallbacks"] == {}
+        assert answer["sites"] == SITES
+        assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "lora"), [(2, False), (3, False), (3, True)])
+def test_four_processes_under_zero(stage, lora, zero_four):
+    for answer in zero_four.run("zero", stage=stage, order="before", lora=lora):
+        assert answer["fallbacks"] == {}
+        assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
+        assert all(error <= BOUND for error in answer["errors"].values()), answer["errors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [({"budget": "auto"}, 0), ({"budget": "min"}, 0), ({"budget": "auto", "checkpointed": True}, 1)],
+    ids=["kept", "planned", "checkpointed"],
+)
+def test_zero_3_gathers_each_parameter_twice_a_step(options, again, zero_world):
+    """Once for forward and once for backward, recomputation or not; stock gathers checkpointed blocks again."""
+    for answer in zero_world.run("zero_gathers", **options):
+        assert answer["fallbacks"] == {}
+        assert answer["gathered"]["before"][1] == 2 * answer["whole"]
+        assert (answer["gathered"]["stock"][1] > 2 * answer["whole"]) == bool(again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_other_options_under_zero_are_named_on_all_ranks(stage, zero_world):
+    for answer in zero_world.run("zero_differs", stage=stage):
         assert answer["raised"] == "RanksDifferError"
         assert "'glu' on rank 1" in answer["text"]
 

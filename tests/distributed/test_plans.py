@@ -17,7 +17,11 @@ def instant(plan: dict[str, Any], name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", [{}, pytest.param({"reshard_after_forward": False}, marks=slow)])
 def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options, two):
-    """Weights and both of AdamW's moments are halved; embedding, head and norm are gathered for the whole step."""
+    """Weights and both of AdamW's moments are halved; embedding, head and norm are gathered for the whole step.
+
+    A block's gradients are reduced from a buffer; blocks that stay gathered are counted with the rest, but for what
+    they were received in.
+    """
     alone = two.run("plan", engine="none", budget="min")[0]["plan"]
     for answer in two.run("plan", engine="fsdp2", budget="min", options=options):
         made, block = answer["plan"], answer["block"]
@@ -33,11 +37,10 @@ def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options
         assert update["bytes"] == made["static_bytes"] + answer["weights"] // 2
         for ours, theirs in zip(made["decisions"], alone["decisions"], strict=False):
             if ours["saved"] == theirs["saved"]:
-                gathered = 0 if options else block
-                assert ours["forward_bytes"] == theirs["forward_bytes"] + 2 * gathered
-                assert ours["backward_bytes"] == theirs["backward_bytes"] + 2 * gathered + (
-                    block if gathered else 0
-                )
+                copies = 0 if options else 2
+                assert ours["forward_bytes"] == theirs["forward_bytes"] + max(copies, 1) * block
+                assert ours["backward_bytes"] == theirs["backward_bytes"] + (copies + 1) * block
+                assert ours["gradient_bytes"] == theirs["gradient_bytes"] // 2
 
 
 @pytest.mark.parametrize(("view", "buckets"), [(False, 1), pytest.param(True, 0, marks=slow)])
@@ -62,6 +65,12 @@ def test_ranks_with_other_devices_agree_on_one_plan(engine, two):
     assert answers[0]["residual_bytes"] == answers[1]["residual_bytes"] > 0
 
 
+def test_ranks_plan_for_the_most_that_one_of_them_holds(two):
+    answers = two.run("plan", engine="fsdp2", budget="min", held=4096)
+    assert answers[0]["plan"] == answers[1]["plan"]
+    assert answers[0]["buffers"] == answers[1]["buffers"] + 4096
+
+
 @pytest.mark.parametrize(("engine", "passes"), [("ddp", 2), ("fsdp2", 1)])
 def test_a_forward_pass_that_gathers_is_not_run_again_where_memory_ran_out(engine, passes, two):
     """The other ranks would not gather with it; a pass without collectives of its own runs once more."""
@@ -79,3 +88,36 @@ def test_values_that_wait_on_the_host_come_back_under_an_engine(engine, two):
         assert answer["host_bytes"] > 0
         assert answer["reserved_bytes"] >= answer["host_bytes"]
         assert answer["used_bytes"] == 0
+
+
+SLIGHT = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 400_000}
+AHEAD = {**SLIGHT, "stage3_max_reuse_distance": 1_500_000, "stage3_prefetch_bucket_size": 200_000}
+PERSISTENT = {
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_prefetch_bucket_size": 200_000,
+    "reduce_bucket_size": 1_000_000,
+}
+
+
+@slow
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [SLIGHT, PERSISTENT], ids=["slight", "persistent"])
+def test_a_plan_under_zero_3_counts_all_that_lives_between_steps(settings, half, zero_world):
+    """Parts of weights, of their fp32 copies, gradients and moments, what stays gathered, and the bucket."""
+    for answer in zero_world.run("zero_memory", budget="min", settings=settings, half=half, measured=False):
+        assert answer["static_bytes"] == pytest.approx(answer["living_bytes"], rel=0.01)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("budget", "settings"),
+    [("min", SLIGHT), ("min", AHEAD), (None, PERSISTENT)],
+    ids=["slight", "ahead", "persistent"],
+)
+def test_a_plan_under_zero_3_has_the_peak_that_a_step_allocates(budget, settings, zero_world):
+    """Beside what lives between steps; without what is gathered and reduced it would be a quarter less, or half."""
+    if zero_world.on_gpu:
+        pytest.skip("the profiler adds up what a CPU allocates")
+    for answer in zero_world.run("zero_memory", budget=budget, settings=settings):
+        predicted = answer["peak_bytes"] - answer["static_bytes"]
+        assert predicted == pytest.approx(max(answer["peaks"]), rel=0.05)

@@ -15,6 +15,7 @@ def test_the_private_parts_of_torchs_engines_are_where_fxopt_looks(two):
         assert answer["ranks"], "the ranks that train it"
         assert answer["store"], "the store of the default process group"
         assert answer["ddp"] == [True, True], "DistributedDataParallel names itself while it runs"
+        assert answer["sink"], "what DistributedDataParallel passes outputs through"
         assert answer["dtensor"] == [True, False]
         assert answer["managed"] == [True, True, False], "whose parameters FSDP2 shards"
         assert answer["base"], "what FSDP2 reads of each output"

@@ -18,12 +18,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
-from cases import checkpoints, collectives, libraries, others, plans, ranks, steps, torchs, zero
+from cases import checkpoints, collectives, libraries, others, plans, ranks, steps, torchs, zero, zero_memory
 from cases.models import DEVICE, ON_GPU
 
 CASES = {
     name: value
-    for module in (steps, collectives, ranks, others, libraries, checkpoints, plans, torchs, zero)
+    for module in (
+        steps,
+        collectives,
+        ranks,
+        others,
+        libraries,
+        checkpoints,
+        plans,
+        torchs,
+        zero,
+        zero_memory,
+    )
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
 }

@@ -8,32 +8,32 @@ import torch
 from cases.models import build, make_batch, make_model
 
 
-def save(folder: str, order: str, arch: str = "llama") -> dict[str, Any]:
+def save(folder: str, order: str, lora: bool = False) -> dict[str, Any]:
     """Train a step under FSDP2, save model and optimizer, and return what the next step's loss is."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    model, optimizer = _trained(order, arch)
+    model, optimizer = _trained(order, lora)
     own, state = get_state_dict(model, optimizer)
     checkpoint.save({"model": own, "optimizer": state}, checkpoint_id=folder)
     return {"loss": _next_loss(model, optimizer)}
 
 
-def load(folder: str, order: str, arch: str = "llama") -> dict[str, Any]:
+def load(folder: str, order: str, lora: bool = False) -> dict[str, Any]:
     """Load what `save` wrote, under this world size, and return what the next step's loss is."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    model, optimizer = _trained(order, arch, seed=5)
+    model, optimizer = _trained(order, lora, seed=5)
     own, state = get_state_dict(model, optimizer)
     checkpoint.load({"model": own, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=own, optim_state_dict=state)
     return {"loss": _next_loss(model, optimizer)}
 
 
-def _trained(order: str, arch: str, seed: int = 3) -> tuple[Any, Any]:
-    model = build("fsdp2", order, make_model(arch), {})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+def _trained(order: str, lora: bool, seed: int = 3) -> tuple[Any, Any]:
+    model = build("fsdp2", order, make_model("llama", lora), {})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model(**make_batch(seed, 2, 12)).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -14,27 +14,32 @@ import fxopt
 from fxopt.capture import torch_distributed as engines
 
 
-def accelerated(engine: str) -> dict[str, Any]:
-    """Steps of accelerate's: prepared by default for DistributedDataParallel, or by its FSDP2 plugin."""
+def accelerated(engine: str, order: str) -> dict[str, Any]:
+    """Steps of accelerate's: prepared by default for DistributedDataParallel, or by its FSDP2 plugin.
+
+    The model is optimized `before` it is prepared, or `after`.
+    """
     rank = dist.get_rank()
     alone = make_model("llama")
     found: dict[str, dict[str, torch.Tensor]] = {}
     kinds: dict[str, list[str]] = {}
-    for which in ("before", "stock"):
+    for which in (order, "stock"):
         model = copy.deepcopy(alone)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         accelerator, model, optimizer = _prepare(engine, model, optimizer)
+        if which == "after":
+            model = fxopt.optimize(model, verify="off")
         for number in range(2):
             optimizer.zero_grad()
             accelerator.backward(model(**make_batch(10 * number + rank, 2, 12)).loss)
             found[which] = gradients_of(model)
             optimizer.step()
-        if which == "before":
+        if which == order:
             report = report_of(model)
         kinds[which] = sorted({type(m).__name__ for m in model.modules() if engines.fsdp_state_of(m)})
-    return {"errors": {"stock": largest_error(found["before"], found["stock"])}, "sharded": kinds, **report}
+    return {"errors": {"stock": largest_error(found[order], found["stock"])}, "sharded": kinds, **report}
 
 
 def _prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:

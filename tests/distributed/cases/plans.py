@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases.models import find_blocks, gradients_of, inside, largest_error, make_batch, make_model, wrap
+from cases.models import (
+    DEVICE,
+    find_blocks,
+    gradients_of,
+    inside,
+    largest_error,
+    make_batch,
+    make_model,
+    wrap,
+)
 
 import fxopt
 import fxopt.planning
@@ -17,13 +26,22 @@ from fxopt.capture.installation import find_installation
 
 
 def plan(
-    engine: str, budget: Any, options: dict[str, Any] | None = None, less: float = 1.0, lora: bool = False
+    engine: str,
+    budget: Any,
+    options: dict[str, Any] | None = None,
+    less: float = 1.0,
+    lora: bool = False,
+    held: int = 0,
 ) -> dict[str, Any]:
-    """Train a step under a plan and return it; the last rank's device has `less` of the memory of the others'."""
+    """Train a step under a plan and return it; the last rank's device has `less` of the memory of the others'.
+
+    The first rank has a buffer more, of `held` bytes, that no computation reads.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model("llama", lora)
     whole = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    model.register_buffer("more", torch.zeros(held if rank == 0 else 0, dtype=torch.uint8, device=DEVICE))
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     block = sum(parameter.nbytes for parameter in find_blocks(model)[0].parameters())
     model = wrap(engine, fxopt.optimize(model, memory_budget=budget, verify="off"), **(options or {}))

@@ -98,8 +98,15 @@ def killed(engine: str) -> dict[str, Any]:
         max_host_memory="64MiB",
         verify="off",
     )
-    model = wrap(engine, model)
-    model(**make_batch(0, 4, 48)).loss.backward()
+    if engine == "zero":
+        from cases.zero import initialize
+
+        around: Any = initialize(model, 3)
+    else:
+        model = around = wrap(engine, model)
+
+    backward = around.backward if engine == "zero" else torch.Tensor.backward
+    backward(around(**make_batch(0, 4, 48)).loss)
     installation = find_installation(model)
     assert installation is not None
     assert installation.offloader is not None
@@ -109,15 +116,15 @@ def killed(engine: str) -> dict[str, Any]:
     if rank == world - 1:
         find_blocks(inside(model))[2].register_forward_pre_hook(lambda module, given: os._exit(1))
     try:
-        loss = model(**make_batch(1, 4, 48)).loss
-        loss.backward()
+        loss = around(**make_batch(1, 4, 48)).loss
+        backward(loss)
         loss.item()  # over NCCL collectives are waited for here
     except RuntimeError as error:
         raised = {"raised": type(error).__name__, "running": installation.model_call._lock.locked()}
         kept = weakref.ref(inside(model))
     else:
         return {"raised": None}
-    del model, installation
+    del model, around, backward, installation
     loss = None
     gc.collect()
     held = memory.used_bytes

@@ -33,6 +33,8 @@ def privates() -> dict[str, Any]:
     inside_of: list[bool] = []
     ddp.module.register_forward_hook(lambda *_: inside_of.append(engines.active_ddp() is ddp))
     ddp(torch.ones(2, 4, device=DEVICE))
+    looking = DistributedDataParallel(nn.Linear(4, 4, device=DEVICE), find_unused_parameters=True)
+    sunk = looking(torch.ones(2, 4, device=DEVICE))
     return {
         "hooks": [[engines.is_fsdp_hook(hook) for hook in of_module] for of_module in hooks],
         "states": [
@@ -45,6 +47,7 @@ def privates() -> dict[str, Any]:
         "group": dist.get_process_group_ranks(engines.group_of(state)) == list(range(dist.get_world_size())),
         "store": all(store.get(str(rank)) == b"1" for rank in range(dist.get_world_size())),
         "ddp": [*inside_of, engines.active_ddp() is None],
+        "sink": type(sunk.grad_fn).__name__ == f"{torch.nn.parallel.distributed._DDPSink.__name__}Backward",
         "dtensor": spread,
         "managed": [engines.is_managed(module) for module in (alone, first, ddp.module)],
         "base": torch.Tensor._base.__get__ == engines.READ_OF_BASE,

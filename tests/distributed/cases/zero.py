@@ -50,7 +50,7 @@ def zero(
             model.gradient_checkpointing_enable()
         if which == "before":
             model = fxopt.optimize(model, memory_budget=budget, lowering=lowering)
-        engines[which] = _initialize(model, stage, leaves)
+        engines[which] = initialize(model, stage, leaves)
         if which == "after":
             fxopt.optimize(engines[which].module)
         if hooked and which == order and rank == world - 1:
@@ -80,11 +80,80 @@ def zero(
     return {"errors": errors, "lazy": lazy, "whole": whole, **report_of(engines[order].module)}
 
 
-def zero_differs() -> dict[str, Any]:
-    """The last rank optimizes with other options; return what the first step under ZeRO-3 raises."""
+def zero_accumulated(stage: int) -> dict[str, Any]:
+    """Accumulate two micro-batches under a stage of ZeRO; the last rank's labels are all ignored in the first of them.
+
+    Return the errors against stock and against one process that has all.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = make_model("llama")
+    batches = [
+        [make_batch(10 * n + r, 1 + r, 12 + 4 * n, ignored=n == 0 and r == world - 1) for r in range(world)]
+        for n in range(2)
+    ]
+    total = num_items([batch for step in batches for batch in step])
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for which in ("before", "stock"):
+        model = copy.deepcopy(alone)
+        engine = initialize(fxopt.optimize(model) if which == "before" else model, stage, micro_batches=2)
+        named = list(engine.module.named_parameters())
+        for step in batches:
+            loss = engine(**step[rank], num_items_in_batch=total).loss
+            engine.backward(2 * world * loss)  # it takes the mean over micro-batches and ranks
+            if step is batches[-1]:
+                found[which] = {name: safe_get_full_grad(p).to("cpu", copy=True) for name, p in named}
+            engine.step()
+        if which == "before":
+            report = report_of(model)
+    for batch in (batch for step in batches for batch in step):
+        alone(**batch, num_items_in_batch=total).loss.backward()
+    expected = {"stock": found["stock"], "alone": gradients_of(alone)}
+    errors = {which: largest_error(found["before"], theirs) for which, theirs in expected.items()}
+    return {"errors": errors, **report}
+
+
+def zero_gathers(budget: str, checkpointed: bool = False) -> dict[str, Any]:
+    """Return how often and how much ZeRO-3 gathers in a step, optimized and stock; nothing is gathered ahead."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    stock = partition_parameters._dist_allgather_fn
+    counts: dict[str, list[int]] = {}
+
+    def gather(given: torch.Tensor, received: torch.Tensor, group: Any = None) -> Any:
+        counts[which].append(received.numel())
+        return stock(given, received, group)
+
+    for which in ("before", "stock"):
+        model = make_model("llama")
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        if which == "before":
+            model = fxopt.optimize(model, memory_budget=budget, lowering="inductor", verify="off")
+        off = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+        engine = initialize(model, 3, **off)
+        for number in range(3):
+            counts[which] = []
+            partition_parameters._dist_allgather_fn = gather
+            try:
+                engine.backward(engine(**make_batch(number, 2, 12)).loss)
+            finally:
+                partition_parameters._dist_allgather_fn = stock
+            engine.step()
+        if which == "before":
+            report = report_of(model)
+    block = sum(each.ds_numel for each in find_blocks(model)[0].parameters())
+    whole = sum(each.ds_numel for each in model.parameters())
+    gathered = {which: [len(found), sum(found)] for which, found in counts.items()}
+    return {"gathered": gathered, "block": block, "whole": whole, **report}
+
+
+def zero_differs(stage: int) -> dict[str, Any]:
+    """The last rank optimizes with other options; return what the first step under a stage of ZeRO raises."""
     is_last = dist.get_rank() == dist.get_world_size() - 1
     model = fxopt.optimize(make_model("llama"), disable=["glu"] if is_last else [])
-    engine = _initialize(model, 3)
+    engine = initialize(model, stage)
     try:
         engine(**make_batch(0, 2, 12))
     except fxopt.FxoptError as error:
@@ -94,7 +163,7 @@ def zero_differs() -> dict[str, Any]:
 
 def zero_logits() -> dict[str, Any]:
     """Read logits after a forward pass under ZeRO-3, and return what that raises."""
-    engine = _initialize(fxopt.optimize(make_model("llama")), 3)
+    engine = initialize(fxopt.optimize(make_model("llama")), 3)
     output = engine(**make_batch(0, 2, 12))
     try:
         output.logits.sum()
@@ -103,7 +172,10 @@ def zero_logits() -> dict[str, Any]:
     return {"raised": None}
 
 
-def _initialize(model: Any, stage: int, leaves: bool = False) -> Any:
+def initialize(
+    model: Any, stage: int, leaves: bool = False, optimizer: Any = None, micro_batches: int = 1, **more: Any
+) -> Any:
+    """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -111,10 +183,13 @@ def _initialize(model: Any, stage: int, leaves: bool = False) -> Any:
         set_z3_leaf_modules(model, [type(find_blocks(model)[0])])
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more},
+        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    if optimizer is None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

@@ -116,6 +116,45 @@ def test_a_loss_of_the_users_own_on_the_logits_has_stock_gradients(lazy_twins):
         assert torch.equal(ours.grad, theirs.grad)
 
 
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, given):
+        ctx.save_for_backward(given)
+        return given * given
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (given,) = ctx.saved_tensors
+        return 2 * given * gradient
+
+
+def test_an_autograd_function_of_the_users_loses_no_gradient(lazy_twins):
+    """Its `apply` asks no tensor class: it takes lazy logits for a tensor without a gradient function."""
+    model, stock = lazy_twins
+    out = model(input_ids=IDS, labels=IDS)
+    with pytest.raises(FxoptError, match=r"give it outputs\.logits\.clone\(\)"):
+        (out.loss + Squared.apply(out.logits).mean()).backward()
+    model.zero_grad()
+    gradients = []
+    for each in (model, stock):
+        Squared.apply(each(input_ids=IDS, labels=IDS).logits.clone()).mean().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_logits_first_read_without_grad_still_carry_their_gradient(lazy_twins):
+    """As where a metric of the user's reads a cast of them before a loss of the user's does."""
+    model, stock = lazy_twins
+    gradients = []
+    for each in (model, stock):
+        logits = each(input_ids=IDS, labels=IDS).logits.double()
+        with torch.no_grad():
+            logits.argmax(-1)
+        logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_accelerates_fp32_conversion_computes_nothing(lazy_twins):
     model, _ = lazy_twins
     with torch.autocast("cpu", torch.bfloat16):
