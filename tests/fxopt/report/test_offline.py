@@ -82,6 +82,18 @@ def test_what_a_config_lacks_is_told_with_how_to_give_it() -> None:
     assert "experts" in {site.op for site in report.sites}
 
 
+def test_a_model_of_one_layer_has_a_block_with_its_sites_and_a_plan() -> None:
+    sizes = ("hidden_size=64", "intermediate_size=96", "num_attention_heads=2", "num_key_value_heads=2")
+    report = report_offline(setting("llama", "num_hidden_layers=1", *sizes))
+    assert {site.status for site in report.sites} == {"rewritten"}
+    assert {site.pattern for site in report.sites} >= {"rms_norm", "rope", "attention", "glu"}
+    assert [(region.kind, region.status) for region in report.regions] == [
+        ("block", "captured"),
+        ("model", "captured"),
+    ]
+    assert len(report.plans) == 1
+
+
 @pytest.mark.parametrize(
     ("field", "error", "message"),
     [
