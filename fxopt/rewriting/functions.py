@@ -28,10 +28,18 @@ def bind_numbers(function: Callable[..., Any], case: Sequence[Any], device: torc
             values[place] = value
         return function(*values)
 
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = _parameters_of(function)
     if len(parameters) == len(case):
         run.__dict__["__signature__"] = inspect.Signature([parameters[place] for place in places])
     return run, tensors
+
+
+def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of `function`, none where it is written in C and has no signature."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return []
 
 
 class _Captured(Exception):
@@ -78,7 +86,7 @@ def _name_inputs(
     gm: fx.GraphModule, function: Callable[..., Any], place_of: dict[int, int], values: Sequence[Any]
 ) -> None:
     """Call the placeholders as `function` calls its arguments, where that name is free."""
-    names = list(inspect.signature(function).parameters)
+    names = [parameter.name for parameter in _parameters_of(function)]
     taken = {node.name for node in gm.graph.nodes}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=True):
         place = place_of.get(id(value), len(names))
