@@ -23,7 +23,6 @@ from fxopt.demo.models import build_meta_model, build_model, default_tokens, fin
 from fxopt.demo.quantized import quantize
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
-from fxopt.graph.torch_private import quiet_fakes
 from fxopt.options import Options
 from fxopt.planning import MARGIN, finish_plan
 from fxopt.remat.devices import DEVICES, Device
@@ -89,23 +88,20 @@ def report_offline(setting: Setting) -> Report:
     options, device = _options_of(setting), _find_device(setting.device)
     config = config_of(setting)
     model = _adapted(build_meta_model(config), setting)
-    with quiet_fakes():
-        try:
-            with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
-                plan = finish_plan(survey, probe.ledger)
-                report = build_report(probe)
-                return dataclasses.replace(
-                    report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device))
-                )
-        except FxoptError as error:
-            if setting.budget != "auto":
-                raise
-            reason = error
-        try:
-            report, seen = explain(model), "small inputs"
-        except FxoptError as error:
-            report, reason = _explain_small(config, setting), error
-            seen = "a small model of this config with random values, its layers fewer, on small inputs"
+    try:
+        with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
+            plan = finish_plan(survey, probe.ledger)
+            report = build_report(probe)
+            return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
+    except FxoptError as error:
+        if setting.budget != "auto":
+            raise
+        reason = error
+    try:
+        report, seen = explain(model), "small inputs"
+    except FxoptError as error:
+        report, reason = _explain_small(config, setting), error
+        seen = "a small model of this config with random values, its layers fewer, on small inputs"
     if report is None:
         raise FxoptError(f"{reason}{_say_unset(config)}") from reason
     told = str(reason).partition("\n")[0]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,20 @@ def test_mistakes_end_in_one_message_and_exit_code_2(
     assert len(error.splitlines()) <= 2
     assert error.startswith("fxopt: ")
     assert re.search(message, error), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["", "graph_breaks"])
+def test_nothing_of_dynamos_is_printed_before_a_mistake_unless_asked_for(asked: str) -> None:
+    command = "from fxopt.cli import main; main(['trace', '--arch', 'gptj', '--set', 'rotary_dim=300'])"
+    environment = {**os.environ, "TORCH_LOGS": asked} if asked else os.environ
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "fxopt: model: GPTJForCausalLM, without weights, failed on small inputs" in done.stderr
+    assert (len(done.stderr.splitlines()) == 2) == (not asked), done.stderr
+    assert ("Traceback" in done.stderr) == bool(asked)
 
 
 def test_a_folder_without_a_config_is_said_plainly(

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxopt.capture.dispatch import accepts, takes_any
 from fxopt.errors import FxoptError
-from fxopt.graph.torch_private import FakeTensorMode
+from fxopt.graph.torch_private import FakeTensorMode, quiet_fakes
 from fxopt.graph.view import location_in
 
 WITH_WEIGHTS = (
@@ -83,7 +83,7 @@ def _find_cause(model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
         for name, value in inputs.items()
     }
     try:
-        with mode, torch.enable_grad():
+        with quiet_fakes(), mode, torch.enable_grad():
             model(**given)
     except Exception as error:
         return error

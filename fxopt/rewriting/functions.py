@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph.torch_private import quiet_fakes
 from fxopt.rewriting.pattern import Example
 
 
@@ -74,7 +75,8 @@ def capture(
     untyped: Any = torch
     compiled = untyped.compile(own, backend=remember, fullgraph=True, dynamic=dynamic)
     try:
-        compiled(*inputs)
+        with quiet_fakes():
+            compiled(*inputs)
     except _Captured as reached:
         values = reached.args[0]
         _name_inputs(graphs[-1], function, {id(value): place for place, value in enumerate(inputs)}, values)
