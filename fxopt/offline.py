@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from fxopt.capture.small_inputs import find_cause
 from fxopt.coverage.row import randomize
 from fxopt.coverage.shrink import shrunk
 from fxopt.demo.models import build_meta_model, build_model, default_tokens, find_config
@@ -100,7 +101,7 @@ def report_offline(setting: Setting) -> Report:
     try:
         report, seen = explain(model), "small inputs"
     except FxoptError as error:
-        report, reason = _explain_small(config, setting), error
+        report, reason = _explain_small(config, setting, model), error
         seen = "a small model of this config with random values, its layers fewer, on small inputs"
     if report is None:
         raise FxoptError(f"{reason}{_say_unset(config)}") from reason
@@ -115,12 +116,20 @@ def _say_unset(config: PreTrainedConfig) -> str:
     return f"\nfields that this config leaves open: {', '.join(unset)}" if unset else ""
 
 
-def _explain_small(config: PreTrainedConfig, setting: Setting) -> Report | None:
-    """Return the report of a small model with the kinds of layers that `config` has, None where there is none."""
+def _explain_small(config: PreTrainedConfig, setting: Setting, model: torch.nn.Module) -> Report | None:
+    """Return the report of a small model with the kinds of layers that `config` has, None where there is none.
+
+    There is none where `model`, of `config` itself, fails for its sizes: without values it then fails where the small
+    one runs.
+    """
     try:
-        model = build_model(shrunk(config))
-        randomize(model)
-        return explain(_adapted(model, setting))
+        if find_cause(model) is not None:
+            bare = _adapted(build_meta_model(shrunk(config)), setting)
+            if find_cause(bare) is None:
+                return None
+        small = build_model(shrunk(config))
+        randomize(small)
+        return explain(_adapted(small, setting))
     except Exception as error:  # what the model itself said is told
         log.debug("no small model: %s: %s", type(error).__name__, error)
         return None

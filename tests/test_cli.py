@@ -80,6 +80,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("demo", "--out", "/no/such/folder/plot.png"), "no such folder: /no/such/folder\nmake that folder"),
         (("demo", "--out", "curves.foo"), "ends in one of .png, .pdf, .svg, got curves.foo\nthe loss curves"),
         (("trace",), "trace: which model is not clear, expected a path or hub name, .*, got neither\ntry"),
+        (
+            ("trace", __file__),
+            "test_cli.py: a Python file, expected a folder with .*\nof a model of your own, print",
+        ),
+        (("report", __file__), "test_cli.py: a Python file, expected a folder with a config.json"),
         (("diff", "/no/a.json", "/no/b.json"), "/no/a.json: cannot be read: .*\ngive a file"),
         (("bisect", "/no/script.py"), "/no/script.py: no such Python file\ngive"),
         (("report",), "expected a path or hub name, or --arch MODEL_TYPE, got neither\ntry"),

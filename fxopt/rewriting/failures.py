@@ -53,6 +53,15 @@ def function_place(function: Callable[..., Any], error: BaseException | None = N
     return f"{name} ({Path(code.co_filename).name}:{own[-1] if own else code.co_firstlineno})"
 
 
+def line_in(path: Path, error: BaseException) -> str:
+    """Return ":12", the line of the Python file `path` at which `error` arose, "" where none is known."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    lines = [line for name, line in frames if line and Path(name).resolve() == path.resolve()]
+    return f":{lines[-1]}" if lines else ""
+
+
 def _frames_captured(error: BaseException) -> Any:
     """Return the frames that Dynamo was in, which are on no stack of Python's."""
     return getattr(error, "real_stack", None) or ()

@@ -184,6 +184,12 @@ def test_the_librarys_own_examples_are_rewritten(pattern: fxopt.Pattern) -> None
         ("import torch\nraise ValueError('no')", r"mine.py:2: cannot be imported: ValueError: no\nmend"),
         ("def (", r"mine.py:1: cannot be imported: SyntaxError: .*\nmend"),
         ("import no_such_module", r"mine.py:1: cannot be imported: ModuleNotFoundError"),
+        ("\0", r"mine.py: cannot be imported: SyntaxError: .*null bytes\nmend"),
+        ("\nimport sys\nsys.exit(3)", r"mine.py:3: cannot be imported: SystemExit: 3\nmend"),
+        (
+            "\n\nimport other_of_mine",
+            r"mine.py:3: cannot be imported: SyntaxError: .*other_of_mine.py, line 1",
+        ),
         ("x = 1", r"mine.py: defines no pattern, expected at least one at its top level\nwrite MINE"),
     ],
 )
@@ -192,6 +198,7 @@ def test_bad_files_are_told(
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text(text)
+    (tmp_path / "other_of_mine.py").write_text("def (")
     with pytest.raises(SystemExit) as exit_info:
         main(["check-pattern", str(path)])
     assert exit_info.value.code == 2
