@@ -16,11 +16,11 @@ from torch import nn
 
 from fxopt.capture.installation import check_model, check_uncompiled, find_installation
 from fxopt.errors import FxoptError
-from fxopt.graph.view import location_of, module_of
+from fxopt.graph.view import location_in, location_of, module_of
 from fxopt.installing import new_installation
 from fxopt.options import Options, check_options
 from fxopt.pipeline import ALL, make_transform
-from fxopt.rewriting.failures import function_place
+from fxopt.rewriting.failures import function_place, line_in, said_by
 from fxopt.rewriting.pattern import Match
 
 Check = Callable[[nn.Module], object]
@@ -216,9 +216,9 @@ class _Bisection:
             with random.fork_rng(devices=devices):
                 held = self._check(self._model)
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            text = next(iter(str(error).splitlines()), "")
-            return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+            frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+            place = location_in(frames)
+            return f"{said_by(error)}{f' ({place})' if place else ''}"
         finally:
             self._model.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -233,12 +233,12 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
     Raises:
         FxoptError: it cannot be run, or lacks one of them.
     """
+    if not path.is_file():
+        raise FxoptError(f"{path}: no such Python file\ngive a file that defines `model` and `check(model)`")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     loader = None if spec is None else spec.loader
-    if spec is None or loader is None or not path.exists():
-        raise FxoptError(
-            f"{path}: no such Python file\ngive a .py file that defines `model` and `check(model)`"
-        )
+    if spec is None or loader is None:
+        raise FxoptError(f"{path}: not a Python file, expected one whose name ends in .py")
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     # As `python script.py` has it, and for good: the check may import what lies beside it when it is called.
@@ -260,12 +260,8 @@ def _run_in(path: Path, run: Callable[[], Any]) -> Any:
     """Return what `run`, of the script at `path`, returns; what it raises is told with the line of the script."""
     try:
         return run()
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines.append(error.lineno)
-        line = f":{lines[-1]}" if lines else ""
+    except (Exception, SystemExit) as error:
         raise FxoptError(
-            f"{path}{line}: cannot be run: {type(error).__name__}: {error}\n"
+            f"{path}{line_in(path, error)}: cannot be run: {said_by(error)}\n"
             "mend the script until python runs it, and its model(), without an error"
         ) from error

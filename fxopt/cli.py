@@ -7,7 +7,9 @@ under `--strict`, a report that lost something, a check with culprits, a pattern
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +57,8 @@ STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the demo does not hold, 2 a mistake of the user's."""
+    if not os.environ.get("TORCH_LOGS"):
+        warnings.filterwarnings("ignore", module=r"torch\._dynamo")  # what it traces is no code of the user's
     try:
         app(args=None if arguments is None else list(arguments), prog_name="fxopt")
     except FxoptError as error:

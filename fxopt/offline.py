@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from fxopt.capture.small_inputs import find_cause
 from fxopt.coverage.row import randomize
 from fxopt.coverage.shrink import shrunk
 from fxopt.demo.models import build_meta_model, build_model, default_tokens, find_config
 from fxopt.demo.quantized import quantize
 from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.explaining import explain
-from fxopt.graph.torch_private import quiet_fakes
 from fxopt.options import Options
 from fxopt.planning import MARGIN, finish_plan
 from fxopt.remat.devices import DEVICES, Device
@@ -89,23 +89,20 @@ def report_offline(setting: Setting) -> Report:
     options, device = _options_of(setting), _find_device(setting.device)
     config = config_of(setting)
     model = _adapted(build_meta_model(config), setting)
-    with quiet_fakes():
-        try:
-            with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
-                plan = finish_plan(survey, probe.ledger)
-                report = build_report(probe)
-                return dataclasses.replace(
-                    report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device))
-                )
-        except FxoptError as error:
-            if setting.budget != "auto":
-                raise
-            reason = error
-        try:
-            report, seen = explain(model), "small inputs"
-        except FxoptError as error:
-            report, reason = _explain_small(config, setting), error
-            seen = "a small model of this config with random values, its layers fewer, on small inputs"
+    try:
+        with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
+            plan = finish_plan(survey, probe.ledger)
+            report = build_report(probe)
+            return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
+    except FxoptError as error:
+        if setting.budget != "auto":
+            raise
+        reason = error
+    try:
+        report, seen = explain(model), "small inputs"
+    except FxoptError as error:
+        report, reason = _explain_small(config, setting, model), error
+        seen = "a small model of this config with random values, its layers fewer, on small inputs"
     if report is None:
         raise FxoptError(f"{reason}{_say_unset(config)}") from reason
     told = str(reason).partition("\n")[0]
@@ -119,12 +116,20 @@ def _say_unset(config: PreTrainedConfig) -> str:
     return f"\nfields that this config leaves open: {', '.join(unset)}" if unset else ""
 
 
-def _explain_small(config: PreTrainedConfig, setting: Setting) -> Report | None:
-    """Return the report of a small model with the kinds of layers that `config` has, None where there is none."""
+def _explain_small(config: PreTrainedConfig, setting: Setting, model: torch.nn.Module) -> Report | None:
+    """Return the report of a small model with the kinds of layers that `config` has, None where there is none.
+
+    There is none where `model`, of `config` itself, fails for its sizes: without values it then fails where the small
+    one runs.
+    """
     try:
-        model = build_model(shrunk(config))
-        randomize(model)
-        return explain(_adapted(model, setting))
+        if find_cause(model) is not None:
+            bare = _adapted(build_meta_model(shrunk(config)), setting)
+            if find_cause(bare) is None:
+                return None
+        small = build_model(shrunk(config))
+        randomize(small)
+        return explain(_adapted(small, setting))
     except Exception as error:  # what the model itself said is told
         log.debug("no small model: %s: %s", type(error).__name__, error)
         return None

@@ -61,6 +61,7 @@ def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     name = "" if job.prover is None else name_compiled(gm, (pattern.name for pattern in patterns))
     if job.prover is not None and name and not are_compiled(name):
         _rehearse_rewrites(gm, job, job.prover)
+    job.keep_canonical(gm)
     job.result = apply_patterns(gm, patterns, context)
     if name:
         note_compiled(name)

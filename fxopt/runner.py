@@ -21,7 +21,7 @@ from fxopt.options import Options
 from fxopt.report.records import MODEL_REGION, GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import RewriteResult
-from fxopt.sites import Outcome, find_sites
+from fxopt.sites import Outcome, find_own_forms, find_sites
 
 
 @dataclasses.dataclass
@@ -33,6 +33,13 @@ class Job:
     lazy_outputs: bool
     prover: Prover | None
     result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
+    canonical: Callable[[], fx.GraphModule] | None = None
+    """Makes the graph as it was before the rewrites, where it was kept."""
+
+    def keep_canonical(self, gm: fx.GraphModule) -> None:
+        """Keep `gm` as it is, where a pattern has a form of its own: reports look there for what came near it."""
+        if find_own_forms(self.options.active_patterns):
+            self.canonical = kept_for_work(gm)
 
 
 Pass = tuple[str, Callable[[fx.GraphModule, Job], None]]
@@ -71,7 +78,7 @@ def run_passes(
     check_taken(gm, loops)
     gm.recompile()
     sites, mismatches, backends = find_sites(
-        gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable
+        gm, anchors, job.result, options.active_patterns, lazy_outputs, options.disable, job.canonical
     )
     rewrites = tuple(rewrite.record for rewrite in job.result.rewrites)
     graph = GraphRecord(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -45,8 +45,12 @@ def find_sites(
     patterns: Sequence[Any],
     lazy_outputs: bool,
     disabled: Collection[str] = (),
+    canonical: Callable[[], fx.GraphModule] | None = None,
 ) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...], tuple[Backend, ...]]:
-    """Return one site per anchor of the stock graph, for each that no pattern took its nearest miss, and backends."""
+    """Return one site per anchor of the stock graph, for each that no pattern took its nearest miss, and backends.
+
+    `canonical` makes `gm` as it was before the rewrites: there the patterns with forms of their own are looked for.
+    """
     sites: list[Site] = []
     backends: list[Backend] = []
     mismatches: list[MismatchRecord] = []
@@ -73,14 +77,20 @@ def find_sites(
             nearest = find_nearest_miss(gm, own, anchor.node, lazy_outputs)
             mismatches.append(_miss_record(nearest, own, anchor.module, anchor.location, anchor.kind))
     known = {anchor.node for anchor in anchors}
-    own_forms = [p for p in patterns if p.name not in KINDS and not _is_built_on_ops(p)]
+    own_forms = find_own_forms(patterns)
     names = {pattern.name for pattern in own_forms}
     for refusal in result.refused:
         if refusal.pattern in names or known.isdisjoint(refusal.origins):
             mismatches.append(_refused_elsewhere(gm, refusal, patterns))
+    before = canonical() if own_forms and canonical is not None else gm
     for pattern in own_forms:
-        mismatches += _misses_of(gm, pattern, result, lazy_outputs)
+        mismatches += _misses_of(before, pattern, result, lazy_outputs)
     return tuple(sites), tuple(mismatches), tuple(backends)
+
+
+def find_own_forms(patterns: Iterable[Any]) -> list[Any]:
+    """Return the patterns of forms that the search for sites does not know."""
+    return [p for p in patterns if p.name not in KINDS and not _is_built_on_ops(p)]
 
 
 def _is_built_on_ops(pattern: Any) -> bool:
@@ -89,20 +99,13 @@ def _is_built_on_ops(pattern: Any) -> bool:
 
 
 def _misses_of(
-    gm: fx.GraphModule, pattern: Any, result: RewriteResult, lazy_outputs: bool
+    canonical: fx.GraphModule, pattern: Any, result: RewriteResult, lazy_outputs: bool
 ) -> list[MismatchRecord]:
     """Return where a pattern of a form that the search for sites does not know came near, and what took its place."""
     refused = [refusal.origins for refusal in result.refused if refusal.pattern == pattern.name]
-    near = find_near_places(gm, pattern, lazy_outputs, frozenset[str]().union(*refused))
-    records = [_miss_record(miss, (pattern,), module_of(node), location_of(node)) for miss, node in near]
-    for rewrite in result.rewrites:
-        match = rewrite.match
-        if match.pattern is not pattern and pattern.targets <= {node.target for node in match.nodes}:
-            taken = f"{match.pattern.name} took ops of this form, expected this pattern first; put it before"
-            miss = Mismatch(pattern.name, taken, (), len(pattern.targets))
-            where = module_of(match.outputs[0]), rewrite.record.location
-            records.append(_miss_record(miss, (pattern,), *where))
-    return records
+    taken = {origin: r.match.pattern.name for r in result.rewrites for origin in r.origins}
+    near = find_near_places(canonical, pattern, lazy_outputs, frozenset[str]().union(*refused), taken)
+    return [_miss_record(miss, (pattern,), module_of(node), location_of(node)) for miss, node in near]
 
 
 def _miss_record(

@@ -88,7 +88,7 @@ ALLOWED: dict[str, set[str]] = {
     "offline": {
         "coverage",
         "demo",
-        "graph.torch_private",
+        "capture.small_inputs",
         "explaining",
         "surveying",
         "sites",

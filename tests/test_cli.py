@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("demo", "--out", "/no/such/folder/plot.png"), "no such folder: /no/such/folder\nmake that folder"),
         (("demo", "--out", "curves.foo"), "ends in one of .png, .pdf, .svg, got curves.foo\nthe loss curves"),
         (("trace",), "trace: which model is not clear, expected a path or hub name, .*, got neither\ntry"),
+        (
+            ("trace", __file__),
+            "test_cli.py: a Python file, expected a folder with .*\nof a model of your own, print",
+        ),
+        (("report", __file__), "test_cli.py: a Python file, expected a folder with a config.json"),
         (("diff", "/no/a.json", "/no/b.json"), "/no/a.json: cannot be read: .*\ngive a file"),
         (("bisect", "/no/script.py"), "/no/script.py: no such Python file\ngive"),
         (("report",), "expected a path or hub name, or --arch MODEL_TYPE, got neither\ntry"),
@@ -95,6 +103,20 @@ def test_mistakes_end_in_one_message_and_exit_code_2(
     assert len(error.splitlines()) <= 2
     assert error.startswith("fxopt: ")
     assert re.search(message, error), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["", "graph_breaks"])
+def test_nothing_of_dynamos_is_printed_before_a_mistake_unless_asked_for(asked: str) -> None:
+    command = "from fxopt.cli import main; main(['trace', '--arch', 'gptj', '--set', 'rotary_dim=300'])"
+    environment = {**os.environ, "TORCH_LOGS": asked} if asked else os.environ
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "fxopt: model: GPTJForCausalLM, without weights, failed on small inputs" in done.stderr
+    assert (len(done.stderr.splitlines()) == 2) == (not asked), done.stderr
+    assert ("Traceback" in done.stderr) == bool(asked)
 
 
 def test_a_folder_without_a_config_is_said_plainly(

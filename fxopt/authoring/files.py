@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import traceback
 from pathlib import Path
 
 from fxopt.errors import FxoptError
+from fxopt.rewriting.failures import line_in, said_by
 from fxopt.rewriting.pattern import Pattern
 
 
@@ -33,14 +33,8 @@ def load_patterns(path: Path) -> tuple[Pattern, ...]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        own = [
-            f
-            for f in traceback.extract_tb(error.__traceback__)
-            if Path(f.filename).resolve() == path.resolve()
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else own[-1].lineno if own else 0
         raise FxoptError(
-            f"{path}:{line}: cannot be imported: {type(error).__name__}: {error}\n"
+            f"{path}{line_in(path, error)}: cannot be imported: {said_by(error)}\n"
             f"mend the file; python {path} shows more"
         ) from error
     finally:

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxopt.capture import torch_dynamo, torch_modules, torch_settings, torch_stand_ins
 from fxopt.capture.agreement import Agreement
+from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
 from fxopt.capture.devices import mixture_told
@@ -83,6 +84,7 @@ class Installation:
         self.offloader = None if planner is None else make_offloader(planner, self._tell)
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
+        self._cache = Cache(model, () if blocks else tuple(walk(model))[1:], self.ledger)
         self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
         obstacle = find_obstacle(model) if replayed and options.lowering != "plain" else ""
         self.cuda_graphs = CudaGraphs(obstacle, self.ledger.note)
@@ -162,6 +164,7 @@ class Installation:
         )
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self._cache.declined(kwargs) if torch.is_grad_enabled() else kwargs
         with torch_settings.capture_scope(self._settings):
             return self._calls[MODEL_REGION].begin(MODEL_REGION, self.model)(*args, **kwargs)
 

@@ -19,10 +19,11 @@ from torch import fx, nn
 
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
+from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
 from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.dispatch import accepts, find_opaque, takes_any
+from fxopt.capture.dispatch import find_opaque
 from fxopt.capture.engines import Sharding, find_kept
 from fxopt.capture.forwards import call_model_gathered, call_with_forward
 from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, is_not_recorder, show_hooks
@@ -80,10 +81,7 @@ class ModelCall:
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
-        self._takes_cache = accepts(model.forward, "use_cache") or (
-            takes_any(model.forward)
-            and any(accepts(inner.forward, "use_cache") for inner in self._around[1:])
-        )
+        self._cache = Cache(model, self._around[1:], ledger)
         self.stand_ins = StandIns()
         self._collects = False
         """Whether the leaves hand on what transformers collects inside their blocks."""
@@ -109,7 +107,7 @@ class ModelCall:
         with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._trunk.is_running:
                 return torch_modules.stock_call(model, *args, **kwargs)
-            kwargs = self._without_cache(kwargs)
+            kwargs = self._cache.declined(kwargs)
             reason = self.find_obstacle(args, kwargs)
             gatherings = self._sharding.find_gatherings()
             if reason is None and not self._lock.acquire(blocking=False):
@@ -192,13 +190,6 @@ class ModelCall:
 
     def _form_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return form_of(args, kwargs), find_asked(walk(self.model, but=self.blocks), kwargs)
-
-    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return `kwargs` with the key/value cache declined, unless the caller asked for one."""
-        if not self._takes_cache or "use_cache" in kwargs or kwargs.get("past_key_values") is not None:
-            return kwargs
-        self.ledger.note("training calls run with use_cache=False: a key/value cache is not read in training")
-        return {**kwargs, "use_cache": False}
 
     def _capture_and_run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward compiled; where it cannot be captured with plain leaves, try leaves that hand on more."""

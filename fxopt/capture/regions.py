@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Container
 
 from torch import nn
 
@@ -41,19 +42,20 @@ MIN_SHARE = 0.05
 
 
 def find_regions(model: nn.Module) -> Regions:
-    """Return the stacks of `model`: the outermost module lists whose members repeat and hold parameters.
+    """Return the stacks of `model`: the outermost lists of blocks that hold parameters.
 
-    A list counts when it has at least two members, some two of the same class, and the members hold
-    parameters. Lists inside a block (experts, heads) belong to that block. A list with a single member
-    counts when nothing else does (a one-layer model still has a block).
+    A list counts when it has at least two members, some two of the same class; a module list of one module made of
+    others is one of several blocks that happens to have one. Lists inside a block (experts, heads) belong to that
+    block. Where nothing repeats, each of the outermost module lists counts. Single blocks that hold less than half of
+    the parameters beside tables of the vocabulary are no region: the whole model is.
     """
     lists = [
         (path, module)
         for module, path in walk(model).items()
         if isinstance(module, nn.ModuleList | nn.Sequential) and _num_parameters(module) > 0
     ]
-    repeated = [(path, module) for path, module in lists if _repeats(module)]
-    candidates = repeated or [(path, module) for path, module in lists if isinstance(module, nn.ModuleList)]
+    counted = [(path, module) for path, module in lists if _repeats(module) or _is_of_one_block(module)]
+    candidates = counted or [(path, module) for path, module in lists if isinstance(module, nn.ModuleList)]
     outermost = [
         (path, module)
         for path, module in candidates
@@ -65,10 +67,25 @@ def find_regions(model: nn.Module) -> Regions:
     stacks = [
         _stack(path, module) for path, module in outermost if _num_parameters(module) >= MIN_SHARE * total
     ]
-    held = sum(_num_parameters(block) for stack in stacks for block in stack.blocks)
-    if held * 2 < _num_parameters(model) and not any(len(stack.blocks) > 1 for stack in stacks):
-        return Regions(())
-    return Regions(tuple(stacks))
+    if any(len(stack.blocks) > 1 for stack in stacks) or _hold_most(stacks, model):
+        return Regions(tuple(stacks))
+    return Regions(())
+
+
+def _is_of_one_block(module: nn.Module) -> bool:
+    """Return whether `module` is a module list of one entry that is made of modules itself."""
+    entries = list(module.children())
+    return isinstance(module, nn.ModuleList) and len(entries) == 1 and any(entries[0].children())
+
+
+def _hold_most(stacks: list[Stack], model: nn.Module) -> bool:
+    """Return whether `stacks` hold half of the parameters of `model`, those left aside with one row per token.
+
+    These, embeddings and heads, are most of a model that has few layers, whatever its blocks are.
+    """
+    tables = {module.num_embeddings for module in walk(model) if isinstance(module, nn.Embedding)}
+    held = sum(_num_parameters(block, tables) for stack in stacks for block in stack.blocks)
+    return held * 2 >= _num_parameters(model, tables)
 
 
 def _stack(path: str, module: nn.Module) -> Stack:
@@ -82,6 +99,7 @@ def _repeats(module: nn.Module) -> bool:
     return len(classes) > len(set(classes))
 
 
-def _num_parameters(module: nn.Module) -> int:
+def _num_parameters(module: nn.Module, tables: Container[int] = ()) -> int:
+    """Return the number of the parameters of `module`, those left out whose first size is one of `tables`."""
     own = [tensor for tensor in tensors_of(module) if isinstance(tensor, nn.Parameter)]
-    return sum(map(math.prod, map(whole_shape, own)))
+    return sum(math.prod(shape) for shape in map(whole_shape, own) if not shape or shape[0] not in tables)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxopt.capture.dispatch import accepts, takes_any
 from fxopt.errors import FxoptError
-from fxopt.graph.torch_private import FakeTensorMode
+from fxopt.graph.torch_private import FakeTensorMode, quiet_fakes
 from fxopt.graph.view import location_in
 
 WITH_WEIGHTS = (
@@ -58,7 +58,7 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
         cure = "pass example_inputs, a dict of keyword arguments the model's forward accepts"
         if any(parameter.is_meta for parameter in model.parameters()):
             name, cure = f"{name}, without weights,", WITH_WEIGHTS
-            error = _find_cause(model, inputs) or error
+            error = find_cause(model, inputs) or error
         raise FxoptError(
             f"model: {name} failed on {given} ({', '.join(inputs)}): "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{_place_of(error)}\n{cure}"
@@ -72,7 +72,7 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
                     buffer.copy_(saved)
 
 
-def _find_cause(model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
+def find_cause(model: nn.Module, inputs: dict[str, Any] | None = None) -> Exception | None:
     """Return why `model` on the meta device fails where nothing asks for a value, None where it does not.
 
     Code that reads values when it is not captured fails on the meta device whatever the reason why it was not captured.
@@ -80,10 +80,10 @@ def _find_cause(model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = {
         name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
+        for name, value in (make_small_inputs(model) if inputs is None else inputs).items()
     }
     try:
-        with mode, torch.enable_grad():
+        with quiet_fakes(), mode, torch.enable_grad():
             model(**given)
     except Exception as error:
         return error

@@ -16,6 +16,8 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import funcname_cache
 from torch._logging._internal import log_state
 
+from fxopt.graph.torch_private import quiet_fakes
+
 RECOMPILE_LIMIT = 64
 """Captures one region of one model may have; Dynamo's own limit of 8 is met by a short training run."""
 
@@ -79,9 +81,10 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
     """Put `settings` of Dynamo in force within the scope.
 
     Dynamo makes the head of a log line for each call that it puts into a graph, also where nobody reads the log, and
-    tokenizes whole files for the functions' names in it: 0.7 s of a first step, which are spared.
+    tokenizes whole files for the functions' names in it: 0.7 s of a first step, which are spared. What fails under
+    capture is told by a report or an error, not logged before.
     """
-    with dynamo_config.patch(settings):
+    with dynamo_config.patch(settings), quiet_fakes():
         if not is_artifact_logged("trace_call"):
             funcname_cache.cache = NoNames()
         try:

@@ -125,12 +125,34 @@ def find_config(source: str | None, model_type: str | None, fields: Sequence[str
     given = dict(_read_field(text, known) for text in fields)
     written = PreTrainedConfig.get_config_dict(source)[0] if source is not None else {}
     try:
-        return type(config).from_dict({**written, **given})
+        made = type(config).from_dict({**written, **given})
     except Exception as error:
         told = ": ".join(line.strip(" :") for line in str(error).splitlines() if line.strip())
         raise FxoptError(
             f"--set: {config.model_type} takes no {', '.join(fields)}: {told[:300]}\ngive other values"
         ) from error
+    for name, value in given.items():
+        if isinstance(value, int) and value < 0 and _is_count(type(config), {**written, **given}, name):
+            raise FxoptError(
+                f"--set: {name} counts what {config.model_type} is made of, expected at least 0, got {value}\n"
+                "give another value"
+            )
+    return made
+
+
+def _is_count(config_class: type[PreTrainedConfig], fields: dict[str, Any], name: str) -> bool:
+    """Return whether a model takes the negative number of the field `name` for none of what a positive one counts."""
+    forms = [_form_of(config_class, {**fields, name: value}) for value in (fields[name], 0, -fields[name])]
+    return forms[0] is not None and forms[0] == forms[1] != forms[2]
+
+
+def _form_of(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> Any:
+    """Return the parameters' shapes by name of the model of these fields, None where none can be built."""
+    try:
+        model = build_meta_model(config_class.from_dict(fields))
+    except Exception:  # the model's own code may raise anything
+        return None
+    return {key: parameter.shape for key, parameter in model.named_parameters()}
 
 
 def _read_field(text: str, known: dict[str, Any]) -> tuple[str, Any]:
@@ -195,6 +217,11 @@ def load_config(source: str) -> PreTrainedConfig:
     is_path = Path(source).exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1
     if is_path and not Path(source).exists():
         raise FxoptError(f"{source}: no such folder or file, expected one with a model config")
+    if is_path and Path(source).suffix == ".py":
+        raise FxoptError(
+            f"{source}: a Python file, expected a folder with a config.json, a hub name, or --arch MODEL_TYPE\n"
+            "of a model of your own, print fxopt.trace(model), fxopt.explain(model) or fxopt.plan(model) there"
+        )
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # it logs each of its retries
     try:

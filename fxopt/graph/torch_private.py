@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._logging import _internal as _logging_internal
 from torch._subclasses import fake_tensor
 from torch.jit import _builtins
 from torch.utils import _pytree
@@ -93,12 +94,21 @@ def numbers_at_capture(size: Any) -> Mapping[Any, Any]:
     return size.node.shape_env.backed_var_to_val
 
 
+def are_logs_asked_for() -> bool:
+    """Return whether the user asked torch for logs of its own, with `TORCH_LOGS` or `torch._logging.set_logs`."""
+    state: Any = _logging_internal._get_log_state()
+    return bool(state.log_qname_to_level or state.artifact_names)
+
+
 @contextlib.contextmanager
 def quiet_fakes() -> Generator[None]:
     """Keep torch from logging, in this thread, a traceback for what does not run on tensors without storage.
 
-    A report tells it.
+    An error or a report tells it. Where the user asked torch for logs, they are left whole.
     """
+    if are_logs_asked_for():
+        yield
+        return
     fakes, own = logging.getLogger(fake_tensor.__name__), threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:

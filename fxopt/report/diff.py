@@ -46,7 +46,7 @@ def diff_reports(first: Report, second: Report) -> ReportDiff:
     >>> from fxopt.report.records import Site
     >>> print(diff_reports(Report("Tiny", (Site("glu", "glu", 2, "rewritten", "mlp", "f:1"),)), Report("Tiny")))
     Lost
-      - glu x 2 at mlp: rewritten to glu before, no longer found
+      - glu x 2 at mlp: was rewritten to glu, is no longer found
     <BLANKLINE>
     """
     lost: list[str] = []
@@ -60,11 +60,11 @@ def diff_reports(first: Report, second: Report) -> ReportDiff:
         where = f"{key[0]} x {abs(number)} at {key[1] or 'the model itself'}"
         if number < 0:
             lost.append(
-                f"{where}: rewritten to {_ops(first, key)} before, {_fate(second, key, 'no longer found')}"
+                f"{where}: was rewritten to {_ops(first, key)}, is {_fate(second, key, 'no longer found')}"
             )
         elif number > 0:
             gained.append(
-                f"{where}: rewritten to {_ops(second, key)}, before {_fate(first, key, 'not found')}"
+                f"{where}: is rewritten to {_ops(second, key)}, was {_fate(first, key, 'not found')}"
             )
         elif _ops(first, key) != _ops(second, key):
             changed.append(
@@ -94,13 +94,13 @@ def _ops(report: Report, key: Key) -> str:
     return ", ".join(dict.fromkeys(ops))
 
 
-def _fate(report: Report, key: Key, missing: str = "not found") -> str:
-    """Return what became of the sites of `key` that were not rewritten."""
+def _fate(report: Report, key: Key, missing: str) -> str:
+    """Return what the sites of `key` that were not rewritten are in `report`; `missing` where it has none of it."""
     same = [site for site in report.sites if (site.pattern, site.module) == key]
     left = [site for site in same if site.status != "rewritten"]
     if left:
         return f"{left[0].status} at {left[0].location}: {left[0].reason}"
-    return "fewer of them are there" if same else missing
+    return "there less often" if same else missing
 
 
 def _compare_regions(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+
+from fxopt.rewriting.trees import items_of
 
 INTO_AN_OP = "put the kernel into a torch.library.custom_op with a register_fake, and call that"
 CURES = (
@@ -49,6 +53,15 @@ def function_place(function: Callable[..., Any], error: BaseException | None = N
     return f"{name} ({Path(code.co_filename).name}:{own[-1] if own else code.co_firstlineno})"
 
 
+def line_in(path: Path, error: BaseException) -> str:
+    """Return ":12", the line of the Python file `path` at which `error` arose, "" where none is known."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    lines = [line for name, line in frames if line and Path(name).resolve() == path.resolve()]
+    return f":{lines[-1]}" if lines else ""
+
+
 def _frames_captured(error: BaseException) -> Any:
     """Return the frames that Dynamo was in, which are on no stack of Python's."""
     return getattr(error, "real_stack", None) or ()
@@ -66,3 +79,54 @@ def cure_of(error: BaseException, otherwise: str) -> str:
     """Return what helps against `error`, `otherwise` where it is none that we know."""
     text = str(error)
     return next((cure for part, cure in CURES if part in text), otherwise)
+
+
+class Fault(NamedTuple):
+    """What is wrong with a call of a function of the user's: where, what with expected and got, and what helps."""
+
+    where: str
+    wrong: str
+    cure: str
+
+
+def find_fault(function: Callable[..., Any], arguments: Sequence[Any]) -> Fault | None:
+    """Return why `function` does not take `arguments` and return tensors, None where it does; they stay as they are."""
+    fault = _find_fault_of_number(function, arguments)
+    if fault is not None:
+        return fault
+    try:
+        with torch.no_grad():
+            found: Any = function(*copies_of(arguments))
+    except Exception as error:
+        cure = cure_of(error, "mend the function, or give arguments that it takes")
+        return Fault(function_place(function, error), f"expected it to run, got {said_by(error)}", cure)
+    values = items_of(found)
+    if values and all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    wrong = f"expected a tensor or a tuple of tensors, got {kinds_of(values)}"
+    return Fault(function_place(function), f"returns something else, {wrong}", "return tensors only")
+
+
+def _find_fault_of_number(function: Callable[..., Any], arguments: Sequence[Any]) -> Fault | None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function written in C may have none
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        names = ", ".join(signature.parameters)
+        number, got = len(signature.parameters), len(arguments)
+        wrong = f"expected {number} argument{'' if number == 1 else 's'} ({names}), got {got}"
+        return Fault(function_place(function), wrong, "give a value for each argument")
+    return None
+
+
+def copies_of(arguments: Sequence[Any]) -> list[Any]:
+    """Return arguments that a function may write to."""
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+def kinds_of(values: Sequence[Any]) -> str:
+    """Return the types of `values`, as errors name what was given."""
+    return ", ".join(type(value).__name__ for value in values) or "an empty tuple"

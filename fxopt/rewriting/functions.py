@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.graph.torch_private import quiet_fakes
 from fxopt.rewriting.pattern import Example
 
 
@@ -28,10 +29,18 @@ def bind_numbers(function: Callable[..., Any], case: Sequence[Any], device: torc
             values[place] = value
         return function(*values)
 
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = _parameters_of(function)
     if len(parameters) == len(case):
         run.__dict__["__signature__"] = inspect.Signature([parameters[place] for place in places])
     return run, tensors
+
+
+def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of `function`, none where it is written in C and has no signature."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return []
 
 
 class _Captured(Exception):
@@ -66,7 +75,8 @@ def capture(
     untyped: Any = torch
     compiled = untyped.compile(own, backend=remember, fullgraph=True, dynamic=dynamic)
     try:
-        compiled(*inputs)
+        with quiet_fakes():
+            compiled(*inputs)
     except _Captured as reached:
         values = reached.args[0]
         _name_inputs(graphs[-1], function, {id(value): place for place, value in enumerate(inputs)}, values)
@@ -78,7 +88,7 @@ def _name_inputs(
     gm: fx.GraphModule, function: Callable[..., Any], place_of: dict[int, int], values: Sequence[Any]
 ) -> None:
     """Call the placeholders as `function` calls its arguments, where that name is free."""
-    names = list(inspect.signature(function).parameters)
+    names = [parameter.name for parameter in _parameters_of(function)]
     taken = {node.name for node in gm.graph.nodes}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=True):
         place = place_of.get(id(value), len(names))

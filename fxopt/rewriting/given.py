@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import FxoptError
-from fxopt.rewriting.failures import cure_of, function_place, said_by
+from fxopt.rewriting.failures import copies_of, cure_of, find_fault, function_place, kinds_of, said_by
 from fxopt.rewriting.trees import items_of
 
 Arguments = Sequence[Any]
@@ -45,15 +45,26 @@ def check_near_miss(item: Any, subject: str) -> NearMiss:
     """Return a near miss as it was given: a function, its arguments, a part of the reason to leave it alone.
 
     Raises:
-        FxoptError: it is something else.
+        FxoptError: it is something else, or the function does not run on the arguments.
     """
     values = items_of(item)
-    if len(values) == 3 and callable(values[0]) and isinstance(values[1], tuple | list):
-        return values[0], items_of(values[1]), str(values[2])
-    raise FxoptError(
-        f"{subject}: expected a near miss as (function, arguments, a part of the reason), got {item!r:.80}\n"
-        "give near_misses=[(function, (x, ...), 'expected abs, got mul')]"
-    )
+    has_form = len(values) == 3 and callable(values[0]) and isinstance(values[1], tuple | list)
+    if not has_form or not isinstance(values[2], str):
+        got = f"({kinds_of(values)})" if isinstance(item, tuple | list) else type(item).__name__
+        raise FxoptError(
+            f"{subject}: expected a near miss as (function, arguments, a part of the reason), got {got}\n"
+            "give near_misses=[(function, (x, ...), 'expected abs, got mul')], the arguments as a tuple"
+        )
+    function, arguments, reason = values[0], items_of(values[1]), values[2]
+    fault = find_fault(function, arguments)
+    if fault is not None:
+        raise FxoptError(f"{subject}: near miss {fault.where}: {fault.wrong}\n{fault.cure}")
+    if not any(isinstance(value, torch.Tensor) for value in arguments):
+        raise FxoptError(
+            f"{subject}: near miss {function_place(function)}: expected a tensor among its arguments, "
+            f"got ({kinds_of(arguments)})\na pattern finds what is computed from tensors; give one"
+        )
+    return function, arguments, reason
 
 
 def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subject: str) -> list[str]:
@@ -89,7 +100,7 @@ def check_results(
     for function in (search, replacement):
         try:
             with torch.no_grad():
-                found: Any = function(*_copies(case))
+                found: Any = function(*copies_of(case))
         except Exception as error:
             cure = cure_of(error, "both functions take the same arguments; give examples that they accept")
             raise FxoptError(
@@ -111,13 +122,7 @@ def check_results(
 def _tensors_of(found: Any, subject: str) -> tuple[torch.Tensor, ...]:
     values = items_of(found)
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
-        kind = ", ".join(type(value).__name__ for value in values) or "empty tuple"
         raise FxoptError(
-            f"{subject} returns {kind}, expected a tensor or a tuple of tensors\nreturn tensors only"
+            f"{subject} returns {kinds_of(values)}, expected a tensor or a tuple of tensors\nreturn tensors only"
         )
     return values
-
-
-def _copies(case: Arguments) -> list[Any]:
-    """Return arguments that a function may write to."""
-    return [value.clone() if isinstance(value, torch.Tensor) else value for value in case]

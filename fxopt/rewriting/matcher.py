@@ -114,7 +114,11 @@ def match_term(term: Any, value: Any, bindings: Bindings, trace: Trace) -> Itera
             if term is ... or is_equal(term, value):
                 yield bindings
             else:
-                trace.fail(f"expected {_show(term)}, got {_show(value)}", _nodes(value), bindings)
+                trace.fail(_differs(term, value), _nodes(value), bindings)
+
+
+def _differs(term: Any, value: Any) -> str:
+    return f"expected {_show(term)}, got {_show(value)}"
 
 
 def _match_operation(term: Operation, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
@@ -129,26 +133,48 @@ def _match_operation(term: Operation, value: Any, bindings: Bindings, trace: Tra
     if term.condition is not None and not term.condition(value):
         trace.fail(f"expected {term.expected}, got {_show(value)}", (value,), bindings)
         return
-    pairs = pair_arguments(term, value)
-    if isinstance(pairs, str):
-        trace.fail(f"{name_of(term.target)}: {pairs}", (value,), bindings)
-        return
-    attributes, operands = pairs
+    attributes, operands, wrong = pair_arguments(term, value)
     entered = bindings.enter(term, value)
+    if wrong:
+        wrong = f"{name_of(term.target)}: {wrong}"
+        trace.fail(wrong, (value,), bindings)
+        if not trace.forgives or bindings.forgiven is not None:
+            return
+        entered = entered.forgive(wrong, value)
     orders = [operands]
     if term.target in COMMUTATIVE and len(operands) == 2 and operands[0][1] is not operands[1][1]:
         (a, left), (b, right) = operands
         orders.append([(a, right), (b, left)])
-    yield from first_matching([_match_all([*attributes, *order], entered, trace) for order in orders], trace)
+    yield from first_matching(
+        [_match_all([*attributes, *order], entered, trace, value) for order in orders], trace
+    )
 
 
-def _match_all(pairs: Pairs, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
+def _match_all(
+    pairs: Pairs, bindings: Bindings, trace: Trace, of: fx.Node | None = None
+) -> Iterator[Bindings]:
+    """Yield every extension of `bindings` under which all `pairs`, arguments `of` a node if given, match."""
     if not pairs:
         yield bindings
         return
     (term, value), *others = pairs
     for joined in match_term(term, value, bindings, trace):
-        yield from _match_all(others, joined, trace)
+        yield from _match_all(others, joined, trace, of)
+    if of is None or not trace.forgives or bindings.forgiven is not None:
+        return
+    if _is_plain(term) and _is_plain(value) and not is_equal(term, value):
+        yield from _match_all(others, bindings.forgive(_differs_in(of, term, value), of), trace, of)
+
+
+def _differs_in(node: fx.Node, term: Any, value: Any) -> str:
+    """Return how an argument of `node` differs, with its name where it has one."""
+    name = next((f"{name} of " for name, given in node.kwargs.items() if given is value), "")
+    return f"{name}{name_of(node.target)}: {_differs(term, value)}"
+
+
+def _is_plain(item: Any) -> bool:
+    """Return whether `item`, of a pattern or a graph, is a value and holds no term and no node."""
+    return item is not ... and not any(isinstance(part, Term | fx.Node) for part in items_of(item))
 
 
 def _match_either(term: Either, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
@@ -254,7 +280,7 @@ def _match_many(
     first, *others = items
     for joined in match_term(many.term, first, bindings, trace):
         own = {name: value for name, value in joined.values.items() if name not in bindings.values}
-        shared = Bindings(bindings.values, bindings.dims, joined.nodes, bindings.places)
+        shared = dataclasses.replace(bindings, nodes=joined.nodes, forgiven=joined.forgiven)
         yield from _match_many(many, others, shared, (*done, own), trace)
 
 

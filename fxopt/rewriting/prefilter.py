@@ -63,10 +63,9 @@ def could_match(term: Any, value: Any, known: Known) -> bool:
 def _could_call(term: Operation, node: fx.Node, known: Known) -> bool:
     if node.op != "call_function" or (term.condition is not None and not term.condition(node)):
         return False
-    pairs = pair_arguments(term, node)
-    if isinstance(pairs, str):
+    attributes, operands, wrong = pair_arguments(term, node)
+    if wrong:
         return False
-    attributes, operands = pairs
     if not all(could_match(expected, value, known) for expected, value in attributes):
         return False
     if all(could_match(operand, value, known) for operand, value in operands):
@@ -91,12 +90,14 @@ def _could_list(terms: tuple[Any, ...], value: Any, known: Known) -> bool:
 Pairs = list[tuple[Any, Any]]
 
 
-def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs] | str:
-    """Return what stands against what, attributes and operands apart, or what is wrong with the arguments."""
+def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs, str]:
+    """Return what stands against what, attributes and operands apart, and what is wrong with the arguments, "" if
+    nothing is."""
     operands: Pairs = []
+    wrong: list[str] = []
     for position, operand in enumerate(term.args):
         if position >= len(node.args) and operand is not None:
-            return f"expected {len(term.args)} operands, got {len(node.args)}"
+            wrong.append(f"expected {len(term.args)} operands, got {len(node.args)}")
         operands.append((operand, node.args[position] if position < len(node.args) else None))
     attributes: Pairs = []
     known: set[str] = set()
@@ -107,13 +108,16 @@ def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs] | str:
         elif position < len(node.args):
             attributes.append((expected, node.args[position]))
         elif expected is not ...:
-            return f"expected an argument {name}"
+            wanted = name if isinstance(expected, Term) else f"{name}={expected}"
+            wrong.append(f"expected {wanted}, got no {name}")
     if len(node.args) > len(term.args) + len(term.attributes):
-        return f"expected at most {len(term.args) + len(term.attributes)} arguments, got {len(node.args)}"
-    unknown = {name for name in node.kwargs if name not in known and not _is_default(node, name)}
-    if unknown:
-        return f"expected no argument {', '.join(sorted(unknown))}"
-    return attributes, operands
+        wrong.append(
+            f"expected at most {len(term.args) + len(term.attributes)} arguments, got {len(node.args)}"
+        )
+    for name in sorted(node.kwargs):
+        if name not in known and not _is_default(node, name):
+            wrong.append(f"expected no {name}, got {node.kwargs[name]}")
+    return attributes, operands, next(iter(wrong), "")
 
 
 def _is_default(node: fx.Node, name: str) -> bool:

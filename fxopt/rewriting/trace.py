@@ -18,7 +18,8 @@ class Bindings:
     """What has been matched so far; binding returns a new one, so that backtracking undoes nothing.
 
     `values` are the pattern's names, `dims` its named sizes, `nodes` the matched nodes with the
-    escape policy of each, `places` where each operation term has matched before.
+    escape policy of each, `places` where each operation term has matched before, `forgiven` the one
+    attribute that did not fit in a search that lets one pass, with its node.
     """
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -29,6 +30,7 @@ class Bindings:
     places: Mapping[tuple[int, fx.Node], bool] = dataclasses.field(
         default_factory=dict[tuple[int, fx.Node], bool]
     )
+    forgiven: tuple[str, fx.Node] | None = None
 
     def bind(self, name: str, value: Any) -> Bindings:
         """Return these bindings with `name` bound to `value`."""
@@ -37,11 +39,16 @@ class Bindings:
     def enter(self, term: Operation, node: fx.Node) -> Bindings:
         """Return these bindings with `node` among the matched ones."""
         nodes = self.nodes if node in self.nodes else {**self.nodes, node: None}
-        return Bindings(self.values, self.dims, nodes, {**self.places, (id(term), node): True})
+        places = {**self.places, (id(term), node): True}
+        return Bindings(self.values, self.dims, nodes, places, self.forgiven)
 
     def allow(self, node: fx.Node, policy: Escaping) -> Bindings:
         """Return these bindings with `policy` for reads of `node` from outside."""
         return dataclasses.replace(self, nodes={**self.nodes, node: policy})
+
+    def forgive(self, reason: str, node: fx.Node) -> Bindings:
+        """Return these bindings with `reason` as what did not fit, an attribute of `node`."""
+        return dataclasses.replace(self, forgiven=(reason, node))
 
 
 @dataclasses.dataclass
@@ -49,13 +56,15 @@ class Trace:
     """How many steps a search took, and the failure that came furthest, the first of equals.
 
     A search that only wants matches gives `known`, answers of `could_match` that cut it short. One that
-    asks why there is none leaves it out, and gives `rare_ops`, which mark the pattern, and the `site`.
+    asks why there is none leaves it out, and gives `rare_ops`, which mark the pattern, and the `site`. With
+    `forgives` one attribute of a match may be another than the pattern's.
     """
 
     pattern: str
     rare_ops: frozenset[Target] = frozenset()
     site: fx.Node | None = None
     known: Known | None = None
+    forgives: bool = False
     steps: int = 0
     nearest: Mismatch | None = None
 

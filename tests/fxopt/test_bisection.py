@@ -172,6 +172,8 @@ def test_a_script_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytes
     [
         ("raise ValueError('no')", r"script.py:1: cannot be run: ValueError: no"),
         ("def f(:", r"script.py:1: cannot be run: SyntaxError: .*\nmend"),
+        ("\0", r"script.py: cannot be run: SyntaxError: .*null bytes\nmend"),
+        ("\nimport sys\nsys.exit(3)", r"script.py:3: cannot be run: SystemExit: 3\nmend"),
         (
             "def model():\n    raise KeyError('x')\ndef check(model): pass",
             r"script.py:2: cannot be run: KeyError: 'x'\nmend",
@@ -187,3 +189,18 @@ def test_bad_scripts_are_told(tmp_path: Path, text: str, message: str) -> None:
         load_script(script)
     with pytest.raises(fxopt.FxoptError, match="no such Python file"):
         load_script(tmp_path / "gone.py")
+    other = tmp_path / "script.txt"
+    other.write_text("model = check = 1")
+    with pytest.raises(
+        fxopt.FxoptError, match=r"script.txt: not a Python file, expected one whose name ends in .py"
+    ):
+        load_script(other)
+
+
+def test_the_line_told_is_the_checks_own_and_not_one_of_torchs() -> None:
+    def check(model: nn.Module) -> None:
+        torch.testing.assert_close(model(torch.ones(1, 2)), torch.zeros(1, 2))
+
+    line = check.__code__.co_firstlineno + 1
+    with pytest.raises(fxopt.FxoptError, match=rf"AssertionError: .* \(test_bisection.py:{line}\)"):
+        fxopt.bisect(nn.Linear(2, 2), check, on_progress=lambda text: None)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,10 +68,68 @@ def broken(x: torch.Tensor) -> torch.Tensor:
     return x.no_such_method()  # pyright: ignore
 
 
+def branching(x: torch.Tensor) -> torch.Tensor:
+    return x.exp() if x.sum() > 0 else x.cos()
+
+
 def test_a_near_miss_that_cannot_be_captured_is_told() -> None:
-    mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(broken, X, "anything")])
+    mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(branching, X, "anything")])
     (failed,) = failures(mine)
-    assert re.search(r"broken \(test_check.py:\d+\): cannot be captured, expected .*; mend", failed.detail)
+    assert re.search(
+        r"branching \(test_check.py:\d+\): cannot be captured, expected .*; branch on no value", failed.detail
+    )
+
+
+def test_a_function_of_torchs_own_may_be_a_near_miss() -> None:
+    mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(torch.exp, X, "expected sub above exp")])
+    assert failures(mine) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            broken,
+            r"broken \(test_check.py:\d+\): expected it to run, got AttributeError: .*; mend the function",
+        ),
+        (torch.add, r"add: expected it to run, got TypeError: .*; mend the function, or give arguments"),
+        (
+            lambda x, y: x,
+            r"<lambda> \(test_check.py:\d+\): expected 2 arguments \(x, y\), got 1; give a value",
+        ),
+    ],
+)
+def test_what_a_pattern_yields_and_does_not_run_is_told(function: Any, message: str) -> None:
+    for field in ("examples", "near_misses", "mutations"):
+        case = ("mine", (function, X), "reason") if field == "near_misses" else ("mine", (function, X))
+        mine = dataclasses.replace(GOOD, **{field: lambda device, case=case: [case]})
+        assert any(re.search(message, failed.detail) for failed in failures(mine)), field
+
+
+def yielding_less(device: torch.device) -> Any:
+    yield "mine", (decay,)
+
+
+def raising(device: torch.device) -> Any:
+    yield "mine", (growth, X)
+    raise KeyError("gone")
+
+
+@pytest.mark.parametrize(
+    ("cases", "got"),
+    [
+        (yielding_less, r"got \(str, tuple\)"),
+        (raising, r"got KeyError: 'gone'"),
+        (lambda device: 3, r"got TypeError: 'int' object is not iterable"),
+    ],
+)
+def test_cases_of_another_form_are_told(cases: Any, got: str) -> None:
+    for field in ("examples", "near_misses", "mutations"):
+        told = [failed.detail for failed in failures(dataclasses.replace(GOOD, **{field: cases}))]
+        form = r"expected \(name, \(function, arguments\)" + (", reason" if field == "near_misses" else "")
+        place = r"\(test_check.py:\d+\)"
+        expected = rf"^{cases.__name__} {place}: {form}\), {got}; yield that$"
+        assert any(re.search(expected, line) for line in told), (field, told)
 
 
 def test_spellings_that_canonicalization_keeps_apart_are_not_asked_for() -> None:
@@ -125,6 +184,12 @@ def test_the_librarys_own_examples_are_rewritten(pattern: fxopt.Pattern) -> None
         ("import torch\nraise ValueError('no')", r"mine.py:2: cannot be imported: ValueError: no\nmend"),
         ("def (", r"mine.py:1: cannot be imported: SyntaxError: .*\nmend"),
         ("import no_such_module", r"mine.py:1: cannot be imported: ModuleNotFoundError"),
+        ("\0", r"mine.py: cannot be imported: SyntaxError: .*null bytes\nmend"),
+        ("\nimport sys\nsys.exit(3)", r"mine.py:3: cannot be imported: SystemExit: 3\nmend"),
+        (
+            "\n\nimport other_of_mine",
+            r"mine.py:3: cannot be imported: SyntaxError: .*other_of_mine.py, line 1",
+        ),
         ("x = 1", r"mine.py: defines no pattern, expected at least one at its top level\nwrite MINE"),
     ],
 )
@@ -133,6 +198,7 @@ def test_bad_files_are_told(
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text(text)
+    (tmp_path / "other_of_mine.py").write_text("def (")
     with pytest.raises(SystemExit) as exit_info:
         main(["check-pattern", str(path)])
     assert exit_info.value.code == 2

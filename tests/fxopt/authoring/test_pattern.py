@@ -175,6 +175,16 @@ def closed_over(x: torch.Tensor) -> torch.Tensor:
 odd_pattern: Any = fxopt.pattern
 """The same, for arguments of other types than it takes."""
 PLACE = r"\(test_pattern.py:\d+\)"
+
+
+def raising(x: torch.Tensor) -> torch.Tensor:
+    raise KeyError("no such thing")
+
+
+def silent(x: torch.Tensor) -> None:
+    return
+
+
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: fxopt.pattern(branching, growth, [(X,)]),
@@ -281,7 +291,28 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: odd_pattern(growth, growth, [(X,)], near_misses=[(growth, (X,))]),
-        r"expected a near miss as \(function, arguments, a part of the reason\), got .*\ngive near_misses",
+        r"expected a near miss as \(function, arguments, a part of the reason\), got \(function, tuple\)\ngive",
+    ),
+    (
+        lambda: odd_pattern(growth, growth, [(X,)], near_misses=[(growth, X, "a reason")]),
+        r"a part of the reason\), got \(function, Tensor, str\)\ngive near_misses=.*, the arguments as a tuple",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(X,)], near_misses=[(idle, (X,), "a reason")]),
+        rf"growth {PLACE}: near miss idle {PLACE}: expected 2 arguments \(x, y\), got 1\ngive a value for each",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(X,)], near_misses=[(raising, (X,), "a reason")]),
+        rf"near miss raising \(test_pattern.py:{raising.__code__.co_firstlineno + 1}\): expected it to run, "
+        r"got KeyError: 'no such thing'\nmend the function, or give arguments that it takes",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(X,)], near_misses=[(silent, (X,), "a reason")]),
+        rf"near miss silent {PLACE}: returns .*, expected a tensor or a tuple of tensors, got NoneType\nreturn",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(X,)], near_misses=[(torch.ones, (4,), "a reason")]),
+        r"near miss ones: expected a tensor among its arguments, got \(int\)\na pattern finds",
     ),
 ]
 

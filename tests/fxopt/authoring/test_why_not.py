@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -142,3 +145,97 @@ def test_a_refusal_is_told_where_a_pattern_of_the_library_takes_the_place() -> N
     assert "; mend it" in text
     after = report_on(compute, *fxopt.patterns.ALL, wrong).why_not("gated")
     assert "glu took ops of this form, expected this pattern first; put it before" in after
+
+
+def averaged(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(-1, keepdim=True)
+
+
+def rooted(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x.abs()).sum(-1, keepdim=True)
+
+
+def normed(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, (8,), eps=1e-3) * 2
+
+
+def tanh_gated(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return F.gelu(g, approximate="tanh") * u
+
+
+@pytest.mark.parametrize(
+    ("search", "compute", "told"),
+    [
+        (averaged, lambda h: h.mean(-2, keepdim=True), r"dim of mean: expected \(-1,\), got \(-2,\)"),
+        (averaged, lambda h: h.mean(-1) @ h, "keepdim of mean: expected True, got False"),
+        (rooted, lambda h: torch.exp(h.abs()).sum(-2, keepdim=True), r"dim of sum: expected \(-1,\), got \(-2,\)"),
+        (normed, lambda h: F.layer_norm(h, (8,), eps=1e-5) * 2, "eps of layer_norm: expected 0.001, got 1e-05"),
+        (normed, lambda h: F.layer_norm(h, (8,), eps=1e-3) * 3, "mul: expected 2, got 3"),
+        (tanh_gated, lambda h: F.gelu(h) * torch.tanh(h), "approximate of gelu: expected tanh, got none"),
+    ],
+)  # fmt: skip
+def test_one_attribute_that_differs_is_told_however_often_its_op_is_there(
+    search: Callable[..., torch.Tensor], compute: Callable[..., torch.Tensor], told: str
+) -> None:
+    def six_times(h: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            h = h * gain + compute(h)
+        return h
+
+    inputs = (X,) * search.__code__.co_argcount
+    mine = fxopt.pattern(search, lambda *given: search(*given), [inputs])
+    for patterns in ((mine,), (*fxopt.patterns.ALL, mine)):
+        text = report_on(six_times, *patterns).why_not(mine.name)
+        assert text.startswith(f"{mine.name}: rewritten nowhere"), text
+        assert len(re.findall(told, text)) == 1, text
+        assert "x 18" in text, text
+        assert "put it before" not in text
+
+
+SAY_WHY = """
+import sys
+import torch
+from torch import nn
+import fxopt
+
+def form(x, y):
+    return torch.tanh(x) * torch.exp(y.abs()) + x
+
+mine = fxopt.pattern(form, lambda x, y: form(x, y), [(torch.randn(4, 8), torch.randn(4, 8))])
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.act = nn.Linear(8, 8), nn.LayerNorm(8), nn.Dropout(0.1)
+
+    def forward(self, x):
+        h = self.act(torch.softmax(self.up(self.norm(x)), -1))
+        return x + torch.tanh(h) * torch.exp(h.abs()) - h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))
+
+model = nn.Sequential(*(Block() for _ in range(3)))
+fxopt.optimize(model, patterns=[mine, *fxopt.patterns.ALL], disable=["layer_norm"])
+report = fxopt.explain(model, {"input": torch.randn(2, 8)})
+for name in sorted({*report.patterns, *(site.pattern for site in report.sites)}):
+    print(report.why_not(name))
+try:
+    report.why_not("nothing")
+except fxopt.FxoptError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_says_it_as_another_does() -> None:
+    """Names and functions hash otherwise in each: no order may come from a set."""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", SAY_WHY],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
+    assert "nearest" in next(iter(said))

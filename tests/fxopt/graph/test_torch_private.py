@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any
 
 import pytest
@@ -120,3 +122,37 @@ def test_functions_written_in_c_have_schemas() -> None:
         "the schemas of torch's ops have another form"
     )
     assert torch_private.schemas_of(torch.nn.functional.selu) == (), "F.selu is written in C now"
+
+
+def test_what_fails_without_storage_is_logged_only_where_logs_are_asked_for() -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    log.addHandler(handler)
+
+    def fail() -> int:
+        seen.clear()
+        mode = torch_private.FakeTensorMode()
+        a, b = mode.from_tensor(torch.ones(2)), mode.from_tensor(torch.ones(3))
+        with pytest.raises(RuntimeError, match="2"):
+            a + b  # pyright: ignore[reportUnusedExpression]
+        return len(seen)
+
+    try:
+        assert fail() == 1, "torch logs what fails on fake tensors elsewhere"
+        with torch_private.quiet_fakes():
+            assert fail() == 0
+            other: list[int] = []
+            thread = threading.Thread(target=lambda: other.append(fail()))
+            thread.start()
+            thread.join()
+            assert other == [1], "what other threads log is theirs"
+        torch._logging.set_logs(graph_breaks=True)
+        log.addHandler(handler)
+        with torch_private.quiet_fakes():
+            assert fail() == 1, "torch keeps elsewhere what logs it was asked for"
+    finally:
+        torch._logging.set_logs()
+        log.removeHandler(handler)
+    assert not torch_private.are_logs_asked_for()

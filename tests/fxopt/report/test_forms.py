@@ -330,11 +330,11 @@ def test_a_diff_tells_lost_gained_and_changed() -> None:
     )
     found = diff_reports(first, second)
     assert found.lost == (
-        "glu x 2 at layers.0.x: rewritten to glu before, unmatched at f.py:1: no reason",
+        "glu x 2 at layers.0.x: was rewritten to glu, is unmatched at f.py:1: no reason",
         "model (whole model): captured -> stock, a reason",
         "calls that fell back to stock: 0 -> 3 (a cache)",
     )
-    assert found.gained == ("rms_norm x 2 at layers.0.x: rewritten to rms_norm, before not found",)
+    assert found.gained == ("rms_norm x 2 at layers.0.x: is rewritten to rms_norm, was not found",)
     back = diff_reports(second, first)
     assert len(back.lost) == 1
     assert len(back.gained) == 3

@@ -82,6 +82,18 @@ def test_what_a_config_lacks_is_told_with_how_to_give_it() -> None:
     assert "experts" in {site.op for site in report.sites}
 
 
+def test_a_model_of_one_layer_has_a_block_with_its_sites_and_a_plan() -> None:
+    sizes = ("hidden_size=64", "intermediate_size=96", "num_attention_heads=2", "num_key_value_heads=2")
+    report = report_offline(setting("llama", "num_hidden_layers=1", *sizes))
+    assert {site.status for site in report.sites} == {"rewritten"}
+    assert {site.pattern for site in report.sites} >= {"rms_norm", "rope", "attention", "glu"}
+    assert [(region.kind, region.status) for region in report.regions] == [
+        ("block", "captured"),
+        ("model", "captured"),
+    ]
+    assert len(report.plans) == 1
+
+
 @pytest.mark.parametrize(
     ("field", "error", "message"),
     [
@@ -92,6 +104,11 @@ def test_what_a_config_lacks_is_told_with_how_to_give_it() -> None:
         ),
         ("hidden_size", FxoptError, "expected a field of the config and its value, got 'hidden_size'\ntry"),
         ("=2", FxoptError, "expected a field of the config and its value, got '=2'\ntry"),
+        (
+            "num_hidden_layers=-1",
+            FxoptError,
+            "--set: num_hidden_layers counts what llama is made of, expected at least 0, got -1\ngive another",
+        ),
         ("hidden_size=wide", FxoptError, "--set: llama takes no hidden_size=wide: .*\ngive other values"),
     ],
 )
@@ -142,3 +159,14 @@ def test_four_bits_have_the_same_forms_without_values_as_with() -> None:
         return found
 
     assert forms("meta") == forms("cpu")
+
+
+def test_a_negative_number_that_counts_nothing_is_a_value() -> None:
+    config: Any = find_config(None, "llama", ("num_hidden_layers=2", "pad_token_id=-1"))
+    assert config.pad_token_id == -1
+
+
+def test_what_fails_for_its_sizes_is_not_reported_by_a_small_model_that_runs() -> None:
+    sizes = ("num_hidden_layers=2", "hidden_size=96", "num_attention_heads=6", "intermediate_size=96")
+    with pytest.raises(FxoptError, match=r"without weights, failed on small inputs .*: The size of tensor"):
+        report_offline(setting("llama", *sizes, "num_key_value_heads=4"))
