@@ -139,6 +139,7 @@ def run_group(given: argparse.Namespace) -> None:
     import fxopt
 
     turn = Turn()
+    time_in_turns(turn)
     name, mode = given.group.split(":")
     number = list(MODELS).index(name) * len(MODES) + MODES.index(mode)
     lengths = TINY_LENGTHS if given.tiny else LENGTHS
@@ -179,6 +180,20 @@ def run_group(given: argparse.Namespace) -> None:
             clean_up(model)
 
 
+def time_in_turns(turn: Turn) -> None:
+    """Have ops timed, as plans need, while the other processes stand still."""
+    from fxopt import timing
+
+    timer: Any = timing.OpTimer
+    time_ops = timer.__call__
+
+    def time_alone(*given: Any) -> Any:
+        with turn:
+            return time_ops(*given)
+
+    timer.__call__ = time_alone
+
+
 def make_batch(model: nn.Module, length: int, device: str) -> dict[str, torch.Tensor]:
     """Return one sequence, each token a label."""
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)  # pyright: ignore
@@ -204,6 +219,9 @@ def describe(plan: Any) -> dict[str, Any]:
         "recompute_ms",
         "static_bytes",
         "residual_bytes",
+        "host_bytes",
+        "measured_share",
+        "rooflines",
     )
     blocks = {instant.name: instant.bytes for instant in plan.timeline}
     phases = {

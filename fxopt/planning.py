@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import weakref
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -33,6 +34,9 @@ OPTIMIZER_STATES = 2
 """Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer.
 
 It is taken to be fused, as transformers' Trainer makes it: its step then needs nothing for itself."""
+WORKSPACE, WIDE_WORKSPACE = 8519680, 32 * 2**20
+HOPPER = 9
+"""The first major compute capability whose cuBLAS gets the wide workspace."""
 MARGIN = 0.03
 """The share of what is free that "auto" leaves alone: for what is not simulated, and for fragments."""
 
@@ -143,6 +147,7 @@ def facts_of(
     trained = sum(_num_bytes(parameter) for parameter in own if parameter.requires_grad)
     held = held_bytes(model, but=sharded.tensors) + sharded.held_bytes
     static = held + OPTIMIZER_STATES * (trained + sharded.trained_bytes) + find_bucket_bytes(own)
+    static += workspace_bytes(place, named)
     free: int | None = None
     if place.type == "cuda":
         allocated = torch.cuda.memory_allocated(place)
@@ -163,11 +168,44 @@ def facts_of(
         gradient_bytes=trained + sharded.update_bytes,
         trained_bytes=trained + sharded.trained_bytes,
         free_bytes=free,
+        tied_bytes=find_tied_bytes(model, paths, own),
         declared=launch.DECLARED,
         host_bytes=_host_bytes(options, place),
+        host_is_asked=options.max_host_memory is not None or options.plan is not None,
         spread=sharded.spread,
         measured=ROOFLINES if named is not None else find_measured(place),
     )
+
+
+def workspace_bytes(place: torch.device, named: Device | None = None) -> int:
+    """Return what torch allocates for cuBLAS on a GPU: one workspace for each thread that multiplies there, two in all.
+
+    Forward runs in one thread, backward in another. The sizes are torch's own (`getChosenWorkspaceSize`).
+    """
+    if named is None and place.type != "cuda":
+        return 0
+    is_hopper = named.is_hopper if named is not None else torch.cuda.get_device_capability(place)[0] >= HOPPER
+    return 2 * (WIDE_WORKSPACE if is_hopper else WORKSPACE)
+
+
+def find_tied_bytes(model: nn.Module, paths: Collection[str], parameters: Collection[nn.Parameter]) -> int:
+    """Return the bytes of the largest of `parameters` that trains, and that two modules outside the blocks hold.
+
+    A table that is the head's weight as well has its gradient from the head when that of the table comes, as large as
+    it: both are there until they are added.
+    """
+    prefixes = tuple(f"{path}." for path in paths)
+    outside = [
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and not name.startswith(prefixes)
+    ]
+    times = collections.Counter(map(id, outside))
+    own = {id(parameter) for parameter in parameters}
+    tied = [
+        _num_bytes(parameter) for parameter in outside if times[id(parameter)] > 1 and id(parameter) in own
+    ]
+    return max(tied, default=0)
 
 
 def _host_bytes(options: Options, place: torch.device) -> int:

@@ -64,8 +64,13 @@ def cost_of(
         seconds = max(seconds, flops / (rate * share))
         if known is not None and known.moved is not None:
             seconds += count(node, known.moved) / bandwidth
-    launches = 1 if known is None or known.launches is None else count(node, known.launches)
-    return int(seconds * PICOSECONDS) + launches * device.launch_ps
+    return int(seconds * PICOSECONDS) + launches_of(node, declared) * device.launch_ps
+
+
+def launches_of(node: fx.Node, declared: Declarations) -> int:
+    """Return how many kernels the op of `node` runs, as far as it says: else one."""
+    known = declared.get(node.target)
+    return 1 if known is None or known.launches is None else count(node, known.launches)
 
 
 def multiplies_narrowly(node: fx.Node) -> bool:

@@ -28,6 +28,8 @@ class Device:
     """What each kernel takes besides its work."""
     bounded: bool = True
     """Whether `memory_bytes` is a limit of its own: a CPU shares its memory with everything else."""
+    is_hopper: bool = False
+    """Whether it is of compute capability 9 or newer."""
 
 
 GEMM_SHARE = 0.75
@@ -37,8 +39,8 @@ LINK_SHARE = 0.86
 on an H100, measured on single products and copies."""
 
 DEVICES = (
-    Device("H100", 80 * GIB, 3.35e12, 989e12, 67e12, 64e9),
-    Device("H200", int(139.7 * GIB), 4.8e12, 989e12, 67e12, 64e9),
+    Device("H100", 80 * GIB, 3.35e12, 989e12, 67e12, 64e9, is_hopper=True),
+    Device("H200", int(139.7 * GIB), 4.8e12, 989e12, 67e12, 64e9, is_hopper=True),
     Device("A100", 80 * GIB, 2.039e12, 312e12, 19.5e12, 32e9),
     Device("4090", 24 * GIB, 1.008e12, 165e12, 82.6e12, 32e9),
     Device("L4", 24 * GIB, 0.3e12, 121e12, 30.3e12, 32e9),

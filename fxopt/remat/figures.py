@@ -25,8 +25,9 @@ class Facts:
     """What the planner knows of a model and its device when a plan is made.
 
     `static_bytes` live all the time, `gradient_bytes` are those that the optimizer is given at a time, of
-    `trained_bytes` in all; `free_bytes` is how much may be
-    allocated in all, None where nobody limits it; `host_bytes` how much may wait on the host; `spread` what an engine
+    `trained_bytes` in all; `tied_bytes` takes the gradient that a parameter used before and after the blocks gets last;
+    `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much may wait on the
+    host, where that `host_is_asked` for by somebody or not; `spread` what an engine
     adds that shards the parameters; `measured` knows what ops take on the device.
     """
 
@@ -39,7 +40,9 @@ class Facts:
     trained_bytes: int
     free_bytes: int | None
     declared: Declarations
+    tied_bytes: int = 0
     host_bytes: int = 0
+    host_is_asked: bool = True
     spread: Spread = NOT_SPREAD
     measured: Measured = ROOFLINES
 

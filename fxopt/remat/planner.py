@@ -35,6 +35,7 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import decided_number, menu_of
 from fxopt.remat.joint import Joint, read_joint
+from fxopt.remat.offload import hides_launches
 from fxopt.remat.step import Around, Beside, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
@@ -206,8 +207,9 @@ class StepPlanner:
         form = self._forms.setdefault(key, key)
         if form not in self._menus:
             given, tokens = self._given, self._tokens.of_call
+            offloads = facts.host_bytes > 0 and (facts.host_is_asked or hides_launches(views.whole))
             self._menus[form] = (
-                views.add_chunks(make_menu(views.whole, tokens, offloads=facts.host_bytes > 0))
+                views.add_chunks(make_menu(views.whole, tokens, offloads=offloads))
                 if given is None
                 else menu_of(given, views, tokens, facts)
             )
@@ -322,7 +324,7 @@ class StepPlanner:
         tail = tuple(spread_decision(scale_decision(decision, scale), beside) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
         engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
-        return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine)
+        return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine, facts.tied_bytes)
 
     def _limit(self, goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
         """Return the most that a step may allocate; what is to be said of it is said once."""

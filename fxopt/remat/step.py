@@ -14,7 +14,8 @@ class Around:
 
     `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters.
     `host_bytes` is how much may wait on the host. `whole_bytes` are parameters outside the blocks that an engine
-    gathers for a step, `reduced_bytes` the buffers in which it reduces their gradients at its end.
+    gathers for a step, `reduced_bytes` the buffers in which it reduces their gradients at its end. `tied_bytes` takes
+    the gradient that a parameter used before the blocks gets last, where what follows them has given it one.
     """
 
     static_bytes: int
@@ -23,6 +24,7 @@ class Around:
     host_bytes: int = 0
     whole_bytes: int = 0
     reduced_bytes: int = 0
+    tied_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
         name, decision = all_regions[number]
         note(f"backward of {name}", saved[number], moving[number], gradients, decision.backward_bytes)
         gradients += decision.gradient_bytes
+    if around.tied_bytes:
+        note("backward of what stands before the blocks", 0, 0, gradients, around.tied_bytes)
     if around.reduced_bytes:
         note("reduction", 0, 0, gradients, around.reduced_bytes)
     update = around.static_bytes + around.gradient_bytes
@@ -123,9 +127,8 @@ def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     for decision, held in zip(reversed(regions), reversed(before), strict=True):
         most = max(most, held + gradients + decision.backward_bytes)
         gradients += decision.gradient_bytes
-    if around.reduced_bytes:
-        most = max(most, around.static_bytes + around.whole_bytes + gradients + around.reduced_bytes)
-    return most
+    last = max(around.tied_bytes, around.reduced_bytes)
+    return max(most, around.static_bytes + around.whole_bytes + gradients + last) if last else most
 
 
 def find_peak(instants: Sequence[Instant]) -> Instant:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op, wide_dtype
-from fxopt.kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Outputs, plan_chunk_rows, run_chunks
+from fxopt.kernels.linear_cross_entropy.chunks import (
+    CHUNK_BYTES,
+    MOST_ROUNDED_SUMS,
+    Outputs,
+    plan_chunk_rows,
+    run_chunks,
+)
 from fxopt.kernels.linear_cross_entropy.kernels import launch_backward, launch_forward
 from fxopt.kernels.row_loss import (
     SHAPING_SCHEMA,
@@ -141,11 +147,14 @@ def _flops(h: Tensor, weight: Tensor, *arguments: Any) -> int:
 
 
 def _workspace(h: Tensor, weight: Tensor, *arguments: Any) -> int:
-    """Return the bytes of one chunk's logits and of its rows of h and dh."""
-    chunk_bytes = arguments[-4]
+    """Return the bytes of one chunk's logits and of its rows of h and dh, and of sums of dW that are rounded last."""
+    chunk_bytes, _need_h, need_weight, _need_bias = arguments[-4:]
     row_bytes = weight.shape[0] * h.element_size()
     rows = plan_chunk_rows(h.shape[0], row_bytes, chunk_bytes)
-    return rows * (row_bytes + 2 * h.shape[-1] * h.element_size())
+    is_rounded_last = need_weight and h.dtype != torch.float16 and h.shape[0] > rows * MOST_ROUNDED_SUMS
+    wide = wide_dtype(h.dtype)
+    sums = weight.numel() * wide.itemsize if is_rounded_last and weight.dtype != wide else 0
+    return rows * (row_bytes + 2 * h.shape[-1] * h.element_size()) + sums
 
 
 def _moved(h: Tensor, weight: Tensor, *arguments: Any) -> int:

@@ -71,3 +71,16 @@ def test_launches_are_those_of_each_form():
     assert backward.launches(*lora_arguments(False, x=True, weight=True)) == 4, (
         "no decoding, one more gradient"
     )
+
+
+def test_the_head_holds_wide_sums_of_a_weights_gradient_where_there_are_many_chunks():
+    op = DECLARED[torch.ops.fxopt.linear_cross_entropy.default]
+    h, weight = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (1024, 512))
+    chunk = 128 * 512 * 2
+
+    def workspace(rows, need_weight):
+        return op.workspace(h[:rows], weight, chunk, True, need_weight, False)
+
+    beside = 128 * (512 + 2 * 64) * 2
+    assert workspace(1024, False) == workspace(512, True) == beside
+    assert workspace(1024, True) == beside + 512 * 64 * 4

@@ -14,6 +14,7 @@ from fxopt import planning
 from fxopt.capture.installation import find_installation
 from fxopt.options import Options
 from fxopt.remat.budget import check_budget
+from fxopt.remat.devices import find_device
 from fxopt.report.records import MODEL_REGION
 from fxopt.report.units import format_bytes
 
@@ -169,6 +170,32 @@ def test_half_of_the_free_host_memory_is_used_on_a_gpu_and_shared_by_its_ranks(m
         found.append(planning._host_bytes(Options(()), torch.device(place)))
     assert found == [0, 32, 8]
     assert planning._host_bytes(Options((), max_host_memory=5), torch.device("cuda")) == 5
+
+
+def test_what_is_tied_outside_the_blocks_is_known_and_workspaces_of_a_gpu():
+    model = Stack()
+    model.table = nn.Embedding(8, 16)
+    assert planning.find_tied_bytes(model, ("blocks.0",), list(model.parameters())) == 0
+    model.head = nn.Linear(16, 8, bias=False)
+    model.head.weight = model.table.weight
+    assert planning.find_tied_bytes(model, ("blocks.0",), list(model.parameters())) == 8 * 16 * 4
+    assert planning.find_tied_bytes(model, ("blocks.0",), []) == 0, "an engine holds it"
+    model.head.weight.requires_grad_(False)
+    assert planning.find_tied_bytes(model, ("blocks.0",), list(model.parameters())) == 0
+    found = [planning.workspace_bytes(torch.device("cpu"), find_device(name)) for name in ("H100", "A100")]
+    assert found == [2 * 32 * 2**20, 2 * (2 * 4096 + 8 * 16) * 1024]
+    assert planning.workspace_bytes(torch.device("cpu")) == 0
+
+
+def test_unasked_a_block_offloads_only_where_it_runs_longer_than_the_host_launches_it(monkeypatch):
+    inputs = {"x": torch.randn(256, 16, 16)}
+    monkeypatch.setattr(planning, "_host_bytes", lambda options, place: 2**26)
+    found = []
+    for hides in (False, True):
+        monkeypatch.setattr("fxopt.remat.planner.hides_launches", lambda joint, hides=hides: hides)
+        found.append(fxopt.plan(Stack(), "min", inputs).host_bytes > 0)
+        found.append(fxopt.plan(Stack(), "min", inputs, max_host_memory="64MiB").host_bytes > 0)
+    assert found == [False, True, True, True]
 
 
 def test_a_plan_is_made_with_the_patterns_that_will_be_used():

@@ -116,10 +116,19 @@ def test_a_step_is_simulated_instant_by_instant():
     assert find_peak(instants).name == "optimizer"
 
 
+def test_a_tied_weight_has_two_gradients_at_the_end_of_backward():
+    blocks = (decision(10, 0.0, 2, 3), decision(20, 0.0, 2, 3))
+    instants = simulate_step(("a", "b"), blocks, Around(100, (), 6, tied_bytes=90))
+    assert [(instant.name, instant.bytes) for instant in instants[4:]] == [
+        ("backward of what stands before the blocks", 100 + 3 + 3 + 90),
+        ("optimizer", 106),
+    ]
+
+
 @settings(max_examples=100, deadline=None)
-@given(menus(), st.integers(0, 500))
-def test_the_peak_is_that_of_the_simulated_step(menu, gradients):
-    around = Around(50, (decision(7, 0.0, 4),), gradients)
+@given(menus(), st.integers(0, 500), st.integers(0, 90), st.integers(0, 90))
+def test_the_peak_is_that_of_the_simulated_step(menu, gradients, reduced, tied):
+    around = Around(50, (decision(7, 0.0, 4),), gradients, reduced_bytes=reduced, tied_bytes=tied)
     assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
 
 
