@@ -32,6 +32,8 @@ FXOPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.
 MODULES_FOLDER = os.path.join(TORCH_FOLDER, "nn", "modules") + os.sep
 CALLING = os.sep + "module.py"
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+GIVEN = "L['args'][0]"
+"""What torch 2.14 calls a compiled module in its own frame, where others call it `L['self']`."""
 CHILDREN = re.compile(r"""(\.__dict__\[['"]_modules['"]\]|\._modules\b)""")
 """How Dynamo reaches a module in another: in two ways, the first where that one has a `__getattr__` of its own."""
 SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]+)['"]?\]""")
@@ -127,6 +129,9 @@ def module_of(node: fx.Node) -> str:
     >>> node.meta["nn_module_stack"] = {"1": ("L['self'].model.layers[0].mlp", object)}
     >>> module_of(node)
     'model.layers.0.mlp'
+    >>> node.meta["nn_module_stack"] = {"1": ("L['args'][0].model.layers.0.mlp", object)}
+    >>> module_of(node)
+    'model.layers.0.mlp'
     >>> node.meta["nn_module_stack"] = {"1": ("L['self'].__dict__['_modules']['base'].head", object)}
     >>> module_of(node)
     'base.head'
@@ -141,7 +146,7 @@ def modules_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def _module_path(path: str) -> str:
-    path = SUBSCRIPT.sub(r".\1", CHILDREN.sub("", path))
+    path = SUBSCRIPT.sub(r".\1", CHILDREN.sub("", path.removeprefix(GIVEN)))
     parts = [part for part in path.split(".") if part]
     # A Dynamo path starts with "L" or "G" and the name of the local that holds the root.
     return ".".join(parts[2:] if parts and parts[0] in ("L", "G") else parts)
