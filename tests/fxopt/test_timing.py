@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -166,7 +167,14 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
+@pytest.fixture
+def _alone():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("other tests use the GPU beside this one, which times it: run it without -n")
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_large_product_takes_about_what_the_datasheet_says(in_backward):
     device = find_device(torch.cuda.get_device_name())
@@ -180,6 +188,7 @@ def test_a_large_product_takes_about_what_the_datasheet_says(in_backward):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_alone")
 def test_the_hosts_time_is_not_in_that_of_a_tiny_op():
     (found,) = OpTimer(torch.device("cuda", 0))([trial_of(product_of(16, "cuda"))], 10**9)
     assert isinstance(found, Timing), found
@@ -220,7 +229,7 @@ def test_timing_leaves_no_memory_no_random_state_and_no_peak():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.usefixtures("_alone", "_own_cache")
 def test_a_plan_on_a_gpu_rests_on_timings_and_a_second_one_times_nothing(monkeypatch):
     model = nn.Sequential(*(Block() for _ in range(3))).to("cuda", torch.bfloat16)
     inputs = {"input": torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)}
@@ -281,7 +290,7 @@ def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bi
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.usefixtures("_alone", "_own_cache")
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_plan_of_an_adapted_llama_rests_on_timings(four_bit):
     model, inputs = make_adapted("cuda", width=4096, tokens=2048, four_bit=four_bit)
