@@ -16,7 +16,18 @@ SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entro
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_model_is_optimized_before_or_after_accelerate_prepares_it(engine, order, two):
-    for answer in two.run("accelerated", engine=engine, order=order):
+    check_accelerated(two, engine, order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_four_processes_under_accelerate(engine, four):
+    check_accelerated(four, engine, "before")
+
+
+def check_accelerated(world, engine, order):
+    """Each rank trains as stock, its parameters sharded where stock's are."""
+    for answer in world.run("accelerated", engine=engine, order=order):
         assert answer["sharded"][order] == answer["sharded"]["stock"]
         assert ("FSDPLlamaDecoderLayer" in answer["sharded"][order]) == (engine == "fsdp2")
         assert answer["fallbacks"] == {}
@@ -26,7 +37,17 @@ def test_a_model_is_optimized_before_or_after_accelerate_prepares_it(engine, ord
 
 @pytest.mark.slow
 def test_transformers_trainer_accumulates_under_ddp(two, tmp_path):
-    for answer in two.run("trained", folder=str(tmp_path), library="transformers"):
+    check_trained(two, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes_under_transformers_trainer(four, tmp_path):
+    check_trained(four, tmp_path)
+
+
+def check_trained(world, folder):
+    """The Trainer's steps are those of stock, on each rank."""
+    for answer in world.run("trained", folder=str(folder), library="transformers"):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == SITES
         check_logged(answer["figures"])
@@ -183,7 +204,16 @@ def test_a_tensor_parallel_block_runs_stock_with_the_reason(two):
 
 
 def test_the_tensor_parallel_plan_of_transformers_trains_as_stock_with_the_reason(two, tmp_path):
-    for answer in two.run("planned_by_transformers", folder=str(tmp_path)):
+    check_tensor_parallel(two, tmp_path)
+
+
+def test_four_processes_under_the_tensor_parallel_plan_of_transformers(four, tmp_path):
+    check_tensor_parallel(four, tmp_path)
+
+
+def check_tensor_parallel(world, folder):
+    """What is spread over ranks runs stock, and trains as one process does."""
+    for answer in world.run("planned_by_transformers", folder=str(folder)):
         assert answer["fallbacks"] == {REFUSED: 1, f"model.layers: capture failed: {SPREAD}": 2}
         assert answer["errors"]["stock"] <= BOUND
         assert answer["losses"]["before"] == pytest.approx(answer["losses"]["alone"], rel=1e-6)
