@@ -8,8 +8,10 @@ there is nothing to change.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 LAYERS = "bitsandbytes.nn.modules"
@@ -28,3 +30,11 @@ class FourBitLayers:
         for layer in self._layers:
             if not isinstance(layer.weight, self._library.Params4bit):
                 self._library.fix_4bit_weight_quant_state_from_module(layer)
+
+    def restore_in(self, block: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        """Give stand-ins for weights of `block`, by their names, what the layers keep of how they are read."""
+        paths = {module: path for path, module in block.named_modules()}
+        for layer in self._layers:
+            stand_in = state[".".join(filter(None, (paths[layer], "weight")))]
+            if getattr(stand_in, "quant_state", None) is None:
+                stand_in.quant_state = layer.quant_state  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxopt.capture import torch_modules, torch_stand_ins, zero
 from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gathered_dtype, say_kept
+from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import hooks_hidden, is_gathering_hook
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.reasons import frames_of
@@ -102,6 +103,7 @@ class StandIns:
                 else torch_stand_ins.make_stand_in(mode, tensor)
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
+            FourBitLayers(block).restore_in(block, state)
             args, kwargs = cast_inputs(block, args, kwargs)
             try:
                 with (
