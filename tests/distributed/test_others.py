@@ -213,7 +213,7 @@ def test_four_processes_under_the_tensor_parallel_plan_of_transformers(four, tmp
 
 def check_tensor_parallel(world, folder):
     """What is spread over ranks runs stock, and trains as one process does."""
-    for answer in world.run("planned_by_transformers", folder=str(folder)):
+    for answer in world.run("planned_by_transformers", folder=str(folder), heads=world.size):
         assert answer["fallbacks"] == {REFUSED: 1, f"model.layers: capture failed: {SPREAD}": 2}
         assert answer["errors"]["stock"] <= BOUND
         assert answer["losses"]["before"] == pytest.approx(answer["losses"]["alone"], rel=1e-6)

@@ -74,11 +74,11 @@ def tensor_parallel() -> dict[str, Any]:
     return {"errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
 
 
-def planned_by_transformers(folder: str) -> dict[str, Any]:
-    """A model that transformers loads under its own tensor parallel plan."""
+def planned_by_transformers(folder: str, heads: int) -> dict[str, Any]:
+    """A model that transformers loads under its own tensor parallel plan, which spreads `heads` over the ranks."""
     from transformers import AutoModelForCausalLM
 
-    alone = make_model("llama")
+    alone = make_model("llama", num_key_value_heads=heads)
     if dist.get_rank() == 0:
         alone.save_pretrained(folder)
     dist.barrier()
