@@ -142,8 +142,8 @@ def optimize(
             what is free begins again under the fastest plan that does. A plan is made at the first step.
         plan: what `fxopt.plan` returned, to be carried out as it is.
         max_host_memory: how much of the host's memory a plan may use for values that leave a GPU until backward reads
-            them, in bytes or as a size; by default half of what is free when a plan is made, shared by the ranks of
-            a machine, and 0 for none.
+            them, in bytes or as a size; by default half of what is free on the host when a plan is made, shared by the
+            ranks of a machine, for blocks that run longer than they take to launch; 0 for none.
         example_inputs: keyword arguments of the model's forward for that pass; by default fxopt makes
             `input_ids` and `labels` of 2 x 16 tokens.
 

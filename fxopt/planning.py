@@ -34,9 +34,9 @@ OPTIMIZER_STATES = 2
 """Tensors of its size that an optimizer keeps per parameter it trains: AdamW's; SGD keeps fewer.
 
 It is taken to be fused, as transformers' Trainer makes it: its step then needs nothing for itself."""
-WORKSPACE, WIDE_WORKSPACE = 8519680, 32 * 2**20
-HOPPER = 9
-"""The first major compute capability whose cuBLAS gets the wide workspace."""
+WORKSPACE, WIDE_WORKSPACE = (2 * 4096 + 8 * 16) * 2**10, 32 * 2**20
+"""What torch gives cuBLAS for each thread, and on Hopper (`getChosenWorkspaceSize`)."""
+HOPPER = (9, 0)
 MARGIN = 0.03
 """The share of what is free that "auto" leaves alone: for what is not simulated, and for fragments."""
 
@@ -150,7 +150,9 @@ def facts_of(
     static += workspace_bytes(place, named)
     free: int | None = None
     if place.type == "cuda":
-        allocated = torch.cuda.memory_allocated(place)
+        # Gradients that are there already, of an earlier micro-batch say, are counted beside what is static.
+        gradients = sum(_num_bytes(parameter.grad) for parameter in own if parameter.grad is not None)
+        allocated = torch.cuda.memory_allocated(place) - gradients
         static = max(static, allocated - sharded.spread.whole_bytes)
         unused = torch.cuda.memory_reserved(place) - allocated
         free = int((allocated + unused + torch.cuda.mem_get_info(place)[0]) * (1 - MARGIN))
@@ -180,11 +182,11 @@ def facts_of(
 def workspace_bytes(place: torch.device, named: Device | None = None) -> int:
     """Return what torch allocates for cuBLAS on a GPU: one workspace for each thread that multiplies there, two in all.
 
-    Forward runs in one thread, backward in another. The sizes are torch's own (`getChosenWorkspaceSize`).
+    Forward runs in one thread, backward in another.
     """
     if named is None and place.type != "cuda":
         return 0
-    is_hopper = named.is_hopper if named is not None else torch.cuda.get_device_capability(place)[0] >= HOPPER
+    is_hopper = named.is_hopper if named is not None else torch.cuda.get_device_capability(place) == HOPPER
     return 2 * (WIDE_WORKSPACE if is_hopper else WORKSPACE)
 
 

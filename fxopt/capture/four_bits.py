@@ -35,6 +35,7 @@ class FourBitLayers:
         """Give stand-ins for weights of `block`, by their names, what the layers keep of how they are read."""
         paths = {module: path for path, module in block.named_modules()}
         for layer in self._layers:
-            stand_in = state[".".join(filter(None, (paths[layer], "weight")))]
-            if getattr(stand_in, "quant_state", None) is None:
-                stand_in.quant_state = layer.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+            stand_in: Any = state.get(".".join(filter(None, (paths[layer], "weight"))))
+            kept = getattr(layer, "quant_state", None)
+            if stand_in is not None and kept is not None and getattr(stand_in, "quant_state", None) is None:
+                stand_in.quant_state = kept

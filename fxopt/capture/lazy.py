@@ -66,7 +66,7 @@ class LogitsSource:
                         f"step, got a weight of shape {tuple(value.shape)} at version {written}\n"
                         f"at {self._location}\nread outputs.logits before optimizer.step(), or call the model again"
                     )
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 scopes = [
                     torch.autocast(device, dtype=dtype, enabled=enabled)
                     for device, dtype, enabled in self._autocast
@@ -287,14 +287,14 @@ def _refuse_gradient(gradient: torch.Tensor | None) -> None:
     """Raise where a gradient ends at lazy logits, which are no part of any graph."""
     if gradient is not None:
         raise FxoptError(
-            "logits: a gradient came back to logits that are not computed yet, expected the values of them in a "
+            "logits: a gradient came back to what stands for logits, expected the values of them in a "
             "torch.autograd.Function\ngive it outputs.logits.clone()"
         )
 
 
 def _put(step: Step, value: torch.Tensor) -> torch.Tensor:
     """Return `step` of the values of logits, with its gradient whoever reads them first: they are computed once."""
-    with torch_tensors.with_torch_function(), torch.enable_grad():
+    with torch_tensors.with_torch_function(), torch.inference_mode(False), torch.enable_grad():
         return step(value)
 
 
@@ -315,8 +315,13 @@ def _holds_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _extend(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    has_graph = torch.is_grad_enabled()
+
     def step(value: torch.Tensor) -> torch.Tensor:
-        return func(value, *args, **kwargs)
+        with torch.set_grad_enabled(
+            has_graph
+        ):  # as it was when the step was taken, not when the values are read
+            return func(value, *args, **kwargs)
 
     with torch_tensors.without_torch_function():
         form = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
@@ -327,6 +332,9 @@ def _extend(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if names_type or any(torch.device(place) != device for place in places):
         return step(lazy.materialize())
     on_meta: Any = tree_map_only((str, torch.device), lambda _: torch.device("meta"), (args, kwargs))
-    needs_grad = needs_grad and func not in (torch.Tensor.detach, torch.detach)
-    form = func(form, *on_meta[0], **on_meta[1])
-    return LazyLogits.make(source, index, form, device, needs_grad, parent=lazy, step=step)
+    changed = func(form, *on_meta[0], **on_meta[1])
+    keeps_graph = (
+        has_graph or changed is form
+    )  # without gradients too a cast to its own dtype is the tensor itself
+    needs_grad = needs_grad and keeps_graph and func not in (torch.Tensor.detach, torch.detach)
+    return LazyLogits.make(source, index, changed, device, needs_grad, parent=lazy, step=step)

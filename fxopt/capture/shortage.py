@@ -83,7 +83,9 @@ class Shortage:
         except torch.OutOfMemoryError as error:
             plan = self._planner.describe_last()
             reason = self._find_obstacle()
-            self._holders = None
+            if not self.is_planned and torch_distributed.num_ranks() > 1:
+                reason = "ranks that train one model plan for the least that one of them has, before their first step"
+            self._holders, self._levels = None, None
             smaller = None if reason else self._planner.lower()
             if smaller is None:
                 _explain(error, plan, reason or "no plan needs less")
@@ -112,15 +114,17 @@ class Shortage:
         device = next(self._model().parameters()).device
         if not self._levels:
             tokens = self._planner.num_tokens
-            if tokens <= self._most_tokens or torch_distributed.num_local_ranks() > 1:
+            if tokens <= self._most_tokens or torch_distributed.num_ranks() > 1:
                 self._levels = None
                 return
-            self._most_tokens = tokens
         self._levels.append(torch_tensors.allocated_bytes(device))
         if len(self._levels) < PROBED:
             return
         kept, self._levels = self._levels[-1] - self._levels[-2], None
-        if kept > 0 and self._planner.is_too_much(kept, WORKING) and not self._find_obstacle():
+        if kept <= 0:
+            return
+        self._most_tokens = self._planner.num_tokens
+        if self._planner.is_too_much(kept, WORKING) and not self._find_obstacle():
             raise torch.OutOfMemoryError(f"blocks keep {kept / 2**20:.1f} MiB each, which will not fit")
 
     def _find_obstacle(self) -> str:

@@ -160,6 +160,11 @@ def num_local_ranks() -> int:
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     if said.isdecimal() and int(said):
         return int(said)
+    return num_ranks()
+
+
+def num_ranks() -> int:
+    """Return how many ranks there are in all, 1 without a process group."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 

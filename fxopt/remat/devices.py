@@ -29,7 +29,7 @@ class Device:
     bounded: bool = True
     """Whether `memory_bytes` is a limit of its own: a CPU shares its memory with everything else."""
     is_hopper: bool = False
-    """Whether it is of compute capability 9 or newer."""
+    """Whether it is of compute capability 9.0."""
 
 
 GEMM_SHARE = 0.75

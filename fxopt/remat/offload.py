@@ -18,7 +18,8 @@ HOST_PS = 120_000_000
 """What the host takes for a kernel of a block that is not replayed, its own part of each op counted in.
 
 Measured on two machines with an H200, torch 2.11: 14.6 ms for both passes of a block of Qwen2.5-7B, QLoRA, whose ops
-declare 78 kernels, so 187 us each. Less is counted, since the host gets ahead again where a step is not in its blocks.
+declare 78 kernels, so 187 us each. Less is counted, since such blocks, which run for 14 to 16 ms, lost nothing by it: a
+step took 477 ms with values on the host, 473 ms replayed without. Blocks of 2 to 5 ms took two to eight times as long.
 """
 SMALLEST = 1 << 14
 """Values of fewer bytes stay on the device: a transfer's own cost is that of some hundred kilobytes."""

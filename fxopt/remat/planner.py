@@ -71,6 +71,7 @@ class StepPlanner:
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
+        self._host_bytes: int | None = 0
         self._is_short = False
         """Whether calls for which nobody asked a plan have one, since without it one did not fit."""
 
@@ -82,8 +83,10 @@ class StepPlanner:
     @property
     def host_bytes(self) -> int:
         """The most that any plan carried out so far keeps on the host."""
-        taken = [(self._offered(goal), variants.numbers) for goal, variants in self._goals.items()]
-        return max((host_bytes_of(*choice) for choice in taken), default=0)
+        if self._host_bytes is None:  # it is asked for at each call of a block
+            taken = [(self._offered(goal), variants.numbers) for goal, variants in self._goals.items()]
+            self._host_bytes = max((host_bytes_of(*choice) for choice in taken), default=0)
+        return self._host_bytes
 
     @property
     def host_limit(self) -> int:
@@ -188,6 +191,7 @@ class StepPlanner:
         if lowered is None:
             return None
         del self._goals[self._last]
+        self._host_bytes = None
         self._last = lowered
         self._plan(lowered, None, 0)
         return self.describe_last()
@@ -239,6 +243,7 @@ class StepPlanner:
             if number is not None:
                 variants.numbers = (*variants.numbers[:place], number, *variants.numbers[place + 1 :])
                 self._goals[goal] = variants
+                self._host_bytes = None
 
     def begin_tail(self) -> None:
         """Forget what follows the blocks: it is being captured anew, piece by piece."""
@@ -274,6 +279,7 @@ class StepPlanner:
             path: self._variants.find_variant(self._form_of[path], chosen[path]) for path in facts.paths
         }
         self._goals[goal] = Chosen(numbers, of_path)
+        self._host_bytes = None
 
     def _decide(self, goal: Goal, facts: Facts, current: str | None) -> tuple[int, ...]:
         before = self._goals.get(goal)

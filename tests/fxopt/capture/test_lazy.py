@@ -155,6 +155,33 @@ def test_logits_first_read_without_grad_still_carry_their_gradient(lazy_twins):
     assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_first_read_without_a_graph_have_theirs_later(mode, lazy_twins):
+    model, stock = lazy_twins
+    gradients = []
+    for each in (model, stock):
+        logits = each(input_ids=IDS, labels=IDS).logits
+        with mode():
+            float(logits.sum())
+        logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("step", [torch.Tensor.double, torch.Tensor.float, lambda logits: logits[:, :-1]])
+def test_what_is_taken_of_logits_without_grad_has_the_graph_it_has_in_stock(step, lazy_twins):
+    model, stock = lazy_twins
+    gradients = []
+    for each in (model, stock):
+        logits = each(input_ids=IDS, labels=IDS).logits
+        with torch.no_grad():
+            target = step(logits)
+        (step(logits) * target).mean().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    for own, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
 def test_accelerates_fp32_conversion_computes_nothing(lazy_twins):
     model, _ = lazy_twins
     with torch.autocast("cpu", torch.bfloat16):

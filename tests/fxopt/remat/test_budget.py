@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fxopt.capture.installation import find_installation
 from fxopt.options import Options
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import find_device
+from fxopt.remat.offload import HOST_PS, hides_launches
 from fxopt.report.records import MODEL_REGION
 from fxopt.report.units import format_bytes
 
@@ -250,3 +252,9 @@ def test_a_tail_captured_again_is_counted_once():
         counts.append(len(fxopt.explain(model).plans[-1].after))
     assert counts == [1, 1, 1]
     assert sum(c.region == MODEL_REGION for c in find_installation(model).ledger.captures) > 1
+
+
+@pytest.mark.parametrize(("launches", "hides"), [(100, True), (101, False)])
+def test_a_block_hides_its_launches_where_it_runs_as_long_as_the_host_takes_for_them(launches, hides):
+    joint = types.SimpleNamespace(compute_cost=100 * HOST_PS, launches=launches)
+    assert hides_launches(joint) is hides  # pyright: ignore[reportArgumentType]
