@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 
+from fxopt.capture import torch_distributed
 from fxopt.capture.caching import source_digest
 from fxopt.capture.joint_codes import is_ours
 from fxopt.capture.torch_lowering import cache_folder
@@ -49,7 +49,7 @@ def find_measured(place: torch.device) -> Measured:
     """Return what is known, or can be timed, of ops on `place`; ranks of one group time nothing, lest plans differ."""
     if place.type != "cuda":
         return ROOFLINES
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if torch_distributed.num_ranks() > 1:
         return Measured(without=RANKS)
     return Measured(OpTimer(place), cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json")
 
