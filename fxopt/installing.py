@@ -26,8 +26,7 @@ def new_installation(
         if reason:
             installation.ledger.note(reason)
         compiled = lowering(gm, example_inputs, mark, graphed=graphed)
-        is_replayed = graphed and lowering is not plain_backend and not (mark is not None and mark.leaves)
-        replayed = ", replayed as CUDA graphs" if is_replayed else ""
+        replayed = ", replayed as CUDA graphs" if graphed and lowering is not plain_backend else ""
         installation.ledger.lowerings.setdefault(name_of(lowering) + replayed)
         return compiled
 

@@ -59,7 +59,8 @@ class Declared:
     beside its large products, which wait for that. `share`: what its products reach of the datasheet's, as measured on
     an H100 on single calls; None: what large matrix products reach. `rows`: the arguments whose rows (all dimensions
     but the last) it never mixes: called with some rows of these, it returns these rows of each result, or what they
-    add to one that is a sum over rows. `launches`: the kernels that one call runs; None: one.
+    add to one that is a sum over rows. `launches`: the kernels that one call runs; None: one. `output`: takes the
+    number of a result as well, and returns the arguments of `<op>_output`, which computes it alone, or None.
     """
 
     workspace: Callable[..., int] | None = None
@@ -67,6 +68,7 @@ class Declared:
     share: float | None = None
     rows: tuple[str, ...] = ()
     launches: Callable[..., int] | None = None
+    output: Callable[..., tuple[Any, ...] | None] | None = None
 
 
 DECLARED: dict[torch._ops.OpOverload, Declared] = {}

@@ -18,7 +18,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.capture import torch_dynamo, torch_tensors
 from fxopt.capture.modules import tensors_of
-from fxopt.capture.planning import Mark
 from fxopt.graph.torch_private import tree_map
 from fxopt.kernels import launch
 
@@ -74,20 +73,12 @@ class CudaGraphs:
         """Note why a call is not replayed."""
         self._note(f"CUDA graphs are not used: {reason}")
 
-    def with_replays(
-        self, lower: Callable[..., Any], region: str, mark: Mark | None = None
-    ) -> Callable[..., Any]:
-        """Return `lower` so that what it compiles is replayed, and what outlives a step leaves its memory.
-
-        A plan that is made meanwhile, by `mark`, may leave values on the host: then it is not replayed.
-        """
+    def with_replays(self, lower: Callable[..., Any], region: str) -> Callable[..., Any]:
+        """Return `lower` so that what it compiles is replayed, and what outlives a step leaves its memory."""
 
         def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             before = torch_dynamo.num_unrecorded()
             compiled = lower(gm, example_inputs, graphed=True)
-            if mark is not None and mark.leaves:
-                self.refuse("a plan leaves values on the host")
-                return compiled
             if torch_dynamo.num_unrecorded() > before:
                 self.refuse(f"Inductor does not record {region}; TORCH_LOGS=perf_hints says why")
 

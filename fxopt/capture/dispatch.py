@@ -278,9 +278,6 @@ class BlockCalls:
             self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
             variant = self._planner.find_variant(path, self._asked[0])
         graphed = self._cuda_graphs.are_used
-        if graphed and self._planner is not None and variant is not None and self._planner.host_bytes:
-            self._cuda_graphs.refuse("a plan leaves values on the host")
-            graphed = False
         is_looping = type(block) in self._looping_classes
         key = (variant, graphed, is_looping, _places_of(block, hooks.recorders))
         if key not in self._compiled:

@@ -13,6 +13,8 @@ from typing import cast
 
 import torch
 
+from fxopt.capture.landing import Landing
+
 CHUNK = 1 << 30
 """The least that is reserved at once, in bytes, unless less may be."""
 PIECES = 8
@@ -21,10 +23,11 @@ ROUNDING = 512
 
 
 class Lane:
-    """Where one device's copies from and to the host run."""
+    """Where one device's copies from and to the host run, and where those from the host land."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.landing = Landing(device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event | None:

@@ -209,7 +209,7 @@ class Installation:
             note_held(gm, example_inputs, self.model)
             lower = with_mark(self._lower, mark)
             if graphed and has_fixed_sizes(example_inputs):
-                lower = self.cuda_graphs.with_replays(lower, region, mark)
+                lower = self.cuda_graphs.with_replays(lower, region)
             elif graphed:
                 self.cuda_graphs.refuse(f"{region} is compiled for lengths that change")
             compiled = keep_stock_gradients(lower, region)(gm, example_inputs)

@@ -52,16 +52,22 @@ def _find_pair(node: fx.Node, given: dict[str, Any]) -> tuple[fx.Node, fx.Node] 
         return None
     if not hasattr(getattr(torch.ops, NAMESPACE), f"{name}_backward_output"):
         return None
-    like = next((item for item in value.all_input_nodes if are_alike(item, value)), None)
     gradients = [user for user in node.users if user.args[1] == 0]
-    if like is None or len(gradients) != 1 or len(gradients[0].users) != 1:
+    if len(gradients) != 1 or len(gradients[0].users) != 1:
         return None
     (gradient,) = gradients
     (backward,) = gradient.users
     is_its = name_of(backward) == f"{name}_backward" and backward.args[0] is gradient
-    if not is_its or list(backward.args[1 : 1 + len(value.args)]) != list(value.args):
+    read = list(backward.args[1 : 1 + len(value.args)])
+    if not is_its or list(map(_first_of, read)) != list(map(_first_of, value.args)):
         return None
-    return like, backward
+    like = next((item for item in read if isinstance(item, fx.Node) and are_alike(item, value)), None)
+    return None if like is None else (like, backward)
+
+
+def _first_of(item: Any) -> Any:
+    """Return the name of a node, of one that computes the value of another again that of the other."""
+    return item.meta.get("replays", item.name) if isinstance(item, fx.Node) else item
 
 
 def _split(node: fx.Node, given: dict[str, Any], like: fx.Node, backward: fx.Node) -> None:

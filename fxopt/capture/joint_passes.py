@@ -2,8 +2,8 @@
 
 They know fxopt's ops by what these declare: the tag `torch.Tag.pointwise`, an optional last argument `dskip`, which an
 op adds to its first result before it rounds that, an argument `xs` of values that may be computed again, a second
-op by the name of `<op>_output_<n>`, which computes that output alone, and `<op>_backward`, whose arguments are kept
-for it anyway.
+op by the name of `<op>_output_<n>`, which computes that output alone, `<op>_output`, which computes any one output by
+large products, and `<op>_backward`, whose arguments are kept for it anyway.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fxopt.capture.joint_units import join_unit_backwards
 from fxopt.capture.planning import Mark
 from fxopt.graph.backward import find_backward
 from fxopt.graph.torch_private import OpOverload, schema_of
+from fxopt.kernels.launch import DECLARED
 
 SKIP_ARGUMENT = "dskip"
 REPLAYED_ARGUMENT = "xs"
@@ -78,7 +79,7 @@ def replay_inputs(graph: fx.Graph) -> int:
     alone, cast and joined.
     """
     in_backward = find_backward(graph.nodes)
-    replays: dict[fx.Node, fx.Node] = {}
+    replays = Replays()
     for node in list(graph.nodes):
         if not is_ours(node) or node not in in_backward:
             continue
@@ -96,13 +97,13 @@ def replay_inputs(graph: fx.Graph) -> int:
 
 
 def replay_all(graph: fx.Graph) -> None:
-    """Let all of backward read norms computed again, and note at each such node what it stands for.
+    """Let all of backward read norms and single layers computed again, and note at each what it stands for.
 
-    Whether a norm is computed again or saved is the planner's to say: where it is saved, `meta["replays"]` names the
+    Whether one is computed again or saved is the planner's to say: where it is saved, `meta["replays"]` names the
     forward node that backward shall read after all.
     """
     in_backward = find_backward(graph.nodes)
-    replays: dict[fx.Node, fx.Node] = {}
+    replays = Replays(with_products=True)
     for node in list(graph.nodes):
         if node not in in_backward or node.op == "output":
             continue
@@ -114,7 +115,15 @@ def replay_all(graph: fx.Graph) -> None:
         new.meta["replays"] = item.name
 
 
-def _replay(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | None:
+class Replays(dict[fx.Node, fx.Node]):
+    """What computes the value of a node again; large products only if it is `with_products`."""
+
+    def __init__(self, *, with_products: bool = False) -> None:
+        super().__init__()
+        self.with_products = with_products
+
+
+def _replay(node: fx.Node, replays: Replays) -> fx.Node | None:
     """Return a node that computes the value of `node` again, or None where no op is declared that could."""
     if node in replays:
         return replays[node]
@@ -137,7 +146,7 @@ def _later(a: fx.Node, b: fx.Node) -> fx.Node:
     return a if b < a else b
 
 
-def _replay_output(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _replay_output(node: fx.Node, replays: Replays) -> fx.Node | None:
     """Return a call of the op that computes this output of an op of ours alone, inserted after `node`.
 
     What it reads that its own backward does not keep is computed again too, or cast again from what is saved.
@@ -147,6 +156,12 @@ def _replay_output(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | 
         return None
     forward: Any = source.target
     name = schema_of(forward).name.partition("::")[2]
+    declared = DECLARED.get(forward)
+    if declared is not None and declared.output is not None and not source.kwargs:
+        arguments = declared.output(place, *source.args) if replays.with_products else None
+        if arguments is None:
+            return None
+        return _replay_product(f"{name}_output", arguments, node, replays)
     packet = getattr(getattr(torch.ops, NAMESPACE), f"{name}_output_{place}", None)
     if packet is None:
         return None
@@ -173,12 +188,28 @@ def _replay_output(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node | 
     return new
 
 
+def _replay_product(name: str, arguments: tuple[Any, ...], node: fx.Node, replays: Replays) -> fx.Node:
+    """Return a call of the op called `name`, inserted after `node` and whatever it reads that is computed again."""
+    read: list[fx.Node] = []
+
+    def again(item: fx.Node) -> fx.Node:
+        new = _replay(item, replays) or item
+        read.append(new)
+        return new
+
+    arguments = fx.map_arg(arguments, again)  # pyright: ignore[reportAssignmentType]
+    with node.graph.inserting_after(functools.reduce(_later, read, node)):
+        new = node.graph.call_function(getattr(getattr(torch.ops, NAMESPACE), name).default, arguments)
+    new.meta = dict(node.meta)
+    return new
+
+
 def _is_read_by(packet: Any, node: fx.Node) -> bool:
     """Return whether the op of `packet` reads `node`."""
     return packet is not None and any(user.target is packet.default for user in node.users)
 
 
-def _read_again(node: fx.Node, replays: dict[fx.Node, fx.Node]) -> fx.Node:
+def _read_again(node: fx.Node, replays: Replays) -> fx.Node:
     """Return `node` computed again; where no op is declared that could, a wider cast of what it was cast from."""
     new = _replay(node, replays)
     if new is not None or not _is_layout(node) or len(node.all_input_nodes) != 1:

@@ -6,7 +6,7 @@ tensors, by hooks around the compiled block, the same for all lowerings:
 
 - after a block has run, its values are copied on a stream beside the compute stream while the next block runs, and
   their memory on the device is given up when that one is done;
-- when a block's backward begins, the values of the block before it start to come back;
+- when a block's backward begins, the values of the block before it start to come back, to the same place at each step;
 - what is on the host stays there until autograd drops it, so that backward may run twice, or never.
 
 On a CPU copies are done at once, along the same path.
@@ -33,11 +33,6 @@ class Offloader:
         self._find_bounds = find_bounds
         self.memory = HostMemory(find_bounds, tell)
         self._last: Callable[[], Batch | None] = _none
-
-    @property
-    def is_used(self) -> bool:
-        """Whether a plan made so far leaves values on the host."""
-        return self._find_bounds()[0] > 0
 
     def wrap(self, compiled: Callable[..., Any], leaving: Leaving) -> Callable[..., Any]:
         """Return a compiled block so that the values numbered by `leaving` leave after each call of it."""

@@ -44,11 +44,6 @@ def _is_saved_by_autograd(node: Any) -> bool:
 class Offload(Protocol):
     """What carries out that values wait on the host."""
 
-    @property
-    def is_used(self) -> bool:
-        """Whether a plan made so far leaves any there."""
-        ...
-
     def wrap(self, compiled: Callable[..., Any], leaving: Leaving) -> Callable[..., Any]:
         """Return a compiled graph so that the values `leaving` leave after each call of it."""
         ...
@@ -65,14 +60,6 @@ class Mark:
     show: Callable[[fx.Graph, frozenset[int]], str]
     decides: bool = True
     offload: Offload | None = None
-
-    @property
-    def leaves(self) -> bool:
-        """Whether values leave by a plan made so far: then nothing is replayed.
-
-        Replays write to memory of their own, which is not given up, and what came back would be copied once more.
-        """
-        return self.offload is not None and self.offload.is_used
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Batch:
         self._away: list[Away] = []
         self._given: set[int] = set()
         self._lane: Lane | None = None
+        self._landed: int | None = None
         self._home: Any = None
         self._left: torch.cuda.Event | None = None
         self._came: torch.cuda.Event | None = None
@@ -147,18 +148,31 @@ class Batch:
         missing = [away for away in self._away if away.raw is None]
         if not missing or self._lane is None:
             return
-        for away in missing:
-            away.raw = torch.empty(away.num_bytes, dtype=torch.uint8, device=self._lane.device)
+        self._leave_landing()
+        self._landed, places = self._lane.landing.take([away.num_bytes for away in missing])
+        for away, place in zip(missing, places, strict=True):
+            away.raw = place
         self._came = self._lane.copy(
-            [(away.raw, self._on_host(away)) for away in missing if away.raw is not None]
+            [(place, self._on_host(away)) for away, place in zip(missing, places, strict=True)]
         )
 
     def fetch(self, away: Away) -> torch.Tensor:
-        """Return the value of `away` for backward; another backward copies it anew."""
+        """Return the value of `away` for backward; another backward copies it anew.
+
+        Who reads the last one reads all of them before the next block's values are asked for: their memory is free.
+        """
         raw, away.raw = away.raw, None
         assert raw is not None, "a value was not copied back before backward read it"
+        if all(other.raw is None for other in self._away):
+            self._leave_landing()
         value = torch.empty(0, dtype=away.dtype, device=raw.device)
-        return value.set_(raw.untyped_storage(), away.offset, away.size, away.stride)  # pyright: ignore
+        start = int(raw.storage_offset()) // value.element_size() + away.offset
+        return value.set_(raw.untyped_storage(), start, away.size, away.stride)  # pyright: ignore
+
+    def _leave_landing(self) -> None:
+        if self._landed is not None and self._lane is not None:
+            self._lane.landing.release(self._landed)
+            self._landed = None
 
     def _on_host(self, away: Away) -> torch.Tensor:
         return self._host.bytes_of(away.piece, away.num_bytes)
@@ -173,6 +187,7 @@ class Batch:
     def __del__(self) -> None:
         """Give everything back; a graph may be dropped without a backward, with copies still under way."""
         self._let_home_wait()
+        self._leave_landing()
         for away in self._away:
             self._host.release(away.piece)
 

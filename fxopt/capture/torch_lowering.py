@@ -159,8 +159,6 @@ def inductor_backend(
     def compile_and_read(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
         if not how.get("is_backward", False):
             leaving.read(graph.graph)
-        if graphed and mark is not None and mark.leaves:
-            how["cudagraphs"].value = False  # Inductor's own box: its backward sees it too
         return compile_fx_inner(graph, *inputs, **how)
 
     patches: dict[str, Any] = {

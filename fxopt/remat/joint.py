@@ -19,7 +19,6 @@ from fxopt.remat.cost import (
     Declarations,
     cost_of,
     is_fusible,
-    launches_of,
     op_of,
     tensors_in,
     workspace_of,
@@ -45,8 +44,8 @@ class Joint:
     `storages` gives each node the storages of its value, `sizes` the bytes of these. `chained` are the storages of
     what the block before made; `shared` those of other inputs, which all blocks read; `held` both these and the
     model's own, which live anyway. `passed_on` are those of the gradient of that input, which lives until the block
-    before is done. `launches` are the kernels that both run. `forward_cost` is the part of `compute_cost` that forward
-    takes, `measured_cost` the part that was timed, of the nodes `measured`.
+    before is done. `forward_cost` is the part of `compute_cost` that forward takes, `measured_cost` the part that was
+    timed, of the nodes `measured`.
     """
 
     forward: tuple[fx.Node, ...]
@@ -67,7 +66,6 @@ class Joint:
     measured_cost: int
     measured: frozenset[fx.Node]
     weights: tuple[Any, ...]
-    launches: int
     device: Device
 
     @property
@@ -153,7 +151,6 @@ def read_joint(
         sum(runs.get(node, 0) for node in timed),
         frozenset(timed),
         tuple(_form(node) for number, node in enumerate(inputs) if number in held),
-        sum(launches_of(node, declared) for node, taken in runs.items() if taken),
         device,
     )
 

@@ -16,8 +16,8 @@ class Working:
     """What one region needs under one choice, in bytes.
 
     `forward` and `backward` are the most that lives at an instant, the region's own input and what it has saved
-    among it; `saved` stays on the device between the two, `offloaded` on the host; `gradients` of parameters stay
-    after.
+    among it; `saved` stays on the device between the two, `offloaded` on the host, and in memory that is kept for
+    it throughout backward; `gradients` of parameters stay after.
     """
 
     forward: int
@@ -45,7 +45,7 @@ def simulate(joint: Joint, choice: Choice) -> Working:
     incoming = frozenset(storage for node in tangents for storage in joint.storages[node])
     gradients = frozenset(storage for node in joint.gradients for storage in joint.storages[node])
     order = _backward_order(joint, recomputed)
-    backward = _peak(joint, order, kept | incoming, gradients, {*saved, *joint.gradients})
+    backward = _peak(joint, order, kept | incoming, gradients | gone, {*saved, *joint.gradients})
     after = gradients - joint.passed_on
     return Working(forward, backward, _sum(joint, kept - gone), _sum(joint, gone), _sum(joint, after))
 

@@ -9,12 +9,16 @@ two points of the lower hull lies either a third, or nothing. Capacities are who
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection
 from typing import Any
 
 import networkx as nx
 
 from fxopt.remat.dag import Dag
+
+STEPS = 16
+"""The smallest value that is a step of its own has this part of the bytes between two choices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,53 @@ def _between(dag: Dag, left: Choice, right: Choice) -> tuple[Choice, ...]:
     if weight(middle) >= weight(left):
         return (left,)
     return (*_between(dag, left, middle), *_between(dag, middle, right))
+
+
+def find_steps(dag: Dag, menu: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """Return choices between neighbours of `menu`: of what only the first saves, the largest values are given up.
+
+    On the way from one neighbour to the other they are no better than a mix of both. Where a block may move so much
+    and no more, they may be.
+
+    >>> from fxopt.remat.dag import Value
+    >>> x, y = Value("x", (), 4, None), Value("y", (0,), 100, 7)
+    >>> z = Value("z", (0,), 100, 7)
+    >>> dag = Dag((x, y, z), frozenset({1, 2}))
+    >>> [[choice.bytes for choice in found] for found in (find_menu(dag), find_steps(dag, find_menu(dag)))]
+    [[200, 4], [104]]
+    """
+    found: dict[tuple[int, int], Choice] = {}
+    for left, right in itertools.pairwise(menu):
+        saved = left.saved | right.saved
+        given_up = sorted(
+            left.saved - right.saved, key=lambda place: (-(dag.values[place].bytes or 0), place)
+        )
+        for place in given_up[:-1]:
+            if (dag.values[place].bytes or 0) * STEPS < left.bytes - right.bytes:
+                break
+            saved = saved - {place}
+            step = make_choice(dag, _read_of(dag, saved))
+            if step is not None and right.bytes < step.bytes < left.bytes:
+                found.setdefault((step.bytes, step.cost), step)
+    return tuple(found.values())
+
+
+def _read_of(dag: Dag, saved: Collection[int]) -> set[int]:
+    """Return those of `saved` that backward reads, itself or for what it computes again."""
+    read: set[int] = set()
+    seen: set[int] = set()
+    queue = list(dag.needed)
+    while queue:
+        place = queue.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        first = dag.values[place].stands_for
+        if place in saved or first in saved:
+            read.add(place if place in saved else place if first is None else first)
+        else:
+            queue.extend(dag.values[place].inputs)
+    return read
 
 
 def cut(dag: Dag, *, byte_weight: int, cost_weight: int) -> Choice:

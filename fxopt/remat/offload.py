@@ -12,15 +12,10 @@ from collections.abc import Iterator
 from fxopt.remat.cost import PICOSECONDS
 from fxopt.remat.devices import LINK_SHARE
 from fxopt.remat.joint import Joint
-from fxopt.remat.menu import Choice
+from fxopt.remat.menu import Choice, find_steps
 
-HOST_PS = 120_000_000
-"""What the host takes for a kernel of a block that is not replayed, its own part of each op counted in.
-
-Measured on two machines with an H200, torch 2.11: 14.6 ms for both passes of a block of Qwen2.5-7B, QLoRA, whose ops
-declare 78 kernels, so 187 us each. Less is counted, since such blocks, which run for 14 to 16 ms, lost nothing by it: a
-step took 477 ms with values on the host, 473 ms replayed without. Blocks of 2 to 5 ms took two to eight times as long.
-"""
+HOST_PS = 3_000_000_000
+"""What the host takes for both passes of a block that is replayed and sends values off."""
 SMALLEST = 1 << 14
 """Values of fewer bytes stay on the device: a transfer's own cost is that of some hundred kilobytes."""
 
@@ -29,9 +24,11 @@ def add_offloads(joint: Joint, choices: tuple[Choice, ...]) -> tuple[Choice, ...
     """Return `choices` and their offloading forms that are worth a look, the fastest first.
 
     These are the forms on the lower hull of all, and of each choice the one that leaves most: what is on its way lives
-    beside the neighbouring block, so of two forms that keep the same, the one that moves less may need less.
+    beside the neighbouring block, so of two forms that keep the same, the one that moves less may need less. What lies
+    between two choices has forms as well: it may move what can be hidden, where the first moves less than it saves.
     """
-    offloading = [form for choice in choices for form in _forms(joint, choice)]
+    between = find_steps(joint.dag, choices)
+    offloading = [form for choice in (*choices, *between) for form in _forms(joint, choice)]
     hull = _lower_hull({_point(joint, choice): choice for choice in reversed([*choices, *offloading])})
     found = [*choices, *(choice for choice in hull if choice.offloaded)]
     for choice in choices:
@@ -42,11 +39,8 @@ def add_offloads(joint: Joint, choices: tuple[Choice, ...]) -> tuple[Choice, ...
 
 
 def hides_launches(joint: Joint) -> bool:
-    """Return whether a block runs longer than the host takes to launch it, as it must where values may leave it.
-
-    Replays of CUDA graphs, which cost the host next to nothing, keep their memory: nothing leaves that.
-    """
-    return joint.compute_cost >= joint.launches * HOST_PS
+    """Return whether a block runs longer than the host takes for it, as it must where values may leave it."""
+    return joint.compute_cost >= HOST_PS
 
 
 def wait_of(joint: Joint, choice: Choice) -> int:

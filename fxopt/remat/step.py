@@ -73,7 +73,8 @@ def spread_decision(decision: Decision, beside: Beside) -> Decision:
     return dataclasses.replace(
         decision,
         forward_bytes=beside.forward + max(decision.forward_bytes, gathering),
-        backward_bytes=beside.backward + max(decision.backward_bytes, gathering, reducing),
+        backward_bytes=beside.backward
+        + max(decision.backward_bytes, decision.offloaded_bytes + max(gathering, reducing)),
         gradient_bytes=0 if beside.holds_gradients else decision.gradient_bytes // beside.num_ranks,
     )
 
@@ -81,7 +82,8 @@ def spread_decision(decision: Decision, beside: Beside) -> Decision:
 def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:
     """Return the instants of one step: each block forward, what follows them, each block backward, the update.
 
-    What a block offloads leaves while the next one runs, and comes back while that one runs backward.
+    What a block offloads leaves while the next one runs, and comes back while that one runs backward, to memory that
+    is kept for it from step to step.
     """
     instants: list[Instant] = []
     all_regions = [
@@ -89,46 +91,69 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
         *((f"tail {i}" if len(around.tail) > 1 else "tail", d) for i, d in enumerate(around.tail)),
     ]
     saved = [0]
-    moving = [0, *(decision.offloaded_bytes for _, decision in all_regions)]
+    leaving = [0, *(decision.offloaded_bytes for _, decision in all_regions)]
+    landing = landing_bytes(decisions)
 
     def note(name: str, *parts: int) -> None:
         instants.append(Instant(name, around.static_bytes + around.whole_bytes + sum(parts), *parts))
 
     for number, (name, decision) in enumerate(all_regions):
-        note(f"forward of {name}", saved[-1], moving[number], 0, decision.forward_bytes)
+        note(f"forward of {name}", saved[-1], landing + leaving[number], 0, decision.forward_bytes)
         saved.append(saved[-1] + decision.saved_bytes)
     gradients = 0
     for number in reversed(range(len(all_regions))):
         name, decision = all_regions[number]
-        note(f"backward of {name}", saved[number], moving[number], gradients, decision.backward_bytes)
+        beside = landing - decision.offloaded_bytes  # its own values are among what it works on
+        note(f"backward of {name}", saved[number], beside, gradients, decision.backward_bytes)
         gradients += decision.gradient_bytes
     if around.tied_bytes:
-        note("backward of what stands before the blocks", 0, 0, gradients, around.tied_bytes)
+        note("backward of what stands before the blocks", 0, landing, gradients, around.tied_bytes)
     if around.reduced_bytes:
-        note("reduction", 0, 0, gradients, around.reduced_bytes)
-    update = around.static_bytes + around.gradient_bytes
-    instants.append(Instant("optimizer", update, gradient_bytes=around.gradient_bytes))
+        note("reduction", 0, landing, gradients, around.reduced_bytes)
+    update = around.static_bytes + landing + around.gradient_bytes
+    instants.append(Instant("optimizer", update, moving_bytes=landing, gradient_bytes=around.gradient_bytes))
     return tuple(instants)
 
 
 def peak_bytes(decisions: Sequence[Decision], around: Around) -> int:
     """Return the most bytes of `simulate_step`, without naming its instants."""
     regions = (*decisions, *around.tail)
-    held = around.static_bytes + around.whole_bytes
-    most = around.static_bytes + around.gradient_bytes
+    landing = landing_bytes(decisions)
+    held = around.static_bytes + around.whole_bytes + landing
+    most = around.static_bytes + landing + around.gradient_bytes
     before: list[int] = []
-    moving = 0
+    leaving = 0
     for decision in regions:
-        before.append(held + moving)
-        most = max(most, held + moving + decision.forward_bytes)
+        before.append(held - decision.offloaded_bytes)
+        most = max(most, held + leaving + decision.forward_bytes)
         held += decision.saved_bytes
-        moving = decision.offloaded_bytes
+        leaving = decision.offloaded_bytes
     gradients = 0
     for decision, held in zip(reversed(regions), reversed(before), strict=True):
         most = max(most, held + gradients + decision.backward_bytes)
         gradients += decision.gradient_bytes
     last = max(around.tied_bytes, around.reduced_bytes)
-    return max(most, around.static_bytes + around.whole_bytes + gradients + last) if last else most
+    return max(most, around.static_bytes + around.whole_bytes + landing + gradients + last) if last else most
+
+
+def landing_bytes(decisions: Sequence[Decision]) -> int:
+    """Return the memory that is kept for values of blocks that come back from the host.
+
+    When a block's backward begins, the values of the one before it are asked for, and take the first place that is
+    free, grown to their size; the block's own are read then, and leave theirs.
+    """
+    places = [0, 0]
+    held: int | None = None
+    for number in reversed(range(len(decisions))):
+        size = decisions[number].offloaded_bytes
+        if size and held is None:  # nobody asked for it ahead: it is the last one
+            held = 0
+            places[held] = max(places[held], size)
+        before = decisions[number - 1].offloaded_bytes if number else 0
+        held = int(held == 0) if before else None
+        if held is not None:
+            places[held] = max(places[held], before)
+    return sum(places)
 
 
 def find_peak(instants: Sequence[Instant]) -> Instant:

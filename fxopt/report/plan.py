@@ -70,8 +70,8 @@ class Instant:
     """One instant of a training step, and the bytes that live then.
 
     Of these `saved_bytes` are what blocks that are not running have saved for backward, `moving_bytes` are on their
-    way to the host or back, `gradient_bytes` are gradients of parameters, `running_bytes` what the running block (its
-    own residuals among it) or the optimizer works on; the rest lives all the time.
+    way to the host or kept for what comes back, `gradient_bytes` are gradients of parameters, `running_bytes` what the
+    running block (its own residuals among it) or the optimizer works on; the rest lives all the time.
     """
 
     name: str

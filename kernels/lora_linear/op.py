@@ -2,7 +2,7 @@
 
 The ops also take four-bit weights as they are stored: `weights[j]` then holds packed codes, `codings[j]` their type and
 block size, and `codes` four tensors of each layer. A compiled graph is told so where it decodes a weight for these
-ops alone; `widths` are the layers' output widths.
+ops alone; `widths` are the layers' output widths. `fxopt::lora_linear_output` computes one layer's result alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ from fxopt.kernels.lora_linear.costs import (
 )
 from fxopt.kernels.lora_linear.form import CODE_TENSORS, Form, split_lists
 from fxopt.kernels.lora_linear.forward import run_forward
+from fxopt.kernels.lora_linear.one_output import (
+    arguments_of,
+    fake_output,
+    output_flops,
+    output_launches,
+    output_moved,
+    output_workspace,
+    run_output,
+)
 
 
 def _fake_forward(xs: list[Tensor], *arguments: Any) -> list[Tensor]:
@@ -64,8 +73,20 @@ _forward_op = register_op(
     fake=_fake_forward,
     flops=forward_flops,
     declared=Declared(
-        workspace=forward_workspace, moved=forward_moved, rows=("xs",), launches=forward_launches
+        workspace=forward_workspace,
+        moved=forward_moved,
+        rows=("xs",),
+        launches=forward_launches,
+        output=arguments_of,
     ),
+)
+register_op(
+    f"lora_linear_output({_TENSORS}, float[] scales, ScalarType out_dtype) -> Tensor",
+    plain=run_output,
+    fused=run_output,
+    fake=fake_output,
+    flops=output_flops,
+    declared=Declared(workspace=output_workspace, moved=output_moved, rows=("xs",), launches=output_launches),
 )
 _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",

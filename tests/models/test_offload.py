@@ -17,8 +17,8 @@ HOST = "64MiB"
 ARCHES = ("llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "gemma2", "gpt_neox")))
 
 
-def make(tools, arch="llama", adapted=False):
-    return tools.make_trained(arch, adapted, num_hidden_layers=6)
+def make(tools, arch="llama", adapted=False, layers=6):
+    return tools.make_trained(arch, adapted, num_hidden_layers=layers)
 
 
 def batch_of(tools, shape=SHAPE):
@@ -156,7 +156,7 @@ def test_a_plan_with_values_on_the_host_is_printed_written_and_given_back(tools)
 
 
 def test_little_host_memory_is_used_by_the_first_blocks(tools):
-    model, batch = make(tools), batch_of(tools)
+    model, batch = make(tools, adapted=True, layers=12), batch_of(tools)
     much = fxopt.plan(model, "min", batch, max_host_memory=HOST)
     little = fxopt.plan(model, "min", batch, max_host_memory=much.host_bytes // 2 * 8 // 7 + 1024)
     none = fxopt.plan(model, "min", batch, max_host_memory=0)

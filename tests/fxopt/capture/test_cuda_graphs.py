@@ -15,7 +15,6 @@ from torch import nn
 import fxopt
 from fxopt.capture import torch_tensors
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
-from fxopt.capture.planning import Mark
 
 
 class CompiledFunction(torch.autograd.Function):
@@ -135,33 +134,6 @@ def test_gradients_of_what_aotautograd_compiled_are_copied(graphs: Any, monkeypa
     z.sum().backward()
     assert [float(each.grad) for each in (x, w, b)] == [9.0, 17.0, 4.0]
     assert sorted(map(float, copied)) == [1.0, 3.0, 6.0, 9.0, 11.0]  # all but the one between the two
-
-
-class Moved:
-    """Carries out a plan that leaves values on the host, once it is made."""
-
-    is_used = False
-
-    def wrap(self, compiled: Any, leaving: Any) -> Any:
-        return compiled
-
-
-def test_a_plan_that_is_made_while_compiling_and_leaves_values_on_the_host_is_not_replayed(
-    graphs: Any,
-) -> None:
-    for leaves_values in (False, True):
-        moved = Moved()
-        mark = Mark(lambda graph, held: "", offload=moved)
-
-        def lower_planned(
-            gm: Any, example_inputs: Any, *, graphed: bool, to: Any = (moved, leaves_values)
-        ) -> Any:
-            to[0].is_used = to[1]
-            return CompiledFunction.apply
-
-        run = graphs.with_replays(lower_planned, "layers", mark)(None, [])
-        assert (run == CompiledFunction.apply) is leaves_values
-    assert graphs.notes == ["CUDA graphs are not used: a plan leaves values on the host"]
 
 
 def test_a_call_is_not_replayed_before_an_earlier_ones_backward_pass(graphs: Any) -> None:

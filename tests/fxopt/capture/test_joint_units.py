@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from fxopt.capture.joint_passes import prepare_joint
+from fxopt.capture.planning import Mark
 from fxopt.kernels.glu import glu
 from fxopt.kernels.lora_linear import lora_linear
 
@@ -68,12 +70,12 @@ def gradients(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, needed, torch.ones_like(y) / 3)]
 
 
-def compiled(function: Any) -> tuple[list[torch.Tensor], list[str]]:
+def compiled(function: Any, mark: Mark | None = None) -> tuple[list[torch.Tensor], list[str]]:
     """Return results and gradients, and fxopt's ops in the backward graph."""
     targets: list[list[str]] = []
 
     def run_partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
-        prepare_joint(joint.graph)
+        prepare_joint(joint.graph, mark)
         joint.graph.lint()
         return min_cut_rematerialization_partition(joint, joint_inputs, **options)
 
@@ -107,4 +109,24 @@ def test_what_somebody_else_reads_stays_apart(function: Any) -> None:
     assert "glu_backward_output" in backward
     assert "glu_layers_backward" not in backward
     for value, stock in zip(found, gradients(function), strict=True):
+        assert (value - stock).norm() <= 1e-6 * stock.norm()
+
+
+def test_where_a_plan_decides_each_layers_result_may_be_computed_alone_and_units_are_joined_all_the_same() -> (
+    None
+):
+    seen: list[fx.Graph] = []
+    mark = Mark(lambda graph, held: seen.append(graph) or "a plan")
+    found, backward = compiled(plain, mark)
+    (graph,) = seen
+    alone = [node for node in graph.nodes if node.target is torch.ops.fxopt.lora_linear_output.default]
+    outputs = {node.name for node in graph.nodes if node.target is operator.getitem}
+    assert len(alone) == 2
+    assert {node.meta["replays"] for node in alone} <= outputs
+    assert backward.count("lora_linear_output") == 2
+    assert [name for name in backward if name.endswith("backward")] == [
+        "lora_linear_backward",
+        "glu_layers_backward",
+    ]
+    for value, stock in zip(found, gradients(plain), strict=True):
         assert (value - stock).norm() <= 1e-6 * stock.norm()

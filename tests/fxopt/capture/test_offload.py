@@ -202,3 +202,54 @@ def test_writing_to_a_value_while_it_leaves_is_an_error_as_in_stock(offloader):
     y = run_blocks(offloader, y, [(0,), ()], [])
     with pytest.raises(FxoptError, match="was written to after the forward pass"):
         y.sum().backward()
+
+
+def test_values_come_back_to_the_same_two_places_at_each_step(offloader):
+    x = torch.randn(1000, requires_grad=True)
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x + 1, x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            more, x = ctx.saved_tensors
+            assert torch.equal(x + 1, more)
+            seen.append(more.data_ptr())
+            return gradient * 2
+
+    for _ in range(3):
+        y = x
+        for leaves in (True, True, True, True, False):
+            y = offloader.wrap(Look.apply, leave(0, 1) if leaves else leave())(y)
+        y.sum().backward()
+    steps = [seen[start + 1 : start + 5] for start in (0, 5, 10)]
+    assert steps[0] == steps[1] == steps[2]
+    assert steps[0][:2] == steps[0][2:]
+    assert len(set(steps[0])) == 2
+    (lane,) = offloader.memory._lanes.values()
+    assert lane.landing.num_bytes == 2 * 2 * 4096
+
+
+def test_places_grow_and_a_graph_that_is_dropped_gives_its_own_back(offloader):
+    landing = offloader.memory.lane_of(torch.device("cpu")).landing
+    first, (part,) = landing.take([600])
+    second, parts = landing.take([100, 200])
+    assert (first, second) == (0, 1)
+    assert [each.numel() for each in (part, *parts)] == [600, 100, 200]
+    assert parts[1].storage_offset() == 512
+    landing.release(first)
+    assert landing.take([2000])[0] == first
+    assert landing.num_bytes == 2048 + 1024
+    landing.release(first)
+    landing.release(second)
+    x = torch.randn(1000, requires_grad=True)
+    y = run_blocks(offloader, x, [(0,), (0,), ()], [])
+    y.sum().backward(retain_graph=True)
+    assert landing._taken == set()
+    del y
+    gc.collect()
+    assert offloader.memory.used_bytes == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from fxopt.remat.choice import (
     peak_of,
     time_of,
 )
-from fxopt.remat.step import Around, find_peak, peak_bytes, simulate_step
+from fxopt.remat.step import Around, find_peak, landing_bytes, peak_bytes, simulate_step
 from fxopt.report.plan import Decision
 
 
@@ -132,15 +133,24 @@ def test_the_peak_is_that_of_the_simulated_step(menu, gradients, reduced, tied):
     assert peak_bytes(menu, around) == find_peak(simulate_step(("x",) * len(menu), menu, around)).bytes
 
 
-def test_what_moves_lives_beside_the_neighbouring_block():
+def test_what_leaves_lives_beside_the_next_block_and_what_comes_back_has_memory_of_its_own():
     away = offloading(decision(10, 0.0, 2, 3), 8, 0.0)
     instants = simulate_step(("a", "b"), (away, decision(20, 0.0, 2, 3)), Around(100, (), 6))
-    assert [(instant.name, instant.bytes) for instant in instants[:4]] == [
-        ("forward of a", 115),
-        ("forward of b", 100 + 2 + 8 + 25),
-        ("backward of b", 100 + 2 + 8 + 22),
+    assert [(instant.name, instant.bytes) for instant in instants] == [
+        ("forward of a", 100 + 8 + 15),
+        ("forward of b", 100 + 8 + 2 + 8 + 25),
+        ("backward of b", 100 + 8 + 2 + 22),
         ("backward of a", 100 + 3 + 12),
+        ("optimizer", 100 + 8 + 6),
     ]
+
+
+@pytest.mark.parametrize(
+    ("moved", "kept"), [((8, 8, 8, 0), 16), ((8, 0, 0, 0), 8), ((8, 0, 8, 0), 8), ((4, 8, 6, 0), 6 + 8)]
+)
+def test_memory_is_kept_for_as_many_blocks_as_hold_values_from_the_host_at_once(moved, kept):
+    blocks = [offloading(decision(10, 0.0), each, 0.0) if each else decision(10, 0.0) for each in moved]
+    assert landing_bytes(blocks) == kept
 
 
 @settings(max_examples=100, deadline=None)

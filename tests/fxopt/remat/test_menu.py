@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fxopt.remat.dag import Dag, Value
 from fxopt.remat.knapsack import Option, choose, find_front
-from fxopt.remat.menu import find_menu, make_choice
+from fxopt.remat.menu import find_menu, find_steps, make_choice
 
 
 @st.composite
@@ -49,6 +49,18 @@ def test_no_set_beats_the_menu_at_any_exchange_rate(dag, byte_weight, cost_weigh
 
     menu = [(choice.bytes, choice.cost) for choice in find_menu(dag)]
     assert min(map(weigh, menu)) == min(map(weigh, all_points(dag)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(dags())
+def test_steps_lie_between_two_choices_and_no_better_than_a_mix_of_both(dag):
+    menu = find_menu(dag)
+    points, hull = set(all_points(dag)), [(choice.bytes, choice.cost) for choice in menu]
+    for step in find_steps(dag, menu):
+        assert (step.bytes, step.cost) in points
+        left, right = next((a, b) for a, b in itertools.pairwise(hull) if a[0] > step.bytes > b[0])
+        slope = (right[1] - left[1]) * (left[0] - step.bytes)
+        assert (step.cost - left[1]) * (left[0] - right[0]) >= slope
 
 
 SIZES = ((4, 9, 1, 5), (2, 1, 8, 3), (7, 3, 3, 3), (1, 6, 6, 0))
