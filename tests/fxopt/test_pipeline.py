@@ -191,7 +191,7 @@ def test_optimizing_twice_is_a_no_op_and_other_options_start_anew(caplog):
 
 
 def test_a_module_of_torchscript_is_said_plainly():
-    with pytest.raises(fxopt.FxoptError, match="expected a torch.nn.Module, got RecursiveScriptModule"):
+    with pytest.raises(fxopt.FxoptError, match=r"expected a torch\.nn\.Module, got RecursiveScriptModule"):
         fxopt.optimize(torch.jit.script(nn.Linear(4, 4)))
 
 
