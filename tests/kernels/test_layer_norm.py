@@ -69,7 +69,9 @@ def test_with_and_without_weight_and_bias(
 
 
 @pytest.mark.parametrize("width", [MOST_TILE_COLUMNS - 5, MOST_TILE_COLUMNS + 3])
-@pytest.mark.parametrize("frozen", [(), (1,), (2,), (1, 2)])
+@pytest.mark.parametrize(
+    "frozen", [(), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1,), (2,))), (1, 2)]
+)
 def test_long_rows(width: int, frozen: tuple[int, ...], device: str, check: Any, gradients: Any) -> None:
     inputs = make((4, width), torch.bfloat16, device)
     for index in frozen:
