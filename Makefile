@@ -8,7 +8,8 @@ SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
 # One process per core, each with one thread: models this small gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+# Tests that share what is slow to make (a group of processes, reports) go to one of them: loadgroup.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 STAMP := .venv/setup.stamp
 GATES := tests/test_architecture.py tests/test_packaging.py tests/test_public_api.py tests/test_docs.py tests/test_naming.py
 

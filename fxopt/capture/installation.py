@@ -254,6 +254,7 @@ class Installation:
 
         def run(*args: Any) -> Any:
             ledger.serve(capture)
+            ledger.refused.pop(MODEL_REGION, None)
             return call(*args)
 
         return self.model_call.compile_tail(tail, run)
@@ -336,9 +337,9 @@ def check_model(model: object) -> nn.Module:
     """Return `model` if it is a module; of DistributedDataParallel the model inside.
 
     Raises:
-        FxoptError: not a module, or the wrapper that torch.compile or the first FSDP returns.
+        FxoptError: not a module, one of TorchScript, or the wrapper that torch.compile or the first FSDP returns.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise FxoptError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}\n"
             "pass the model object itself, e.g. AutoModelForCausalLM.from_pretrained(...)"
@@ -346,7 +347,7 @@ def check_model(model: object) -> nn.Module:
     if isinstance(model, torch_modules.OptimizedModule):
         raise FxoptError(
             "model: already under torch.compile, expected the model itself\n"
-            "pass model._orig_mod, or use torch.compile(model, backend='fxopt') alone"
+            "pass model._orig_mod: explain reads it, and optimize takes the place of torch.compile"
         )
     model = inside_engine(model)
     if is_first_fsdp(model):

@@ -158,7 +158,8 @@ class ModelCall:
                 *args, **kwargs
             )  # a call that fails in stock too is no obstacle to others
             self.obstacles[self._form_of(args, kwargs)] = reason
-            self.ledger.refused[MODEL_REGION] = reason
+            if MODEL_REGION not in self.ledger.served:
+                self.ledger.refused[MODEL_REGION] = reason
             self.ledger.count_fallback(MODEL_REGION, reason)
             for line in find_own_forwards(self.model):
                 self.ledger.note(line)
@@ -368,10 +369,12 @@ def hooked_inside(kind: str) -> str:
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what tells kinds of calls apart: which arguments are given, and the type and rank of each."""
+    """Return what tells kinds of calls apart: the type and rank of each argument given, of a switch its position."""
 
     def form(value: Any) -> Any:
-        return (value.dtype, value.ndim) if isinstance(value, torch.Tensor) else type(value).__name__
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.ndim
+        return value if isinstance(value, bool | str) else type(value).__name__
 
     return tuple(map(form, args)), tuple((name, form(value)) for name, value in sorted(kwargs.items()))
 

@@ -37,12 +37,17 @@ NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2, "zero_world": 2, "z
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as tests of a GPU those whose processes will have one each, and as slow those of four without."""
+    """Mark as tests of a GPU those whose processes will have one each, and as slow those of four without.
+
+    The fast ones of two processes go to one worker of pytest, which starts the two once.
+    """
     gpus = torch.cuda.device_count()
     for item in items:
         needed = [size for name, size in NEEDED.items() if name in getattr(item, "fixturenames", ())]
         if item.path.parent != WORKER.parent or not needed:
             continue
+        if "two" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.xdist_group("two processes"))
         if max(needed) <= gpus:
             item.add_marker("gpu")
         elif max(needed) > 2:

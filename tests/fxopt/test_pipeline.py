@@ -190,6 +190,11 @@ def test_optimizing_twice_is_a_no_op_and_other_options_start_anew(caplog):
     assert sites["rms_norm"].status == "rewritten"
 
 
+def test_a_module_of_torchscript_is_said_plainly():
+    with pytest.raises(fxopt.FxoptError, match=r"expected a torch\.nn\.Module, got RecursiveScriptModule"):
+        fxopt.optimize(torch.jit.script(nn.Linear(4, 4)))
+
+
 def test_restoring_an_untouched_model_says_so():
     with pytest.raises(fxopt.FxoptError, match="is not optimized, expected a model that"):
         fxopt.restore(llama())
@@ -198,6 +203,8 @@ def test_restoring_an_untouched_model_says_so():
 def test_a_model_under_torch_compile_is_said_plainly():
     with pytest.raises(fxopt.FxoptError, match=r"already under torch\.compile, expected the model itself"):
         fxopt.optimize(torch.compile(llama()))
+    with pytest.raises(fxopt.FxoptError, match=r"pass model\._orig_mod: explain reads it"):
+        fxopt.explain(torch.compile(llama(), backend="fxopt"))
     model = llama()
     model.model.layers[1].compile()
     with pytest.raises(fxopt.FxoptError, match=r"model.layers.1 \(LlamaDecoderLayer\) is already compiled"):

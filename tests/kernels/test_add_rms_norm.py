@@ -118,7 +118,9 @@ def test_rows_longer_than_a_tile(name: str, device: str, check: Any) -> None:
     compare(make((4, MOST_TILE_COLUMNS + 3), torch.bfloat16, device), FORMS[name], check)
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, pytest.param(300, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "num_rows", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(300, marks=pytest.mark.gpu)]
+)
 def test_the_longest_tile_over_several_turns(num_rows: int, device: str, check: Any) -> None:
     """On a GPU the loop over rows is pipelined, and of the tiles this long the weight is not."""
     compare(make((num_rows, MOST_TILE_COLUMNS), torch.bfloat16, device), {}, check)

@@ -69,7 +69,9 @@ def test_with_and_without_weight_and_bias(
 
 
 @pytest.mark.parametrize("width", [MOST_TILE_COLUMNS - 5, MOST_TILE_COLUMNS + 3])
-@pytest.mark.parametrize("frozen", [(), (1,), (2,), (1, 2)])
+@pytest.mark.parametrize(
+    "frozen", [(), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1,), (2,))), (1, 2)]
+)
 def test_long_rows(width: int, frozen: tuple[int, ...], device: str, check: Any, gradients: Any) -> None:
     inputs = make((4, width), torch.bfloat16, device)
     for index in frozen:
@@ -77,8 +79,17 @@ def test_long_rows(width: int, frozen: tuple[int, ...], device: str, check: Any,
     compare(inputs, check, gradients)
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, pytest.param(300, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("width", [4096, MOST_TILE_COLUMNS])
+@pytest.mark.parametrize(
+    ("num_rows", "width"),
+    [
+        (1, 4096),
+        (7, 4096),
+        pytest.param(1, MOST_TILE_COLUMNS, marks=pytest.mark.slow),
+        (7, MOST_TILE_COLUMNS),
+        pytest.param(300, 4096, marks=pytest.mark.gpu),
+        pytest.param(300, MOST_TILE_COLUMNS, marks=pytest.mark.gpu),
+    ],
+)
 def test_several_turns_of_the_loop_over_rows(
     num_rows: int, width: int, device: str, check: Any, gradients: Any
 ) -> None:

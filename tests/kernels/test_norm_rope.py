@@ -72,8 +72,15 @@ def compare(tensors: list[torch.Tensor], form: Form, check: Any, gradients: Any)
 
 
 @pytest.mark.parametrize("size", [2, 16, 80, 128, 256])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize(
+    ("per_head", "dtype"),
+    [
+        *((True, dtype) for dtype in DTYPES),
+        *(pytest.param(False, dtype, marks=pytest.mark.slow) for dtype in DTYPES[:-1]),
+        (False, DTYPES[-1]),
+    ],
+    ids=str,
+)
 def test_sizes(
     size: int, dtype: torch.dtype, per_head: bool, device: str, check: Any, gradients: Any
 ) -> None:
@@ -89,8 +96,15 @@ def test_numbers_of_heads(heads: tuple[int, int], device: str, check: Any, gradi
 
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize(("start", "length"), [(0, 4), (12, 4), (0, 14), (0, 16)])
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("per_pair", [True, False])
+@pytest.mark.parametrize(
+    ("per_head", "per_pair"),
+    [
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        (False, False),
+    ],
+)
 def test_parts(
     pairs: str,
     start: int,

@@ -150,8 +150,16 @@ def test_strides(layout: str, device: str, check: Any, gradients: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
-@pytest.mark.parametrize("width", [63, MOST_TILE_COLUMNS + 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        *((63, dtype) for dtype in DTYPES),
+        (MOST_TILE_COLUMNS + 3, torch.bfloat16),
+        pytest.param(MOST_TILE_COLUMNS + 3, torch.float32, marks=pytest.mark.slow),
+        pytest.param(MOST_TILE_COLUMNS + 3, torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_gradient_from_elsewhere_is_added_before_rounding(
     name: str, width: int, dtype: torch.dtype, device: str, check: Any, gradients: Any
 ) -> None:

@@ -140,7 +140,10 @@ class Pair(nn.Module):
         return self.second(self.first(x)) if self.in_turn else self.first(x) + self.second(x)
 
 
-@pytest.mark.parametrize("in_turn", [False, True], ids=["side by side", "in turn"])
+@pytest.mark.parametrize(
+    "in_turn",
+    [pytest.param(False, id="side by side", marks=pytest.mark.slow), pytest.param(True, id="in turn")],
+)
 def test_two_wide_parts_of_a_block_are_divided(in_turn, tools):
     def make_pairs():
         model = Stack()

@@ -48,8 +48,8 @@ def make_mixture(arch: str, how: str) -> Any:
     return model
 
 
-def check_steps(tools: Any, model: Any, stock: Any, device: str) -> fxopt.Report:
-    for shape in SHAPES:
+def check_steps(tools: Any, model: Any, stock: Any, device: str, shapes: Any = SHAPES) -> fxopt.Report:
+    for shape in shapes:
         batch = tools.make_batch(shape, padded="left", device=device)
         ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
         assert tools.relative(ours.loss, theirs.loss) < 1e-5
@@ -131,7 +131,7 @@ def test_experts_of_which_none_is_trained_need_no_gradients(device, tools) -> No
         parameter.requires_grad_(parameter.ndim != 3)
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
-    assert count_experts(check_steps(tools, model, stock, device)) == LAYERS
+    assert count_experts(check_steps(tools, model, stock, device, SHAPES[:2])) == LAYERS
 
 
 @dataclasses.dataclass

@@ -25,7 +25,7 @@ TINY = dict(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build() -> Callable[..., Any]:
     """Return a builder of tiny llama models in training mode, all with the same weights."""
 
@@ -83,7 +83,7 @@ def assert_same_step() -> Callable[..., None]:
     return compare
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def twins(build: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """Return a builder of two equal models."""
 

@@ -253,6 +253,33 @@ def test_a_cache_object_in_training_runs_stock_and_is_counted(build, install):
     assert any("DynamicCache" in reason for _, reason in installation.ledger.fallbacks)
 
 
+def test_a_call_with_a_cache_leaves_the_calls_without_one_served(twins, install, assert_same_step):
+    model, stock = twins()
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 16))
+    model(input_ids=ids, labels=ids, use_cache=True)
+    counted = installation.ledger.fallbacks.total()
+    for _ in range(2):
+        assert_same_step(model, stock)
+    assert installation.ledger.fallbacks.total() == counted
+    assert MODEL_REGION in installation.ledger.served
+    assert MODEL_REGION not in installation.ledger.refused
+
+
+def test_positions_that_begin_anew_mean_what_they_mean_in_stock(twins, install, assert_same_step):
+    """With a cache, which stock builds unasked, transformers attends across them; without one it does not."""
+    model, stock = twins()
+    installation = install(model)
+    ids = torch.randint(1, 256, (2, 12))
+    for lengths, given in (((5, 7), {"use_cache": False}), ((12,), {}), ((5, 7), {})):
+        assert not installation.ledger.fallbacks
+        positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
+        batch = {"input_ids": ids, "labels": ids, "position_ids": positions, **given}
+        assert_same_step(model, stock, lambda m, batch=batch: m(**batch).loss)
+    assert installation.ledger.fallbacks, "the last call had a cache"
+    assert any("use_cache=False keeps them apart" in note for note in installation.ledger.notes)
+
+
 class Breaking(nn.Module):
     """A block Dynamo cannot capture whole."""
 

@@ -32,11 +32,21 @@ def keep_logits(gm: Any, *, region: str, lazy_outputs: bool) -> None:
     gm.recompile()
 
 
-@pytest.fixture
-def lazy_twins(twins):
+def make_lazy_twins(twins):
     model, stock = twins()
     Installation(model, None, keep_logits, torch_lowering.plain_backend, partial=False).install()
     return model, stock
+
+
+@pytest.fixture
+def lazy_twins(twins):
+    return make_lazy_twins(twins)
+
+
+@pytest.fixture(scope="module")
+def kept_twins(twins):
+    """Twins that several tests read, and none changes."""
+    return make_lazy_twins(twins)
 
 
 IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -98,8 +108,8 @@ def test_form_casts_detach_and_slices_stay_lazy(lazy_twins):
         lambda t: pickle.loads(pickle.dumps(t.detach())),
     ],
 )
-def test_any_other_read_computes_what_stock_gives(lazy_twins, read):
-    model, stock = lazy_twins
+def test_any_other_read_computes_what_stock_gives(kept_twins, read):
+    model, stock = kept_twins
     ours, theirs = (
         read(model(input_ids=IDS, labels=IDS).logits),
         read(stock(input_ids=IDS, labels=IDS).logits),

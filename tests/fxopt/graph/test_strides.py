@@ -51,7 +51,7 @@ class Model(nn.Module):
 
     def __init__(self, compute) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Turning(compute) for _ in range(3))
+        self.blocks = nn.ModuleList(Turning(compute) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -60,13 +60,13 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("compute", [scale_norm, add_norm, norm_plus])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_what_stock_can_view_can_be_viewed(compute, dtype):
     torch.manual_seed(0)
     model = Model(compute).to(dtype)
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
-    for shape in ((2, 5), (3, 7), (1, 6)):
+    for shape in ((2, 5), (3, 7)):
         x = torch.randn(*shape, HEADS * WIDTH, dtype=dtype)
         losses = [each(x) for each in (model, stock)]
         for loss in losses:

@@ -16,6 +16,16 @@ from fxopt.coverage.shrink import tiny_config
 from fxopt.demo.models import build_meta_model
 from fxopt.report.records import Report
 
+SHARED = {"report_of", "hostile"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker of pytest run the fast tests that share reports, so that each report is made once."""
+    for item in items:
+        if SHARED & set(getattr(item, "fixturenames", ())) and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.xdist_group("reports"))
+
+
 EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
 
 
