@@ -15,114 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import stacks
+from benchmarks import floors
 from benchmarks.meters import CpuMeter, GpuMeter
+from benchmarks.shapes import MODES, build, make_batch
 from benchmarks.turns import Turn
 
 LAYERS = 4
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2.5-7b": (
-        "qwen2",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "llama3.2-1b": (
-        "llama",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "vocab_size": 128256,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gemma2-2b": (
-        "gemma2",
-        {
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "vocab_size": 256000,
-        },
-    ),
-}
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 512,
-}
-MODES = ("full", "lora", "qlora")
+MODELS = ("qwen2.5-7b", "llama3.2-1b", "gemma2-2b")
 LENGTHS = (512, 2048, 4096, 8192)
 TINY_LENGTHS = (32, 64, 96, 128)
 BUDGETS = ("min", "third", "two thirds", "None")
 ROWS = 6
 """Plans of each model and mode: some are left out where two of them are the same."""
 WARM, TIMED = 1, 7
-
-
-def build(name: str, mode: str, device: str, *, tiny: bool) -> nn.Module:
-    """Return the model in training mode, made on `device`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_type, sizes = MODELS[name]
-    sizes = {**sizes, **(TINY if tiny else {}), "max_position_embeddings": LENGTHS[-1]}
-    config = AutoConfig.for_model(model_type, **sizes, num_hidden_layers=LAYERS, use_cache=False)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if mode == "qlora":
-        quantize(model, device)
-    if mode != "full":
-        from peft import LoraConfig, get_peft_model
-
-        adapters = LoraConfig(
-            r=stacks.RANK,
-            lora_alpha=stacks.RANK,
-            target_modules=stacks.PROJECTIONS,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, adapters)
-    return model.train()
-
-
-def quantize(model: Any, device: str) -> None:
-    """Put NF4 weights with nested scales in the place of all linear layers but the head."""
-    import bitsandbytes
-
-    library: Any = bitsandbytes.nn
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or layer is head:
-                continue
-            made = library.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                compute_dtype=torch.bfloat16,
-                quant_type="nf4",
-            )
-            made.weight = library.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4", module=made
-            )
-            made.bias = layer.bias
-            setattr(parent, name, made.to(device))
-    model.is_loaded_in_4bit = True
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
 
 
 def draw(group: int, rows: int) -> list[tuple[int, int]]:
@@ -141,11 +46,12 @@ def run_group(given: argparse.Namespace) -> None:
     turn = Turn()
     time_in_turns(turn)
     name, mode = given.group.split(":")
-    number = list(MODELS).index(name) * len(MODES) + MODES.index(mode)
+    number = MODELS.index(name) * len(MODES) + MODES.index(mode)
     lengths = TINY_LENGTHS if given.tiny else LENGTHS
     path = given.out / f"{name}-{mode}.jsonl"
-    model = build(name, mode, given.device, tiny=given.tiny)
+    model = build(name, mode, given.device, tiny=given.tiny, layers=LAYERS)
     curves: dict[int, tuple[Any, ...]] = {}
+    floor_of: dict[int, dict[str, Any]] = {}
     seen: list[tuple[Any, ...]] = []
     with path.open("a") as file:
 
@@ -166,14 +72,19 @@ def run_group(given: argparse.Namespace) -> None:
             try:
                 batch = make_batch(model, lengths[place], given.device)
                 if place not in curves:
-                    curves[place] = plan_curve(model, batch, given.device)
+                    curves[place] = plan_curve(model, batch, given.device, len(BUDGETS))
                 plan = curves[place][budget]
                 if (place, plan.layers, plan.decisions) in seen:
                     continue
                 seen.append((place, plan.layers, plan.decisions))
                 write({"kind": "predicted", **row, "at": time.time(), **describe(plan)})
                 fxopt.optimize(model, plan=plan, verify="off")
-                write({"kind": "measured", **row, **measure(model, batch, given.device, turn)})
+                found = measure(model, batch, given.device, turn)
+                if place not in floor_of:
+                    work = floors.find_work(name, mode, 1, lengths[place], tiny=given.tiny, layers=LAYERS)
+                    with turn:
+                        floor_of[place] = floors.measure_floor(work, given.device)
+                write({"kind": "measured", **row, **found, "floor": floor_of[place]})
             except Exception as error:
                 traceback.print_exc()
                 write({"kind": "measured", **row, "error": f"{type(error).__name__}: {error}"[:2000]})
@@ -194,19 +105,15 @@ def time_in_turns(turn: Turn) -> None:
     timer.__call__ = time_alone
 
 
-def make_batch(model: nn.Module, length: int, device: str) -> dict[str, torch.Tensor]:
-    """Return one sequence, each token a label."""
-    ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)  # pyright: ignore
-    return {"input_ids": ids, "labels": ids}
-
-
-def plan_curve(model: nn.Module, batch: dict[str, Any], device: str) -> tuple[Any, ...]:
-    """Return the plans of one length, from the smallest peak to the fastest step."""
+def plan_curve(
+    model: nn.Module, batch: dict[str, Any], device: str, num_budgets: int, host: int | str | None = None
+) -> tuple[Any, ...]:
+    """Return the plans of so many budgets, from the smallest peak to the fastest step."""
     from fxopt.surveying import options_for_plan, survey_model
 
     with torch.autocast(device, torch.bfloat16):
-        survey, _ = survey_model(model, options_for_plan(None), batch)
-    return survey.trace_curve(len(BUDGETS))
+        survey, _ = survey_model(model, options_for_plan(None, max_host_memory=host), batch)
+    return survey.trace_curve(num_budgets)
 
 
 def describe(plan: Any) -> dict[str, Any]:
@@ -239,8 +146,10 @@ def describe(plan: Any) -> dict[str, Any]:
     }
 
 
-def measure(model: nn.Module, batch: dict[str, Any], device: str, turn: Turn) -> dict[str, Any]:
-    """Return what steps of an optimized model took."""
+def measure(
+    model: nn.Module, batch: dict[str, Any], device: str, turn: Turn, timed: int = TIMED
+) -> dict[str, Any]:
+    """Return what steps of an optimized model took; `timed` of them are timed."""
     import fxopt
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -266,7 +175,7 @@ def measure(model: nn.Module, batch: dict[str, Any], device: str, turn: Turn) ->
         meter.synchronize()
         with turn:
             seconds: list[float] = []
-            for _ in range(TIMED):
+            for _ in range(timed):
                 start = time.perf_counter()
                 step()
                 meter.synchronize()

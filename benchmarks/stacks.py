@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import resource
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def find_commit() -> str:
+    """Return the commit that is checked out, "unknown" where there is no repository or no git."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def find_folder(model: str | None, size: str) -> str:

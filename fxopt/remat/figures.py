@@ -82,7 +82,8 @@ def _limit_asked_for(
     budget, device = goal.budget, facts.device
     if budget is None:
         return None, ""
-    smallest = find_smallest(candidates, without_update(goal, around))
+    beside = without_update(goal, around)
+    smallest = find_smallest(candidates, beside)
     if budget == "min":
         return smallest, ""
     if budget == "auto":
@@ -96,11 +97,14 @@ def _limit_asked_for(
         asked, there = map(format_bytes, (limit, device.memory_bytes))
         return None, f"memory_budget: {asked} is more than {device.name} has ({there}): treated as unlimited"
     if limit < smallest:
+        numbers = candidates.numbers[candidates.peaks_within(beside).index(smallest)]
+        taken = [menu[number] for menu, number in zip(candidates.menus, numbers, strict=True)]
+        peak_at = find_peak(simulate_step(facts.paths, taken, beside)).name
         raise FxoptError(
             f"memory_budget: no plan fits, expected at least {format_bytes(smallest)} ({smallest} bytes), "
             f"got {format_bytes(limit)}\n"
-            f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state; "
-            "a smaller batch or shorter sequences need less"
+            f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state, the rest "
+            f"lives in the {peak_at}; a smaller batch or shorter sequences need less"
         )
     return limit, ""
 

@@ -33,7 +33,7 @@ from fxopt.remat.figures import (
     scale_decision,
     without_update,
 )
-from fxopt.remat.given import decided_number, menu_of
+from fxopt.remat.given import FROZEN, decided_number, frozen_menu, menu_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.offload import hides_launches
 from fxopt.remat.step import Around, Beside, spread_decision
@@ -143,7 +143,7 @@ class StepPlanner:
         goal = self._last = self._find_goal(call, tokens)
         if goal is None:
             return None
-        if goal not in self._goals and self._seen:
+        if goal not in self._goals and all(path in self._form_of for path in self._look().paths):
             self._plan(goal, None, 0)
         variants = self._goals.get(goal)
         return self._variants.count if variants is None else variants.of_path[path]
@@ -232,14 +232,21 @@ class StepPlanner:
         return self._form_of.get(path)
 
     def note_form(self, path: str, form: Any) -> None:
-        """Note that a call of the block at `path` was served by a graph of `form`: another block's, captured before."""
+        """Note that a call of the block at `path` was served by a graph of `form`: another block's, captured before.
+
+        None is the form of a call that asks for no gradient, as those of frozen blocks before all that trains.
+        """
         self._seen.add(path)
-        if self._form_of.get(path) is form or form is None:
+        if form is None:
+            form = FROZEN
+            self._menus.setdefault(form, frozen_menu(self._given))
+        if self._form_of.get(path) is form:
             return
         self._form_of[path] = form
         place = self._look().paths.index(path)
         for goal, variants in self._goals.items():
-            number = self._variants.find_decision(variants.of_path[path], form)
+            carried = self._variants.find_decision(variants.of_path[path], form)
+            number = 0 if form is FROZEN else carried
             if number is not None:
                 variants.numbers = (*variants.numbers[:place], number, *variants.numbers[place + 1 :])
                 self._goals[goal] = variants

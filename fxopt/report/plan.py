@@ -12,6 +12,13 @@ from typing import Any
 from fxopt.errors import FxoptError
 
 FORMAT = 4
+PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "int | None": (int, type(None)),
+}
+"""What the fields of records may hold, by how they are declared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +157,7 @@ class Plan:
             if found != FORMAT:
                 raise FxoptError(f"plan: expected format {FORMAT} of a plan, got {found!r}")
             return _made(cls, data)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise FxoptError(
                 f"plan: expected the JSON text of a plan, got {text[:40]!r} ({type(error).__name__}: {error})\n"
                 "Plan.to_json() writes one"
@@ -167,11 +174,25 @@ def _made(cls: type[Plan], data: dict[str, Any]) -> Plan:
     decisions = tuple(map(_decision, data.pop("decisions")))
     after = tuple(map(_decision, data.pop("after")))
     layers = tuple((str(path), int(number)) for path, number in data.pop("layers"))
+    unknown = next((number for _, number in layers if not 0 <= number < len(decisions)), None)
+    if unknown is not None:
+        raise ValueError(f"decision {unknown} of {len(decisions)}")
     rooflines = tuple(map(str, data.pop("rooflines")))
     timeline = tuple(Instant(**instant) for instant in data.pop("timeline"))
-    return cls(
+    made = cls(
         **data, decisions=decisions, layers=layers, after=after, rooflines=rooflines, timeline=timeline
     )
+    for plain in (made, *decisions, *after, *timeline):
+        _check_types(plain)
+    return made
+
+
+def _check_types(value: Plan | Decision | Instant) -> None:
+    """Raise TypeError where a number or a text of `value` is something else."""
+    for field in dataclasses.fields(value):
+        found, wanted = getattr(value, field.name), PLAIN.get(str(field.type))
+        if wanted is not None and (isinstance(found, bool) or not isinstance(found, wanted)):
+            raise TypeError(f"{field.name} is {found!r}")
 
 
 def _decision(data: dict[str, Any]) -> Decision:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import re
 import types
 
 import pytest
@@ -16,24 +18,25 @@ from fxopt.capture.installation import find_installation
 from fxopt.options import Options
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import find_device
+from fxopt.remat.given import find_difference
 from fxopt.remat.offload import HOST_PS, hides_launches
 from fxopt.report.records import MODEL_REGION
 from fxopt.report.units import format_bytes
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 64) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.up, self.down = nn.Linear(16, inner), nn.Linear(inner, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.nn.functional.gelu(self.up(x)))
 
 
 class Stack(nn.Module):
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count: int = 3, inner: int = 64) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(Block() for _ in range(count))
+        self.parts = nn.ModuleList(Block(inner) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
@@ -46,7 +49,15 @@ INPUTS = {"x": torch.randn(32, 8, 16)}
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("12GiB", 12 * 2**30), ("1.5 gb", 1_500_000_000), (7, 7), (0.5, 0.5), (None, None), ("min", "min")],
+    [
+        ("12GiB", 12 * 2**30),
+        ("1.5 gb", 1_500_000_000),
+        ("1TiB", 2**40),
+        (7, 7),
+        (0.5, 0.5),
+        (None, None),
+        ("min", "min"),
+    ],
 )
 def test_budgets_are_read(given, expected):
     assert check_budget(given) == expected
@@ -65,7 +76,8 @@ def test_malformed_budgets_are_refused_before_anything_happens(given):
 def test_a_budget_below_the_smallest_peak_names_that_peak():
     smallest = fxopt.plan(Stack(), "min", INPUTS).smallest_bytes
     with pytest.raises(
-        fxopt.FxoptError, match=rf"expected at least .*\({smallest} bytes\), got .*\n.*weights"
+        fxopt.FxoptError,
+        match=rf"expected at least .*\({smallest} bytes\), got .*\n.*weights.* in the (back|for)ward of parts\.\d;",
     ):
         fxopt.plan(Stack(), smallest - 1, INPUTS)
     model = fxopt.optimize(Stack(), memory_budget=smallest - 1)
@@ -124,6 +136,84 @@ def test_a_plan_for_another_model_or_shape_names_the_difference():
     )
     with pytest.raises(fxopt.FxoptError, match=r"got aten\.conv#0, which it does not compute"):
         fxopt.optimize(Stack(), plan=odd)(**INPUTS)
+
+
+@pytest.mark.parametrize("inner", [32, 96])
+@pytest.mark.parametrize("budget", ["min", None])
+def test_a_plan_for_blocks_of_another_width_names_the_value(budget, inner):
+    plan = fxopt.plan(Stack(), budget, INPUTS)
+    with pytest.raises(fxopt.FxoptError, match=rf"another model.* of 64 items a token, got {inner}"):
+        fxopt.optimize(Stack(inner=inner), plan=plan)(**INPUTS)
+
+
+def test_a_plan_that_more_would_be_saved_or_trained_under_than_it_says_is_refused():
+    plan = fxopt.plan(Stack(), None, INPUTS)
+    with pytest.raises(fxopt.FxoptError, match=r"another model.* expected for a block at most .* saved, got"):
+        fxopt.optimize(Stack().double(), plan=plan)(x=INPUTS["x"].double())
+    model = Stack()
+    for part in model.parts:
+        part.down.requires_grad_(False)
+    less = fxopt.plan(model, "min", INPUTS)
+    with pytest.raises(fxopt.FxoptError, match=r"another model"):
+        fxopt.optimize(Stack(), plan=less)(**INPUTS)
+    made = less.decisions[0]
+    more = dataclasses.replace(made, gradient_bytes=2 * made.gradient_bytes)
+    assert find_difference(made, made, less.tokens, less.tokens) == ""
+    assert re.fullmatch(r"at most .* of gradients, got .*", find_difference(made, more, 256, 256))
+    assert find_difference(made, more, 256, 256, whole_gradients=False) == ""
+
+
+def test_a_plan_serves_another_batch_and_fewer_tokens():
+    model = fxopt.optimize(Stack(), plan=fxopt.plan(Stack(), "min", INPUTS))
+    for shape in ((8, 32, 16), (3, 8, 16)):
+        model(torch.randn(shape)).backward()
+    assert fxopt.explain(model).fallbacks == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("layers", [["parts.0", 9]], "decision 9 of"),
+        ("layers", "x", "unpack"),
+        ("tokens", "many", "tokens is 'many'"),
+        ("peak_bytes", True, "peak_bytes is True"),
+    ],
+)
+def test_a_plan_whose_text_was_damaged_is_refused_when_it_is_read(name, value, said):
+    data = json.loads(fxopt.plan(Stack(), "min", INPUTS).to_json())
+    with pytest.raises(fxopt.FxoptError, match=rf"expected the JSON text of a plan.*{said}"):
+        fxopt.Plan.from_json(json.dumps({**data, name: value}))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("budget", ["min", None])
+def test_blocks_before_all_that_trains_save_nothing_and_are_planned(budget, count):
+    def make() -> Stack:
+        torch.manual_seed(0)
+        model = Stack()
+        model.scale = nn.Parameter(torch.ones(1))
+        model.register_forward_hook(lambda module, _, value: value * module.scale)
+        for part in model.parts[:count]:
+            part.requires_grad_(False)
+        return model
+
+    stock, model = make(), make()
+    plan = fxopt.plan(make(), budget, INPUTS)
+    saved = [plan.decisions[number].saved_bytes for _, number in plan.layers]
+    assert [size > 0 for size in saved] == [False] * count + [True] * (3 - count)
+    fxopt.optimize(model, memory_budget=budget)
+    given = fxopt.optimize(make(), plan=fxopt.Plan.from_json(plan.to_json()))
+    for each in (stock, model, given):
+        for _ in range(2):
+            each.zero_grad()
+            each(**INPUTS).backward()
+    for each in (model, given):
+        assert fxopt.explain(each).fallbacks == ()
+        (carried_out,) = fxopt.explain(each).plans
+        assert carried_out.layers == plan.layers
+        for ours, theirs in zip(each.parameters(), stock.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_no_plan_is_refused():

@@ -92,6 +92,21 @@ def test_more_budget_is_never_slower(first, rest):
     assert times == sorted(times, reverse=True)
 
 
+@settings(max_examples=200, deadline=None)
+@given(menus(), st.integers(0, 300))
+def test_never_worse_than_saving_all_or_computing_all_again(menu, limit):
+    """What peers can be told to do: where it fits the budget, the plan fits too and takes no longer."""
+    offered = (menu,) * len(PATHS)
+    candidates = find_candidates(offered)
+    save_all, recompute_all = ((number,) * len(PATHS) for number in (0, len(menu) - 1))
+    chosen = choose_decisions(candidates, AROUND, limit)
+    for numbers in (save_all, recompute_all):
+        assert find_smallest(candidates, AROUND) <= peak_of(offered, numbers, AROUND)
+        if peak_of(offered, numbers, AROUND) <= limit:
+            assert chosen is not None
+            assert time_of(offered, chosen) <= time_of(offered, numbers)
+
+
 def test_without_a_limit_nothing_is_computed_again():
     menu = (decision(40, 0.0), decision(10, 3.0))
     assert choose_decisions(find_candidates((menu,) * 4), AROUND, None) == (0, 0, 0, 0)
