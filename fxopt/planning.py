@@ -175,8 +175,19 @@ def facts_of(
         host_bytes=_host_bytes(options, place),
         host_is_asked=options.max_host_memory is not None or options.plan is not None,
         spread=sharded.spread,
-        measured=ROOFLINES if named is not None else find_measured(place),
+        measured=ROOFLINES if named is not None else find_measured(place, _spare_of(options, static, device)),
     )
+
+
+def _spare_of(options: Options, static: int, device: Device) -> int | None:
+    """Return what the budget leaves beside `static` bytes, None where there is none; the lowest peak leaves nothing."""
+    budget = options.memory_budget
+    if budget is None or budget == "auto":
+        return None
+    if isinstance(budget, str):
+        return 0
+    limit = budget if isinstance(budget, int) else int(budget * device.memory_bytes)
+    return max(0, limit - static)
 
 
 def workspace_bytes(place: torch.device, named: Device | None = None) -> int:

@@ -46,13 +46,18 @@ LOADS = 3
 """How often the load grows before an op is given up that the host launches too slowly."""
 
 
-def find_measured(place: torch.device) -> Measured:
-    """Return what is known, or can be timed, of ops on `place`; ranks of one group time nothing, lest plans differ."""
+def find_measured(place: torch.device, spare: int | None = None) -> Measured:
+    """Return what is known, or can be timed, of ops on `place`; ranks of one group time nothing, lest plans differ.
+
+    `spare` is what a step may hold beside what lives all the time, None where nothing limits it.
+    """
     if place.type != "cuda":
         return ROOFLINES
     if torch_distributed.num_ranks() > 1:
         return Measured(without=RANKS)
-    return Measured(OpTimer(place), cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json")
+    return Measured(
+        OpTimer(place, spare=spare), cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json"
+    )
 
 
 def environment_of(place: torch.device) -> str:
@@ -82,13 +87,21 @@ class OpTimer:
         place: torch.device,
         clock: Callable[[torch.device], Clock] | None = None,
         room: Callable[[torch.device, int], int] | None = None,
+        spare: int | None = None,
     ) -> None:
         self._place = place if place.type != "cuda" else torch.device("cuda", place.index or 0)
         self._make_clock, self._room = clock or GpuClock, room or find_room
+        self._spare = spare
         self._left_s = LIMIT_S
 
     def __call__(self, trials: Sequence[Trial], in_step: int) -> list[Timing | str]:
-        """Return of each trial what it takes, or why it was not timed; an op of the step needs `in_step` bytes."""
+        """Return of each trial what it takes, or why it was not timed; an op of the step needs `in_step` bytes.
+
+        Under a plan that has to spare memory its widest ops may run on a part of the tokens: it is not timed here what
+        needs more than half of that, unless there is room.
+        """
+        if self._spare is not None:
+            in_step = min(in_step, max(in_step // 2, self._spare))
         places = [self._place.index or 0] if self._place.type == "cuda" else []
         with (
             unset_fake_temporarily(),

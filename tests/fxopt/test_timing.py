@@ -125,6 +125,14 @@ def test_what_needs_more_than_there_is_room_for_is_not_run():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(("spare", "most"), [(None, 1000), (0, 500), (700, 700), (5000, 1000)])
+def test_where_memory_is_spared_an_op_of_more_than_half_of_the_steps_is_not_run(spare, most):
+    asked = []
+    timer = OpTimer(CPU, lambda place: lambda call: Timing(1.0), lambda place, n: asked.append(n) or n, spare)
+    timer([trial_of(product_of(8))], 1000)
+    assert asked == [most]
+
+
 def test_an_op_on_another_device_is_not_run():
     timer, seen = fake_timer()
     assert timer([trial_of(product_of(8, "meta"))], 0) == [ELSEWHERE]
@@ -233,12 +241,13 @@ def test_timing_leaves_no_memory_no_random_state_and_no_peak():
 def test_a_plan_on_a_gpu_rests_on_timings_and_a_second_one_times_nothing(monkeypatch):
     model = nn.Sequential(*(Block() for _ in range(3))).to("cuda", torch.bfloat16)
     inputs = {"input": torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)}
+    torch.empty(2**29, dtype=torch.uint8, device="cuda")  # what is recorded of a peak so far is room
     plan = fxopt.plan(model, None, inputs)
     assert plan.rooflines == ()
     assert plan.measured_share > 0.5
     products = plan.measured_ms
     assert products < plan.step_ms
-    monkeypatch.setattr(timing, "measure_on_gpu", lambda *_: pytest.fail("timed once more"))
+    monkeypatch.setattr(timing.OpTimer, "_time", lambda *_: pytest.fail("timed once more"))
     again = fxopt.plan(model, None, inputs)
     assert again.measured_ms == products
 
@@ -282,7 +291,7 @@ def make_adapted(device, *, width, tokens, four_bit):
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bit):
     timer, seen = fake_timer(ms=1.0, room=10**9)
-    monkeypatch.setattr("fxopt.planning.find_measured", lambda place: Measured(timer))
+    monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare: Measured(timer))
     model, inputs = make_adapted("cpu", width=64, tokens=32, four_bit=four_bit)
     plan = fxopt.plan(model, "min", inputs)
     assert plan.rooflines == (f"fxopt::linear_cross_entropy: {HANGS}",), "only labels are no random values"
