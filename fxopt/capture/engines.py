@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_distributed, torch_modules, zero
+from fxopt.capture import deepspeed_private, torch_distributed, torch_modules, zero
+from fxopt.capture.deepspeed_private import OUTPUT_HOOKS
 from fxopt.capture.hooks import Hidden, hide_hooks, is_gathering_hook, show_hooks
 from fxopt.capture.modules import walk
 
-DEEPSPEED_HOOKS = "deepspeed.runtime.utils"
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
@@ -32,14 +32,12 @@ class SpreadRefusal(Exception):
 
 def is_engine_hook(hook: Any) -> bool:
     """Return whether an engine put `hook` on an output, to learn where backward begins: FSDP2, or DeepSpeed."""
-    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
-    is_deepspeeds = deepspeed is not None and getattr(hook, "__globals__", None) is vars(deepspeed)
-    return is_deepspeeds or torch_distributed.is_fsdp_hook(hook)
+    return deepspeed_private.is_of(hook, OUTPUT_HOOKS) or torch_distributed.is_fsdp_hook(hook)
 
 
 def asks_for_gradients(frame: types.FrameType) -> bool:
     """Return whether code that runs in `frame` reads a gradient function to know whether to put such a hook there."""
-    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
+    deepspeed = sys.modules.get(OUTPUT_HOOKS)
     return deepspeed is not None and frame.f_globals is vars(deepspeed)
 
 

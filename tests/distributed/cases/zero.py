@@ -173,7 +173,13 @@ def zero_logits() -> dict[str, Any]:
 
 
 def initialize(
-    model: Any, stage: int, leaves: bool = False, optimizer: Any = None, micro_batches: int = 1, **more: Any
+    model: Any,
+    stage: int,
+    leaves: bool = False,
+    optimizer: Any = None,
+    micro_batches: int = 1,
+    checkpoint: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Any:
     """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its."""
     import deepspeed
@@ -188,6 +194,7 @@ def initialize(
         "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": checkpoint or {},
     }
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
