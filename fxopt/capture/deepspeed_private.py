@@ -166,6 +166,11 @@ def is_under_stages_1_and_2(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, MASTERS_LINK)
 
 
+def is_trained(parameter: torch.Tensor) -> bool:
+    """Return whether an engine of ZeRO trains `parameter`."""
+    return parameter.requires_grad and (is_partitioned(parameter) or is_under_stages_1_and_2(parameter))
+
+
 def find_stages_1_and_2(parameters: Iterable[torch.Tensor]) -> Stages1And2 | None:
     """Return what the engine of ZeRO-1 or ZeRO-2 keeps that trains `parameters`, None where none does.
 

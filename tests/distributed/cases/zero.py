@@ -31,6 +31,7 @@ def zero(
     hooked: str = "",
     budget: str = "auto",
     lowering: str = "auto",
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Three steps of SGD under a stage of ZeRO against stock; the gradients of the first against one process too.
 
@@ -50,7 +51,7 @@ def zero(
             model.gradient_checkpointing_enable()
         if which == "before":
             model = fxopt.optimize(model, memory_budget=budget, lowering=lowering)
-        engines[which] = initialize(model, stage, leaves)
+        engines[which] = initialize(model, stage, leaves, **(settings or {}))
         if which == "after":
             fxopt.optimize(engines[which].module)
         if hooked and which == order and rank == world - 1:

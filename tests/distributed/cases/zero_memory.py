@@ -120,8 +120,8 @@ def _collectives_unseen() -> Iterator[None]:
             part.copy_(staged)
         return Done()
 
-    def collect(received: torch.Tensor, given: torch.Tensor, group: Any = None) -> None:
-        gather(given, received)
+    def collect(received: torch.Tensor, given: torch.Tensor, *_: Any, **__: Any) -> Done:
+        return gather(given, received)
 
     def add(given: torch.Tensor, op: Any = None, **_: Any) -> None:
         staged = _copy_unseen(given)
