@@ -175,6 +175,7 @@ def facts_of(
         host_bytes=_host_bytes(options, place),
         host_is_asked=options.max_host_memory is not None or options.plan is not None,
         spread=sharded.spread,
+        uncounted=sharded.uncounted,
         measured=ROOFLINES if named is not None else find_measured(place, _spare_of(options, static, device)),
     )
 

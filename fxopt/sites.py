@@ -153,6 +153,7 @@ def build_report(installation: Installation) -> Report:
         )
         for capture in used
     )
+    planner = installation.planner
     return Report(
         model=type(installation.model).__name__,
         sites=_count_sites(served),
@@ -162,10 +163,10 @@ def build_report(installation: Installation) -> Report:
         graphs=graphs,
         regions=_regions(installation),
         fallbacks=ledger.fallback_records(),
-        notes=(*ledger.notes, *_notes_on_slots(installation)),
+        notes=(*ledger.notes, *_notes_on_slots(installation), *(planner.notes if planner else ())),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
         patterns=tuple(pattern.name for pattern in installation.options.patterns),
-        plans=() if installation.planner is None else installation.planner.plans,
+        plans=planner.plans if planner else (),
         measure=lambda: tuple(capture.outcome.measure() for capture in used),
     )
 

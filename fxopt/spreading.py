@@ -6,8 +6,10 @@ import dataclasses
 
 from torch import nn
 
+from fxopt.capture.deepspeed_private import MovedError
 from fxopt.capture.spread import NO_GROUP, Group, find_groups
 from fxopt.capture.zero_memory import ZeroMemory, find_memory
+from fxopt.capture.zero_partitions import Backward, PartitionMemory, find_partitions
 from fxopt.remat.step import NOT_SPREAD, Beside, Spread
 
 
@@ -16,7 +18,7 @@ class Sharded:
     """What lies on this rank of parameters that an engine shards, in bytes, and what it adds to a step.
 
     `tensors` are the ids of what it stands for. `held_bytes` live all the time, `trained_bytes` is each state
-    of the optimizer, `update_bytes` of gradients are there at its step.
+    of the optimizer, `update_bytes` of gradients are there at its step. `uncounted` says why nothing is known, if so.
     """
 
     tensors: frozenset[int] = frozenset()
@@ -24,13 +26,22 @@ class Sharded:
     trained_bytes: int = 0
     update_bytes: int = 0
     spread: Spread = NOT_SPREAD
+    uncounted: str = ""
 
 
 def find_sharded(model: nn.Module, paths: tuple[str, ...]) -> Sharded:
     """Return what an engine makes of the parameters of `model`, whose blocks are at `paths`."""
     blocks = [model.get_submodule(path) for path in paths]
-    memory = find_memory(model, blocks)
-    return _under_fsdp(find_groups(model), blocks) if memory is None else _under_zero(memory, len(blocks))
+    try:
+        memory, partitions = find_memory(model, blocks), find_partitions(model, blocks)
+    except MovedError as error:
+        reason = str(error).replace("\n", "; ")
+        return Sharded(
+            uncounted=f"plans count parameters as they lie, not what their engine makes of them: {reason}"
+        )
+    if memory is not None:
+        return _under_zero_3(memory, len(blocks))
+    return _under_fsdp(find_groups(model), blocks) if partitions is None else _under_zero_1_and_2(partitions)
 
 
 def _under_fsdp(groups: dict[nn.Module, Group], blocks: list[nn.Module]) -> Sharded:
@@ -63,7 +74,7 @@ def _under_fsdp(groups: dict[nn.Module, Group], blocks: list[nn.Module]) -> Shar
     )
 
 
-def _under_zero(memory: ZeroMemory, num_blocks: int) -> Sharded:
+def _under_zero_3(memory: ZeroMemory, num_blocks: int) -> Sharded:
     """Return it for ZeRO-3: the most that is gathered is counted all the time, for blocks that are alike.
 
     Gradients are in buffers that always live.
@@ -88,5 +99,21 @@ def _under_zero(memory: ZeroMemory, num_blocks: int) -> Sharded:
         tail=tail,
         whole_bytes=gathered.whole_bytes,
         reduced_bytes=reductions.bytes + gathered.outside_bytes,
+    )
+    return Sharded(memory.tensors, memory.held_bytes, memory.trained_bytes, memory.update_bytes, spread)
+
+
+def _under_zero_1_and_2(memory: PartitionMemory) -> Sharded:
+    """Return it for ZeRO-1 and ZeRO-2: parameters are whole all the time, what moves are gradients."""
+
+    def beside(backward: Backward, *, holds_gradients: bool) -> Beside:
+        return Beside(
+            backward=backward.bytes, reduced_bytes=backward.reduced_bytes, holds_gradients=holds_gradients
+        )
+
+    spread = Spread(
+        blocks=tuple(beside(block, holds_gradients=memory.holds_gradients) for block in memory.blocks),
+        tail=beside(memory.tail, holds_gradients=memory.holds_gradients and not memory.is_tied),
+        reduced_bytes=memory.end_bytes,
     )
     return Sharded(memory.tensors, memory.held_bytes, memory.trained_bytes, memory.update_bytes, spread)

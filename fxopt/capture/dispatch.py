@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import fx, nn
 from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.engines import find_kept, say_kept
+from fxopt.capture.engines import find_kept, say_kept, say_order
 from fxopt.capture.forwards import call_with_forward, call_with_gathered, run_captured
 from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle_or_recorder
@@ -31,6 +32,8 @@ from fxopt.capture.reasons import reason_of
 from fxopt.capture.recorders import Notes, Recorder, collecting
 from fxopt.capture.turns import StockCheck, turns_entry
 from fxopt.errors import TurnsError
+
+log = logging.getLogger("fxopt")
 
 PLAIN_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -120,7 +123,7 @@ class BlockCalls:
             self.ledger.hooked = type(hooks.live).__name__
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
-            self.ledger.count_fallback(self.region, reason)
+            self._count_stock(block, reason)
             stock = functools.partial(torch_modules.stock_call, block)
             if hooks.gathers:
                 stock = functools.partial(call_with_gathered, block)
@@ -165,7 +168,7 @@ class BlockCalls:
         if not is_captured:
             # A call that fails in stock too says nothing of the block.
             output = self._checkpointing.run_unplanned(block, block.forward, args, kwargs)
-            self.ledger.count_fallback(self.region, f"capture failed: {reason}")
+            self._count_stock(block, f"capture failed: {reason}")
         if dtypes != [parameter.dtype for parameter in block.parameters()]:
             # The call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
             return output
@@ -296,6 +299,13 @@ class BlockCalls:
             return planner.mark_block(ledger.current, variant, asked[0], graph, held)
 
         return Mark(show)
+
+    def _count_stock(self, block: nn.Module, reason: str) -> None:
+        self.ledger.count_fallback(self.region, reason)
+        text = say_order(block)
+        if text is not None and text not in self.ledger.notes:
+            log.warning("%s", text)
+            self.ledger.note(text)
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

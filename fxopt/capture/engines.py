@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_distributed, torch_modules, zero
+from fxopt.capture import deepspeed_private, torch_distributed, torch_modules, zero
+from fxopt.capture.deepspeed_private import OUTPUT_HOOKS
 from fxopt.capture.hooks import Hidden, hide_hooks, is_gathering_hook, show_hooks
 from fxopt.capture.modules import walk
 
-DEEPSPEED_HOOKS = "deepspeed.runtime.utils"
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
@@ -32,14 +32,12 @@ class SpreadRefusal(Exception):
 
 def is_engine_hook(hook: Any) -> bool:
     """Return whether an engine put `hook` on an output, to learn where backward begins: FSDP2, or DeepSpeed."""
-    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
-    is_deepspeeds = deepspeed is not None and getattr(hook, "__globals__", None) is vars(deepspeed)
-    return is_deepspeeds or torch_distributed.is_fsdp_hook(hook)
+    return deepspeed_private.is_of(hook, OUTPUT_HOOKS) or torch_distributed.is_fsdp_hook(hook)
 
 
 def asks_for_gradients(frame: types.FrameType) -> bool:
     """Return whether code that runs in `frame` reads a gradient function to know whether to put such a hook there."""
-    deepspeed = sys.modules.get(DEEPSPEED_HOOKS)
+    deepspeed = sys.modules.get(OUTPUT_HOOKS)
     return deepspeed is not None and frame.f_globals is vars(deepspeed)
 
 
@@ -80,6 +78,16 @@ def find_kept(blocks: Iterable[nn.Module]) -> str | None:
     """Return how an engine keeps a weight in `blocks` where it may not be read, or None: torch's own error varies."""
     found = (say_kept(module) for block in blocks for module in walk(block))
     return next((text for text in found if text is not None), None)
+
+
+def say_order(block: nn.Module) -> str | None:
+    """Return what to say of a `block` that runs stock where an engine may reduce gradients as they come, or None."""
+    if not any(map(deepspeed_private.is_trained, block.parameters())):
+        return None
+    return (
+        "a block runs stock under DeepSpeed, which reduces gradients in the order in which they come (ZeRO-2, ZeRO-3, "
+        "overlap_comm): gradients are wrong unless it runs stock on all ranks"
+    )
 
 
 def _is_emptied(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxopt.graph.storage import UNKNOWN, key_of, keys_of
+from fxopt.graph.storage import UNKNOWN, key_of
 
 SHARE = 2
 """A whole of which backward reads no more than one part in this many is not saved for its parts."""
@@ -23,7 +23,8 @@ def copy_saved_parts(graph: fx.Graph, in_backward: set[fx.Node]) -> int:
     """Let backward read copies of such parts, and return how many are copied."""
     kept = [node for node in graph.nodes if node.op == "placeholder"]
     kept += graph.output_node().all_input_nodes  # what forward hands on lives anyway
-    kept_keys = {UNKNOWN}.union(*map(keys_of, kept))
+    values = [node.meta.get("val") for node in kept]
+    kept_keys = {UNKNOWN, *(key_of(value) for value in values if isinstance(value, torch.Tensor))}
     parts: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         value = node.meta.get("val")

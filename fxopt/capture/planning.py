@@ -79,6 +79,11 @@ class Planner(Protocol):
         ...
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What those do not count, and why."""
+        ...
+
+    @property
     def limits(self) -> dict[str, int]:
         """What this rank's device has, by name."""
         ...

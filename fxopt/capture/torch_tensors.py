@@ -63,3 +63,9 @@ copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsag
 def allocated_bytes(device: torch.device) -> int:
     """Return what tensors take on `device`; 0 on a CPU, where nobody counts."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def gradient_hooks(tensor: torch.Tensor) -> list[Callable[..., Any]]:
+    """Return what was registered to run when the gradient of `tensor` is there."""
+    hooks: dict[int, Callable[..., Any]] | None = getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return list(hooks.values()) if hooks else []

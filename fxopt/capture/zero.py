@@ -19,76 +19,56 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_modules
+from fxopt.capture import deepspeed_private, torch_modules
+from fxopt.capture.deepspeed_private import MODULE_HOOKS, STAGE_3, is_partitioned
 from fxopt.graph.torch_private import TORCH_LINEAR, tree_leaves, tree_map
 
-ENGINE = "deepspeed.runtime.zero.parameter_offload"
-OPTIMIZER = "deepspeed.runtime.zero.stage3"
-LINEAR = "deepspeed.runtime.zero.linear"
-GROUPS = ("ds_process_group", "_dp_group")
-"""Where ZeRO-3, and ZeRO-1 and ZeRO-2, put the process group on parameters."""
 PRE, POST = torch_modules.FORWARD_HOOK_DICTS
 
 
 def is_zero_hook(hook: Any) -> bool:
     """Return whether `hook` is one by which ZeRO-3 follows a module, or a wrapper around such a one."""
-    return _comes_from(hook, ENGINE)
+    return _comes_from(hook, MODULE_HOOKS)
 
 
 def is_engine_hook(hook: Any) -> bool:
     """Return whether `hook` follows a module or, for one that is gathered with all inside, reduces its gradients."""
-    return _comes_from(hook, ENGINE) or _comes_from(hook, OPTIMIZER)
+    return _comes_from(hook, MODULE_HOOKS) or _comes_from(hook, STAGE_3)
 
 
 def _comes_from(hook: Any, name: str) -> bool:
     """Return whether `hook` is a function of the module called `name`, or a wrapper around such a one."""
-    source = sys.modules.get(name)
-    queue = [] if source is None else [hook]
+    queue = [hook] if name in sys.modules else []
     seen: set[int] = set()
     while queue:
         function = queue.pop()
         if id(function) in seen:
             continue
         seen.add(id(function))
-        if getattr(function, "__globals__", None) is vars(source):
+        if deepspeed_private.is_of(function, name):
             return True
         if str(getattr(function, "__module__", "")).partition(".")[0] not in ("deepspeed", "torch"):
             continue
         cells = getattr(function, "__closure__", None) or ()
-        queue += filter(callable, (getattr(function, "__wrapped__", None), *map(_content_of, cells)))
+        queue += filter(
+            callable, (getattr(function, "__wrapped__", None), *map(deepspeed_private.content_of, cells))
+        )
     return False
-
-
-def _content_of(cell: Any) -> Any:
-    """Return what a variable of a closure holds; None where nothing was put there yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
 
 
 def is_there() -> bool:
     """Return whether this process has ZeRO-3 at hand."""
-    return ENGINE in sys.modules
-
-
-def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Return whether ZeRO-3 keeps a part of `tensor` on each rank."""
-    return is_there() and hasattr(tensor, "ds_shape")
+    return MODULE_HOOKS in sys.modules
 
 
 def whole_shape(tensor: Any) -> tuple[int, ...]:
     """Return the shape that `tensor` has while it is gathered."""
-    return tuple(tensor.ds_shape) if is_partitioned(tensor) else tuple(tensor.shape)
+    return tuple(getattr(tensor, deepspeed_private.SHAPE)) if is_partitioned(tensor) else tuple(tensor.shape)
 
 
 def group_of(module: nn.Module) -> Any:
     """Return the process group whose ranks share the parameters of `module`, or what trains them, or None."""
-    if not is_there():
-        return None
-    parameters: Iterator[Any] = iter(module.parameters())
-    found = (getattr(each, name, None) for each in parameters for name in GROUPS)
-    return next((group for group in found if group is not None), None)
+    return deepspeed_private.group_of(module) if is_there() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +95,7 @@ class Gathering:
 
     def _parameters(self) -> list[torch.Tensor]:
         """Return the parameters gathered with this module: of what DeepSpeed calls a leaf, all that are inside."""
-        is_leaf = getattr(self.module, "_z3_leaf", False)
+        is_leaf = getattr(self.module, deepspeed_private.LEAF, False)
         return [each for each in self.module.parameters(recurse=is_leaf) if is_partitioned(each)]
 
     def gather(self) -> None:
@@ -188,9 +168,8 @@ def captured_linear() -> Callable[..., Any]:
     DeepSpeed's keeps no view of a weight for backward, which would keep the whole of it. Patterns know torch's own, and
     a compiled region keeps the parameters themselves.
     """
-    engine = sys.modules.get(LINEAR)
     found = nn.functional.linear
-    return TORCH_LINEAR if engine is not None and found is engine.zero3_linear_wrap else found
+    return TORCH_LINEAR if deepspeed_private.is_linear(found) else found
 
 
 @contextlib.contextmanager

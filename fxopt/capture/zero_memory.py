@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from fxopt.capture import zero
-
-OPTIMIZER = "_z3_optimizer"
-"""Where a parameter has the engine that trains it."""
-PREFETCHED, REUSED, LIVING = (
-    "_prefetch_bucket_sz",
-    "_max_reuse_distance_in_numel",
-    "_max_available_parameters_in_numel",
+from fxopt.capture.deepspeed_private import (
+    Stage3,
+    find_stage_3,
+    is_partitioned,
+    num_items,
+    second_shard_of,
+    shard_of,
+    stays_gathered,
 )
-"""Where that has its settings, in items."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,102 +73,97 @@ class ZeroMemory:
 
 def find_memory(model: nn.Module, blocks: Sequence[nn.Module]) -> ZeroMemory | None:
     """Return what ZeRO-3 makes of the parameters of `model`, whose blocks run one after the other, or None."""
-    parameters: list[Any] = [each for each in model.parameters() if zero.is_partitioned(each)]
+    parameters = [each for each in model.parameters() if is_partitioned(each)]
     if not parameters:
         return None
-    engine: Any = next((found for each in parameters if (found := getattr(each, OPTIMIZER, None))), None)
+    engine = find_stage_3(parameters)
     device = parameters[0].device
-    kept = [tensor for each in parameters for tensor in (each.ds_tensor, each.ds_secondary_tensor)]
+    kept = [tensor for each in parameters for tensor in (shard_of(each), second_shard_of(each))]
     kept = [tensor for tensor in kept if tensor is not None]
-    trained = [each.ds_tensor for each in parameters if each.requires_grad]
+    trained: Sequence[torch.Tensor] = [shard_of(each) for each in parameters if each.requires_grad]
     gradients, reductions = trained, Reductions()
     if engine is not None:
-        trained = engine.fp32_partitioned_groups_flat
-        gradients = [engine.grad_partitions_flat_buffer]
+        trained = engine.masters
+        gradients = [engine.gradients]
         reductions = _find_reductions(parameters, blocks, engine)
     masters = [each for each in trained if each.device.type == device.type]
     updated = [each.nbytes for each in masters]
-    storages = _storages_of(device, (*kept, *masters, *gradients))
+    storages = storages_of(device, (*kept, *masters, *gradients))
     if engine is None:  # parts of gradients are not there yet
         storages += sum(updated)
     return ZeroMemory(
         tensors=frozenset(map(id, (*parameters, *kept))),
-        held_bytes=storages + _whole_bytes(filter(_stays, parameters)) + reductions.bucket_bytes,
+        held_bytes=storages + _whole_bytes(filter(stays_gathered, parameters)) + reductions.bucket_bytes,
         trained_bytes=sum(updated),
         update_bytes=sum(updated) if engine is None else max(updated, default=0),
-        gathered=_find_gathered(
-            model, parameters, blocks, None if engine is None else engine.parameter_offload
-        ),
+        gathered=_find_gathered(model, parameters, blocks, engine),
         reductions=reductions,
     )
 
 
 def _find_gathered(
-    model: nn.Module, parameters: Sequence[Any], blocks: Sequence[nn.Module], offload: Any
+    model: nn.Module, parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module], engine: Stage3 | None
 ) -> Gathered:
-    """Return what is gathered by `offload`, None where it is not known yet."""
+    """Return what is gathered by `engine`, None where it is not known yet."""
     of_blocks = [_kept_in(block) for block in blocks]
     inside = {id(each) for of_block in of_blocks for each in of_block}
     outside_bytes = _freed_bytes(each for each in parameters if id(each) not in inside)
     moved_bytes = max((_freed_bytes(_kept_in(each, recurse=False)) for each in model.modules()), default=0)
     needed = max(map(_freed_bytes, of_blocks), default=0)
-    if offload is None:
+    if engine is None:
         return Gathered(needed, outside_bytes, moved_bytes)
-    prefetched, reused, living = (getattr(offload, name) for name in (PREFETCHED, REUSED, LIVING))
     distance = staying = 0
     for of_block in reversed(of_blocks):
-        if distance < reused:  # before it is read again in backward
+        if distance < engine.reused:  # before it is read again in backward
             staying += _freed_bytes(of_block)
-        distance += 2 * sum(each.ds_numel for each in of_block)
+        distance += 2 * sum(map(num_items, of_block))
     needed = max(needed, staying)
-    if not prefetched:
+    if not engine.prefetched:
         return Gathered(needed, outside_bytes, moved_bytes)
     size = max(each.element_size() for each in parameters)
-    freed = [each for each in parameters if id(each) in inside and not _stays(each)]
+    freed = [each for each in parameters if id(each) in inside and not stays_gathered(each)]
     largest = max(
         (_whole_bytes([each]) for each in freed), default=0
     )  # a bucket is closed when it is overfull
-    early = min(_freed_bytes(parameters), living * size)
+    early = min(_freed_bytes(parameters), engine.living * size)
     whole = max(needed, early)
     return Gathered(
         whole,
         max(needed + outside_bytes - whole, 0),
         moved_bytes,
-        min(_whole_bytes(freed), prefetched * size + largest),
+        min(_whole_bytes(freed), engine.prefetched * size + largest),
         ahead_in_backward=staying < _whole_bytes(freed),
     )
 
 
-def _find_reductions(parameters: Sequence[Any], blocks: Sequence[nn.Module], engine: Any) -> Reductions:
+def _find_reductions(
+    parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module], engine: Stage3
+) -> Reductions:
     trained = [each for each in parameters if each.requires_grad]
-    total = sum(each.ds_numel for each in trained)
-    inside = sum(each.ds_numel for block in blocks for each in _kept_in(block) if each.requires_grad)
-    largest = max(trained, key=lambda each: each.ds_numel)
-    size, items = engine.reduce_bucket_size, [dtype.itemsize for dtype in engine.ipg_buckets]
-    copied = min(max(size, largest.ds_numel), total) * max(items)
-    alone = _whole_bytes([largest]) if largest.ds_numel > size else 0  # it waits where backward left it
-    bucket = size if engine.contiguous_gradients else min(size, total)
+    total = sum(map(num_items, trained))
+    inside = sum(num_items(each) for block in blocks for each in _kept_in(block) if each.requires_grad)
+    largest = max(trained, key=num_items)
+    size, items = engine.bucket_items, [dtype.itemsize for dtype in engine.bucket_dtypes]
+    copied = min(max(size, num_items(largest)), total) * max(items)
+    alone = _whole_bytes([largest]) if num_items(largest) > size else 0  # it waits where backward left it
+    bucket = size if engine.is_contiguous else min(size, total)
     return Reductions(bucket * sum(items), copied + alone, total > size, total - inside > size)
 
 
-def _kept_in(module: nn.Module, *, recurse: bool = True) -> list[Any]:
-    return [each for each in module.parameters(recurse=recurse) if zero.is_partitioned(each)]
+def _kept_in(module: nn.Module, *, recurse: bool = True) -> list[nn.Parameter]:
+    return [each for each in module.parameters(recurse=recurse) if is_partitioned(each)]
 
 
-def _freed_bytes(parameters: Iterable[Any]) -> int:
+def _freed_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Return what those of `parameters` take while they are gathered that are freed again."""
-    return _whole_bytes(each for each in parameters if not _stays(each))
+    return _whole_bytes(each for each in parameters if not stays_gathered(each))
 
 
-def _stays(parameter: Any) -> bool:
-    return parameter.ds_persist
+def _whole_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(num_items(each) * each.element_size() for each in parameters)
 
 
-def _whole_bytes(parameters: Iterable[Any]) -> int:
-    return sum(each.ds_numel * each.element_size() for each in parameters)
-
-
-def _storages_of(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
+def storages_of(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the storages of `tensors` on `device`: some of them may be parts of one."""
     storages = [each.untyped_storage() for each in tensors if each.device.type == device.type]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

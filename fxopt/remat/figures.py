@@ -28,7 +28,7 @@ class Facts:
     `trained_bytes` in all; `tied_bytes` takes the gradient that a parameter used before and after the blocks gets last;
     `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much may wait on the
     host, where that `host_is_asked` for by somebody or not; `spread` what an engine
-    adds that shards the parameters; `measured` knows what ops take on the device.
+    adds that shards the parameters, `uncounted` why that is not known; `measured` knows what ops take on the device.
     """
 
     model: str
@@ -45,6 +45,7 @@ class Facts:
     host_is_asked: bool = True
     spread: Spread = NOT_SPREAD
     measured: Measured = ROOFLINES
+    uncounted: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,6 +120,11 @@ class StepPlanner:
         """The plans carried out so far, in the order in which they were needed."""
         return tuple(self._describe(goal, variants.numbers) for goal, variants in self._goals.items())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the plans carried out so far do not count, and why."""
+        return (self._facts.uncounted,) if self._goals and self._facts and self._facts.uncounted else ()
+
     def is_asked(self, *, checkpointed: bool) -> bool:
         """Return whether calls are planned: under "auto" those that ask for the least memory, or have not fitted."""
         return checkpointed or self._budget != "auto" or self._given is not None or self._is_short

@@ -74,10 +74,16 @@ def check_logged(figures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_deepspeeds_zero_2_is_served(order, lora, zero_world):
-    for answer in zero_world.run("zero", stage=2, order=order, lora=lora):
+@pytest.mark.parametrize(
+    ("stage", "order", "lora"),
+    [
+        (1, "before", False),
+        (1, "after", True),
+        *((2, o, lora) for o in ("before", "after") for lora in (False, True)),
+    ],
+)
+def test_deepspeeds_zero_1_and_2_are_served(stage, order, lora, zero_world):
+    for answer in zero_world.run("zero", stage=stage, order=order, lora=lora):
         assert answer["fallbacks"] == {}
         assert answer["sites"] == ({**SITES, "lora_linear": 14} if lora else SITES)
         assert answer["lazy"]
@@ -119,7 +125,10 @@ def test_models_under_zero_3_are_served(options, zero_world):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("hooked", ["block", "head"])
 def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, zero_world):
-    """DeepSpeed compares the order between ranks, and its collectives hang or raise where it differs."""
+    """DeepSpeed compares the order between ranks, and its collectives hang or raise where it differs.
+
+    All gradients fit in one bucket here, whose order is that of the parameters: several are filled as they come.
+    """
     answers = zero_world.run("zero", stage=3, order="before", hooked=hooked, checkpointed=checkpointed)
     assert [bool(answer["fallbacks"]) for answer in answers] == [False, True]
     assert all(error <= BOUND for answer in answers for error in answer["errors"].values())
@@ -127,6 +136,15 @@ def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, che
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
+def test_a_block_that_runs_stock_under_zero_is_told_to_do_so_on_all_ranks(stage, zero_world):
+    """DeepSpeed adds up what came first on each rank to what came first on the others."""
+    answers = zero_world.run("zero", stage=stage, order="before", hooked="block")
+    told = [any("gradients are wrong unless" in note for note in answer["notes"]) for answer in answers]
+    assert told == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_micro_batches_accumulate_under_zero_with_ignored_labels_on_a_rank(stage, zero_world):
     for answer in zero_world.run("zero_accumulated", stage=stage):
         assert answer["fallbacks"] == {}

@@ -121,3 +121,42 @@ def test_a_plan_under_zero_3_has_the_peak_that_a_step_allocates(budget, settings
     for answer in zero_world.run("zero_memory", budget=budget, settings=settings):
         predicted = answer["peak_bytes"] - answer["static_bytes"]
         assert predicted == pytest.approx(max(answer["peaks"]), rel=0.05)
+
+
+SMALL = {"reduce_bucket_size": 400_000}
+WHOLE = {"reduce_bucket_size": 5_000_000}
+"""Buckets smaller than a block's gradients, and as large as all of them."""
+
+
+@slow
+@pytest.mark.parametrize(
+    ("stage", "settings", "more"),
+    [
+        pytest.param(1, SMALL, {}, id="1 small"),
+        pytest.param(1, WHOLE, {}, id="1 whole"),
+        pytest.param(1, SMALL, {"micro_batches": 2}, id="1 micro-batches"),
+        pytest.param(2, SMALL, {}, id="2 small"),
+        pytest.param(2, WHOLE, {"half": True}, id="2 whole, bfloat16"),
+        pytest.param(2, SMALL, {"micro_batches": 2}, id="2 micro-batches"),
+        pytest.param(2, {**SMALL, "overlap_comm": True}, {}, id="2 two buckets"),
+    ],
+)
+def test_a_plan_under_zero_1_and_2_has_the_peaks_that_a_step_allocates(stage, settings, more, zero_world):
+    """Of backward and of the optimizer's step, on the rank that needs most: few tokens, so that gradients weigh most.
+
+    What lives between steps are weights, this rank's part of them in fp32 and of both moments, and nothing else.
+    """
+    if zero_world.on_gpu:
+        pytest.skip("the profiler adds up what a CPU allocates")
+    case: dict[str, Any] = {"budget": None, "length": 32, "stage": stage, "settings": settings}
+    answers = zero_world.run("zero_memory", **case, **more)
+    living = answers[0]["living_bytes"]
+    update = answers[0]["timeline"].pop("optimizer")
+    backward = max(answers[0]["timeline"].values())
+    assert backward - living == pytest.approx(max(max(each["peaks"]) for each in answers), rel=0.05)
+    assert update - living == pytest.approx(max(max(each["updates"]) for each in answers), rel=0.05)
+    for answer in answers:
+        assert answer["static_bytes"] == answers[0]["static_bytes"]
+        assert answer["living_bytes"] == pytest.approx(living, rel=0.001)
+        if "micro_batches" not in more:  # what they add up to is counted all the time
+            assert answer["static_bytes"] == pytest.approx(living, rel=0.001)

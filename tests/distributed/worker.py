@@ -18,7 +18,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
-from cases import checkpoints, collectives, libraries, others, plans, ranks, steps, torchs, zero, zero_memory
+from cases import (
+    checkpoints,
+    collectives,
+    deepspeeds,
+    libraries,
+    others,
+    plans,
+    ranks,
+    steps,
+    torchs,
+    zero,
+    zero_checkpoints,
+    zero_memory,
+)
 from cases.models import DEVICE, ON_GPU
 
 CASES = {
@@ -32,7 +45,9 @@ CASES = {
         checkpoints,
         plans,
         torchs,
+        deepspeeds,
         zero,
+        zero_checkpoints,
         zero_memory,
     )
     for name, value in vars(module).items()

@@ -31,6 +31,7 @@ def zero(
     hooked: str = "",
     budget: str = "auto",
     lowering: str = "auto",
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Three steps of SGD under a stage of ZeRO against stock; the gradients of the first against one process too.
 
@@ -50,7 +51,7 @@ def zero(
             model.gradient_checkpointing_enable()
         if which == "before":
             model = fxopt.optimize(model, memory_budget=budget, lowering=lowering)
-        engines[which] = initialize(model, stage, leaves)
+        engines[which] = initialize(model, stage, leaves, **(settings or {}))
         if which == "after":
             fxopt.optimize(engines[which].module)
         if hooked and which == order and rank == world - 1:
@@ -173,7 +174,13 @@ def zero_logits() -> dict[str, Any]:
 
 
 def initialize(
-    model: Any, stage: int, leaves: bool = False, optimizer: Any = None, micro_batches: int = 1, **more: Any
+    model: Any,
+    stage: int,
+    leaves: bool = False,
+    optimizer: Any = None,
+    micro_batches: int = 1,
+    checkpoint: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Any:
     """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its."""
     import deepspeed
@@ -188,6 +195,7 @@ def initialize(
         "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": checkpoint or {},
     }
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

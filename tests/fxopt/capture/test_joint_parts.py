@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from fxopt.capture import torch_lowering
 from fxopt.demo.training import count_saved_bytes
@@ -45,6 +47,26 @@ def test_what_is_saved(function: Callable[..., tuple[torch.Tensor, ...]], expect
     assert saved.total == expected
     ours, stock = (torch.autograd.grad([y.sum() for y in each], (x, w)) for each in (results, function(x, w)))
     assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
+
+
+def test_weights_that_lie_in_one_tensor_are_not_copied() -> None:
+    """As an engine lays them that trains parts of all: each is a small part of it, and all of it lives anyway."""
+    flat = torch.randn(8 * WIDTH, WIDTH)
+    weights = [nn.Parameter(torch.empty(0)) for _ in range(8)]
+    for weight, part in zip(weights, flat.chunk(8), strict=True):
+        weight.data = part
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+
+    def stock(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w).tanh()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(stock, backend=torch_lowering.plain_backend, fullgraph=True)
+    with count_saved_bytes(nn.ParameterList(weights)) as saved:
+        result = compiled(x, weights[3])
+    assert saved.total == 2 * PART, "x and tanh"
+    ours, theirs = (torch.autograd.grad(y.sum(), (x, weights[3])) for y in (result, stock(x, weights[3])))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_sizes_that_change_are_left_alone() -> None:

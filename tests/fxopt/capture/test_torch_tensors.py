@@ -71,3 +71,14 @@ def test_many_tensors_are_copied_at_once():
     into = [torch.zeros(2), torch.zeros(3)]
     torch_tensors.copy_each(into, [torch.ones(2), torch.ones(3)])
     assert all(bool((tensor == 1).all()) for tensor in into), "torch._foreach_copy_ moved"
+
+
+def test_hooks_on_a_gradient_are_found():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert torch_tensors.gradient_hooks(parameter) == []
+
+    def hook(tensor: torch.Tensor) -> None:
+        pass
+
+    parameter.register_post_accumulate_grad_hook(hook)
+    assert torch_tensors.gradient_hooks(parameter) == [hook], "Tensor._post_accumulate_grad_hooks moved"

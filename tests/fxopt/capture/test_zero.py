@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
-from fxopt.capture import zero
+from fxopt.capture import deepspeed_private, zero
 from fxopt.capture.engines import Sharding
 from fxopt.capture.hooks import find_hooks
 from fxopt.capture.installation import find_installation
@@ -84,9 +84,9 @@ def follow(module, wrapped):
 
 @pytest.fixture
 def engine(monkeypatch):
-    module = types.ModuleType(zero.ENGINE)
+    module = types.ModuleType(deepspeed_private.MODULE_HOOKS)
     exec(ENGINE, vars(module))
-    monkeypatch.setitem(sys.modules, zero.ENGINE, module)
+    monkeypatch.setitem(sys.modules, deepspeed_private.MODULE_HOOKS, module)
     return module
 
 
@@ -182,11 +182,11 @@ def test_parameters_around_the_blocks_leave_the_head_stock(engine):
 
 
 def test_a_linear_that_somebody_put_in_the_place_of_torchs_is_back_after_a_call(engine, monkeypatch):
-    linear = types.ModuleType(zero.LINEAR)
+    linear = types.ModuleType(deepspeed_private.LINEAR)
     linear.zero3_linear_wrap = lambda x, weight, bias=None: (
         x.matmul(weight.t()) + (0 if bias is None else bias)
     )
-    monkeypatch.setitem(sys.modules, zero.LINEAR, linear)
+    monkeypatch.setitem(sys.modules, deepspeed_private.LINEAR, linear)
     monkeypatch.setattr(F, "linear", linear.zero3_linear_wrap)
     model = followed(engine, fxopt.optimize(LlamaForCausalLM(LlamaConfig(**TINY)).train(), verify="off"))
     step(model)
