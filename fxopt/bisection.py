@@ -214,8 +214,12 @@ class _Bisection:
         random: Any = torch.random
         try:
             with random.fork_rng(devices=devices):
-                held = self._check(self._model)
-        except Exception as error:
+                found: Any = self._check(self._model)
+                held = found is None or bool(found)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a check that ends Python would end bisecting, as if it held
             frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
             place = location_in(frames)
             return f"{said_by(error)}{f' ({place})' if place else ''}"
@@ -224,7 +228,7 @@ class _Bisection:
             with torch.no_grad():
                 for tensor, saved in self._state:
                     tensor.copy_(saved)
-        return "" if held is None or held else f"it returned {held!r}"
+        return "" if held else f"it returned {found!r}"
 
 
 def load_script(path: Path) -> tuple[nn.Module, Check]:

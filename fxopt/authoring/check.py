@@ -92,6 +92,12 @@ def _check_example(pattern: Pattern, name: str, example: Example) -> Iterator[Fi
     except Exception as error:
         yield Finding("example", name, False, _not_captured(function, inputs, error))
         return
+    try:
+        run_both_ways(stock, values)
+    except Exception as error:
+        where, cure = function_place(function), cure_of(error, "mend the function")
+        yield Finding("example", name, False, f"{where}: expected it to run, got {said_by(error)}; {cure}")
+        return
     gm, result = _rewrite(stock, pattern)
     done = [rewrite for rewrite in result.rewrites if rewrite.match.pattern is pattern]
     if len(done) != 1:

@@ -25,10 +25,15 @@ def write_skeleton(name: str, out: Path) -> list[Path]:
     Raises:
         FxoptError: not a name, one of the library's, or the folder is there already or cannot be made.
     """
-    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+    is_word = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+    if not is_word or name != name.lower():
         raise FxoptError(
-            f"new-pattern: expected a name in lower case that Python can import, got {name!r}\n"
+            f"new-pattern: expected a name of a-z, 0-9 and _ that Python can import, got {name!r}\n"
             "try fxopt new-pattern my_norm"
+        )
+    if name.startswith("test"):  # pytest would take the kernel's file and functions for tests
+        raise FxoptError(
+            f"new-pattern: expected a name that pytest takes for no test, got {name!r}\nuse another name"
         )
     if name in {pattern.name for pattern in ALL}:
         raise FxoptError(

@@ -29,6 +29,7 @@ from fxopt.rewriting.given import (
     check_results,
 )
 from fxopt.rewriting.graph_terms import GraphTerms
+from fxopt.rewriting.own_sizes import Sizes, find_sizes, grown, with_sizes
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
 from fxopt.rewriting.trees import Operation, Term
 
@@ -94,7 +95,8 @@ def pattern(
         check_results(search, replacement, case, name)
     first = cases[0]
     gm, order = _capture(search, first, subject)
-    terms = GraphTerms(gm, [names[place] for place in order], _marks(first, names), subject).terms()
+    sizes = _find_sizes(search, first, names, gm, subject)
+    terms = GraphTerms(gm, [names[place] for place in order], _marks(first, names), sizes, subject).terms()
     outputs, op = len(terms), _named(replacement, name)
     bound = {key for term in terms for key in _names_in(term)}
     unread = [
@@ -122,6 +124,7 @@ def pattern(
         for function, inputs, reason in near:
             yield getattr(function, "__name__", "near miss"), bind_numbers(function, inputs, device), reason
 
+    check = with_sizes(check, sorted({size for operands in sizes.values() for size in operands.values()}))
     optional: dict[str, Any] = {} if check is None else {"check": check}
     return Pattern(
         name,
@@ -163,6 +166,25 @@ def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple
             "pass it as one more argument"
         )
     return gm, [place_of[id(value)] for value in values]
+
+
+def _find_sizes(
+    search: Callable[..., Any], case: Arguments, names: Sequence[str], gm: fx.GraphModule, subject: str
+) -> Sizes:
+    """Return which numbers in the graph of `search` are sizes, none where it takes no larger arguments."""
+    larger = grown(case)
+    if larger is None:
+        return {}
+    try:
+        other, _ = _capture(search, larger, subject)
+    except FxoptError:
+        return {}
+    tensors = [
+        (name, tuple(value.shape), tuple(big.shape))
+        for name, value, big in zip(names, case, larger, strict=True)
+        if isinstance(value, torch.Tensor)
+    ]
+    return find_sizes(gm, other, tensors)
 
 
 def _marks(case: Arguments, names: Sequence[str]) -> dict[float, str]:

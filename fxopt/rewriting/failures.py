@@ -20,6 +20,7 @@ CURES = (
     ("data-dependent", "branch on no value of a tensor: torch.where takes both sides, torch.clamp limits"),
     ("builtin operator `print`", "leave out the print"),
     ("in-place", "write to no argument: make a new tensor"),
+    ("by an inplace operation", "write to nothing that backward reads: make a new tensor"),
 )
 """What torch and Triton say, in part, and what helps."""
 MOST_CHARACTERS = 200

@@ -11,6 +11,7 @@ from torch import fx
 from fxopt.errors import FxoptError
 from fxopt.graph import vocabulary
 from fxopt.graph.view import results_of
+from fxopt.rewriting.own_sizes import Sizes
 from fxopt.rewriting.terms import downcast, maybe, number, tensor, upcast
 from fxopt.rewriting.trees import Term, items_of, operation
 
@@ -22,9 +23,10 @@ class GraphTerms:
     """Turns a canonical graph into terms; a node that is read twice is one term."""
 
     def __init__(
-        self, gm: fx.GraphModule, names: Sequence[str], marks: dict[float, str], subject: str
+        self, gm: fx.GraphModule, names: Sequence[str], marks: dict[float, str], sizes: Sizes, subject: str
     ) -> None:
         self._gm, self._marks, self._subject = gm, marks, subject
+        self._sizes = {node: sizes[at] for at, node in enumerate(gm.graph.nodes) if at in sizes}
         holes = gm.graph.find_nodes(op="placeholder")
         self._terms: dict[fx.Node, Term] = {
             node: tensor(name) for node, name in zip(holes, names, strict=True)
@@ -78,8 +80,10 @@ class GraphTerms:
             return _optional_cast(node, self._value(node.args[0]))
         operands = vocabulary.BY_TARGET[target].operands if target in vocabulary.BY_TARGET else ()
         names = (*operands, *[""] * len(node.args))
+        sizes = self._sizes.get(node, {})
         args = tuple(
-            ... if name in FREE else self._value(item) for name, item in zip(names, node.args, strict=False)
+            ... if name in FREE else number(sizes[place]) if place in sizes else self._value(item)
+            for place, (name, item) in enumerate(zip(names, node.args, strict=False))
         )
         attributes = {key: ... if key in FREE else self._value(value) for key, value in node.kwargs.items()}
         return operation(target, *args, **attributes)

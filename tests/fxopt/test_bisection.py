@@ -110,6 +110,12 @@ def test_mistakes_are_told() -> None:
         fxopt.FxoptError, match=r"check: fails on the stock model, .*: it returned False\ngive"
     ):
         fxopt.bisect(make_model(), lambda model: False, on_progress=quiet)
+    with pytest.raises(
+        fxopt.FxoptError, match=r"fails on the stock model, .*: RuntimeError: Boolean value.*\ngive"
+    ):
+        fxopt.bisect(make_model(), lambda model: torch.ones(2), on_progress=quiet)
+    with pytest.raises(fxopt.FxoptError, match=r"on the stock model, .*: SystemExit: 0 \(test_b.*\ngive"):
+        fxopt.bisect(make_model(), lambda model: sys.exit(0), on_progress=quiet)
     with pytest.raises(fxopt.FxoptError, match=r"check: no rewrite was made while it ran, expected .*\nrun"):
         fxopt.bisect(make_model(), lambda model: None, on_progress=quiet)
 

@@ -50,6 +50,19 @@ def test_a_good_pattern_passes_and_every_kind_is_checked() -> None:
     assert int(spelled.split()[0]) > 8
 
 
+def writing(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x).mul_(2)
+
+
+def test_an_example_without_gradients_of_its_own_is_told() -> None:
+    (failed,) = failures(fxopt.pattern(writing, lambda x: torch.tanh(x) * 2, [X]))
+    assert failed.kind == "example"
+    assert re.search(
+        r"writing \(test_check.py:\d+\): expected it to run, got RuntimeError: .*; write to nothing that backward",
+        failed.detail,
+    )
+
+
 def test_a_near_miss_that_matches_is_told() -> None:
     mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(growth, X, "anything")])
     (failed,) = failures(mine)
@@ -252,6 +265,8 @@ def test_the_skeletons_kernels_equal_its_reference_in_the_interpreter(
     [
         ("Bad-Name", r"got 'Bad-Name'\ntry"),
         ("class", r"got 'class'\ntry"),
+        ("größe", r"expected a name of a-z, 0-9 and _ that Python can import, got 'größe'\ntry"),
+        ("test_norm", r"expected a name that pytest takes for no test, got 'test_norm'\nuse"),
         ("glu", r"glu is a pattern of the library already"),
         ("torch", r"torch means something else in the files that would be written, expected a new name\nuse"),
     ],

@@ -102,3 +102,39 @@ def test_check_pattern_varies_sizes_beyond_those_of_the_examples() -> None:
     right = fxopt.pattern(squared, lambda x: x * F.relu(x) * 0.5, [(torch.randn(4, 8),)])
     (told,) = [finding.detail for finding in check_pattern(right) if finding.kind == "sizes"]
     assert told == "proven at x: [4, 7] and [1012, 1032] too"
+
+
+def by_width(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x.sum(-1, keepdim=True) / x.shape[-1]) * w
+
+
+class ByNumber(nn.Module):
+    """Divides by a number, which is its width or is not."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.w = number, nn.Parameter(torch.randn(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w * torch.tanh(x.sum(-1, keepdim=True) / self.number)
+
+
+def test_a_size_that_is_a_number_is_that_of_the_model() -> None:
+    mine = fxopt.pattern(
+        by_width, lambda x, w: torch.tanh(x.mean(-1, keepdim=True)) * w, [(torch.randn(4, 8), torch.randn(8))]
+    )
+    assert str(mine) == "by_width: mul(tanh(div(sum(x, dim=(-1,)), x.shape[-1])), w)"
+    assert [str(finding) for finding in check_pattern(mine) if not finding.holds] == []
+    for number, rewritten in ((24, ["by_width"]), (8, [])):
+        model = fxopt.optimize(ByNumber(number), patterns=[mine])
+        model(torch.randn(3, 24)).sum().backward()
+        report = fxopt.explain(model)
+        assert [rewrite.pattern for rewrite in report.rewrites] == rewritten
+        assert ("expected x.shape[-1] of [3, 24], got 8" in report.why_not("by_width")) == (not rewritten)
+
+
+def test_a_number_that_is_written_stays_it() -> None:
+    mine = fxopt.pattern(
+        lambda x: torch.tanh(x) / 8, lambda x: torch.tanh(x) / 8, [(torch.randn(4, 8),)], name="eighth"
+    )
+    assert str(mine) == "eighth: div(tanh(x), 8)"
