@@ -177,7 +177,14 @@ def facts_of(
         spread=sharded.spread,
         uncounted=sharded.uncounted,
         measured=ROOFLINES if named is not None else find_measured(place, _spare_of(options, static, device)),
+        replayed=_is_replayed(options, lowering, place, named),
     )
+
+
+def _is_replayed(options: Options, lowering: str, place: torch.device, named: Device | None) -> bool:
+    on_gpu = place.type == "cuda" or named is not None
+    is_alone = torch_distributed.num_ranks() == 1
+    return on_gpu and is_alone and lowering == "inductor" and options.cuda_graphs == "auto"
 
 
 def _spare_of(options: Options, static: int, device: Device) -> int | None:

@@ -27,8 +27,9 @@ class Facts:
     `static_bytes` live all the time, `gradient_bytes` are those that the optimizer is given at a time, of
     `trained_bytes` in all; `tied_bytes` takes the gradient that a parameter used before and after the blocks gets last;
     `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much may wait on the
-    host, where that `host_is_asked` for by somebody or not; `spread` what an engine
-    adds that shards the parameters, `uncounted` why that is not known; `measured` knows what ops take on the device.
+    host, where that `host_is_asked` for by somebody or not; `spread` what an engine adds that shards the parameters,
+    `uncounted` why that is not known; `measured` knows what ops take on the device; whether blocks are `replayed` as
+    CUDA graphs.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Facts:
     spread: Spread = NOT_SPREAD
     measured: Measured = ROOFLINES
     uncounted: str = ""
+    replayed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from fxopt.remat.figures import (
 from fxopt.remat.given import FROZEN, decided_number, frozen_menu, menu_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.offload import hides_launches
-from fxopt.remat.step import Around, Beside, spread_decision
+from fxopt.remat.step import Around, Beside, copy_shared, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 from fxopt.remat.views import Views
@@ -323,9 +323,10 @@ class StepPlanner:
             key = id(menu), goal.tokens, beside
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
-                self._scaled[key] = tuple(
-                    spread_decision(scale_decision(decision, scale), beside) for decision in menu.decisions
-                )
+                scaled = [scale_decision(decision, scale) for decision in menu.decisions]
+                if self._look().replayed:
+                    scaled = [copy_shared(decision) for decision in scaled]
+                self._scaled[key] = tuple(spread_decision(decision, beside) for decision in scaled)
             offered.append(self._scaled[key])
         return offered
 

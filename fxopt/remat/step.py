@@ -79,6 +79,20 @@ def spread_decision(decision: Decision, beside: Beside) -> Decision:
     )
 
 
+def copy_shared(decision: Decision) -> Decision:
+    """Return `decision` for a block that is replayed as a CUDA graph: it keeps copies of what other blocks read too.
+
+    Tables of positions and masks are such inputs. A graph reads them where it read them when it was recorded.
+    """
+    copied = sum(residual.bytes for residual in decision.saved if residual.shared)
+    return dataclasses.replace(
+        decision,
+        saved_bytes=decision.saved_bytes + copied,
+        forward_bytes=decision.forward_bytes + copied,
+        backward_bytes=decision.backward_bytes + copied,
+    )
+
+
 def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:
     """Return the instants of one step: each block forward, what follows them, each block backward, the update.
 

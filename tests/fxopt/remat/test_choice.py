@@ -17,8 +17,8 @@ from fxopt.remat.choice import (
     peak_of,
     time_of,
 )
-from fxopt.remat.step import Around, find_peak, landing_bytes, peak_bytes, simulate_step
-from fxopt.report.plan import Decision
+from fxopt.remat.step import Around, copy_shared, find_peak, landing_bytes, peak_bytes, simulate_step
+from fxopt.report.plan import Decision, Residual
 
 
 def decision(saved: int, recompute_ms: float, extra: int = 0, gradients: int = 0) -> Decision:
@@ -255,3 +255,16 @@ def test_in_chunks_never_over_the_budget_more_budget_never_slower_and_no_uniform
         if (found := choose_decisions(candidates, AROUND, more)) is not None
     ]
     assert times == sorted(times, reverse=True)
+
+
+def test_a_replayed_block_keeps_copies_of_what_other_blocks_read_too():
+    mask = Residual("input#1", (8,), "bool", 8, 0.0, "", shared=True)
+    own = Residual("input#0", (4,), "float32", 16, 0.0, "")
+    block = dataclasses.replace(decision(16, 0.0, 2, 3), saved=(own, mask))
+    copied = copy_shared(block)
+    assert (copied.saved_bytes, copied.forward_bytes, copied.backward_bytes) == (
+        block.saved_bytes + 8,
+        block.forward_bytes + 8,
+        block.backward_bytes + 8,
+    )
+    assert copy_shared(decision(16, 0.0)) == decision(16, 0.0)
