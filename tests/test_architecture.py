@@ -141,7 +141,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "graph": {"torch"},
     "capture": {"torch", "functorch", "triton", *HUGGING_FACE},
     "rewriting": {"torch"},
-    "remat": {"torch", "networkx"},
+    "remat": {"torch", "networkx", "numpy"},
     "sites": {"torch"},
     "timing": {"torch"},
     "spreading": {"torch"},

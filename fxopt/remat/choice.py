@@ -8,7 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
+
 from fxopt.remat.knapsack import Option, find_front
+from fxopt.remat.peaks import Column, host_bytes_of_all, peaks_of, times_of
 from fxopt.remat.step import Around, peak_bytes
 from fxopt.report.plan import Decision
 
@@ -16,6 +19,8 @@ PAIRS = 64
 """So many combinations of menus with two options each are tried; beyond it only neighbours on the hull are paired."""
 WORTHWHILE = 0.002
 """What one more form of the last block must save of a step's time: it costs a capture."""
+
+TOO_MUCH = int(np.iinfo(np.int64).max)
 
 Menu = tuple[Decision, ...]
 """Blocks of one form have the same menu: the same object."""
@@ -28,20 +33,15 @@ class Candidates:
 
     menus: tuple[Menu, ...]
     numbers: tuple[tuple[int, ...], ...]
-    peaks: dict[Around, list[int | None]] = dataclasses.field(
-        default_factory=lambda: dict[Around, list[int | None]]()
-    )
-    """By what surrounds the blocks: the peak of each choice, None where that leaves too much on the host."""
+    host_bytes: Column
+    peaks: dict[Around, Column] = dataclasses.field(default_factory=lambda: dict[Around, Column]())
+    """By what surrounds the blocks: the peak of each choice, `TOO_MUCH` where that leaves too much on the host."""
 
-    def peaks_within(self, around: Around) -> list[int | None]:
+    def peaks_within(self, around: Around) -> Column:
         """Return `peaks` of `around`, simulated once."""
         if around not in self.peaks:
-            self.peaks[around] = [
-                peak_of(self.menus, numbers, around)
-                if host_bytes_of(self.menus, numbers) <= around.host_bytes
-                else None
-                for numbers in self.numbers
-            ]
+            peaks = peaks_of(self.menus, self.numbers, around)
+            self.peaks[around] = np.where(self.host_bytes <= around.host_bytes, peaks, TOO_MUCH)
         return self.peaks[around]
 
 
@@ -54,10 +54,11 @@ def find_candidates(menus: Sequence[Menu]) -> Candidates:
         for numbers in set(_candidates(menus, level))
         for spared in _spare_the_last(menus, numbers, _at_level(menus[-1], level))
     }
-    found = sorted(
-        found, key=lambda numbers: (time_of(menus, numbers), host_bytes_of(menus, numbers), numbers)
-    )
-    return Candidates(tuple(menus), tuple(found))
+    numbers = sorted(found)
+    host_bytes = host_bytes_of_all(menus, numbers)
+    order: Column = np.lexsort((host_bytes, times_of(menus, numbers)))  # equals stay in order
+    ordered = tuple(numbers[int(place)] for place in order)
+    return Candidates(tuple(menus), ordered, host_bytes[order])
 
 
 def choose_decisions(candidates: Candidates, around: Around, limit: int | None) -> tuple[int, ...] | None:
@@ -68,13 +69,13 @@ def choose_decisions(candidates: Candidates, around: Around, limit: int | None) 
     """
     if limit is None:
         return (0,) * len(candidates.menus)
-    pairs = zip(candidates.numbers, candidates.peaks_within(around), strict=True)
-    return next((numbers for numbers, peak in pairs if peak is not None and peak <= limit), None)
+    fitting = (candidates.peaks_within(around) <= min(limit, TOO_MUCH - 1)).nonzero()[0]
+    return candidates.numbers[int(fitting[0])] if len(fitting) else None
 
 
 def find_smallest(candidates: Candidates, around: Around) -> int:
     """Return the lowest peak that any choice reaches."""
-    return min(peak for peak in candidates.peaks_within(around) if peak is not None)
+    return int(candidates.peaks_within(around).min())
 
 
 def peak_of(menus: Sequence[Menu], numbers: Sequence[int], around: Around) -> int:

@@ -233,14 +233,18 @@ def test_a_plan_says_how_much_of_its_time_was_measured(monkeypatch, tmp_path):
 
 
 def test_a_plan_names_what_was_not_timed(monkeypatch):
-    monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare: Measured(FakeTimer("no time is left")))
+    monkeypatch.setattr(
+        "fxopt.planning.find_measured", lambda place, spare: Measured(FakeTimer("no time is left"))
+    )
     plan = fxopt.plan(make_model(), None, INPUTS)
     assert plan.rooflines == ("aten::mm: no time is left",)
     assert "  by datasheet: aten::mm: no time is left" in str(plan)
 
 
 def test_a_named_device_costs_its_roofline(monkeypatch):
-    monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare: pytest.fail("nothing of it is here"))
+    monkeypatch.setattr(
+        "fxopt.planning.find_measured", lambda place, spare: pytest.fail("nothing of it is here")
+    )
     model = make_model()
     assert facts_of(model, ("0", "1", "2"), Options(()), DEVICES[0]).measured is ROOFLINES
 
