@@ -153,6 +153,7 @@ class BlockCalls:
                 torch_errors.is_of_backend(error) or torch_errors.is_of_limit(error)
             )
             may_loop = is_of_loop and not broken and type(block) not in self._looping_classes
+            is_own_failure = torch_errors.is_of_backend(error) and not torch_errors.hangs_on_values(error)
         if may_loop:
             found = self._serve_looping(path, block, hooks, args, kwargs)
             if found is not None:
@@ -180,6 +181,8 @@ class BlockCalls:
         else:
             self.stock_classes[type(block)] = reason
             self.ledger.refused[self.region] = reason
+            if is_own_failure:
+                log.warning("%s runs as stock, slower and with more memory: %s", self.region, reason)
         return output
 
     def _serve_looping(

@@ -319,6 +319,27 @@ def test_a_block_that_breaks_stays_stock_with_reason_and_line(install, assert_sa
     assert "ata-dependent" in reason or "item" in reason
 
 
+def test_a_block_that_fxopt_itself_fails_on_runs_as_stock_and_is_warned_of_once(caplog):
+    class Plain(BreakingModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def fail(gm, *, region, lazy_outputs):
+        if region == "blocks":
+            raise ValueError("planted")
+
+    model, x = Plain(), torch.randn(4, 8)
+    stock = model(x)
+    Installation(model, None, fail, torch_lowering.plain_backend, partial=False).install()
+    for _ in range(2):
+        assert torch.equal(model(x), stock)
+    (record,) = (record for record in caplog.records if record.name == "fxopt")
+    assert record.getMessage().startswith(
+        "blocks runs as stock, slower and with more memory: ValueError: planted"
+    )
+
+
 def test_partial_optimizes_the_pieces_of_a_block_that_breaks(install, assert_same_step):
     model = BreakingModel()
     stock = copy.deepcopy(model)
