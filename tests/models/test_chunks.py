@@ -197,7 +197,7 @@ def test_a_plan_in_chunks_is_written_given_back_and_needs_what_it_says(monkeypat
     whole = fxopt.plan(Stack(), "min", inputs)
     assert max(chunks_of(whole)) == 1
     assert whole.peak_bytes > 1.3 * plan.peak_bytes
-    with pytest.raises(fxopt.FxoptError, match="expected values of this block's own, got 4 chunks"):
+    with pytest.raises(fxopt.FxoptError, match="expected for a block what it can do, got 4 chunks"):
         fxopt.optimize(Stack(), plan=plan)(**inputs)
 
 
