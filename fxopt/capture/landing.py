@@ -36,7 +36,7 @@ class Landing:
         if number == len(self._places):
             self._places.append(self._allocate(starts[-1]))
         elif self._places[number].numel() < starts[-1]:
-            self._places[number] = self._places[number][:0]
+            self._places[number] = self._allocate(0)  # the old one is given up first
             self._places[number] = self._allocate(starts[-1])
         self._taken.add(number)
         place = self._places[number]

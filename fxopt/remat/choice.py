@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from fxopt.remat.knapsack import Option, find_front
-from fxopt.remat.peaks import Column, host_bytes_of_all, peaks_of, times_of
+from fxopt.remat.peaks import Column, Table, host_bytes_of_all, peaks_of, times_of
 from fxopt.remat.step import Around, peak_bytes
 from fxopt.report.plan import Decision
 
@@ -32,7 +32,7 @@ class Candidates:
     """The choices worth a look for blocks with these menus, the fastest first; they serve any limit."""
 
     menus: tuple[Menu, ...]
-    numbers: tuple[tuple[int, ...], ...]
+    table: Table
     host_bytes: Column
     peaks: dict[Around, Column] = dataclasses.field(default_factory=lambda: dict[Around, Column]())
     """By what surrounds the blocks: the peak of each choice, `TOO_MUCH` where that leaves too much on the host."""
@@ -40,25 +40,26 @@ class Candidates:
     def peaks_within(self, around: Around) -> Column:
         """Return `peaks` of `around`, simulated once."""
         if around not in self.peaks:
-            peaks = peaks_of(self.menus, self.numbers, around)
+            peaks = peaks_of(self.menus, self.table, around)
             self.peaks[around] = np.where(self.host_bytes <= around.host_bytes, peaks, TOO_MUCH)
         return self.peaks[around]
+
+    def numbers_at(self, place: int) -> tuple[int, ...]:
+        """Return the number of each block's decision in the choice at `place`."""
+        return tuple(map(int, self.table[place]))
 
 
 def find_candidates(menus: Sequence[Menu]) -> Candidates:
     """Return what `choose_decisions` chooses from."""
-    levels = sorted({decision.chunks for menu in menus for decision in menu})
-    found = {
-        spared
-        for level in levels
-        for numbers in set(_candidates(menus, level))
-        for spared in _spare_the_last(menus, numbers, _at_level(menus[-1], level))
-    }
-    numbers = sorted(found)
-    host_bytes = host_bytes_of_all(menus, numbers)
-    order: Column = np.lexsort((host_bytes, times_of(menus, numbers)))  # equals stay in order
-    ordered = tuple(numbers[int(place)] for place in order)
-    return Candidates(tuple(menus), ordered, host_bytes[order])
+    found: set[tuple[int, ...]] = set()
+    for level in sorted({decision.chunks for menu in menus for decision in menu}):
+        faster = _find_faster(menus, _at_level(menus[-1], level))
+        for numbers in set(_candidates(menus, level)):
+            found.update((*numbers[:-1], last) for last in faster[numbers[-1]])
+    table = np.array(sorted(found))
+    host_bytes = host_bytes_of_all(menus, table)
+    order: Column = np.lexsort((host_bytes, times_of(menus, table)))  # equals stay in order
+    return Candidates(tuple(menus), table[order], host_bytes[order])
 
 
 def choose_decisions(candidates: Candidates, around: Around, limit: int | None) -> tuple[int, ...] | None:
@@ -70,7 +71,7 @@ def choose_decisions(candidates: Candidates, around: Around, limit: int | None) 
     if limit is None:
         return (0,) * len(candidates.menus)
     fitting = (candidates.peaks_within(around) <= min(limit, TOO_MUCH - 1)).nonzero()[0]
-    return candidates.numbers[int(fitting[0])] if len(fitting) else None
+    return candidates.numbers_at(int(fitting[0])) if len(fitting) else None
 
 
 def find_smallest(candidates: Candidates, around: Around) -> int:
@@ -110,15 +111,18 @@ def _candidates(menus: Sequence[Menu], level: int) -> Iterator[tuple[int, ...]]:
     for key in forms:  # what may go to the host only adds to what there is without
         if len(on_device[key]) < len(allowed[key]):
             offers[key] = list(dict.fromkeys((*offers[key], *_offers(allowed[key], counts[key], pairing))))
+    of_form = {key: [place for place, menu in enumerate(menus) if id(menu) == key] for key in forms}
+    places = [place for own in of_form.values() for place in own]
+    back = [places.index(place) for place in range(len(menus))]
     for chosen in itertools.product(*offers.values()):
-        mixes = {key: list(_mixes(offer, counts[key])) for key, offer in zip(forms, chosen, strict=True)}
-        options = [[_sum_of(forms[key], mix) for mix in found] for key, found in mixes.items()]
+        pairs = zip(forms.items(), chosen, strict=True)
+        mixes = [[_ordered(form, mix) for mix in _mixes(offer, counts[key])] for (key, form), offer in pairs]
+        options = [
+            [_sum_of(form, mix) for mix in found] for form, found in zip(forms.values(), mixes, strict=True)
+        ]
         for picked in find_front(options):
-            taken = {
-                key: iter(_ordered(forms[key], found[number]))
-                for (key, found), number in zip(mixes.items(), picked, strict=True)
-            }
-            yield tuple(next(taken[id(menu)]) for menu in menus)
+            taken = [n for found, number in zip(mixes, picked, strict=True) for n in found[number]]
+            yield tuple([taken[place] for place in back])
 
 
 def _at_level(form: Menu, level: int) -> list[int]:
@@ -164,29 +168,29 @@ def _neighbours(numbers: Sequence[int], _: int) -> Iterable[Offer]:
     return itertools.pairwise(numbers)
 
 
-def _ordered(form: Menu, numbers: Offer) -> list[int]:
+def _ordered(form: Menu, numbers: Offer) -> Offer:
     """Return `numbers` so that of equal blocks the later save more: what they save is freed first.
 
     The first ones offload: their values have the longest time to come back.
     """
-    return sorted(numbers, key=lambda number: (not form[number].offloaded_bytes, form[number].saved_bytes))
+    return tuple(
+        sorted(numbers, key=lambda number: (not form[number].offloaded_bytes, form[number].saved_bytes))
+    )
 
 
-def _spare_the_last(
-    menus: Sequence[Menu], numbers: tuple[int, ...], allowed: list[int]
-) -> Iterator[tuple[int, ...]]:
-    """Yield `numbers`, and the same with each faster `allowed` decision for the last block that is worth a capture.
+def _find_faster(menus: Sequence[Menu], allowed: list[int]) -> dict[int, list[int]]:
+    """Return of each decision of the last block those to try in its place: itself, and faster ones worth a capture.
 
-    The last block offloads nothing: backward needs it at once. Where it would, all its other decisions are yielded.
+    The last block offloads nothing: backward needs it at once. Where it would, all its other decisions are tried.
     """
-    last, taken = menus[-1], menus[-1][numbers[-1]]
-    if taken.offloaded_bytes:
-        kept = [number for number in allowed if not last[number].offloaded_bytes]
-        yield from ((*numbers[:-1], number) for number in kept or (numbers[-1],))
-        return
-    yield numbers
-    total = sum(menu[number].compute_ms for menu, number in zip(menus, numbers, strict=True))
-    for faster in allowed:
-        saved_ms = taken.extra_ms - last[faster].extra_ms
-        if not last[faster].offloaded_bytes and saved_ms > WORTHWHILE * total:
-            yield (*numbers[:-1], faster)
+    last = menus[-1]
+    least_ms = WORTHWHILE * sum(min(decision.compute_ms for decision in menu) for menu in menus)
+    on_device = [number for number in allowed if not last[number].offloaded_bytes]
+
+    def find(number: int) -> list[int]:
+        taken = last[number]
+        if taken.offloaded_bytes:
+            return on_device or [number]
+        return [number, *(n for n in on_device if taken.extra_ms - last[n].extra_ms > least_ms)]
+
+    return {number: find(number) for number in range(len(last))}

@@ -100,7 +100,7 @@ def _limit_asked_for(
         asked, there = map(format_bytes, (limit, device.memory_bytes))
         return None, f"memory_budget: {asked} is more than {device.name} has ({there}): treated as unlimited"
     if limit < smallest:
-        numbers = candidates.numbers[int(candidates.peaks_within(beside).argmin())]
+        numbers = candidates.numbers_at(int(candidates.peaks_within(beside).argmin()))
         taken = [menu[number] for menu, number in zip(candidates.menus, numbers, strict=True)]
         peak_at = find_peak(simulate_step(facts.paths, taken, beside)).name
         raise FxoptError(

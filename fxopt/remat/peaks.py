@@ -20,42 +20,43 @@ NONE = -1
 
 Column = NDArray[Any]
 """What all choices have of one block: [choices]."""
+Table = NDArray[Any]
+"""The number of each block's decision in each choice: [choices, blocks]."""
 Menus = Sequence[tuple[Decision, ...]]
-Numbers = Sequence[tuple[int, ...]]
 
 
-def peaks_of(menus: Menus, numbers: Numbers, around: Around) -> Column:
-    """Return the simulated peak of each choice of `numbers`: one decision of `menus` per block."""
-    return _batched(menus, numbers, lambda columns: _peaks(columns, around))
+def peaks_of(menus: Menus, table: Table, around: Around) -> Column:
+    """Return the simulated peak of each choice of `table`: one decision of `menus` per block."""
+    return _batched(menus, table, lambda columns: _peaks(columns, around))
 
 
-def times_of(menus: Menus, numbers: Numbers) -> Column:
+def times_of(menus: Menus, table: Table) -> Column:
     """Return the milliseconds that each choice spends on computing again and on waiting for the host."""
-    return _batched(menus, numbers, lambda columns: _sum(columns.of("extra_ms"), np.float64))
+    return _batched(menus, table, lambda columns: _sum(columns.of("extra_ms"), np.float64))
 
 
-def host_bytes_of_all(menus: Menus, numbers: Numbers) -> Column:
+def host_bytes_of_all(menus: Menus, table: Table) -> Column:
     """Return the bytes that each choice keeps on the host."""
-    return _batched(menus, numbers, lambda columns: _sum(columns.of("offloaded_bytes"), np.int64))
+    return _batched(menus, table, lambda columns: _sum(columns.of("offloaded_bytes"), np.int64))
 
 
 class _Columns:
     """What the decisions of some choices have, block by block."""
 
-    def __init__(self, menus: Menus, numbers: Numbers) -> None:
+    def __init__(self, menus: Menus, table: Table) -> None:
         self._menus = menus
-        self._numbers = np.array(numbers, dtype=np.int64)
+        self._table = table
 
     def of(self, field: str) -> Iterator[Column]:
         """Yield of each block what all choices have in `field`."""
         tables = {id(menu): np.array([getattr(d, field) for d in menu]) for menu in self._menus}
         for place, menu in enumerate(self._menus):
-            yield tables[id(menu)][self._numbers[:, place]]
+            yield tables[id(menu)][self._table[:, place]]
 
 
-def _batched(menus: Menus, numbers: Numbers, compute: Callable[[_Columns], Column]) -> Column:
-    starts = range(0, len(numbers), BATCH)
-    return np.concatenate([compute(_Columns(menus, numbers[start : start + BATCH])) for start in starts])
+def _batched(menus: Menus, table: Table, compute: Callable[[_Columns], Column]) -> Column:
+    starts = range(0, len(table), BATCH)
+    return np.concatenate([compute(_Columns(menus, table[start : start + BATCH])) for start in starts])
 
 
 def _sum(columns: Iterator[Column], dtype: type[Any]) -> Column:

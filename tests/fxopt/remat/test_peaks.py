@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,7 @@ def test_each_peak_is_that_of_its_own_step(data, count, tied, reduced, whole):
     tail = tuple(data.draw(st.lists(decisions(), max_size=2)))
     around = Around(50, tail, 30, 10**6, whole, reduced, tied)
     numbers = list(itertools.product(*(range(len(menu)) for menu in menus)))
-    assert peaks_of(menus, numbers, around).tolist() == [peak_of(menus, each, around) for each in numbers]
-    assert host_bytes_of_all(menus, numbers).tolist() == [host_bytes_of(menus, each) for each in numbers]
-    assert times_of(menus, numbers).tolist() == [time_of(menus, each) for each in numbers]
+    table = np.array(numbers)
+    assert peaks_of(menus, table, around).tolist() == [peak_of(menus, each, around) for each in numbers]
+    assert host_bytes_of_all(menus, table).tolist() == [host_bytes_of(menus, each) for each in numbers]
+    assert times_of(menus, table).tolist() == [time_of(menus, each) for each in numbers]
