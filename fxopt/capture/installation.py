@@ -94,6 +94,8 @@ class Installation:
             )
         else:
             self.model_call = None
+        if self.offloader is not None and self.model_call is not None:
+            self.model_call.note_begin = self.offloader.begin
         if planner is not None and self.model_call is not None:
             self.model_call.shortage = Shortage(model, planner, self.ledger, checkpointing)
         for region in [stack.path for stack in self.regions.stacks] or [MODEL_REGION]:

@@ -6,6 +6,8 @@ step. Places are taken and given back in the same order at each, and a free one 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 ALIGNMENT = 512
@@ -18,6 +20,7 @@ class Landing:
         self._device = device
         self._places: list[torch.Tensor] = []
         self._taken: set[int] = set()
+        self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
@@ -29,6 +32,14 @@ class Landing:
 
         The place is `release`d by its number; its memory is reused in the order in which the device was asked.
         """
+        with self._lock:
+            return self._take(sizes)
+
+    def release(self, number: int) -> None:
+        """Take a place back; may be called from any thread, at any time."""
+        self._taken.discard(number)
+
+    def _take(self, sizes: list[int]) -> tuple[int, list[torch.Tensor]]:
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] - size // -ALIGNMENT * ALIGNMENT)
@@ -41,10 +52,6 @@ class Landing:
         self._taken.add(number)
         place = self._places[number]
         return number, [place[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-
-    def release(self, number: int) -> None:
-        """Take a place back; may be called from any thread, at any time."""
-        self._taken.discard(number)
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)

@@ -89,6 +89,8 @@ class ModelCall:
         """Makes them do so; called once."""
         self.share: Callable[[], None] | None = None
         """Makes the leaves hand on mappings; called once, where the model cannot be captured without."""
+        self.note_begin: Callable[[], None] = lambda: None
+        """Called when a call begins that is served."""
         self.shortage: Shortage | None = None
         """Where the model may be planned: what is done when a forward pass runs out of memory."""
         self._trunk = Trunk(model)
@@ -118,6 +120,7 @@ class ModelCall:
                     return call_model_gathered(model, gatherings, model.forward, args, kwargs)
                 return torch_modules.stock_call(model, *args, **kwargs)
             self._owner = threading.get_ident()
+            self.note_begin()
             try:
                 with self._checkpointing.taken_over(), self._cuda_graphs.step():
                     if gatherings:

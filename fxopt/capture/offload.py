@@ -34,6 +34,10 @@ class Offloader:
         self.memory = HostMemory(find_bounds, tell)
         self._last: Callable[[], Batch | None] = _none
 
+    def begin(self) -> None:
+        """Note that a call of the model begins: what an earlier one has on the host is none of its blocks' concern."""
+        self._last = _none
+
     def wrap(self, compiled: Callable[..., Any], leaving: Leaving) -> Callable[..., Any]:
         """Return a compiled block so that the values numbered by `leaving` leave after each call of it."""
         find_self = weakref.ref(self)

@@ -144,16 +144,15 @@ class Batch:
             before.start_coming()
 
     def start_coming(self) -> None:
-        """Start to copy back all that is not on the device."""
-        missing = [away for away in self._away if away.raw is None]
-        if not missing or self._lane is None:
+        """Start to copy back all values, unless they are on the device."""
+        if self._lane is None or all(away.raw is not None for away in self._away):
             return
         self._leave_landing()
-        self._landed, places = self._lane.landing.take([away.num_bytes for away in missing])
-        for away, place in zip(missing, places, strict=True):
+        self._landed, places = self._lane.landing.take([away.num_bytes for away in self._away])
+        for away, place in zip(self._away, places, strict=True):
             away.raw = place
         self._came = self._lane.copy(
-            [(place, self._on_host(away)) for away, place in zip(missing, places, strict=True)]
+            [(place, self._on_host(away)) for away, place in zip(self._away, places, strict=True)]
         )
 
     def fetch(self, away: Away) -> torch.Tensor:

@@ -38,7 +38,8 @@ def allow_other_strides(gm: torch.fx.GraphModule) -> None:
 def _donate_nothing() -> None:
     """Say of the graphs being compiled that backward overwrites none of what forward saved, so that it may run twice.
 
-    AOTAutograd allows it to, and then refuses `retain_graph=True`; nodes that run one by one never do.
+    AOTAutograd allows it to, and then refuses `retain_graph=True`; nodes that run one by one never do. Nor may a graph
+    whose values come back from the host: a gradient written over one would lie where the next ones land.
     """
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
@@ -159,6 +160,8 @@ def inductor_backend(
     def compile_and_read(graph: torch.fx.GraphModule, *inputs: Any, **how: Any) -> Any:
         if not how.get("is_backward", False):
             leaving.read(graph.graph)
+        if leaving.numbers:
+            _donate_nothing()
         return compile_fx_inner(graph, *inputs, **how)
 
     patches: dict[str, Any] = {

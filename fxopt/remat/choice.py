@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from fxopt.errors import FxoptError
 from fxopt.remat.knapsack import Option, find_front
 from fxopt.remat.peaks import Column, Table, host_bytes_of_all, peaks_of, times_of
 from fxopt.remat.step import Around, peak_bytes
@@ -76,7 +77,13 @@ def choose_decisions(candidates: Candidates, around: Around, limit: int | None) 
 
 def find_smallest(candidates: Candidates, around: Around) -> int:
     """Return the lowest peak that any choice reaches."""
-    return int(candidates.peaks_within(around).min())
+    smallest = int(candidates.peaks_within(around).min())
+    if smallest == TOO_MUCH:
+        raise FxoptError(
+            f"max_host_memory: no choice of this plan keeps so little on the host, expected at most "
+            f"{around.host_bytes} bytes\nallow more, or plan anew"
+        )
+    return smallest
 
 
 def peak_of(menus: Sequence[Menu], numbers: Sequence[int], around: Around) -> int:

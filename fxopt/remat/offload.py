@@ -38,7 +38,7 @@ def add_offloads(joint: Joint, choices: tuple[Choice, ...]) -> tuple[Choice, ...
     return tuple(sorted(found, key=lambda choice: (_point(joint, choice)[1], len(choice.offloaded))))
 
 
-def hides_launches(joint: Joint) -> bool:
+def hides_host(joint: Joint) -> bool:
     """Return whether a block runs longer than the host takes for it, as it must where values may leave it."""
     return joint.compute_cost >= HOST_PS
 

@@ -35,7 +35,7 @@ from fxopt.remat.figures import (
 )
 from fxopt.remat.given import FROZEN, decided_number, frozen_menu, menu_of
 from fxopt.remat.joint import Joint, read_joint
-from fxopt.remat.offload import hides_launches
+from fxopt.remat.offload import hides_host
 from fxopt.remat.step import Around, Beside, copy_shared, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
@@ -175,7 +175,8 @@ class StepPlanner:
         choice = find_choice(joint, decision)
         assert not isinstance(choice, str), f"{choice} is in no graph of its own form"
         apply_choice(graph, joint, choice)
-        return f"{decision.chunks} {[residual.op for residual in (*decision.saved, *decision.offloaded)]}"
+        kept, gone = ([residual.op for residual in part] for part in (decision.saved, decision.offloaded))
+        return f"{decision.chunks} {kept} {gone}"  # what is gone changes what backward may write to
 
     def describe_last(self) -> str:
         """Return the figures of the plan of the last call, in one line."""
@@ -216,7 +217,7 @@ class StepPlanner:
         form = self._forms.setdefault(key, key)
         if form not in self._menus:
             given, tokens = self._given, self._tokens.of_call
-            offloads = facts.host_bytes > 0 and (facts.host_is_asked or hides_launches(views.whole))
+            offloads = facts.host_bytes > 0 and (facts.host_is_asked or hides_host(views.whole))
             self._menus[form] = (
                 views.add_chunks(make_menu(views.whole, tokens, offloads=offloads))
                 if given is None

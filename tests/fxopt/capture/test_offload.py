@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import uuid
 
 import pytest
 import torch
 
-from fxopt.capture import host_memory
+from fxopt.capture import host_memory, torch_lowering
 from fxopt.capture.host_memory import HostMemory, Lane
 from fxopt.capture.offload import Offloader
-from fxopt.capture.planning import Leaving
+from fxopt.capture.planning import Leaving, Mark
 from fxopt.errors import FxoptError
 
-LIMIT = 1 << 20
+LIMIT = 1 << 22
 
 
 class Double(torch.autograd.Function):
@@ -139,7 +141,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_said(told, monkeypatc
     memory = HostMemory(lambda: (4096, LIMIT), told.append)
     assert memory.take(4096, pinned=True) is not None
     assert told == [
-        "offload: 1048576 bytes of host memory could not be pinned (CUDA error: out of memory): "
+        f"offload: {LIMIT} bytes of host memory could not be pinned (CUDA error: out of memory): "
         "transfers wait until they are done"
     ]
 
@@ -253,3 +255,48 @@ def test_places_grow_and_a_graph_that_is_dropped_gives_its_own_back(offloader):
     del y
     gc.collect()
     assert offloader.memory.used_bytes == 0
+
+
+def test_under_inductor_no_gradient_lies_where_values_land(offloader, monkeypatch):
+    """Inductor writes gradients over values that only backward reads, unless it is told that these are not its own."""
+
+    def run(leaves):
+        torch._dynamo.reset()
+
+        def read(self, graph):
+            self.numbers = frozenset(range(10)) if leaves else frozenset()
+
+        monkeypatch.setattr(Leaving, "read", read)
+        mark = Mark(lambda graph, held: f"{leaves} by {uuid.uuid4()}", decides=False, offload=offloader)
+        backend = functools.partial(torch_lowering.inductor_backend, mark=mark)
+        block = torch.compile(lambda x, w: x + x * (w @ w), backend=backend)
+        torch.manual_seed(0)
+        x = torch.randn(64, 64, requires_grad=True)
+        weights = [torch.randn(64, 64).div(8).requires_grad_() for _ in range(5)]
+        y, passed_on = x, []
+        for w in weights:
+            y = block(y, w)
+            y.register_hook(lambda g: passed_on.append(g.untyped_storage().data_ptr()))
+        y.sum().backward()
+        return [each.grad for each in (x, *weights)], passed_on
+
+    expected, _ = run(leaves=False)
+    found, passed_on = run(leaves=True)
+    (lane,) = offloader.memory._lanes.values()
+    places = [place.untyped_storage().data_ptr() for place in lane.landing._places]
+    assert places
+    assert not set(places) & set(passed_on)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_call_does_not_ask_for_what_an_earlier_one_has_on_the_host(offloader):
+    x = torch.randn(1000, requires_grad=True)
+    kept = run_blocks(offloader, x, [(0,), (0,)], [])
+    offloader.begin()
+    log = []
+    run_blocks(offloader, x, [(0,), ()], log).sum().backward()
+    (lane,) = offloader.memory._lanes.values()
+    assert log == ["backward 1", "backward 0"]
+    assert len(lane.landing._places) == 1, "one block's values came back"
+    del kept

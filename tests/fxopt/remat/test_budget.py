@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fxopt.options import Options
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import find_device
 from fxopt.remat.given import find_difference
-from fxopt.remat.offload import HOST_PS, hides_launches
+from fxopt.remat.offload import HOST_PS, hides_host
 from fxopt.report.records import MODEL_REGION
 from fxopt.report.units import format_bytes
 
@@ -284,7 +285,7 @@ def test_unasked_a_block_offloads_only_where_it_runs_longer_than_the_host_launch
     monkeypatch.setattr(planning, "_host_bytes", lambda options, place: 2**26)
     found = []
     for hides in (False, True):
-        monkeypatch.setattr("fxopt.remat.planner.hides_launches", lambda joint, hides=hides: hides)
+        monkeypatch.setattr("fxopt.remat.planner.hides_host", lambda joint, hides=hides: hides)
         found.append(fxopt.plan(Stack(8), "min", inputs).host_bytes > 0)
         found.append(fxopt.plan(Stack(8), "min", inputs, max_host_memory="64MiB").host_bytes > 0)
     assert found == [False, True, True, True]
@@ -347,4 +348,18 @@ def test_a_tail_captured_again_is_counted_once():
 @pytest.mark.parametrize(("less", "hides"), [(0, True), (1, False)])
 def test_a_block_hides_the_host_where_it_runs_as_long_as_that_takes_for_it(less, hides):
     joint = types.SimpleNamespace(compute_cost=HOST_PS - less)
-    assert hides_launches(joint) is hides  # pyright: ignore[reportArgumentType]
+    assert hides_host(joint) is hides  # pyright: ignore[reportArgumentType]
+
+
+def test_a_value_on_the_host_tells_a_graph_apart_from_one_that_keeps_it():
+    """Caches know graphs by it, and backward may write over what lies on the device only."""
+    told: dict[Any, list[str]] = {0: [], "64MiB": []}
+    inputs = {"x": torch.randn(256, 16, 16)}
+    for host, texts in told.items():
+        model = fxopt.optimize(Stack(8), memory_budget="min", max_host_memory=host)
+        planner = find_installation(model).planner
+        mark = planner.mark_block
+        planner.mark_block = lambda *args, mark=mark, texts=texts: texts.append(mark(*args)) or texts[-1]
+        model(**inputs).backward()
+    assert all(text.endswith(" []") for text in told[0])
+    assert not all(text.endswith(" []") for text in told["64MiB"])
