@@ -158,6 +158,8 @@ class StepPlanner:
         goal = self._find_goal(call, self._tokens.of_call)
         assert goal is not None, "a planned block was called without a plan"
         before = self._form_of.get(path)
+        if before is FROZEN:  # it trains now, and others may: what they save is not known
+            self._seen.difference_update([p for p, form in self._form_of.items() if form is FROZEN])
         views, form = self._read_block(path, call, graph, held)
         if (
             goal not in self._goals

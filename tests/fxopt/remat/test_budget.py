@@ -363,3 +363,19 @@ def test_a_value_on_the_host_tells_a_graph_apart_from_one_that_keeps_it():
         model(**inputs).backward()
     assert all(text.endswith(" []") for text in told[0])
     assert not all(text.endswith(" []") for text in told["64MiB"])
+
+
+def test_blocks_that_train_after_all_are_planned_within_the_budget():
+    inputs = {"x": torch.randn(32, 8, 16)}
+    limit = fxopt.plan(Stack(6), "min", inputs).peak_bytes * 5 // 4
+    model = Stack(6)
+    model.parts[:5].requires_grad_(False)
+    fxopt.optimize(model, memory_budget=limit)
+    for _ in range(2):
+        model(**inputs).backward()
+    model.requires_grad_(True)
+    model(**inputs).backward()
+    plan = fxopt.explain(model).plans[-1]
+    assert plan.peak_bytes <= limit
+    assert not fxopt.explain(model).fallbacks
+    assert all(plan.decisions[number].saved_bytes for _, number in plan.layers)
