@@ -152,7 +152,7 @@ def diff(
     first: Annotated[Path, typer.Argument(help="A report as JSON, before.")],
     second: Annotated[Path, typer.Argument(help="A report as JSON, after.")],
 ) -> None:
-    """Compare two reports; exit with 1 where a rewrite, a capture or a served call was lost."""
+    """Compare two reports; exit with 1 where a rewrite, a capture, a served call, a plan or a figure was lost."""
     from fxopt.report.diff import diff_reports
     from fxopt.report.load import load_report
 
@@ -188,8 +188,9 @@ def check_pattern(
     """Run the proofs of the patterns in a file; exit with 1 where one fails."""
     from fxopt.authoring.check import check_pattern
     from fxopt.authoring.files import load_patterns
-    from fxopt.authoring.reach import find_reach
+    from fxopt.authoring.reach import check_names, find_reach
 
+    check_names(over or ())
     patterns = load_patterns(file)
     failed = False
     for pattern in patterns:

@@ -21,7 +21,7 @@ from fxopt.options import Options
 from fxopt.report.records import MODEL_REGION, GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import RewriteResult
-from fxopt.sites import Outcome, find_own_forms, find_sites
+from fxopt.sites import Outcome, find_elsewhere, find_own_forms, find_sites
 
 
 @dataclasses.dataclass
@@ -94,4 +94,5 @@ def run_passes(
     )
     rewritten, autocast = kept_for_work(gm), ambient_autocast()
     measure = functools.cache(lambda: (measure_work(stock(), autocast), measure_work(rewritten(), autocast)))
-    return Outcome(sites, mismatches, graph, backends, measure)
+    elsewhere = find_elsewhere(anchors, job.result)
+    return Outcome(sites, mismatches, graph, backends, measure, elsewhere)

@@ -13,7 +13,16 @@ from fxopt.capture.installation import Installation
 from fxopt.capture.ledger import Capture
 from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
-from fxopt.report.records import MODEL_REGION, GraphRecord, MismatchRecord, RegionRecord, Report, Site, Work
+from fxopt.report.records import (
+    MODEL_REGION,
+    GraphRecord,
+    MismatchRecord,
+    RegionRecord,
+    Report,
+    RewriteElsewhere,
+    Site,
+    Work,
+)
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.near_places import find_near_places
 from fxopt.rewriting.pattern import Mismatch
@@ -36,6 +45,7 @@ class Outcome:
     graph: GraphRecord
     backends: tuple[Backend, ...]
     measure: Callable[[], tuple[Work | None, Work | None]]
+    elsewhere: tuple[RewriteElsewhere, ...] = ()
 
 
 def find_sites(
@@ -86,6 +96,20 @@ def find_sites(
     for pattern in own_forms:
         mismatches += _misses_of(before, pattern, result, lazy_outputs)
     return tuple(sites), tuple(mismatches), tuple(backends)
+
+
+def find_elsewhere(anchors: Sequence[Anchor], result: RewriteResult) -> tuple[RewriteElsewhere, ...]:
+    """Return the rewrites at none of `anchors`; where a later one took what an earlier one made, the later alone."""
+    known = {anchor.node for anchor in anchors}
+    found: list[RewriteElsewhere] = []
+    for place, rewrite in enumerate(result.rewrites):
+        later = result.rewrites[place + 1 :]
+        if known.isdisjoint(rewrite.origins) and not any(rewrite.origins <= r.origins for r in later):
+            record, module = rewrite.record, module_of(rewrite.match.outputs[0])
+            found.append(
+                RewriteElsewhere(record.pattern, record.op, 1, module, record.location, rewrite.proof)
+            )
+    return tuple(found)
 
 
 def find_own_forms(patterns: Iterable[Any]) -> list[Any]:
@@ -167,6 +191,7 @@ def build_report(installation: Installation) -> Report:
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
         patterns=tuple(pattern.name for pattern in installation.options.patterns),
         plans=planner.plans if planner else (),
+        elsewhere=_count_elsewhere(served),
         measure=lambda: tuple(capture.outcome.measure() for capture in used),
     )
 
@@ -224,6 +249,23 @@ def _count_misses(served: Sequence[tuple[str, Capture]]) -> tuple[MismatchRecord
             module = ".".join(part for part in (prefix, miss.module) if part)
             first.setdefault(key, dataclasses.replace(miss, module=module))
     return tuple(dataclasses.replace(miss, count=counts[key]) for key, miss in first.items())
+
+
+def _count_elsewhere(served: Sequence[tuple[str, Capture]]) -> tuple[RewriteElsewhere, ...]:
+    """Return the rewrites at no site of all layers, equal ones merged with their count, named from the model."""
+    first: dict[tuple[Any, ...], RewriteElsewhere] = {}
+    counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    for path, capture in served:
+        prefix = "" if path == MODEL_REGION else path
+        seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        for rewrite in capture.outcome.elsewhere:
+            key = (capture.region, rewrite.pattern, rewrite.op, rewrite.module, rewrite.location)
+            seen[key] += 1
+            key = (*key, seen[key])
+            counts[key] += 1
+            module = ".".join(part for part in (prefix, rewrite.module) if part)
+            first.setdefault(key, dataclasses.replace(rewrite, module=module))
+    return tuple(dataclasses.replace(rewrite, count=counts[key]) for key, rewrite in first.items())
 
 
 def _regions(installation: Installation) -> tuple[RegionRecord, ...]:

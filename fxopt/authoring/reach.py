@@ -50,9 +50,7 @@ def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
     if not names:
         yield "not tried on any model: --over llama, or --over all (some minutes), says where each is found"
         return
-    for name in names:
-        if name != "all":
-            _check_known(name)
+    check_names(names)
     is_all = "all" in names
     cases = all_cases() if is_all else find_cases(tuple(names))
     types = {case.model_type for case in cases}
@@ -76,6 +74,17 @@ def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
     for name in patterns:
         left = f"; {untried} not tried" if untried else ""
         yield f"{name}: found in {total[name]} of {len(cases)} models, of {len(types)} types{left}"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check that each of `names` is "all", or a model type that transformers has, with a task that it has.
+
+    Raises:
+        UnknownNameError: it is not; the text lists what there is.
+    """
+    for name in names:
+        if name != "all":
+            _check_known(name)
 
 
 def _check_known(name: str) -> None:

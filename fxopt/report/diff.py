@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -40,8 +39,9 @@ class ReportDiff:
 def diff_reports(first: Report, second: Report) -> ReportDiff:
     """Return what changed from `first` to `second`.
 
-    Lost are sites that were rewritten and are not, regions that were captured and are not, and calls that fell
-    back more often. A site is known by its form and its module, for lines of source move between releases.
+    Lost are sites that were rewritten and are not, regions that were captured and are not, calls that fell
+    back more often, plans that are gone, and figures of a capture that are no longer known. A site is known by its
+    form and its module, for lines of source move between releases.
 
     >>> from fxopt.report.records import Site
     >>> print(diff_reports(Report("Tiny", (Site("glu", "glu", 2, "rewritten", "mlp", "f:1"),)), Report("Tiny")))
@@ -77,7 +77,7 @@ def diff_reports(first: Report, second: Report) -> ReportDiff:
         (lost if fallbacks[1] > fallbacks[0] else gained).append(
             f"calls that fell back to stock: {fallbacks[0]} -> {fallbacks[1]} ({reasons})"
         )
-    changed += _changed_figures(first, second)
+    _compare_figures(first, second, lost, gained, changed)
     return ReportDiff(tuple(lost), tuple(gained), tuple(changed))
 
 
@@ -86,11 +86,14 @@ def _rewritten(report: Report) -> Counter[Key]:
     for site in report.sites:
         if site.status == "rewritten":
             counts[site.pattern, site.module] += site.count
+    for rewrite in report.elsewhere:
+        counts[rewrite.pattern, rewrite.module] += rewrite.count
     return counts
 
 
 def _ops(report: Report, key: Key) -> str:
-    ops = (site.op for site in report.sites if (site.pattern, site.module) == key and site.op)
+    done = (*report.sites, *report.elsewhere)
+    ops = (site.op for site in done if (site.pattern, site.module) == key and site.op)
     return ", ".join(dict.fromkeys(ops))
 
 
@@ -100,7 +103,7 @@ def _fate(report: Report, key: Key, missing: str) -> str:
     left = [site for site in same if site.status != "rewritten"]
     if left:
         return f"{left[0].status} at {left[0].location}: {left[0].reason}"
-    return "there less often" if same else missing
+    return "there less often" if _rewritten(report)[key] else missing
 
 
 def _compare_regions(
@@ -123,18 +126,24 @@ def _compare_regions(
             changed.append(f"{name}: {old.captures} captures -> {new.captures}")
 
 
-def _changed_figures(first: Report, second: Report) -> list[str]:
+def _compare_figures(
+    first: Report, second: Report, lost: list[str], gained: list[str], changed: list[str]
+) -> None:
     before, after = _figures(first), _figures(second)
-    lines: list[str] = []
-    for key, figures in before.items():
-        parts = [
-            f"{old} {name} -> {new}"
-            for (name, old), (other, new) in itertools.product(figures, after.get(key, ()))
-            if name == other and old != new
-        ]
-        if parts:
-            lines.append(f"{key}: {', '.join(parts)}")
-    return lines
+    more_plans = len(second.plans) - len(first.plans)
+    for key in dict.fromkeys((*before, *after)):
+        old, new = dict(before.get(key, ())), dict(after.get(key, ()))
+        is_plan = "peak" in (old or new)
+        if not new:
+            (lost if is_plan and more_plans < 0 else changed).append(f"{key}: no longer there")
+        elif not old:
+            (gained if is_plan and more_plans > 0 else changed).append(f"{key}: new")
+        else:
+            both = [name for name in old if name in new and old[name] != new[name]]
+            if both:
+                changed.append(f"{key}: {', '.join(f'{old[name]} {name} -> {new[name]}' for name in both)}")
+            lost += [f"{key}: {old[name]} {name} -> not known" for name in old if name not in new]
+            gained += [f"{key}: not known {name} -> {new[name]}" for name in new if name not in old]
 
 
 def _figures(report: Report) -> Mapping[str, Sequence[tuple[str, str]]]:

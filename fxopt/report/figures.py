@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from fxopt.report.records import MODEL_REGION, Fallback, GraphRecord, MismatchRecord, NodeRecord, Report, Work
@@ -71,6 +72,19 @@ def region_title(report: Report, region: str) -> str:
     if not has_blocks:
         return "the model"
     return "the tail" if region == MODEL_REGION else "the blocks"
+
+
+def count_elsewhere(report: Report) -> tuple[tuple[tuple[str, str], int], ...]:
+    """Return each pattern and op of the rewrites at no site, and how many these are in all layers."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for rewrite in report.elsewhere:
+        counts[rewrite.pattern, rewrite.op] += rewrite.count
+    return tuple(counts.items())
+
+
+def num_elsewhere(report: Report) -> int:
+    """Return how many rewrites at no site there are in all layers."""
+    return sum(rewrite.count for rewrite in report.elsewhere)
 
 
 def caller_of(fallback: Fallback) -> str:

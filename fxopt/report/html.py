@@ -16,7 +16,15 @@ import jinja2
 
 from fxopt.errors import FxoptError
 from fxopt.report.alignment import align
-from fxopt.report.figures import caller_of, distinct_graphs, distinct_misses, layer_figures, region_title
+from fxopt.report.figures import (
+    caller_of,
+    count_elsewhere,
+    distinct_graphs,
+    distinct_misses,
+    layer_figures,
+    num_elsewhere,
+    region_title,
+)
 from fxopt.report.memory import describe_budget
 from fxopt.report.memory_chart import chart_of
 from fxopt.report.records import GraphRecord, NodeRecord, Report
@@ -39,6 +47,7 @@ def render_html(report: Report) -> str:
     return _template().render(
         report=report,
         headline=_headline(report),
+        elsewhere=count_elsewhere(report),
         format_bytes=format_bytes,
         describe_budget=describe_budget,
         relative=_relative,
@@ -50,7 +59,11 @@ def render_html(report: Report) -> str:
         patterns=patterns,
         misses=distinct_misses(report.mismatches),
         colours={name: place % NUM_COLOURS for place, name in enumerate(patterns)},
-        proofs=[site for site in report.sites if site.proof is not None and site.proof.device != "meta"],
+        proofs=[
+            site
+            for site in (*report.sites, *report.elsewhere)
+            if site.proof is not None and site.proof.device != "meta"
+        ],
         data={"graphs": [_graph_data(graph) for graph in graphs], "patterns": patterns},
         style=_asset("report.css"),
         script=_asset("paper.js") + _asset("report.js"),
@@ -70,13 +83,14 @@ def _relative(before: float, after: float) -> str:
 
 
 def _headline(report: Report) -> dict[str, int]:
-    """Return the number of sites in all and of each status, and of calls that fell back."""
+    """Return the number of sites in all and of each status, of rewrites at none, and of calls that fell back."""
     counts: Counter[str] = Counter()
     for site in report.sites:
         counts[site.status] += site.count
     return {
         "total": sum(counts.values()),
         **{status: counts[status] for status in ("rewritten", "refused", "unmatched")},
+        "elsewhere": num_elsewhere(report),
         "fallbacks": sum(fallback.count for fallback in report.fallbacks),
     }
 

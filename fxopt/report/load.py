@@ -94,8 +94,10 @@ def _build_record(kind: Any, value: Any, place: str) -> Any:
     for field in dataclasses.fields(kind):
         inner = f"{place}.{field.name}".lstrip(".")
         if field.name in value:
-            made[field.name] = _build(hints[field.name], value[field.name], inner)
-        elif field.repr:  # what is not shown is not written either
+            made[field.name] = found = _build(hints[field.name], value[field.name], inner)
+            if isinstance(found, int | float) and found < 0:  # counts, sizes and times
+                _fail(inner, "0 or more", found)
+        elif field.repr and not field.metadata.get("came_later"):  # what is not shown is not written either
             raise _UnfitError(f"{inner} is missing")
     return kind(**made)
 

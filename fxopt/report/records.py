@@ -16,6 +16,8 @@ from fxopt.report.plan import Plan
 
 SCHEMA = 1
 """The version of the JSON form; raised where a field goes or changes its meaning, not where one comes."""
+CAME_LATER = {"came_later": True}
+"""Marks a field that a file of this schema may lack, for it was written before the field came."""
 
 Status = Literal["rewritten", "refused", "unmatched"]
 MODEL_REGION = "(model)"
@@ -61,6 +63,21 @@ class Site:
     reason: str = ""
     proof: Proof | None = None
     backend: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteElsewhere:
+    """A rewrite at no site: of a form that the search for sites does not know, as a user's own pattern has.
+
+    `pattern` found it, `op` is what it became; the other fields are those of a site.
+    """
+
+    pattern: str
+    op: str
+    count: int
+    module: str
+    location: str
+    proof: Proof | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +216,8 @@ class Report:
 
     `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
     asked for where none is compiled yet; `patterns` are the names of those in use. `plans` say what the blocks save
-    for backward, each a record whose `str` is its table. `measure` returns the work of each graph,
-    None where that is known.
+    for backward, each a record whose `str` is its table. `elsewhere` are the rewrites at no site. `measure` returns
+    the work of each graph, None where that is known.
     """
 
     model: str
@@ -215,6 +232,7 @@ class Report:
     lowering: str = ""
     patterns: tuple[str, ...] = ()
     plans: tuple[Plan, ...] = ()
+    elsewhere: tuple[RewriteElsewhere, ...] = dataclasses.field(default=(), metadata=CAME_LATER)
     measure: Measure | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def measured(self) -> Report:

@@ -12,9 +12,9 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fxopt.report.figures import caller_of, layer_figures, region_title
-from fxopt.report.records import PassRecord, Proof, Report, Site, Status
-from fxopt.report.units import format_bytes
+from fxopt.report.figures import caller_of, count_elsewhere, layer_figures, num_elsewhere, region_title
+from fxopt.report.records import PassRecord, Proof, Report, RewriteElsewhere, Site, Status
+from fxopt.report.units import format_bytes, plural
 
 WIDTH = 100
 DIFF_CONTEXT = 2
@@ -42,8 +42,9 @@ def render_text(report: Report) -> str:
     sections = (
         _render_headline(report),
         _render_sites(report.sites),
+        _render_elsewhere(report.elsewhere),
         _render_misses(report),
-        _render_proofs(report.sites),
+        _render_proofs(report),
         _render_backends(report.sites),
         _render_layers(report),
         _render_regions(report),
@@ -69,13 +70,21 @@ def _render_headline(report: Report) -> list[str]:
     title = f"fxopt report: {report.model}"
     if report.lowering:
         title += f", lowering {report.lowering}"
+    lines = [*wrap(title), *wrap(_count_by_status(report))]
+    if report.elsewhere:
+        forms = (f"{pattern} -> {op}{times(count)}" for (pattern, op), count in count_elsewhere(report))
+        lines += wrap(f"{plural(num_elsewhere(report), 'rewrite')} elsewhere: {', '.join(forms)}")
+    return lines
+
+
+def _count_by_status(report: Report) -> str:
     if not report.sites:
-        return [title, "no sites found"]
+        return "no sites of the library's forms found" if report.elsewhere else "no sites found"
     total = sum(site.count for site in report.sites)
     counts = {status: _count_sites(report.sites, status) for status in STATUSES}
     parts = [f"{counts['rewritten']} of {total} sites rewritten"]
     parts += [f"{counts[status]} {status}" for status in STATUSES[1:] if counts[status]]
-    return [*wrap(title), ", ".join(parts)]
+    return ", ".join(parts)
 
 
 def _count_sites(sites: Iterable[Site], status: Status) -> int:
@@ -94,7 +103,18 @@ def _render_sites(sites: Sequence[Site]) -> list[str]:
     return ["Sites (in a block x its equal layers)", *_table(rows, right=(2, 3, 4))]
 
 
-def _multiplicities(sites: Sequence[Site]) -> str:
+def _render_elsewhere(rewrites: Sequence[RewriteElsewhere]) -> list[str]:
+    if not rewrites:
+        return []
+    rows: list[tuple[str, ...]] = [("pattern", "became", "rewritten", "first at")]
+    for pattern, op in dict.fromkeys((rewrite.pattern, rewrite.op) for rewrite in rewrites):
+        same = [rewrite for rewrite in rewrites if (rewrite.pattern, rewrite.op) == (pattern, op)]
+        first = place_of(same[0].module, same[0].location).removeprefix("at ")
+        rows.append((pattern, op or "-", _multiplicities(same), first))
+    return ["Rewrites elsewhere (at no site, as of patterns of your own)", *_table(rows, right=(2,))]
+
+
+def _multiplicities(sites: Sequence[Site | RewriteElsewhere]) -> str:
     """Return `sites` counted as "57 = 2 x 28 + 1": two sites in each of 28 equal layers, and one more."""
     if not sites:
         return "-"
@@ -130,11 +150,12 @@ def _render_misses(report: Report) -> list[str]:
     return ["Not rewritten", *lines] if lines else []
 
 
-def _render_proofs(sites: Sequence[Site]) -> list[str]:
+def _render_proofs(report: Report) -> list[str]:
     """Return one line per pattern, dtype and device: the largest error, and stock's own beside it."""
     worst: dict[tuple[str, str, str, str], tuple[Proof, int]] = {}
-    for site in sites:
-        if site.proof is None or site.status != "rewritten" or site.proof.device == "meta":
+    done = [site for site in report.sites if site.status == "rewritten"]
+    for site in (*done, *report.elsewhere):
+        if site.proof is None or site.proof.device == "meta":
             continue  # nothing is proven on meta
         key = (site.op, site.proof.dtype, site.proof.device, site.proof.oracle_dtype)
         proof, number = worst.get(key, (site.proof, 0))
@@ -268,7 +289,7 @@ def _render_graphs(report: Report) -> list[list[str]]:
             sections.append(wrap(f"{title}: the same changes as capture {shown[key]}"))
             continue
         shown[key] = graph.capture
-        lines = wrap(f"{title}: {len(graph.rewrites)} rewrite{'' if len(graph.rewrites) == 1 else 's'}")
+        lines = wrap(f"{title}: {plural(len(graph.rewrites), 'rewrite')}")
         for rewrite in graph.rewrites:
             attributes = ", ".join(f"{name}={value!r}" for name, value in rewrite.attributes.items())
             place = f" at {rewrite.location}" if rewrite.location else ""

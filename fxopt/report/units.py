@@ -13,3 +13,12 @@ def format_bytes(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.{digits}f} {unit}"
     return f"{number:.0f} B"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> plural(1, "rewrite"), plural(3, "rewrite")
+    ('1 rewrite', '3 rewrites')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

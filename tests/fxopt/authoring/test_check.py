@@ -322,3 +322,16 @@ def test_a_model_that_ends_its_process_or_is_unknown_is_told(
         list(find_reach(path, ["lamma"]))
     with pytest.raises(FxoptError, match=r"--over: unknown task 'x' of llama, expected .*causal-lm"):
         list(find_reach(path, ["llama:x"]))
+
+
+def test_an_unknown_model_type_is_told_before_any_proof(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("raise SystemExit('the file was read before the name')\n")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["check-pattern", str(path), "--over", "lamma"])
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "--over: unknown model type 'lamma'" in printed.err
