@@ -219,7 +219,7 @@ def test_adapters_over_four_bit_weights_run_in_chunks(monkeypatch):
     """Products decode their weights per chunk; the largest difference measured is 2.9e-3, a rounding of bfloat16."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    rows = importlib.import_module("benchmarks.prediction_rows")
+    rows = importlib.import_module("benchmarks.shapes")
     monkeypatch.setitem(rows.TINY, "intermediate_size", 512)
     ids = torch.randint(0, 512, (1, 256), generator=torch.Generator().manual_seed(0))
     gradients = []
