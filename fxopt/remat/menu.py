@@ -9,8 +9,9 @@ two points of the lower hull lies either a third, or nothing. Capacities are who
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import networkx as nx
@@ -88,15 +89,20 @@ def find_steps(dag: Dag, menu: tuple[Choice, ...]) -> tuple[Choice, ...]:
             if (dag.values[place].bytes or 0) * STEPS < left.bytes - right.bytes:
                 break
             saved = saved - {place}
-            step = make_choice(dag, _read_of(dag, saved))
+            step = make_choice(dag, _met(dag, functools.partial(_is_kept, dag, saved)))
             if step is not None and right.bytes < step.bytes < left.bytes:
                 found.setdefault((step.bytes, step.cost), step)
     return tuple(found.values())
 
 
-def _read_of(dag: Dag, saved: Collection[int]) -> set[int]:
-    """Return those of `saved` that backward reads, itself or for what it computes again."""
-    read: set[int] = set()
+def _is_kept(dag: Dag, saved: Collection[int], place: int) -> bool:
+    """Return whether a value, or the one that it stands for, is among `saved`."""
+    return place in saved or dag.values[place].stands_for in saved
+
+
+def _met(dag: Dag, is_saved: Callable[[int], bool]) -> set[int]:
+    """Return the saved values that a walk back from backward meets: itself reads them, or what it computes again."""
+    met: set[int] = set()
     seen: set[int] = set()
     queue = list(dag.needed)
     while queue:
@@ -104,12 +110,11 @@ def _read_of(dag: Dag, saved: Collection[int]) -> set[int]:
         if place in seen:
             continue
         seen.add(place)
-        first = dag.values[place].stands_for
-        if place in saved or first in saved:
-            read.add(place if place in saved else place if first is None else first)
+        if is_saved(place):
+            met.add(place)
         else:
             queue.extend(dag.values[place].inputs)
-    return read
+    return met
 
 
 def cut(dag: Dag, *, byte_weight: int, cost_weight: int) -> Choice:
@@ -133,18 +138,7 @@ def cut(dag: Dag, *, byte_weight: int, cost_weight: int) -> Choice:
         return Choice(frozenset(), frozenset(), 0, 0)
     kept: set[Any] = nx.minimum_cut(graph, "source", "sink")[1][0]  # pyright: ignore
     # An edge without capacity may lie on either side of the cut: only what a walk back from backward meets is saved.
-    saved: set[int] = set()
-    seen: set[int] = set()
-    queue = list(dag.needed)
-    while queue:
-        place = queue.pop()
-        if place in seen:
-            continue
-        seen.add(place)
-        if (place, 0) in kept:
-            saved.add(place)
-        else:
-            queue.extend(dag.values[place].inputs)
+    saved = _met(dag, lambda place: (place, 0) in kept)
     found = make_choice(dag, saved)
     assert found is not None, "a cut left a value neither saved nor computed again"
     return found
