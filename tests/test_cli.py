@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fxopt
 from fxopt.cli import main
@@ -208,6 +209,15 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
         y = layer(x)  # saves x and the weight
         (y.exp() + y[:2].exp().sum()).sum()  # saves both results of exp
     assert saved.total == 4 * (4 * 8 + 4 * 8 + 2 * 8)
+
+
+def test_counted_bytes_are_not_held_by_what_counts_them() -> None:
+    x = torch.ones(4, 8, requires_grad=True)
+    with count_saved_bytes(torch.nn.Identity()):
+        y = x.exp().exp()  # its graph saves the result that belongs to it
+    held = StorageWeakRef(y.untyped_storage())
+    del y
+    assert held.expired()
 
 
 def test_tokens_decode_to_the_text() -> None:

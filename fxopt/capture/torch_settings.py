@@ -50,7 +50,8 @@ def make_capture_settings() -> dict[str, Any]:
 
     Under DistributedDataParallel Dynamo would cut each graph at gradient buckets: blocks are small enough for the
     reductions to begin early, and cut, their patterns are lost. Under FSDP2 it would leave out guards on parameters
-    and attributes, by which blocks that share a frame are told apart.
+    and attributes, by which blocks that share a frame are told apart. It would collect garbage after each capture, for
+    which `collecting` has a time of its own.
     """
     methods = {getattr(logging.Logger, name) for name in LOG_METHODS if hasattr(logging.Logger, name)}
     return {
@@ -58,6 +59,7 @@ def make_capture_settings() -> dict[str, Any]:
         "accumulated_recompile_limit": RECOMPILE_LIMIT * 64,
         "optimize_ddp": False,
         "skip_fsdp_guards": False,
+        "run_gc_after_compile": False,
         "ignore_logging_functions": FunctionSet(methods.union(dynamo_config.ignore_logging_functions)),
     }
 

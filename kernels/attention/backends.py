@@ -157,7 +157,10 @@ def find_candidates(call: Call) -> list[Backend]:
     if is_served_by_torch(call):
         if call.q.dtype == torch.float32:
             return [EFFICIENT]
-        return [FLASH] if torch.are_deterministic_algorithms_enabled() else [CUDNN, FLASH]
+        is_cudnn_off = (
+            torch.are_deterministic_algorithms_enabled() or not torch.backends.cuda.cudnn_sdp_enabled()
+        )
+        return [FLASH] if is_cudnn_off else [CUDNN, FLASH]
     if is_served_by_triton(call):
         plans = plans_of(call)
         # In fp32 there is little to win, and each plan takes seconds to compile.

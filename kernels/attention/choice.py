@@ -5,14 +5,17 @@ mask tensor, softcap, sinks), and elsewhere the Triton kernels with each of thei
 call that torch serves took 20 s of a first step on an H100, for nothing. All are timed, forward and backward, on random
 inputs of the shapes, strides and mask of the call; one whose results differ from the first one's is left out. A call
 in a CUDA graph capture cannot be timed: there the first candidate that serves runs, until a call outside has measured.
-Small calls, as proofs make them, are not timed: there is nothing to win, and cuDNN builds a plan of each shape in 0.8 s
-a pass. It keeps plans by thread, so the backward passes are timed in the thread that will run them.
+Small calls are not timed: there is nothing to win, and cuDNN builds a plan of each shape in 0.8 s a pass. It keeps
+plans by thread, so the backward passes are timed in the thread that will run them. Where torch's switch turns its
+attention off, as proofs do for the same reason, it is no candidate.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +58,7 @@ class Kind(NamedTuple):
     softcap: bool
     sinks: bool
     device: int | None
+    cudnn: bool
     deterministic: bool
 
     @property
@@ -72,6 +76,7 @@ class Kind(NamedTuple):
         heads = f"{self.heads}/{self.key_heads} heads of {self.width}"
         named = {name: getattr(self, name) for name in ("softcap", "sinks", "deterministic")}
         extras = "".join(f", {name}" for name, is_so in named.items() if is_so)
+        extras += "" if self.cudnn else ", cuDNN switched off"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.length_text}, {heads}, {dtype}, {self.mask}{extras}, cuda:{self.device}"
 
@@ -124,6 +129,7 @@ def kind_of(call: Call) -> Kind:
         call.softcap != 0,
         call.sinks is not None,
         call.q.device.index,
+        torch.backends.cuda.cudnn_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -215,6 +221,8 @@ def measure(call: Call, candidates: list[Backend]) -> Choice:
     left_out: dict[str, str] = {}
     first: tuple[str, list[Tensor]] | None = None
     served: list[Backend] = []
+    if CUDNN in candidates:
+        _build_plans(call)
     for backend in candidates:
         try:
             _, results = _run(backend, call)
@@ -238,6 +246,30 @@ def measure(call: Call, candidates: list[Backend]) -> Choice:
         warn_once(f"fxopt::attention: plain torch runs instead, every backend failed: {left_out}")
         return Choice(PLAIN, {}, left_out)
     return Choice(min(served, key=lambda backend: ms[backend.name]), ms, left_out)
+
+
+def _build_plans(call: Call) -> None:
+    """Have cuDNN build its plans of both passes side by side, each in the thread that will run it.
+
+    What comes out is of no use. An error is left to the run that meets it.
+    """
+    out, device = torch.zeros_like(call.q), call.q.device
+    lse = out.new_zeros(call.q.shape[:-1], dtype=torch.float32)
+
+    def build_backward() -> None:
+        CUDNN.backward(call, out, lse, _gradient_like(out), [True, True, True, False])
+
+    def start() -> None:
+        with torch.cuda.device(device):
+            run_as_backward(build_backward, device)
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.current_stream(device).synchronize()  # the other thread has a stream of its own
+    with ThreadPoolExecutor(1, "fxopt-cudnn") as aside:
+        backward = aside.submit(start)
+        with contextlib.suppress(Exception):
+            CUDNN.forward(call)
+        backward.exception()
 
 
 def _random_like(x: Tensor) -> Tensor:

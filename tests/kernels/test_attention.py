@@ -479,6 +479,24 @@ def test_a_site_tells_what_was_chosen_for_calls_like_its_own(monkeypatch: pytest
         assert choice.find_server(x, x, x, softcap=1.0)() == "plain torch"
 
 
+def test_cudnn_is_no_candidate_where_torchs_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_is_new", lambda device: True)
+    x = torch.zeros(1, 2, 16, 64, dtype=torch.bfloat16)
+    call = Call(x, x, x, None, None, None, None, True, SCALE, 0.0, True)
+    before = backends.find_candidates(call), choice.kind_of(call)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        without = backends.find_candidates(call), choice.kind_of(call)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+    assert before[0] == [backends.CUDNN, backends.FLASH]
+    assert without[0] == [backends.FLASH]
+    assert before[1] != without[1] == before[1]._replace(cudnn=False)
+    assert "cuDNN switched off" in str(without[1])
+    assert "cuDNN" not in str(before[1])
+
+
 def test_our_backends_agree_with_the_reference(device: str, check: Any, gradients: Any) -> None:
     inputs = make(torch.float32, device, lengths=(17, 17))
     mask = make_mask("left", (2, 2, 17, 17), torch.float32, device)
