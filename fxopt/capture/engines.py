@@ -164,7 +164,7 @@ class Sharding:
     def find_obstacle(self) -> str | None:
         """Return why the tail cannot be run for how modules are sharded now, or None."""
         for module in walk(self._model, but=self._blocks):
-            if any(map(_is_emptied, module.parameters(recurse=False))) and say_kept(module):
+            if any(map(_is_emptied, torch_modules.own_parameters(module))) and say_kept(module):
                 return say_kept(module)
         for gathering in zero.find_gatherings(self._around):
             if gathering.has_parameters:

@@ -123,6 +123,8 @@ def find_asked(modules: Iterable[nn.Module], kwargs: dict[str, Any]) -> tuple[st
     found: set[str] = set()
     for module in modules:
         names = {f"output_{key}" for key in getattr(module, "_can_record_outputs", None) or ()}
+        if not names:
+            continue
         asked = {**getattr(getattr(module, "config", None), "__dict__", {}), **kwargs}
         found.update(name for name in names if asked.get(name))
     return tuple(sorted(found))

@@ -43,6 +43,11 @@ def find_buffers(module: torch.nn.Module) -> list[dict[str, torch.Tensor | None]
     return [inner._buffers for inner in module.modules() if inner._buffers]
 
 
+def own_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters of `module` itself, without the generators that `parameters` is."""
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
 def own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the parameters and buffers of `module` itself."""
     for own in (module._parameters, module._buffers):

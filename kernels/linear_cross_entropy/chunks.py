@@ -86,11 +86,11 @@ def run_chunks(
     wide, vocabulary = wide_dtype(h.dtype), weight.shape[0]
     divisor = find_divisor(labels, denominator, ignore_index, mean, wide)
     divide_later = h.dtype == torch.float16
-    row_divisor, later_divisor = torch.ones_like(divisor), torch.ones_like(divisor)
+    row_divisor, later_divisor = divisor, torch.ones_like(divisor)
     if divide_later:
-        later_divisor = divisor if denominator is not None else divisor.clamp(min=1)  # no row, no gradient
-    else:
-        row_divisor = divisor
+        row_divisor, later_divisor = later_divisor, divisor
+        if denominator is None:
+            later_divisor = divisor.clamp(min=1)  # no row, no gradient
     z_weight = find_z_weight(divisor, labels.shape[0], shaping)
 
     labelled = None if shaping.reads_ignored_rows else find_labelled(labels, ignore_index)
