@@ -52,6 +52,7 @@ Fields = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config; may be given several times."),
 ]
 Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, H200, A100, 4090 or L4.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Models tried at a time, each in its own process.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 
@@ -184,6 +185,7 @@ def check_pattern(
             metavar="TYPE", help="Also say what it matches in this model type; several times, or `all`."
         ),
     ] = None,
+    jobs: Jobs = 2,
 ) -> None:
     """Run the proofs of the patterns in a file; exit with 1 where one fails."""
     from fxopt.authoring.check import check_pattern
@@ -198,7 +200,7 @@ def check_pattern(
         for finding in check_pattern(pattern):
             print(f"  {finding}")
             failed |= not finding.holds
-    for line in find_reach(file, over or ()):
+    for line in find_reach(file, over or (), jobs):
         tqdm.write(line)  # above the bar
     if failed:
         raise typer.Exit(1)
@@ -258,7 +260,7 @@ def coverage(
         list[str] | None,
         typer.Option(metavar="TYPE[:TASK]", help="Only these model types; may be given several times."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Models measured at a time, each in its own process.")] = 2,
+    jobs: Jobs = 2,
     out: Annotated[
         Path,
         typer.Option(help="Where the rows go, as JSON; beside it a page (.md) and the lines of the run."),

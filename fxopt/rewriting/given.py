@@ -83,6 +83,11 @@ def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subj
                 f"{subject}: takes any number of arguments as {name}, expected as many as it has names\n"
                 "name each argument, and write one pattern for each number of them"
             )
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            raise FxoptError(
+                f"{subject}: takes {name} by its name alone, expected arguments that can be given in order\n"
+                "take away the * before it"
+            )
     for place, case in enumerate(cases):
         if len(case) != len(names):
             raise FxoptError(
@@ -94,8 +99,8 @@ def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subj
 
 def check_results(
     search: Callable[..., Any], replacement: Callable[..., Any], case: Arguments, name: str
-) -> None:
-    """Raise unless `replacement` returns what `search` does, in number, shape and dtype."""
+) -> int:
+    """Return how many tensors `search` returns; raise unless `replacement` returns such, in shape and dtype too."""
     results: list[tuple[torch.Tensor, ...]] = []
     for function in (search, replacement):
         try:
@@ -117,6 +122,7 @@ def check_results(
             f"expected {', '.join(expected)}, got {', '.join(got)}\n"
             "return tensors of the same number, shapes and dtypes"
         )
+    return len(got)
 
 
 def _tensors_of(found: Any, subject: str) -> tuple[torch.Tensor, ...]:
