@@ -48,7 +48,7 @@ def find_reach(path: Path, names: Sequence[str], jobs: int = 1) -> Iterator[str]
         UnknownNameError: transformers has no such type, or it no such task; the text lists what there is.
     """
     if not names:
-        yield "not tried on any model: --over llama, or --over all (some minutes), says where each is found"
+        yield "not tried on any model: --over llama, or --over all (a quarter of an hour), says where each is found"
         return
     check_names(names)
     is_all = "all" in names

@@ -29,6 +29,7 @@ from fxopt.rewriting.given import (
     check_cases,
     check_near_miss,
     check_results,
+    listed,
 )
 from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.own_sizes import Sizes, find_sizes, grown, with_sizes
@@ -73,8 +74,8 @@ def pattern(
     >>> print(pattern(growth, torch.expm1, [(torch.randn(4),)]))
     growth: sub(exp(x), 1)
     """
-    for what, function in (("search", search), ("replacement", replacement)):
-        if not callable(function):
+    for what, function in (("search", search), ("replacement", replacement), ("check", check)):
+        if not callable(function) and not (function is None and what == "check"):
             raise FxoptError(
                 f"pattern: expected a function as {what}, got {type(function).__name__}\n"
                 "give fxopt.pattern(search, replacement, examples=[(x, ...)])"
@@ -92,7 +93,7 @@ def pattern(
         )
     name, subject = given, f"{given}: {function_place(search)}"
     cases = check_cases(examples, subject)
-    near = [check_near_miss(item, subject) for item in near_misses]
+    near = [check_near_miss(item, subject) for item in listed(near_misses, "near_misses", subject)]
     names = check_arguments(search, cases, subject)
     (number, *_) = [check_results(search, replacement, case, name) for case in cases]
     first = cases[0]

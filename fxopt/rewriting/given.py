@@ -22,7 +22,7 @@ def check_cases(examples: Iterable[Arguments], subject: str) -> list[tuple[Any, 
     Raises:
         FxoptError: there are none, or one is something else.
     """
-    given = [examples] if isinstance(examples, torch.Tensor) else list(examples)
+    given = [examples] if isinstance(examples, torch.Tensor) else listed(examples, "examples", subject)
     for place, case in enumerate(given):
         if not isinstance(case, tuple | list):
             raise FxoptError(
@@ -34,11 +34,37 @@ def check_cases(examples: Iterable[Arguments], subject: str) -> list[tuple[Any, 
                 f"{subject}: example {place} has no tensor, expected at least one among the arguments\n"
                 "a pattern finds what is computed from tensors; give examples=[(x, ...)]"
             )
+        other = next(
+            (value for value in case if isinstance(value, torch.Tensor) and not _has_values(value)), None
+        )
+        if other is not None:
+            raise FxoptError(
+                f"{subject}: example {place}: expected dense tensors that hold values, got one of "
+                f"{other.layout} on {other.device}\ngive examples=[(torch.randn(4, 8), ...)]"
+            )
     if not given:
         raise FxoptError(
             f"{subject}: no examples, expected at least one tuple of arguments\ngive examples=[(x, ...)]"
         )
     return [tuple(case) for case in given]
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and tensor.layout is torch.strided
+
+
+def listed(values: Any, what: str, subject: str) -> list[Any]:
+    """Return the items of what a user gives as `what`.
+
+    Raises:
+        FxoptError: it has none.
+    """
+    try:
+        return list(values)
+    except TypeError as error:
+        raise FxoptError(
+            f"{subject}: expected a list as {what}, got {type(values).__name__}\ngive {what}=[(...), ...]"
+        ) from error
 
 
 def check_near_miss(item: Any, subject: str) -> NearMiss:

@@ -198,7 +198,8 @@ def test_bad_scripts_are_told(tmp_path: Path, text: str, message: str) -> None:
     other = tmp_path / "script.txt"
     other.write_text("model = check = 1")
     with pytest.raises(
-        fxopt.FxoptError, match=r"script.txt: not a Python file, expected one whose name ends in .py"
+        fxopt.FxoptError,
+        match=r"script.txt: not a Python file, expected a name that ends in .py, got one that ends in .txt\nrename",
     ):
         load_script(other)
 

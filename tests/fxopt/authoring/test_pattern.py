@@ -276,6 +276,20 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
         rf"adding {PLACE}: takes any number of arguments as xs, expected .*\nname each argument",
     ),
     (lambda: odd_pattern(growth, None, [(X,)]), r"expected a function as replacement, got NoneType\ngive"),
+    (lambda: odd_pattern(growth, growth, [(X,)], check=3), r"expected a function as check, got int\ngive"),
+    (lambda: odd_pattern(growth, growth, 3), rf"growth {PLACE}: expected a list as examples, got int\ngive"),
+    (
+        lambda: odd_pattern(growth, growth, [(X,)], near_misses=3),
+        r"expected a list as near_misses, got int\ngive near_misses=",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(X.to("meta"),)]),
+        r"example 0: expected dense tensors that hold values, got one of torch.strided on meta\ngive",
+    ),
+    (
+        lambda: fxopt.pattern(growth, growth, [(torch.eye(4).to_sparse(),)]),
+        r"example 0: expected dense tensors that hold values, got one of torch.sparse_coo on cpu\ngive",
+    ),
     (
         lambda: odd_pattern(growth, growth, [X]),
         rf"growth {PLACE}: example 0 is a Tensor, expected a tuple of arguments\ngive examples",
