@@ -215,7 +215,8 @@ class _Bisection:
         try:
             with random.fork_rng(devices=devices):
                 found: Any = self._check(self._model)
-                held = found is None or bool(found)
+                is_later = inspect.isawaitable(found) or inspect.isgenerator(found)
+                held = found is None or is_later or bool(found)
         except (
             Exception,
             SystemExit,
@@ -228,7 +229,27 @@ class _Bisection:
             with torch.no_grad():
                 for tensor, saved in self._state:
                     tensor.copy_(saved)
+        if is_later:
+            raise FxoptError(
+                "check: expected a function that runs when it is called, "
+                f"got one that returns a {type(found).__name__}\n"
+                "write it without async and yield"
+            )
+        self._check_same_parameters()
         return "" if held else f"it returned {found!r}"
+
+    def _check_same_parameters(self) -> None:
+        known = {id(tensor) for tensor, _ in self._state}
+        new = [
+            name
+            for name, value in self._model.named_parameters()
+            if not value.is_meta and id(value) not in known
+        ]
+        if new:
+            raise FxoptError(
+                f"check: puts other parameters into the model, expected the same ones in each run, got a new {new[0]}\n"
+                "give a check that changes their values only"
+            )
 
 
 def load_script(path: Path) -> tuple[nn.Module, Check]:

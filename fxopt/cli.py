@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -143,9 +143,10 @@ def trace(
     fields: Fields = None,
 ) -> None:
     """Print the canonical graph of each distinct block, as patterns see it, as Python that runs."""
-    import fxopt
+    _check_source("trace", source, arch)
+    from fxopt.offline import trace_offline
 
-    print(fxopt.trace(_build("trace", source, arch, fields)), end="")
+    print(trace_offline(source, arch, fields or ()), end="")
 
 
 @app.command()
@@ -291,14 +292,6 @@ def _check_source(command: str, source: str | None, arch: str | None) -> None:
             f"{command}: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
             f"try fxopt {command} --arch llama"
         )
-
-
-def _build(command: str, source: str | None, arch: str | None, fields: Sequence[str] | None) -> Any:
-    """Return the model that `source` or `arch` names, on the meta device."""
-    _check_source(command, source, arch)
-    from fxopt.demo.models import build_meta_model, find_config
-
-    return build_meta_model(find_config(source, arch, fields or ()))
 
 
 def _check_writable(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.errors import FxoptError
-from fxopt.report.records import SCHEMA, Report
+from fxopt.report.records import NOT_FINITE, SCHEMA, Report
 
 WRITE_ANEW = "write it anew with fxopt report --json"
 
@@ -82,6 +82,8 @@ def _build(kind: Any, value: Any, place: str) -> Any:
             for number, (each, item) in enumerate(zip(kinds, items, strict=True))
         )
     expected = origin or kind
+    if expected is float and isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
     accepted = (int, float) if expected is float else expected
     is_number_for_truth = isinstance(value, bool) and expected is not bool
     return value if isinstance(value, accepted) and not is_number_for_truth else _fail(place, expected, value)
