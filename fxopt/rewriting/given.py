@@ -22,21 +22,22 @@ def check_cases(examples: Iterable[Arguments], subject: str) -> list[tuple[Any, 
     Raises:
         FxoptError: there are none, or one is something else.
     """
-    given = [examples] if isinstance(examples, torch.Tensor) else listed(examples, "examples", subject)
+    given: list[Any] = (
+        [examples] if isinstance(examples, torch.Tensor) else listed(examples, "examples", subject)
+    )
     for place, case in enumerate(given):
         if not isinstance(case, tuple | list):
             raise FxoptError(
                 f"{subject}: example {place} is a {type(case).__name__}, expected a tuple of arguments\n"
                 "give examples=[(x, ...)]"
             )
-        if not any(isinstance(value, torch.Tensor) for value in case):
+        tensors = [value for value in items_of(case) if isinstance(value, torch.Tensor)]
+        if not tensors:
             raise FxoptError(
                 f"{subject}: example {place} has no tensor, expected at least one among the arguments\n"
                 "a pattern finds what is computed from tensors; give examples=[(x, ...)]"
             )
-        other = next(
-            (value for value in case if isinstance(value, torch.Tensor) and not _has_values(value)), None
-        )
+        other = next((tensor for tensor in tensors if not _has_values(tensor)), None)
         if other is not None:
             raise FxoptError(
                 f"{subject}: example {place}: expected dense tensors that hold values, got one of "
