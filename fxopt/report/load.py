@@ -24,7 +24,7 @@ def load_report(path: str | Path) -> Report:
         FxoptError: no such file, not a report, or one of another schema.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some shells write a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise FxoptError(
             f"{path}: cannot be read: {error}\ngive a file written by fxopt report --json"
@@ -45,7 +45,7 @@ def parse_report(text: str, subject: str = "report") -> Report:
         raise FxoptError(f"{subject}: not JSON{where}\ngive a file written by fxopt report --json") from error
     fields = typing.cast("dict[str, Any]", values) if isinstance(values, dict) else {}
     schema = fields.get("schema")
-    if schema != SCHEMA:
+    if schema != SCHEMA or schema is True:
         got = "no report" if schema is None else repr(schema)
         raise FxoptError(
             f"{subject}: expected a report of schema {SCHEMA}, got {got}\n{WRITE_ANEW} of this version"

@@ -157,6 +157,8 @@ def test_json_comes_back_whole(report_of: Explained, name: str) -> None:
         ("[]", r"a.json: expected a report of schema 1, got no report\nwrite"),
         ('{"schema": 99}', r"expected a report of schema 1, got 99"),
         ('{"schema": "1"}', r"expected a report of schema 1, got '1'"),
+        ('{"schema": true}', r"expected a report of schema 1, got True"),
+        ('\ufeff{"schema": 99}', r"expected a report of schema 1, got 99"),
         ('{"schema": 1, "model": "m"}', r"not a whole report: sites is missing\nwrite it anew"),
         ('{"schema": 1, "model": 3}', r"not a whole report: model is 3, expected str"),
     ],
