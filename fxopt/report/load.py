@@ -45,7 +45,7 @@ def parse_report(text: str, subject: str = "report") -> Report:
         raise FxoptError(f"{subject}: not JSON{where}\ngive a file written by fxopt report --json") from error
     fields = typing.cast("dict[str, Any]", values) if isinstance(values, dict) else {}
     schema = fields.get("schema")
-    if schema != SCHEMA or schema is True:
+    if type(schema) is not int or schema != SCHEMA:  # true equals 1
         got = "no report" if schema is None else repr(schema)
         raise FxoptError(
             f"{subject}: expected a report of schema {SCHEMA}, got {got}\n{WRITE_ANEW} of this version"
