@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import sys
 import traceback
@@ -22,6 +21,7 @@ from fxopt.options import Options, check_options
 from fxopt.pipeline import ALL, make_transform
 from fxopt.rewriting.failures import function_place, line_in, said_by
 from fxopt.rewriting.pattern import Match
+from fxopt.rewriting.user_files import module_of_file
 
 Check = Callable[[nn.Module], object]
 LEFT_OUT = "left out while bisecting"
@@ -215,7 +215,8 @@ class _Bisection:
         try:
             with random.fork_rng(devices=devices):
                 found: Any = self._check(self._model)
-                held = found is None or bool(found)
+                is_later = inspect.isawaitable(found) or inspect.isgenerator(found)
+                held = found is None or is_later or bool(found)
         except (
             Exception,
             SystemExit,
@@ -228,7 +229,27 @@ class _Bisection:
             with torch.no_grad():
                 for tensor, saved in self._state:
                     tensor.copy_(saved)
+        if is_later:
+            raise FxoptError(
+                "check: expected a function that runs when it is called, "
+                f"got one that returns a {type(found).__name__}\n"
+                "write it without async and yield"
+            )
+        self._check_same_parameters()
         return "" if held else f"it returned {found!r}"
+
+    def _check_same_parameters(self) -> None:
+        known = {id(tensor) for tensor, _ in self._state}
+        new = [
+            name
+            for name, value in self._model.named_parameters()
+            if not value.is_meta and id(value) not in known
+        ]
+        if new:
+            raise FxoptError(
+                f"check: puts other parameters into the model, expected the same ones in each run, got a new {new[0]}\n"
+                "give a check that changes their values only"
+            )
 
 
 def load_script(path: Path) -> tuple[nn.Module, Check]:
@@ -237,18 +258,11 @@ def load_script(path: Path) -> tuple[nn.Module, Check]:
     Raises:
         FxoptError: it cannot be run, or lacks one of them.
     """
-    if not path.is_file():
-        raise FxoptError(f"{path}: no such Python file\ngive a file that defines `model` and `check(model)`")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loader = None if spec is None else spec.loader
-    if spec is None or loader is None:
-        raise FxoptError(f"{path}: not a Python file, expected one whose name ends in .py")
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    module, run = module_of_file(path, "`model` and `check(model)`")
     # As `python script.py` has it, and for good: the check may import what lies beside it when it is called.
     sys.path.insert(0, str(path.resolve().parent))
-    _run_in(path, lambda: loader.exec_module(module))
-    made, check = getattr(module, "model", None), getattr(module, "check", None)
+    _run_in(path, run)
+    made, check = (vars(module).get(name) for name in ("model", "check"))
     if made is None or not callable(check):
         missing = "model" if made is None else "check"
         raise FxoptError(

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -52,6 +52,7 @@ Fields = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config; may be given several times."),
 ]
 Gpu = Annotated[str, typer.Option(metavar="GPU", help="H100, H200, A100, 4090 or L4.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Models tried at a time, each in its own process.")]
 STYLES = {"  +": "green", "  -": "red", "  @@": "cyan"}
 
 
@@ -142,9 +143,10 @@ def trace(
     fields: Fields = None,
 ) -> None:
     """Print the canonical graph of each distinct block, as patterns see it, as Python that runs."""
-    import fxopt
+    _check_source("trace", source, arch)
+    from fxopt.offline import trace_offline
 
-    print(fxopt.trace(_build("trace", source, arch, fields)), end="")
+    print(trace_offline(source, arch, fields or ()), end="")
 
 
 @app.command()
@@ -184,6 +186,7 @@ def check_pattern(
             metavar="TYPE", help="Also say what it matches in this model type; several times, or `all`."
         ),
     ] = None,
+    jobs: Jobs = 2,
 ) -> None:
     """Run the proofs of the patterns in a file; exit with 1 where one fails."""
     from fxopt.authoring.check import check_pattern
@@ -198,7 +201,7 @@ def check_pattern(
         for finding in check_pattern(pattern):
             print(f"  {finding}")
             failed |= not finding.holds
-    for line in find_reach(file, over or ()):
+    for line in find_reach(file, over or (), jobs):
         tqdm.write(line)  # above the bar
     if failed:
         raise typer.Exit(1)
@@ -258,7 +261,7 @@ def coverage(
         list[str] | None,
         typer.Option(metavar="TYPE[:TASK]", help="Only these model types; may be given several times."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Models measured at a time, each in its own process.")] = 2,
+    jobs: Jobs = 2,
     out: Annotated[
         Path,
         typer.Option(help="Where the rows go, as JSON; beside it a page (.md) and the lines of the run."),
@@ -289,14 +292,6 @@ def _check_source(command: str, source: str | None, arch: str | None) -> None:
             f"{command}: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
             f"try fxopt {command} --arch llama"
         )
-
-
-def _build(command: str, source: str | None, arch: str | None, fields: Sequence[str] | None) -> Any:
-    """Return the model that `source` or `arch` names, on the meta device."""
-    _check_source(command, source, arch)
-    from fxopt.demo.models import build_meta_model, find_config
-
-    return build_meta_model(find_config(source, arch, fields or ()))
 
 
 def _check_writable(path: Path) -> None:

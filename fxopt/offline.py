@@ -1,4 +1,4 @@
-"""`fxopt plan` and `fxopt report`: what fxopt would do to a model on a named GPU, from the model's config alone.
+"""`fxopt plan`, `report` and `trace`: what fxopt would do to a model on a named GPU, from the model's config alone.
 
 No weights exist: the model is built on the meta device, its blocks are captured there, and costs come from the GPU's
 datasheet. A model that asks for values on the way is reported by a small one of its kind, with values.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,7 +24,7 @@ from fxopt.coverage.shrink import shrunk
 from fxopt.demo.models import build_meta_model, build_model, default_tokens, find_config
 from fxopt.demo.quantized import quantize
 from fxopt.errors import FxoptError, UnknownNameError
-from fxopt.explaining import explain
+from fxopt.explaining import explain, trace
 from fxopt.options import Options
 from fxopt.planning import MARGIN, finish_plan
 from fxopt.remat.devices import DEVICES, Device
@@ -37,6 +38,7 @@ from fxopt.surveying import options_for_plan, survey_model, surveyed
 log = logging.getLogger("fxopt")
 POINTS = 12
 LORA_RANK = 16
+Seen = TypeVar("Seen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,8 @@ def report_offline(setting: Setting) -> Report:
     try:
         report, seen = explain(model), "small inputs"
     except FxoptError as error:
-        report, reason = _explain_small(config, setting, model), error
+        adapted = functools.partial(_adapted, setting=setting)
+        report, reason = _look_at_small(config, model, adapted, explain), error
         seen = "a small model of this config with random values, its layers fewer, on small inputs"
     if report is None:
         raise FxoptError(f"{reason}{_say_unset(config)}") from reason
@@ -116,20 +119,43 @@ def _say_unset(config: PreTrainedConfig) -> str:
     return f"\nfields that this config leaves open: {', '.join(unset)}" if unset else ""
 
 
-def _explain_small(config: PreTrainedConfig, setting: Setting, model: torch.nn.Module) -> Report | None:
-    """Return the report of a small model with the kinds of layers that `config` has, None where there is none.
+def trace_offline(source: str | None, arch: str | None, fields: Sequence[str]) -> str:
+    """Return the canonical graphs of the model's regions as Python, of a small one where its own asks for values.
 
-    There is none where `model`, of `config` itself, fails for its sizes: without values it then fails where the small
+    Raises:
+        FxoptError: a mistake in the options, or the model fails.
+    """
+    config = find_config(source, arch, fields)
+    model = build_meta_model(config)
+    try:
+        return trace(model)
+    except FxoptError as error:
+        code = _look_at_small(config, model, torch.nn.Module.train, trace)
+        if code is None:
+            raise
+        told = str(error).partition("\n")[0]
+    return f"# of a small model of this config with random values, its layers fewer: {told}\n{code}"
+
+
+def _look_at_small(
+    config: PreTrainedConfig,
+    model: torch.nn.Module,
+    adapted: Callable[[torch.nn.Module], torch.nn.Module],
+    look: Callable[[torch.nn.Module], Seen],
+) -> Seen | None:
+    """Return what `look` finds in a small model with the kinds of layers that `config` has, None where it finds none.
+
+    It finds none where `model`, of `config` itself, fails for its sizes: without values it then fails where the small
     one runs.
     """
     try:
         if find_cause(model) is not None:
-            bare = _adapted(build_meta_model(shrunk(config)), setting)
+            bare = adapted(build_meta_model(shrunk(config)))
             if find_cause(bare) is None:
                 return None
         small = build_model(shrunk(config))
         randomize(small)
-        return explain(_adapted(small, setting))
+        return look(adapted(small))
     except Exception as error:  # what the model itself said is told
         log.debug("no small model: %s: %s", type(error).__name__, error)
         return None

@@ -120,6 +120,19 @@ def test_nothing_of_dynamos_is_printed_before_a_mistake_unless_asked_for(asked: 
     assert ("Traceback" in done.stderr) == bool(asked)
 
 
+@pytest.mark.slow
+def test_a_model_that_asks_for_values_is_traced_as_a_small_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("trace", "--arch", "jetmoe") == 0
+    code = capsys.readouterr().out
+    assert code.startswith(
+        "# of a small model of this config with random values, its layers fewer: model: JetMoe"
+    )
+    assert re.search(r"= torch.rsqrt\(\w+\)  # f32\[2, 16, 1\], modeling_jetmoe.py:\d+", code)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert {"block", "tail"} <= set(names)
+
+
 def test_a_folder_without_a_config_is_said_plainly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

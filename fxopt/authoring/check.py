@@ -134,7 +134,11 @@ def _check_sizes(pattern: Pattern, name: str, example: Example) -> Finding:
         proofs = [r.proof for r in (*result.rewrites, *refused) if r.proof is not None]
         if proofs:
             shapes, wrong = ", ".join(proofs[-1].shapes), proofs[-1].reason
-            told = f"{shapes}: {refused[-1].told}" if wrong else f"proven at {shapes} too"
+            # Where rows are free, as many as the proof takes are tried: two sizes.
+            held = (
+                f"{shapes} too" if " and " in shapes else f"{shapes} alone: with more rows it is another form"
+            )
+            told = f"{shapes}: {refused[-1].told}" if wrong else f"proven at {held}"
             return Finding("sizes", name, not wrong, told)
         reason = next((r.reason for r in refused), reason)
     return Finding("sizes", name, True, f"those of the example alone: {reason}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 from fxopt.errors import FxoptError
 from fxopt.rewriting.failures import line_in, said_by
 from fxopt.rewriting.pattern import Pattern
+from fxopt.rewriting.user_files import module_of_file
 
 
 def load_patterns(path: Path) -> tuple[Pattern, ...]:
@@ -17,17 +17,11 @@ def load_patterns(path: Path) -> tuple[Pattern, ...]:
     Raises:
         FxoptError: no such file, it cannot be imported, or it defines none.
     """
-    if not path.is_file():
-        raise FxoptError(f"{path}: no such Python file\ngive a file that defines patterns with fxopt.pattern")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise FxoptError(f"{path}: not a Python file, expected one whose name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    module, run = module_of_file(path, "patterns with fxopt.pattern")
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        run()
     except FxoptError:
         raise
     except BaseException as error:

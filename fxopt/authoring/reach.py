@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from fxopt.options import Options
 from fxopt.pipeline import make_transform
 from fxopt.probing import report_on_small_inputs
 
-JOBS = 2
 MOST_REASON = 160
 
 
@@ -36,7 +36,7 @@ class Found:
     places: dict[str, str]
 
 
-def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
+def find_reach(path: Path, names: Sequence[str], jobs: int = 1) -> Iterator[str]:
     """Yield one line per model type of `names` and pattern of the file `path`: how often it is rewritten there; last, a
     line per pattern.
 
@@ -48,7 +48,7 @@ def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
         UnknownNameError: transformers has no such type, or it no such task; the text lists what there is.
     """
     if not names:
-        yield "not tried on any model: --over llama, or --over all (some minutes), says where each is found"
+        yield "not tried on any model: --over llama, or --over all (a quarter of an hour), says where each is found"
         return
     check_names(names)
     is_all = "all" in names
@@ -58,12 +58,12 @@ def find_reach(path: Path, names: Sequence[str]) -> Iterator[str]:
     total: Counter[str] = Counter()
     untried = 0
     with tqdm(total=len(cases), unit="model", file=sys.stderr, smoothing=0.1) as bar:
-        for found in work_on(cases, functools.partial(count_rewrites, path), min(JOBS, len(cases))):
+        for found in work_on(cases, functools.partial(count_rewrites, path), jobs):
             bar.set_postfix_str(found.case)
             bar.update()
             if isinstance(found, Row):
                 untried += 1
-                yield f"{found.case}: not tried: {found.reason[:MOST_REASON]}"
+                yield f"{found.case}: not tried: {textwrap.shorten(found.reason, MOST_REASON, placeholder=' ...')}"
                 continue
             for name in patterns:
                 number = found.counts.get(name, 0)

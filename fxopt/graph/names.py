@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,7 +79,11 @@ def _names() -> dict[Any, str]:
         for name in dir(namespace):
             if not name.startswith("__"):
                 function = getattr(namespace, name, None)
-                if callable(function) and not isinstance(function, type):
+                if (
+                    callable(function)
+                    and not isinstance(function, type)
+                    and not _is_a_tensors(names, function, name)
+                ):
                     names[function] = name
     methods = {getattr(torch.Tensor, dunder, None): name for dunder, name in DUNDERS.items()}
     names.update({method: name for method, name in methods.items() if callable(method)})
@@ -86,3 +91,8 @@ def _names() -> dict[Any, str]:
     # Operators are named without the underscore that Python's keywords force on them.
     names.update({getattr(operator, name): name.rstrip("_") for name in OPERATORS})
     return names
+
+
+def _is_a_tensors(names: Mapping[Any, str], function: Any, name: str) -> bool:
+    """Return whether `function` has a name already under which tensors have it, other than by `name`: mm, not spmm."""
+    return hasattr(torch.Tensor, names.get(function, "")) and not hasattr(torch.Tensor, name)

@@ -103,7 +103,7 @@ def save_html(report: Report, path: str | Path) -> None:
     """
     text = render_html(report)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # halves of characters
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise FxoptError(

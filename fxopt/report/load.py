@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.errors import FxoptError
-from fxopt.report.records import SCHEMA, Report
+from fxopt.report.records import NOT_FINITE, SCHEMA, Report
 
 WRITE_ANEW = "write it anew with fxopt report --json"
 
@@ -24,7 +24,7 @@ def load_report(path: str | Path) -> Report:
         FxoptError: no such file, not a report, or one of another schema.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some shells write a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise FxoptError(
             f"{path}: cannot be read: {error}\ngive a file written by fxopt report --json"
@@ -45,7 +45,7 @@ def parse_report(text: str, subject: str = "report") -> Report:
         raise FxoptError(f"{subject}: not JSON{where}\ngive a file written by fxopt report --json") from error
     fields = typing.cast("dict[str, Any]", values) if isinstance(values, dict) else {}
     schema = fields.get("schema")
-    if schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:  # true equals 1
         got = "no report" if schema is None else repr(schema)
         raise FxoptError(
             f"{subject}: expected a report of schema {SCHEMA}, got {got}\n{WRITE_ANEW} of this version"
@@ -82,6 +82,8 @@ def _build(kind: Any, value: Any, place: str) -> Any:
             for number, (each, item) in enumerate(zip(kinds, items, strict=True))
         )
     expected = origin or kind
+    if expected is float and isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
     accepted = (int, float) if expected is float else expected
     is_number_for_truth = isinstance(value, bool) and expected is not bool
     return value if isinstance(value, accepted) and not is_number_for_truth else _fail(place, expected, value)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,8 @@ CAME_LATER = {"came_later": True}
 """Marks a field that a file of this schema may lack, for it was written before the field came."""
 
 Status = Literal["rewritten", "refused", "unmatched"]
+NOT_FINITE = frozenset({"nan", "inf", "-inf"})
+"""Floats that JSON has no number for, as they are written."""
 MODEL_REGION = "(model)"
 """The region of what follows the blocks, of the whole model where it has none: no path of a module reads so."""
 
@@ -249,7 +253,7 @@ class Report:
         """Return the whole report as JSON text, of the form that `docs/report.md` describes."""
         fields = dataclasses.asdict(self.measured())
         del fields["measure"]
-        return json.dumps({"schema": SCHEMA, **fields}, indent=2)
+        return json.dumps(_in_json({"schema": SCHEMA, **fields}), indent=2, allow_nan=False)
 
     def why_not(self, name: str) -> str:
         """Return why sites of the form `name` were left as they are: per place the nearest miss and both graphs.
@@ -281,3 +285,16 @@ class Report:
         from fxopt.report.text import render_text
 
         return render_text(self.measured())
+
+
+def _in_json(value: Any) -> Any:
+    """Return `value` with its floats that are not finite as text, for JSON has no number for these."""
+    match value:
+        case dict():
+            return {key: _in_json(item) for key, item in typing.cast("dict[str, Any]", value).items()}
+        case list() | tuple():
+            return [_in_json(item) for item in typing.cast("list[Any]", value)]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case _:
+            return value

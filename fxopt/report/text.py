@@ -20,7 +20,8 @@ WIDTH = 100
 DIFF_CONTEXT = 2
 RIGHT = (1, 2, 3, 4, 5)
 """The columns of numbers in tables of figures per layer."""
-STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls, what turns the direction of writing around, and halves of characters, which no file holds."""
 USUAL_ORACLE = "float64"
 STATUSES: tuple[Status, ...] = ("rewritten", "refused", "unmatched")
 

@@ -7,6 +7,7 @@ are free, and numbers that are arguments may be any.
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ from torch import fx
 
 from fxopt.errors import FxoptError
 from fxopt.graph.canonicalize import canonicalize
+from fxopt.graph.names import op_name
 from fxopt.graph.verify import note_placeholders
-from fxopt.rewriting.failures import cure_of, function_place, said_by
+from fxopt.rewriting.failures import KEEP_A_TENSOR, cure_of, function_place, node_place, said_by
 from fxopt.rewriting.functions import bind_numbers, capture
 from fxopt.rewriting.given import (
     Arguments,
@@ -27,12 +29,14 @@ from fxopt.rewriting.given import (
     check_cases,
     check_near_miss,
     check_results,
+    listed,
 )
 from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.own_sizes import Sizes, find_sizes, grown, with_sizes
 from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
-from fxopt.rewriting.trees import Operation, Term
+from fxopt.rewriting.trees import Operation, Term, items_of
 
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 FIRST_MARK, STEP = 0.7390851332151607, 0.0137
 """What stands for a number while the function is captured: nobody writes these."""
 
@@ -70,8 +74,8 @@ def pattern(
     >>> print(pattern(growth, torch.expm1, [(torch.randn(4),)]))
     growth: sub(exp(x), 1)
     """
-    for what, function in (("search", search), ("replacement", replacement)):
-        if not callable(function):
+    for what, function in (("search", search), ("replacement", replacement), ("check", check)):
+        if not callable(function) and not (function is None and what == "check"):
             raise FxoptError(
                 f"pattern: expected a function as {what}, got {type(function).__name__}\n"
                 "give fxopt.pattern(search, replacement, examples=[(x, ...)])"
@@ -89,15 +93,20 @@ def pattern(
         )
     name, subject = given, f"{given}: {function_place(search)}"
     cases = check_cases(examples, subject)
-    near = [check_near_miss(item, subject) for item in near_misses]
+    near = [check_near_miss(item, subject) for item in listed(near_misses, "near_misses", subject)]
     names = check_arguments(search, cases, subject)
-    for case in cases:
-        check_results(search, replacement, case, name)
+    (number, *_) = [check_results(search, replacement, case, name) for case in cases]
     first = cases[0]
     gm, order = _capture(search, first, subject)
     sizes = _find_sizes(search, first, names, gm, subject)
-    terms = GraphTerms(gm, [names[place] for place in order], _marks(first, names), sizes, subject).terms()
+    tensors = [names[place] for place in order]
+    terms = GraphTerms(gm, tensors, _marks(first, names), sizes, search, name).terms()
     outputs, op = len(terms), _named(replacement, name)
+    if outputs != number:
+        raise FxoptError(
+            f"{subject}: returns a value twice, or an argument, expected {number} values that ops compute, "
+            f"got {outputs}\nreturn each value once, and no argument"
+        )
     bound = {key for term in terms for key in _names_in(term)}
     unread = [
         key
@@ -142,14 +151,8 @@ def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple
     places = [place for place, value in enumerate(case) if isinstance(value, torch.Tensor)]
     given = [FIRST_MARK + STEP * i if isinstance(value, float) else value for i, value in enumerate(case)]
     function, inputs = bind_numbers(search, given, torch.device("cpu"))
-    floats = {value.dtype for value in inputs if value.is_floating_point()}
-    if floats == {torch.float32}:  # casts show themselves in a narrow dtype only
-        inputs = tuple(
-            value.detach().bfloat16().requires_grad_() if value.is_floating_point() else value
-            for value in inputs
-        )
     try:
-        gm, values = capture(function, inputs)
+        gm, values, inputs = _capture_narrow(function, inputs)
     except Exception as error:
         name = subject.partition(":")[0]
         cure = cure_of(error, "leave out data-dependent branches, prints and calls into other libraries")
@@ -157,6 +160,7 @@ def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple
             f"{name}: {function_place(search, error)}: cannot be captured, expected one graph of torch ops, "
             f"got {said_by(error)}\n{cure}"
         ) from error
+    _check_values_unread(gm, search, subject.partition(":")[0])
     note_placeholders(gm)
     canonicalize(gm)
     place_of = {id(value): place for value, place in zip(inputs, places, strict=True)}
@@ -166,6 +170,42 @@ def _capture(search: Callable[..., Any], case: Arguments, subject: str) -> tuple
             "pass it as one more argument"
         )
     return gm, [place_of[id(value)] for value in values]
+
+
+def _capture_narrow(
+    function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]
+) -> tuple[fx.GraphModule, tuple[Any, ...], tuple[torch.Tensor, ...]]:
+    """Return the graph of `function`, what its placeholders hold, and the inputs that it was captured on.
+
+    Those in float32 are taken in bfloat16, for casts show themselves in a narrow dtype only, unless it has an op that
+    bfloat16 lacks.
+    """
+    if {value.dtype for value in inputs if value.is_floating_point()} == {torch.float32}:
+        narrow = tuple(
+            value.detach().bfloat16().requires_grad_() if value.is_floating_point() else value
+            for value in inputs
+        )
+        with contextlib.suppress(Exception):  # what is wrong in float32 too is told below
+            return *capture(function, narrow), narrow
+    return *capture(function, inputs), inputs
+
+
+def _check_values_unread(gm: fx.GraphModule, search: Callable[..., Any], name: str) -> None:
+    """Raise where a number or a size in a graph of fixed sizes hangs on the values of a tensor."""
+    for node in gm.graph.nodes:
+        results = items_of(node.meta.get("example_value"))
+        if any(isinstance(result, SYMBOLS) for result in results):
+            raise FxoptError(
+                f"{name}: {node_place(search, node)}: reads the values of a tensor, expected ops that return tensors, "
+                f"got {op_name(node)}, which returns a number\n{KEEP_A_TENSOR}"
+            )
+        shapes = [result.shape for result in results if isinstance(result, torch.Tensor)]
+        if any(isinstance(size, SYMBOLS) for shape in shapes for size in shape):
+            raise FxoptError(
+                f"{name}: {node_place(search, node)}: takes as many items as the values of a tensor say, expected "
+                f"sizes that follow from those of the arguments, got {op_name(node)}, whose size does not\n"
+                "keep all items: torch.where takes those that a condition chooses"
+            )
 
 
 def _find_sizes(

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
+from fxopt.graph.view import location_of
 from fxopt.rewriting.trees import items_of
 
 INTO_AN_OP = "put the kernel into a torch.library.custom_op with a register_fake, and call that"
+KEEP_A_TENSOR = "keep it a tensor, or leave it out of the search and take it as an argument"
 CURES = (
     ("active driver", "Triton finds no GPU: set TRITON_INTERPRET=1 before Triton is imported"),
     ("data pointer", INTO_AN_OP),
+    ("Tensor.item()", KEEP_A_TENSOR),
+    ("`tolist()`", KEEP_A_TENSOR),
     ("data-dependent", "branch on no value of a tensor: torch.where takes both sides, torch.clamp limits"),
     ("builtin operator `print`", "leave out the print"),
     ("in-place", "write to no argument: make a new tensor"),
@@ -45,13 +50,23 @@ def function_place(function: Callable[..., Any], error: BaseException | None = N
 
     The line is where the function begins, or the one in its file at which `error` arose.
     """
-    code, innermost = code_of(function), _innermost(function)
-    name = getattr(innermost, "__name__", type(innermost).__name__)
+    code, name = code_of(function), _name_of(function)
     if code is None:
         return name
     frames = [] if error is None else [*traceback.extract_tb(error.__traceback__), *_frames_captured(error)]
     own = [frame.lineno for frame in frames if frame.filename == code.co_filename]
     return f"{name} ({Path(code.co_filename).name}:{own[-1] if own else code.co_firstlineno})"
+
+
+def node_place(function: Callable[..., Any], node: fx.Node) -> str:
+    """Return "name (file:line)" of a function that was captured, with the line at which it computes `node`."""
+    at = location_of(node)
+    return f"{_name_of(function)} ({at})" if at else function_place(function)
+
+
+def _name_of(function: Any) -> str:
+    innermost = _innermost(function)
+    return getattr(innermost, "__name__", type(innermost).__name__)
 
 
 def line_in(path: Path, error: BaseException) -> str:
@@ -130,4 +145,5 @@ def copies_of(arguments: Sequence[Any]) -> list[Any]:
 
 def kinds_of(values: Sequence[Any]) -> str:
     """Return the types of `values`, as errors name what was given."""
-    return ", ".join(type(value).__name__ for value in values) or "an empty tuple"
+    names = ("Tensor" if isinstance(value, torch.Tensor) else type(value).__name__ for value in values)
+    return ", ".join(names) or "an empty tuple"

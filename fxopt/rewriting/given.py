@@ -22,23 +22,50 @@ def check_cases(examples: Iterable[Arguments], subject: str) -> list[tuple[Any, 
     Raises:
         FxoptError: there are none, or one is something else.
     """
-    given = [examples] if isinstance(examples, torch.Tensor) else list(examples)
+    given: list[Any] = (
+        [examples] if isinstance(examples, torch.Tensor) else listed(examples, "examples", subject)
+    )
     for place, case in enumerate(given):
         if not isinstance(case, tuple | list):
             raise FxoptError(
                 f"{subject}: example {place} is a {type(case).__name__}, expected a tuple of arguments\n"
                 "give examples=[(x, ...)]"
             )
-        if not any(isinstance(value, torch.Tensor) for value in case):
+        tensors = [value for value in items_of(case) if isinstance(value, torch.Tensor)]
+        if not tensors:
             raise FxoptError(
                 f"{subject}: example {place} has no tensor, expected at least one among the arguments\n"
                 "a pattern finds what is computed from tensors; give examples=[(x, ...)]"
+            )
+        other = next((tensor for tensor in tensors if not _has_values(tensor)), None)
+        if other is not None:
+            raise FxoptError(
+                f"{subject}: example {place}: expected dense tensors that hold values, got one of "
+                f"{other.layout} on {other.device}\ngive examples=[(torch.randn(4, 8), ...)]"
             )
     if not given:
         raise FxoptError(
             f"{subject}: no examples, expected at least one tuple of arguments\ngive examples=[(x, ...)]"
         )
     return [tuple(case) for case in given]
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and tensor.layout is torch.strided
+
+
+def listed(values: Any, what: str, subject: str) -> list[Any]:
+    """Return the items of what a user gives as `what`.
+
+    Raises:
+        FxoptError: it has none.
+    """
+    try:
+        return list(values)
+    except TypeError as error:
+        raise FxoptError(
+            f"{subject}: expected a list as {what}, got {type(values).__name__}\ngive {what}=[(...), ...]"
+        ) from error
 
 
 def check_near_miss(item: Any, subject: str) -> NearMiss:
@@ -83,6 +110,11 @@ def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subj
                 f"{subject}: takes any number of arguments as {name}, expected as many as it has names\n"
                 "name each argument, and write one pattern for each number of them"
             )
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            raise FxoptError(
+                f"{subject}: takes {name} by its name alone, expected arguments that can be given in order\n"
+                "take away the * before it"
+            )
     for place, case in enumerate(cases):
         if len(case) != len(names):
             raise FxoptError(
@@ -94,8 +126,8 @@ def check_arguments(search: Callable[..., Any], cases: Sequence[Arguments], subj
 
 def check_results(
     search: Callable[..., Any], replacement: Callable[..., Any], case: Arguments, name: str
-) -> None:
-    """Raise unless `replacement` returns what `search` does, in number, shape and dtype."""
+) -> int:
+    """Return how many tensors `search` returns; raise unless `replacement` returns such, in shape and dtype too."""
     results: list[tuple[torch.Tensor, ...]] = []
     for function in (search, replacement):
         try:
@@ -117,6 +149,7 @@ def check_results(
             f"expected {', '.join(expected)}, got {', '.join(got)}\n"
             "return tensors of the same number, shapes and dtypes"
         )
+    return len(got)
 
 
 def _tensors_of(found: Any, subject: str) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,21 +11,31 @@ from torch import fx
 from fxopt.errors import FxoptError
 from fxopt.graph import vocabulary
 from fxopt.graph.view import results_of
+from fxopt.rewriting.failures import function_place, node_place
 from fxopt.rewriting.own_sizes import Sizes
 from fxopt.rewriting.terms import downcast, maybe, number, tensor, upcast
 from fxopt.rewriting.trees import Term, items_of, operation
 
 FREE = frozenset({"shape", "normalized_shape"})
 """Attributes and operands that hold sizes: a pattern fits any."""
+MADE = frozenset({vocabulary.constant, vocabulary.filled})
+"""Ops that make a tensor, in the dtype and on the device of the model's, whatever those of the example are."""
 
 
 class GraphTerms:
     """Turns a canonical graph into terms; a node that is read twice is one term."""
 
     def __init__(
-        self, gm: fx.GraphModule, names: Sequence[str], marks: dict[float, str], sizes: Sizes, subject: str
+        self,
+        gm: fx.GraphModule,
+        names: Sequence[str],
+        marks: dict[float, str],
+        sizes: Sizes,
+        search: Callable[..., Any],
+        name: str,
     ) -> None:
-        self._gm, self._marks, self._subject = gm, marks, subject
+        self._gm, self._marks, self._search, self._name = gm, marks, search, name
+        self._subject = f"{name}: {function_place(search)}"
         self._sizes = {node: sizes[at] for at, node in enumerate(gm.graph.nodes) if at in sizes}
         holes = gm.graph.find_nodes(op="placeholder")
         self._terms: dict[fx.Node, Term] = {
@@ -71,10 +81,7 @@ class GraphTerms:
 
     def _operation(self, node: fx.Node) -> Term:
         if node.op != "call_function":
-            raise FxoptError(
-                f"{self._subject}: .{node.target}() has no canonical form, expected an op that torch has as a "
-                "function too\nleave it out of the search, and take what it returns as an argument"
-            )
+            raise self._unseen(node)
         target: Any = node.target
         if target is vocabulary.cast:
             return _optional_cast(node, self._value(node.args[0]))
@@ -85,8 +92,20 @@ class GraphTerms:
             ... if name in FREE else number(sizes[place]) if place in sizes else self._value(item)
             for place, (name, item) in enumerate(zip(names, node.args, strict=False))
         )
-        attributes = {key: ... if key in FREE else self._value(value) for key, value in node.kwargs.items()}
+        free = FREE | {"dtype", "device"} if target in MADE else FREE
+        attributes = {key: ... if key in free else self._value(value) for key, value in node.kwargs.items()}
         return operation(target, *args, **attributes)
+
+    def _unseen(self, node: fx.Node) -> FxoptError:
+        """Return the error of an op that patterns cannot see: one with graphs of its own, or a method alone."""
+        place, what = f"{self._name}: {node_place(self._search, node)}", f"the method {node.target}"
+        cure = "leave it out of the search, and take what it returns as an argument"
+        if node.op == "get_attr":
+            what = " or ".join(user.name for user in node.users)
+            cure = "write the arithmetic itself, without an autograd.Function, a checkpoint or a torch.cond around it"
+        return FxoptError(
+            f"{place}: has no canonical form, expected an op that torch has as a function, got {what}\n{cure}"
+        )
 
 
 def _optional_cast(node: fx.Node, inner: Term) -> Term:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -79,4 +80,4 @@ def with_sizes(
                 return match.fail(f"expected {size} of {list(shape)}, got {got}", name)
         return None if check is None else check(match)
 
-    return check_sizes
+    return check_sizes if check is None else functools.update_wrapper(check_sizes, check)

@@ -27,7 +27,10 @@ import torch
 from torch import fx
 
 from fxopt.errors import FxoptError
+from fxopt.rewriting.failures import function_place, said_by
 from fxopt.rewriting.trees import Either, Many, Operation, Target, Term, describe, items_of
+
+USE_TERMS = "use the operators and functions of fxopt.rewriting.terms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +174,15 @@ class Pattern:
         try:
             found: Any = self.search()
         except Exception as error:
-            raise FxoptError(f"{self.name}: search() raised {type(error).__name__}: {error}") from error
+            place = function_place(self.search, error)
+            raise FxoptError(
+                f"{self.name}: {place}: expected a term, got {said_by(error)}\n{USE_TERMS}"
+            ) from error
         terms = items_of(found)
         mistakes = [mistake for term in terms if (mistake := _find_mistake(term))]
         mistake = "no terms" if not terms else "".join(mistakes[:1])
         if mistake:
-            raise FxoptError(
-                f"{self.name}: search() returned {mistake}\n"
-                "use the operators and functions of fxopt.rewriting.terms"
-            )
+            raise FxoptError(f"{self.name}: {function_place(self.search)} returned {mistake}\n{USE_TERMS}")
         return terms
 
     @functools.cached_property

@@ -6,14 +6,18 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.edit import PROVENANCE
 from fxopt.graph.torch_private import leaving_no_symbols, quiet_fakes, tree_leaves, tree_map_only
-from fxopt.rewriting.failures import cure_of, function_place, said_by
+from fxopt.rewriting.failures import cure_of, function_place, kinds_of, said_by
 from fxopt.rewriting.modes import autocast_scope
 from fxopt.rewriting.pattern import Call, Match
+from fxopt.rewriting.trees import items_of
+
+OTHERWISE = "mend it, or give a check that leaves this form out"
 
 
 def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[int, Any] | str:
@@ -21,12 +25,14 @@ def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[i
 
     It must return as many outputs as the match has, of the same dtypes and ranks, from the match's inputs.
     """
-    values = (*match.outputs, *match.exports.values())
+    values, main = (*match.outputs, *match.exports.values()), find_main_call(outputs)
+    called = main.target if main else match.pattern.replace
+    where = f"replacement {function_place(called)}"
     if len(outputs) != len(values):
-        return f"replacement returned {len(outputs)} outputs, expected {len(values)}"
+        return f"{where} returned {len(outputs)} outputs, expected {len(values)}; return as many"
     strangers = [node for node in _walk_nodes(outputs) if node not in match.inputs]
     if strangers:
-        return f"replacement reads {strangers[0].name}, expected inputs of the match only"
+        return f"{where} reads {strangers[0].name}, expected inputs of the match only; read these"
     known: dict[int, Any] = {}
     for old, item in zip(values, outputs, strict=True):
         example = old.meta["example_value"]
@@ -35,13 +41,16 @@ def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[i
             with autocast_scope(match.autocast), leaving_no_symbols(scope), quiet_fakes():
                 found = evaluate_call(item, lambda node: node.meta["example_value"], scope, known)
         except Exception as error:
-            main = find_main_call(outputs)
-            where = f"replacement {function_place(main.target, error)}" if main else "replacement"
-            cure = cure_of(error, "mend it, or give a check that leaves this form out")
-            return f"{where} raised {said_by(error)}; {cure}"
+            cure = cure_of(error, OTHERWISE)
+            return f"replacement {function_place(called, error)} raised {said_by(error)}; {cure}"
+        if not isinstance(found, torch.Tensor):
+            return (
+                f"{where} returned {kinds_of(items_of(found))} for one output, expected a tensor; return one"
+            )
         if found.dtype != example.dtype or found.dim() != example.dim() or found.device != example.device:
             got = f"{found.dtype} with {found.dim()} dims on {found.device}"
-            return f"replacement is {got}, expected {example.dtype} with {example.dim()} on {example.device}"
+            expected = f"{example.dtype} with {example.dim()} on {example.device}"
+            return f"{where} returned {got}, expected {expected}; {OTHERWISE}"
     return known
 
 

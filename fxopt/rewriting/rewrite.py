@@ -17,7 +17,7 @@ from torch import fx
 from fxopt.graph.view import find_subgraphs, location_of
 from fxopt.report.records import Proof, RewriteRecord
 from fxopt.rewriting.cost import check_cost, sizes_in_bytes
-from fxopt.rewriting.failures import function_place
+from fxopt.rewriting.failures import function_place, said_by
 from fxopt.rewriting.legality import GraphState, find_insertion, judge, read_state
 from fxopt.rewriting.matcher import find_matches
 from fxopt.rewriting.pattern import (
@@ -28,7 +28,13 @@ from fxopt.rewriting.pattern import (
     Replacement,
 )
 from fxopt.rewriting.prefilter import Known
-from fxopt.rewriting.replacement import count_calls, evaluate_examples, find_main_call, insert_call
+from fxopt.rewriting.replacement import (
+    OTHERWISE,
+    count_calls,
+    evaluate_examples,
+    find_main_call,
+    insert_call,
+)
 from fxopt.rewriting.roots import find_climbing_terms, find_rare_ops, find_roots, make_climb_test
 from fxopt.rewriting.trace import Trace
 from fxopt.rewriting.trees import name_of
@@ -158,12 +164,12 @@ class _Rewriter:
 
     def _replace(self, match: Match, state: GraphState) -> bool:
         """Replace `match` and record it; return False where it was refused."""
-        name, proof = match.pattern.name, None
+        proof = None
         if self._context.select is not None and (left_out := self._context.select(match)):
-            self._refused.add((name, match.outputs[0]))
-            self._result.refused.append(Refusal(name, left_out, match.origins, num_nodes=len(match.nodes)))
-            return False
-        replacement = match.pattern.replace(match)
+            return self._refuse(match, left_out)
+        replacement = _replace_by_author(match)
+        if isinstance(replacement, str):
+            return self._refuse(match, replacement)
         outputs = replacement if isinstance(replacement, tuple) else (replacement,)
         examples = check_progress(match, outputs) or evaluate_examples(match, outputs)
         reason = examples if isinstance(examples, str) else ""
@@ -171,13 +177,17 @@ class _Rewriter:
             proof = self._context.prove(match, replacement)
             reason = "" if proof.passed else proof.reason
         if reason or isinstance(examples, str):
-            self._refused.add((name, match.outputs[0]))
             main = find_main_call(outputs)
-            place = function_place(main.target) if main else ""
-            self._result.refused.append(Refusal(name, reason, match.origins, proof, place, len(match.nodes)))
-            return False
+            return self._refuse(match, reason, proof, function_place(main.target) if main else "")
         self._result.rewrites.append(self._apply(match, outputs, examples, proof, state))
         return True
+
+    def _refuse(self, match: Match, reason: str, proof: Proof | None = None, place: str = "") -> bool:
+        """Record that `match` stays stock, `place` being that of what would have come; return False."""
+        name = match.pattern.name
+        self._refused.add((name, match.outputs[0]))
+        self._result.refused.append(Refusal(name, reason, match.origins, proof, place, len(match.nodes)))
+        return False
 
     def _apply(
         self,
@@ -248,11 +258,24 @@ def _judge_by_author(match: Match) -> Mismatch | None:
     try:
         refusal: Any = match.pattern.check(match)
     except Exception as error:
-        return match.fail(f"its check raised {type(error).__name__}: {error}")
+        place = function_place(match.pattern.check, error)
+        return match.fail(f"its check {place} raised {said_by(error)}; mend it")
     if refusal is not None and not isinstance(refusal, Mismatch):
-        return match.fail(f"its check returned {refusal!r}, expected None or match.fail(reason, name)")
+        place = function_place(match.pattern.check)
+        return match.fail(
+            f"its check {place} returned {refusal!r}, expected None or match.fail(reason, name)"
+        )
     # A mismatch is falsy: only None says that the pattern holds.
     return check_cost(match) if refusal is None else refusal
+
+
+def _replace_by_author(match: Match) -> Replacement | str:
+    """Return what the pattern puts in the place of `match`, or why its function gives nothing of the kind."""
+    try:
+        return match.pattern.replace(match)
+    except Exception as error:
+        place = function_place(match.pattern.replace, error)
+        return f"its replace {place} raised {said_by(error)}; {OTHERWISE}"
 
 
 def check_progress(match: Match, outputs: Sequence[Call | fx.Node]) -> str:

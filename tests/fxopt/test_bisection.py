@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,9 +199,46 @@ def test_bad_scripts_are_told(tmp_path: Path, text: str, message: str) -> None:
     other = tmp_path / "script.txt"
     other.write_text("model = check = 1")
     with pytest.raises(
-        fxopt.FxoptError, match=r"script.txt: not a Python file, expected one whose name ends in .py"
+        fxopt.FxoptError,
+        match=r"script.txt: not a Python file, expected a name that ends in .py, got one that ends in .txt\nrename",
     ):
         load_script(other)
+
+
+async def check_later(model: nn.Module) -> None:
+    raise AssertionError("never awaited")
+
+
+def check_in_steps(model: nn.Module) -> Any:
+    yield model(torch.ones(1, 2))
+
+
+def put_another_in(model: nn.Module) -> None:
+    model.register_module("0", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (
+            check_later,
+            "expected a function that runs when it is called, got one that returns a coroutine\nwrite",
+        ),
+        (
+            check_in_steps,
+            "expected a function that runs when it is called, got one that returns a generator\nwrite",
+        ),
+        (
+            put_another_in,
+            "puts other parameters into the model, expected the same .*, got a new 0.weight\ngive a check",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_a_check_that_would_hold_whatever_it_does_is_told(check: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    with pytest.raises(fxopt.FxoptError, match=message):
+        fxopt.bisect(model, check, on_progress=lambda line: None)
 
 
 def test_the_line_told_is_the_checks_own_and_not_one_of_torchs() -> None:

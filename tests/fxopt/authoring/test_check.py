@@ -171,6 +171,24 @@ def test_an_example_that_does_not_match_is_told() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("replacement", "sizes"),
+    [
+        (lambda x: torch.expm1(x), r"\[4, 7\] and \[1012, 1032\] too"),
+        (lambda x: torch.expm1(x).reshape(4, 8), r"\[4, 8\] alone: with more rows it is another form"),
+        (
+            lambda x: torch.expm1(x) if x.numel() < 99 else x,
+            r"\[4, 7\] alone: with more rows it is another form",
+        ),
+    ],
+)
+def test_the_sizes_that_a_replacement_was_proven_at_are_told(replacement: Any, sizes: str) -> None:
+    found = check_pattern(fxopt.pattern(growth, replacement, [X]))
+    assert [str(finding) for finding in found if not finding.holds] == []
+    (told,) = [finding.detail for finding in found if finding.kind == "sizes"]
+    assert re.fullmatch(f"proven at x: {sizes}", told), told
+
+
 def test_a_wrong_rewrite_of_a_mutation_fails() -> None:
     """Without proofs to refuse it, a pattern whose search is too wide would be caught here."""
     wide = fxopt.Pattern("wide", GOOD.search, lambda match: fxopt_call(match), examples=GOOD.examples)
@@ -216,6 +234,19 @@ def test_bad_files_are_told(
         main(["check-pattern", str(path)])
     assert exit_info.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["random", "torch", "typing"])
+def test_a_file_called_like_a_module_of_others_takes_no_ones_place(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.py"
+    path.write_text(
+        "import torch, fxopt\ndef growth(x):\n    return torch.exp(x) - 1\n"
+        "MINE = fxopt.pattern(growth, torch.expm1, [(torch.randn(4, 8),)])\n"
+    )
+    before = sys.modules[name]
+    (mine,) = load_patterns(path)
+    assert sys.modules[name] is before
+    assert mine.name == "growth"
 
 
 def test_a_file_that_is_not_there_is_told() -> None:

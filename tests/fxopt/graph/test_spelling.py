@@ -272,6 +272,7 @@ TABLE = {
         "matmul(%0, %1)",
         [torch.bmm, lambda a, b: torch.einsum("bij,bjk->bik", a, b)],
     ),
+    "mm": ((WEIGHT, SQUARE), "matmul(%0, %1)", [torch.mm, lambda a, b: a.mm(b), operator.matmul]),
     "bmm": ((LEAF, OTHER.mT), "matmul(%0, %1)", [torch.bmm, lambda a, b: a.bmm(b), operator.matmul]),
     "constant": (
         (HALF,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 import re
 import types
@@ -53,12 +54,15 @@ def test_all_texts_are_escaped(hostile: Report) -> None:
     assert "<img src=x" not in render_notebook(report)
 
 
-def test_no_text_steers_the_terminal() -> None:
+def test_no_text_steers_the_terminal(tmp_path: Path) -> None:
     sites = (site("glu", module="\x1b[2Ja"), site("rope", "unmatched"))
-    report, bare = Report("\x1b[31mTiny\r", sites), Report("Tiny")
+    report, bare = Report("\x1b[31mTiny\r\u202e\ud800", sites), Report("Tiny")
     for text in (str(report), str(diff_reports(report, bare)), report.why_not("rope")):
-        assert not re.search(r"[^\S\n ]|\x1b", text)
+        assert not re.search(r"[^\S\n ]|[\x1b\u202e\ud800]", text)
     assert r"\x1b[31mTiny" in str(report)
+    assert r"\u202e\ud800" in str(report)
+    report.save_html(tmp_path / "odd.html")
+    assert "Tiny" in (tmp_path / "odd.html").read_text(encoding="utf-8")
 
 
 def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
@@ -153,6 +157,8 @@ def test_json_comes_back_whole(report_of: Explained, name: str) -> None:
         ("[]", r"a.json: expected a report of schema 1, got no report\nwrite"),
         ('{"schema": 99}', r"expected a report of schema 1, got 99"),
         ('{"schema": "1"}', r"expected a report of schema 1, got '1'"),
+        ('{"schema": true}', r"expected a report of schema 1, got True"),
+        ('\ufeff{"schema": 99}', r"expected a report of schema 1, got 99"),
         ('{"schema": 1, "model": "m"}', r"not a whole report: sites is missing\nwrite it anew"),
         ('{"schema": 1, "model": 3}', r"not a whole report: model is 3, expected str"),
     ],
@@ -187,6 +193,17 @@ def test_a_value_of_another_form_is_told(
     holder[place[-1]] = value
     with pytest.raises(FxoptError, match=message):
         parse_report(json.dumps(fields))
+
+
+def test_a_proof_of_no_finite_error_is_written_as_json_and_comes_back() -> None:
+    proof = records.Proof(False, "float32", "cpu", math.inf, 1e-7, "y", (), ())
+    report = Report("Tiny", sites=(records.Site("glu", "", 1, "refused", "mlp", "tiny.py:1", "no", proof),))
+    text = report.to_json()
+    assert json.loads(text, parse_constant=pytest.fail)["sites"][0]["proof"]["error"] == "inf"
+    assert parse_report(text) == report
+    again = parse_report(text.replace('"inf"', '"nan"')).sites[0].proof
+    assert again is not None
+    assert math.isnan(again.error)
 
 
 def test_a_field_that_a_later_version_writes_is_skipped(report_of: Explained) -> None:

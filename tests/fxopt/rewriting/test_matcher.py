@@ -257,11 +257,11 @@ def raising() -> Any:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        (lambda: 3, r"odd: search\(\) returned 3, expected a term, got int"),
-        (lambda: None, r"odd: search\(\) returned None, expected a term, got NoneType"),
-        (tuple, r"odd: search\(\) returned no terms"),
-        (lambda: (exp(tensor("x")), "y"), r"odd: search\(\) returned 'y', expected a term, got str"),
-        (raising, r"odd: search\(\) raised KeyError: 'x'"),
+        (lambda: 3, r"odd: .* returned 3, expected a term, got int"),
+        (lambda: None, r"odd: .* returned None, expected a term, got NoneType"),
+        (tuple, r"odd: .* returned no terms"),
+        (lambda: (exp(tensor("x")), "y"), r"odd: .* returned 'y', expected a term, got str"),
+        (raising, r"odd: raising \(test_matcher.py:\d+\): expected a term, got KeyError: 'x'\nuse"),
         (lambda: exp(many("parts", tensor("x"))), r"'exp\(x, ...\)', expected many\(...\) in a list"),
         (
             lambda: exp(maybe(tanh, many("x", tensor("x")))),
@@ -281,5 +281,7 @@ def test_a_search_that_cannot_be_matched_is_refused_when_it_is_made(search: Any,
 
 def test_a_pattern_that_may_be_a_bare_tensor_is_refused() -> None:
     pattern = Pattern("loose", lambda: maybe(exp, tensor("x")), replace=lambda m: m["x"])
-    with pytest.raises(FxoptError, match=r"loose: search\(\) returned .* every alternative is an operation"):
+    with pytest.raises(
+        FxoptError, match=r"loose: <lambda> \(test_matcher.py:\d+\) returned .* every alternative is"
+    ):
         _ = pattern.terms
