@@ -80,16 +80,6 @@ def find_kept(blocks: Iterable[nn.Module]) -> str | None:
     return next((text for text in found if text is not None), None)
 
 
-def say_order(block: nn.Module) -> str | None:
-    """Return what to say of a `block` that runs stock where an engine may reduce gradients as they come, or None."""
-    if not any(map(deepspeed_private.is_trained, block.parameters())):
-        return None
-    return (
-        "a block runs stock under DeepSpeed, which reduces gradients in the order in which they come (ZeRO-2, ZeRO-3, "
-        "overlap_comm): gradients are wrong unless it runs stock on all ranks"
-    )
-
-
 def _is_emptied(tensor: torch.Tensor) -> bool:
     """Return whether a weight's items were taken off it, which leaves a vector: a model's own may be [1, 0, D]."""
     return tensor.dim() == 1 and tensor.numel() == 0

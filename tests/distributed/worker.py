@@ -31,6 +31,7 @@ from cases import (
     zero,
     zero_checkpoints,
     zero_memory,
+    zero_orders,
 )
 from cases.models import DEVICE, ON_GPU
 
@@ -49,6 +50,7 @@ CASES = {
         zero,
         zero_checkpoints,
         zero_memory,
+        zero_orders,
     )
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
