@@ -22,6 +22,9 @@ def test_an_order_that_differs_is_refused_on_all_ranks_before_a_gradient_is_hand
 def test_a_block_that_runs_stock_on_all_ranks_is_in_one_order(two):
     for answer in two.run("order_differs", hooked=[0, 1]):
         assert answer["raised"] == []
+        assert answer["reduced"] == [[2, "cpu"]] * 2, (
+            "one small collective on the host for each backward pass"
+        )
         assert answer["fallbacks"]["model.layers: a hook sits on the LlamaMLP inside"] == 1
 
 

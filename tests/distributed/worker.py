@@ -21,6 +21,7 @@ import torch.distributed as dist
 from cases import (
     checkpoints,
     collectives,
+    combinations,
     deepspeeds,
     libraries,
     others,
@@ -40,6 +41,7 @@ CASES = {
     for module in (
         steps,
         collectives,
+        combinations,
         ranks,
         others,
         libraries,

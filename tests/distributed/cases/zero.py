@@ -81,40 +81,6 @@ def zero(
     return {"errors": errors, "lazy": lazy, "whole": whole, **report_of(engines[order].module)}
 
 
-def zero_accumulated(stage: int) -> dict[str, Any]:
-    """Accumulate two micro-batches under a stage of ZeRO; the last rank's labels are all ignored in the first of them.
-
-    Return the errors against stock and against one process that has all.
-    """
-    from deepspeed.utils import safe_get_full_grad
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    alone = make_model("llama")
-    batches = [
-        [make_batch(10 * n + r, 1 + r, 12 + 4 * n, ignored=n == 0 and r == world - 1) for r in range(world)]
-        for n in range(2)
-    ]
-    total = num_items([batch for step in batches for batch in step])
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for which in ("before", "stock"):
-        model = copy.deepcopy(alone)
-        engine = initialize(fxopt.optimize(model) if which == "before" else model, stage, micro_batches=2)
-        named = list(engine.module.named_parameters())
-        for step in batches:
-            loss = engine(**step[rank], num_items_in_batch=total).loss
-            engine.backward(2 * world * loss)  # it takes the mean over micro-batches and ranks
-            if step is batches[-1]:
-                found[which] = {name: safe_get_full_grad(p).to("cpu", copy=True) for name, p in named}
-            engine.step()
-        if which == "before":
-            report = report_of(model)
-    for batch in (batch for step in batches for batch in step):
-        alone(**batch, num_items_in_batch=total).loss.backward()
-    expected = {"stock": found["stock"], "alone": gradients_of(alone)}
-    errors = {which: largest_error(found["before"], theirs) for which, theirs in expected.items()}
-    return {"errors": errors, **report}
-
-
 def zero_gathers(budget: str, checkpointed: bool = False) -> dict[str, Any]:
     """Return how often and how much ZeRO-3 gathers in a step, optimized and stock; nothing is gathered ahead."""
     from deepspeed.runtime.zero import partition_parameters

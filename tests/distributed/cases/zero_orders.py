@@ -101,15 +101,23 @@ def order_differs(hooked: list[int], read: str = "loss") -> dict[str, Any]:
     """As under an engine that adds up gradients as they come, which is no more than named here.
 
     A hook sits in a block of the ranks `hooked` at the second of two calls. Return what backward passes raise that
-    begin at the loss, or at the logits (`read`).
+    begin at the loss, or at the logits (`read`), and what was reduced.
     """
     stock = zero.group_of, deepspeed_private.reduces_as_they_come
     zero.group_of = lambda module: dist.group.WORLD
     deepspeed_private.reduces_as_they_come = lambda parameters: True
     rank = dist.get_rank()
     raised: list[str] = []
+    reduced: list[list[Any]] = []
+    all_reduce = dist.all_reduce
+
+    def reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        reduced.append([tensor.numel(), tensor.device.type])
+        return all_reduce(tensor, *args, **kwargs)
+
     try:
         model = fxopt.optimize(make_model("llama"), verify="off")
+        dist.all_reduce = reduce
         for number in range(2):
             if number == 1 and rank in hooked:
                 find_blocks(model)[1].mlp.register_forward_hook(lambda *_: None)
@@ -123,4 +131,5 @@ def order_differs(hooked: list[int], read: str = "loss") -> dict[str, Any]:
             model.zero_grad()
     finally:
         zero.group_of, deepspeed_private.reduces_as_they_come = stock
-    return {"raised": raised, **report_of(model)}
+        dist.all_reduce = all_reduce
+    return {"raised": raised, "reduced": reduced, **report_of(model)}
