@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
+from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings, zero
 from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import find_kept, say_kept
@@ -137,7 +137,7 @@ class BlockCalls:
         if hooks.recorders and is_checkpointed(block):
             # Under capture nothing that a block computes leaves its own checkpoint but what it returns.
             serve = functools.partial(self._checkpointing.run_outside, block, serve)
-        if hooks.gathers:
+        if hooks.gathers or zero.is_linear_replaced():
             serve = functools.partial(run_captured, block, serve)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)

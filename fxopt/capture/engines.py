@@ -186,13 +186,16 @@ class Sharding:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Gather the modules that FSDP2 shards, and hide its hooks and ZeRO-3's on modules within the scope."""
+        """Gather the modules that FSDP2 shards, and hide its hooks and ZeRO-3's on modules within the scope.
+
+        What DeepSpeed has in the place of torch's own `linear`, under ZeRO-3 and ever after, is hidden as well.
+        """
         modules = self.find_modules()
         for module in modules:
             gather: Any = module
             gather.unshard()
         self._gatherings = {each.module: each for each in self.find_gatherings() if each.has_parameters}
-        if not modules and not self._gatherings:
+        if not modules and not self._gatherings and not zero.is_linear_replaced():
             yield
             return
         self._hidden = hide_hooks((*modules, *self._gatherings), is_gathering_hook)

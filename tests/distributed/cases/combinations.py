@@ -82,7 +82,7 @@ def combination_of_zero(
         model = copy.deepcopy(alone)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
-        engines[which] = initialize(model, stage, micro_batches=2, **(settings or {}))
+        engines[which] = initialize(model, stage, micro_batches=2, clipping=0.0, **(settings or {}))
         if which == "after":
             fxopt.optimize(engines[which].module, verify="off")
     errors: dict[str, list[float]] = {}

@@ -146,9 +146,13 @@ def initialize(
     optimizer: Any = None,
     micro_batches: int = 1,
     checkpoint: dict[str, Any] | None = None,
+    clipping: float = 1.0,
     **more: Any,
 ) -> Any:
-    """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its."""
+    """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its.
+
+    It clips gradients at a norm of 1 by default.
+    """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -162,6 +166,7 @@ def initialize(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": checkpoint or {},
+        "gradient_clipping": clipping,
     }
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
