@@ -190,10 +190,7 @@ class Sharding:
 
         What DeepSpeed has in the place of torch's own `linear`, under ZeRO-3 and ever after, is hidden as well.
         """
-        modules = self.find_modules()
-        for module in modules:
-            gather: Any = module
-            gather.unshard()
+        modules = self._gather()
         self._gatherings = {each.module: each for each in self.find_gatherings() if each.has_parameters}
         if not modules and not self._gatherings and not zero.is_linear_replaced():
             yield
@@ -205,6 +202,27 @@ class Sharding:
         finally:
             self._linear = None
             self._show()
+
+    def _gather(self) -> dict[nn.Module, Any]:
+        modules = self.find_modules()
+        for module in modules:
+            gather: Any = module
+            gather.unshard()
+        return modules
+
+    def find_stock_forward(self) -> Callable[..., Any] | None:
+        """Return the model's own forward, which first gathers what it does where it is served; None: that is nothing.
+
+        Ranks on which a call is served begin with that, and all ranks have to gather in one order.
+        """
+        if not self.find_modules() or self.find_obstacle() is not None:
+            return None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._gather()
+            return self._model.forward(*args, **kwargs)
+
+        return run
 
     def _show(self) -> None:
         show_hooks(self._hidden)

@@ -119,12 +119,34 @@ def test_logits_under_an_engine_are_lazy_and_carry_gradients(engine, options, tw
         assert answer["errors"]["stock"] <= BOUND
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=slow)])
-def test_one_rank_that_falls_back_neither_hangs_nor_diverges(engine, two):
+CARVED = {"carved": True}
+FREED = {"carved": True, "reshard_after_forward": True}
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "place"),
+    [
+        ("ddp", {}, "inside"),
+        ("fsdp2", CARVED, "block"),
+        *(
+            pytest.param(engine, options, place, marks=slow)
+            for engine, options in (
+                ("ddp", {"static_graph": True}),
+                ("ddp", {"find_unused_parameters": True}),
+            )
+            for place in ("inside", "off")
+        ),
+        *(pytest.param("fsdp2", {}, place, marks=slow) for place in ("inside", "block", "off")),
+        *(pytest.param("fsdp2", CARVED, place, marks=slow) for place in ("inside", "head", "off")),
+        *(pytest.param("fsdp2", FREED, place, marks=slow) for place in ("block", "head", "off")),
+    ],
+)
+def test_one_rank_that_falls_back_later_neither_hangs_nor_diverges(engine, options, place, two):
     """Collectives stand outside of what is compiled: their order is the engine's, whatever a rank runs between."""
-    answers = two.run("one_falls_back", engine=engine)
+    answers = two.run("one_falls_back", engine=engine, options=options, place=place)
     assert [bool(answer["fallbacks"]) for answer in answers] == [False, True]
-    assert all("a hook sits on" in reason for reason in answers[1]["fallbacks"])
+    cause = "Dynamo is switched off" if place == "off" else "a hook sits on"
+    assert all(cause in reason for reason in answers[1]["fallbacks"])
     assert all(answer["errors"]["stock"] <= BOUND for answer in answers)
 
 

@@ -107,7 +107,7 @@ def test_models_under_zero_3_are_served(options, zero_world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("hooked", ["block", "head"])
+@pytest.mark.parametrize("hooked", ["block", "whole block", "head"])
 def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, zero_world):
     """DeepSpeed compares the order between ranks, and its collectives hang or raise where it differs.
 

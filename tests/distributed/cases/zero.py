@@ -56,7 +56,8 @@ def zero(
             fxopt.optimize(engines[which].module)
         if hooked and which == order and rank == world - 1:
             block, head = find_blocks(engines[which].module)[0], engines[which].module.get_output_embeddings()
-            (head if hooked == "head" else block.mlp).register_forward_hook(lambda *_: None)
+            places = {"head": head, "block": block.mlp, "whole block": block}
+            places[hooked].register_forward_hook(lambda *_: None)
     errors = {"stock": 0.0}
     lazy = True
     for number in range(3):
