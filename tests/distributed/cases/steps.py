@@ -139,9 +139,9 @@ def logits(engine: str, options: dict[str, Any] | None = None) -> dict[str, Any]
 
 
 def one_falls_back(engine: str, place: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """From the second of three steps on the last rank runs a part of the model stock, for a user's hook at a `place` of it.
+    """From the second of three steps on the last rank runs a part of the model stock.
 
-    It sits on a block, inside one, or on the head; or Dynamo is switched off there (`off`).
+    A user's hook sits at a `place` of it: on a block, inside one, or on the head; or Dynamo is switched off (`off`).
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = make_model("llama")
