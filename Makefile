@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo coverage check test test-slow test-all test-gpu matrix bench clean
+.PHONY: help setup demo coverage check test test-slow test-deepspeed test-all test-gpu matrix bench clean
 
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -11,6 +11,7 @@ BIN := .venv/bin
 # Tests that share what is slow to make (a group of processes, reports) go to one of them: loadgroup.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 STAMP := .venv/setup.stamp
+DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
 GATES := tests/test_architecture.py tests/test_packaging.py tests/test_public_api.py tests/test_docs.py tests/test_naming.py
 
 help: ## Show the targets
@@ -25,6 +26,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "make setup: installing fxopt and its test tools into .venv with $$($(PYTHON) --version)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Beside the other tools and not among them: where it can be imported, accelerate and transformers do so.
+build/deepspeed: constraints.txt
+	rm -rf $@
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check --no-deps -c $< --target $@ $(DEEPSPEED)
 	@touch $@
 
 demo: setup ## Train a 10 M parameter Llama on real English, stock and optimized, and compare
@@ -43,9 +50,12 @@ test: check ## check, and every test that is not slow and needs no GPU
 	$(PYTEST) -m "not slow and not gpu" $(GATES:%=--ignore=%) $(ARGS)
 
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not deepspeed" $(ARGS)
 
-test-all: test test-slow ## test, and the slow tests
+test-deepspeed: setup build/deepspeed ## The slow tests of DeepSpeed, which is at hand for them alone
+	PYTHONPATH=$(CURDIR)/build/deepspeed OMP_NUM_THREADS=1 $(BIN)/pytest -m "deepspeed and not gpu" tests/distributed $(ARGS)
+
+test-all: test test-slow test-deepspeed ## test, and the slow tests
 
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)

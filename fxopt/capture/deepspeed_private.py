@@ -107,6 +107,7 @@ class Stage3:
     prefetched: int
     reused: int
     living: int
+    scatters: bool
 
 
 def find_stage_3(parameters: Iterable[torch.Tensor]) -> Stage3 | None:
@@ -125,6 +126,7 @@ def find_stage_3(parameters: Iterable[torch.Tensor]) -> Stage3 | None:
         prefetched=read(offload, "_prefetch_bucket_sz"),
         reused=read(offload, "_max_reuse_distance_in_numel"),
         living=read(offload, "_max_available_parameters_in_numel"),
+        scatters=read(engine, "reduce_scatter"),
     )
 
 
@@ -205,6 +207,25 @@ def find_stages_1_and_2(parameters: Iterable[torch.Tensor]) -> Stages1And2 | Non
         offloads=offloads,
         staged=read(engine, "temp_grad_buffer_for_gpu_offload") if offloads else None,
     )
+
+
+def reduces_as_they_come(parameters: Iterable[torch.Tensor]) -> bool:
+    """Return whether the engine of ZeRO that trains `parameters` adds up gradients in the order in which they come.
+
+    ZeRO-1 waits for all of them but with `overlap_comm`. ZeRO-3 sorts those of one bucket, so one that holds all of
+    them has one order. An engine that is not found may do either.
+    """
+    trained = [parameter for parameter in parameters if is_trained(parameter)]
+    if not trained:
+        return False
+    try:
+        of_3 = find_stage_3(trained)
+        if of_3 is not None:
+            return not (of_3.scatters and sum(map(num_items, trained)) <= of_3.bucket_items)
+        of_2 = find_stages_1_and_2(trained)
+    except MovedError:
+        return True
+    return of_2 is None or of_2.keeps_parts or of_2.overlaps
 
 
 def _partitions_of(engine: Any) -> Iterator[Partitions]:

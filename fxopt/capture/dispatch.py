@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
+from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings, zero
 from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
-from fxopt.capture.engines import find_kept, say_kept, say_order
+from fxopt.capture.engines import find_kept, say_kept
 from fxopt.capture.forwards import call_with_forward, call_with_gathered, run_captured
 from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle_or_recorder
-from fxopt.capture.ledger import Ledger
+from fxopt.capture.ledger import WITHOUT_GRADIENTS, Ledger, Way
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
 from fxopt.capture.recorders import Notes, Recorder, collecting
@@ -82,6 +82,8 @@ class BlockCalls:
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self._four_bits: dict[nn.Module, FourBitLayers] = {}
         self.notes = Notes()
+        self.note_end: Callable[[str], None] = lambda path: None
+        """Called when a block has run."""
         self.broken_classes: set[type] = set()
         self._looping_classes: set[type] = set()
         self.stock_classes: dict[type, str] = {}
@@ -96,7 +98,9 @@ class BlockCalls:
         recorders: list[tuple[Recorder, ...]] = []
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return self._run(path, block, recorders, args, kwargs)
+            output = self._run(path, block, recorders, args, kwargs)
+            self.note_end(path)
+            return output
 
         return run
 
@@ -110,6 +114,7 @@ class BlockCalls:
     ) -> Any:
         """Run one block: compiled where fxopt serves the call, else stock."""
         if not torch.is_grad_enabled():
+            self.ledger.note_way(path, WITHOUT_GRADIENTS)
             return torch_modules.stock_call(block, *args, **kwargs)
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
@@ -123,7 +128,7 @@ class BlockCalls:
             self.ledger.hooked = type(hooks.live).__name__
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
-            self._count_stock(block, reason)
+            self._count_stock(path, reason)
             stock = functools.partial(torch_modules.stock_call, block)
             if hooks.gathers:
                 stock = functools.partial(call_with_gathered, block)
@@ -132,7 +137,7 @@ class BlockCalls:
         if hooks.recorders and is_checkpointed(block):
             # Under capture nothing that a block computes leaves its own checkpoint but what it returns.
             serve = functools.partial(self._checkpointing.run_outside, block, serve)
-        if hooks.gathers:
+        if hooks.gathers or zero.is_linear_replaced():
             serve = functools.partial(run_captured, block, serve)
         if has_hooks(block):
             return call_with_forward(block, serve, args, kwargs)
@@ -169,7 +174,7 @@ class BlockCalls:
         if not is_captured:
             # A call that fails in stock too says nothing of the block.
             output = self._checkpointing.run_unplanned(block, block.forward, args, kwargs)
-            self._count_stock(block, f"capture failed: {reason}")
+            self._count_stock(path, f"capture failed: {reason}")
         if dtypes != [parameter.dtype for parameter in block.parameters()]:
             # The call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
             return output
@@ -303,12 +308,9 @@ class BlockCalls:
 
         return Mark(show)
 
-    def _count_stock(self, block: nn.Module, reason: str) -> None:
+    def _count_stock(self, path: str, reason: str) -> None:
         self.ledger.count_fallback(self.region, reason)
-        text = say_order(block)
-        if text is not None and text not in self.ledger.notes:
-            log.warning("%s", text)
-            self.ledger.note(text)
+        self.ledger.note_way(path, Way(None, reason))
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")

@@ -80,16 +80,6 @@ def find_kept(blocks: Iterable[nn.Module]) -> str | None:
     return next((text for text in found if text is not None), None)
 
 
-def say_order(block: nn.Module) -> str | None:
-    """Return what to say of a `block` that runs stock where an engine may reduce gradients as they come, or None."""
-    if not any(map(deepspeed_private.is_trained, block.parameters())):
-        return None
-    return (
-        "a block runs stock under DeepSpeed, which reduces gradients in the order in which they come (ZeRO-2, ZeRO-3, "
-        "overlap_comm): gradients are wrong unless it runs stock on all ranks"
-    )
-
-
 def _is_emptied(tensor: torch.Tensor) -> bool:
     """Return whether a weight's items were taken off it, which leaves a vector: a model's own may be [1, 0, D]."""
     return tensor.dim() == 1 and tensor.numel() == 0
@@ -196,13 +186,13 @@ class Sharding:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Gather the modules that FSDP2 shards, and hide its hooks and ZeRO-3's on modules within the scope."""
-        modules = self.find_modules()
-        for module in modules:
-            gather: Any = module
-            gather.unshard()
+        """Gather the modules that FSDP2 shards, and hide its hooks and ZeRO-3's on modules within the scope.
+
+        What DeepSpeed has in the place of torch's own `linear`, under ZeRO-3 and ever after, is hidden as well.
+        """
+        modules = self._gather()
         self._gatherings = {each.module: each for each in self.find_gatherings() if each.has_parameters}
-        if not modules and not self._gatherings:
+        if not modules and not self._gatherings and not zero.is_linear_replaced():
             yield
             return
         self._hidden = hide_hooks((*modules, *self._gatherings), is_gathering_hook)
@@ -212,6 +202,27 @@ class Sharding:
         finally:
             self._linear = None
             self._show()
+
+    def _gather(self) -> dict[nn.Module, Any]:
+        modules = self.find_modules()
+        for module in modules:
+            gather: Any = module
+            gather.unshard()
+        return modules
+
+    def find_stock_forward(self) -> Callable[..., Any] | None:
+        """Return the model's own forward, which first gathers what it does where it is served; None: that is nothing.
+
+        Ranks on which a call is served begin with that, and all ranks have to gather in one order.
+        """
+        if not self.find_modules() or self.find_obstacle() is not None:
+            return None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._gather()
+            return self._model.forward(*args, **kwargs)
+
+        return run
 
     def _show(self) -> None:
         show_hooks(self._hidden)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import sys
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -20,7 +19,6 @@ from fxopt.capture.agreement import Agreement
 from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
-from fxopt.capture.devices import mixture_told
 from fxopt.capture.dispatch import BlockCalls
 from fxopt.capture.engines import check_spread, inside_engine
 from fxopt.capture.gradients import keep_stock_gradients
@@ -30,6 +28,7 @@ from fxopt.capture.lowering import Lowering, has_fixed_sizes
 from fxopt.capture.model_call import ModelCall, is_leaf
 from fxopt.capture.modules import walk
 from fxopt.capture.offload import make_offloader
+from fxopt.capture.orders import GradientOrder, order_of
 from fxopt.capture.patched import find_patched
 from fxopt.capture.planning import Mark, Planner, note_held, with_mark
 from fxopt.capture.reasons import reason_of_break
@@ -38,6 +37,7 @@ from fxopt.capture.regions import Regions, find_regions
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.sharing import share_mappings
 from fxopt.capture.shortage import Shortage
+from fxopt.capture.slot import Slot, find_caller
 from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_distributed import is_first_fsdp
 from fxopt.capture.torch_modules import SLOT
@@ -46,7 +46,6 @@ from fxopt.report.records import MODEL_REGION
 
 log = logging.getLogger("fxopt")
 AFTER_BLOCKS = "what stands after the blocks"
-RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
 
 class Transform(Protocol):
@@ -75,6 +74,7 @@ class Installation:
         self.options = options
         self.regions: Regions = find_regions(model)
         self.ledger = Ledger()
+        self._order = GradientOrder(model, self.ledger)
         for line in (*find_patched(model), *find_doubts(model)):
             self.ledger.note(line)
         self._settings = torch_settings.make_capture_settings()
@@ -108,6 +108,7 @@ class Installation:
                 partial=partial,
                 planner=planner,
             )
+            self._calls[region].note_end = self._order.note_late
 
     def install(self) -> None:
         """Fill the compile slots of the model and its blocks."""
@@ -122,7 +123,7 @@ class Installation:
             root = self._root_as_region
         blocks = (block for _, block in self.regions.blocks)
         agreement = Agreement(self.model, blocks, self.options, self.planner)
-        self.model.__dict__[SLOT] = _Slot(self, root, agreement)
+        self.model.__dict__[SLOT] = Slot(self, root, agreement, self._order)
 
     def _share_mappings(self) -> None:
         """Make the leaves see through mappings that blocks hand on; each then costs guards of its own per call."""
@@ -204,7 +205,9 @@ class Installation:
             number = f"capture {1 + sum(capture.region == region for capture in self.ledger.captures)}"
             progress.show(name, f"{number}, rewriting and proving")
             outcome = self._transform(gm, region=region, lazy_outputs=False)
-            capture = self.ledger.add_capture(region, outcome, reason_of_break(gm))
+            block = dict(self.regions.blocks).get(self.ledger.current, self.model)
+            order = order_of(example_inputs, block)
+            capture = self.ledger.add_capture(region, outcome, reason_of_break(gm), order)
             if torch_dynamo.changes_python_state(but=self._calls[region].notes.noted):
                 self.ledger.changes_state = True
             progress.show(name, f"{number}, compiling")
@@ -236,7 +239,8 @@ class Installation:
         progress = self.ledger.progress
         progress.show(AFTER_BLOCKS, "rewriting and proving")
         outcome = self._transform(tail.graph, region=MODEL_REGION, lazy_outputs=self.model.training)
-        capture = self.ledger.add_capture(MODEL_REGION, outcome)
+        order = order_of([example_inputs[index] for index in tail.placeholders], self.model)
+        capture = self.ledger.add_capture(MODEL_REGION, outcome, order=order)
         placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
         examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
         examples += [example_inputs[index] for index in tail.placeholders]
@@ -276,36 +280,6 @@ def _unhooked(transform: Transform) -> Transform:
     return run
 
 
-class _Slot:
-    """What sits in an optimized model's compile slot: callable, and the way back to its installation."""
-
-    def __init__(self, installation: Installation, call: Callable[..., Any], agreement: Agreement) -> None:
-        self.installation = installation
-        self._call = call
-        self._agreement = agreement
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        caller = find_caller(sys._getframe(1))
-        if caller is not None and caller is not self.installation.model:
-            return torch_modules.stock_call(caller, *args, **kwargs)
-        if torch_dynamo.is_recorded():
-            self.installation.ledger.note(RECORDED)
-            return torch_modules.stock_call(self.installation.model, *args, **kwargs)
-        if torch.is_grad_enabled():
-            self._agreement.check()
-        with mixture_told(self.installation.model):
-            return self._call(*args, **kwargs)
-
-
-def find_caller(frame: types.FrameType) -> nn.Module | None:
-    """Return the module whose call runs in `frame`: the slot of a shallow copy is the original's own.
-
-    `nn.DataParallel` copies a module's attributes into its replicas, this slot among them; they run stock.
-    """
-    caller = frame.f_locals.get("self") if frame.f_code.co_name == torch_modules.CALLER else None
-    return caller if isinstance(caller, nn.Module) else None
-
-
 def find_installation(model: nn.Module) -> Installation | None:
     """Return what is installed in `model`, or in some module of it, or None.
 
@@ -318,7 +292,7 @@ def find_installation(model: nn.Module) -> Installation | None:
 
 def _installation_in(module: nn.Module) -> Installation | None:
     slot = module.__dict__.get(SLOT)
-    if isinstance(slot, _Slot):
+    if isinstance(slot, Slot):
         return slot.installation
     find: Callable[[], Installation | None] = getattr(slot, "fxopt_installation", lambda: None)
     return find()

@@ -147,7 +147,7 @@ class LazyLogits(torch.Tensor):
             if self._value is not None:
                 self._value = _put(sink, self._value)
 
-    def _hook_later(self, hook: Any) -> RemovableHandle:
+    def hook_later(self, hook: Any) -> RemovableHandle:
         """Put an engine's `hook`, which asks where backward begins, on the values if they are ever computed."""
         with torch_tensors.without_torch_function():
             if self._value is not None and self._value.requires_grad:
@@ -181,7 +181,7 @@ class LazyLogits(torch.Tensor):
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
         if lazy is not None:
             if func is torch.Tensor.register_hook and is_engine_hook(args[1]):
-                return lazy._hook_later(args[1])
+                return lazy.hook_later(args[1])
             if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
                 raise FxoptError(
                     f"logits.{func.__name__}: the loss was computed without these logits, expected a tensor that "

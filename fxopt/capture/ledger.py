@@ -7,20 +7,42 @@ import dataclasses
 from typing import Any
 
 from fxopt.capture.progress import Progress
-from fxopt.report.records import Fallback
+from fxopt.report.records import MODEL_REGION, Fallback
 
 
 @dataclasses.dataclass
 class Capture:
     """One captured graph of one region; `outcome` is what the passes made of it.
 
-    `broken` says why the graph ends before its region does, and where; "" where it does not.
+    `broken` says why the graph ends before its region does, and where; "" where it does not. `order` has the numbers of
+    the region's parameters in the order in which the graph hands on their gradients.
     """
 
     region: str
     number: int
     outcome: Any
     broken: str = ""
+    order: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a region ran in one call: by captures with these `orders`, or stock (None) for a `reason`."""
+
+    orders: tuple[tuple[int, ...], ...] | None
+    reason: str = ""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it ran without gradients, so that another run, in backward, is the one that hands them on."""
+        return self == WITHOUT_GRADIENTS
+
+    def __str__(self) -> str:
+        return f"stock ({self.reason})" if self.orders is None else "captured"
+
+
+NOT_CAPTURED = Way(None, "it was not captured")
+WITHOUT_GRADIENTS = Way(None, "without gradients")
 
 
 @dataclasses.dataclass
@@ -38,6 +60,10 @@ class Ledger:
     hooked: str = ""
     """The kind of module inside a block on which a hook was met during the model's call that runs now."""
     progress: Progress = dataclasses.field(default_factory=Progress)
+    ways: dict[str, Way] | None = None
+    """How each block, and the model for what follows them, ran in the training call that runs now, if one does."""
+    way: Way = NOT_CAPTURED
+    """How the block or model that ran last did."""
     _current: str = ""
     _pieces: list[Capture] = dataclasses.field(default_factory=list)
 
@@ -64,16 +90,27 @@ class Ledger:
         """Record that `capture` ran for the call that began last; one call may take several, where a graph breaks."""
         self._pieces.append(capture)
         self.served[self._current] = self._pieces
+        self.note_way(self._current, Way(tuple(piece.order for piece in self._pieces)))
 
-    def add_capture(self, region: str, outcome: Any, broken: str = "") -> Capture:
+    def note_way(self, path: str, way: Way) -> None:
+        """Record how the block or model at `path` ran."""
+        self.way = way
+        if self.ways is not None:
+            self.ways[path] = way
+
+    def add_capture(
+        self, region: str, outcome: Any, broken: str = "", order: tuple[int, ...] = ()
+    ) -> Capture:
         """Record a new capture of `region`."""
-        capture = Capture(region, sum(c.region == region for c in self.captures), outcome, broken)
+        capture = Capture(region, sum(c.region == region for c in self.captures), outcome, broken, order)
         self.captures.append(capture)
         return capture
 
     def count_fallback(self, region: str, reason: str) -> None:
         """Count a call that ran the stock path although fxopt should have served it."""
         self.fallbacks[region, reason] += 1
+        if region == MODEL_REGION:
+            self.note_way(MODEL_REGION, Way(None, reason))
 
     def note(self, text: str) -> None:
         """Record something the user should know, once."""

@@ -118,6 +118,9 @@ class ModelCall:
                 self.ledger.count_fallback(MODEL_REGION, reason)
                 if gatherings:
                     return call_model_gathered(model, gatherings, model.forward, args, kwargs)
+                forward = self._sharding.find_stock_forward()
+                if forward is not None:
+                    return call_with_forward(model, forward, args, kwargs)
                 return torch_modules.stock_call(model, *args, **kwargs)
             self._owner = threading.get_ident()
             self.note_begin()

@@ -169,6 +169,12 @@ def num_ranks() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def make_host_group(ranks: list[int]) -> Any:
+    """Return a new process group of `ranks`, all of which call this, whose tensors are on the host."""
+    timeout = shared_store("").timeout
+    return torch.distributed.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+
+
 def shared_store(prefix: str) -> Any:
     """Return the part at `prefix` of the default process group's store: keys and values that all ranks see."""
     import torch.distributed.distributed_c10d as c10d

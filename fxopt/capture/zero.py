@@ -162,14 +162,18 @@ def _has_gradient(value: Any) -> bool:
     return type(value) in (torch.Tensor, nn.Parameter) and value.requires_grad
 
 
+def is_linear_replaced() -> bool:
+    """Return whether DeepSpeed's is in the place of `torch.nn.functional.linear`, as for good after ZeRO-3 began."""
+    return deepspeed_private.is_linear(nn.functional.linear)
+
+
 def captured_linear() -> Callable[..., Any]:
     """Return what is to be `torch.nn.functional.linear` while a region is captured: torch's own for DeepSpeed's.
 
     DeepSpeed's keeps no view of a weight for backward, which would keep the whole of it. Patterns know torch's own, and
     a compiled region keeps the parameters themselves.
     """
-    found = nn.functional.linear
-    return TORCH_LINEAR if deepspeed_private.is_linear(found) else found
+    return TORCH_LINEAR if is_linear_replaced() else nn.functional.linear
 
 
 @contextlib.contextmanager

@@ -31,18 +31,21 @@ GRACE = 20
 """Seconds in which the other ranks answer after one has met an error; they may wait for it in a collective."""
 TIMEOUT = {"cpu": 120, "cuda": 90}
 """Seconds that a collective waits for a rank."""
+
 NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2, "zero_world": 2, "zero_four": 4}
 """GPUs that a test needs to run over NCCL, by what it asks for."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as tests of a GPU those whose processes will have one each, and as slow those of four without.
+    """Mark tests of DeepSpeed, as a GPU's those whose processes will have one each, as slow those of four without.
 
     The fast ones of two processes go to one worker of pytest, which starts the two once.
     """
     gpus = torch.cuda.device_count()
     for item in items:
+        if "deepspeeds" in getattr(item, "fixturenames", ()):
+            item.add_marker("deepspeed")
         needed = [size for name, size in NEEDED.items() if name in getattr(item, "fixturenames", ())]
         if item.path.parent != WORKER.parent or not needed:
             continue
@@ -214,9 +217,7 @@ def four(worlds: Callable[[int], World]) -> World:
 @pytest.fixture(scope="session")
 def deepspeeds(worlds: Callable[..., World]) -> Callable[[int], World]:
     """Return a function that gives processes of their own: DeepSpeed replaces functions of torch for good."""
-    pytest.importorskip(
-        "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
-    )
+    pytest.importorskip("deepspeed", reason="DeepSpeed is at hand for `make test-deepspeed` alone")
     return lambda size: worlds(size, "deepspeed")
 
 

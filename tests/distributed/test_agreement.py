@@ -67,12 +67,18 @@ def test_a_rank_that_was_not_optimized_is_named(new_world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        "fsdp2",
+        pytest.param("zero", marks=pytest.mark.deepspeed),
+        pytest.param("zero, several buckets", marks=pytest.mark.deepspeed),
+    ],
+)
 def test_a_rank_killed_within_a_step_ends_the_others(engine, new_world):
-    if engine == "zero":
-        pytest.importorskip(
-            "deepspeed", reason="DeepSpeed is not among the test tools: it is built on the machine"
-        )
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is at hand for `make test-deepspeed` alone")
     world = new_world(2, timeout=20)
     world.start("killed", engine=engine)
     if world.on_gpu:

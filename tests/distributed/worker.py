@@ -21,6 +21,7 @@ import torch.distributed as dist
 from cases import (
     checkpoints,
     collectives,
+    combinations,
     deepspeeds,
     libraries,
     others,
@@ -31,6 +32,7 @@ from cases import (
     zero,
     zero_checkpoints,
     zero_memory,
+    zero_orders,
 )
 from cases.models import DEVICE, ON_GPU
 
@@ -39,6 +41,7 @@ CASES = {
     for module in (
         steps,
         collectives,
+        combinations,
         ranks,
         others,
         libraries,
@@ -49,6 +52,7 @@ CASES = {
         zero,
         zero_checkpoints,
         zero_memory,
+        zero_orders,
     )
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")

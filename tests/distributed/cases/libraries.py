@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from cases.models import ON_GPU, find_blocks, gradients_of, largest_error, make_batch, make_model, report_of
+from cases.models import ON_GPU, find_blocks, make_batch, make_model, report_of
 
 import fxopt
 from fxopt.capture import torch_distributed as engines
 
 
-def accelerated(engine: str, order: str) -> dict[str, Any]:
-    """Steps of accelerate's: prepared by default for DistributedDataParallel, or by its FSDP2 plugin.
-
-    The model is optimized `before` it is prepared, or `after`.
-    """
-    rank = dist.get_rank()
-    alone = make_model("llama")
-    found: dict[str, dict[str, torch.Tensor]] = {}
+def accelerated(engine: str) -> dict[str, list[str]]:
+    """Return the kinds of modules that accelerate shards, optimized before it prepares the model, after, and stock."""
     kinds: dict[str, list[str]] = {}
-    for which in (order, "stock"):
-        model = copy.deepcopy(alone)
+    for which in ("before", "after", "stock"):
+        model = make_model("llama")
         if which == "before":
             model = fxopt.optimize(model, verify="off")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        accelerator, model, optimizer = _prepare(engine, model, optimizer)
+        _, model, _ = prepare(engine, model, torch.optim.SGD(model.parameters(), lr=0.1))
         if which == "after":
-            model = fxopt.optimize(model, verify="off")
-        for number in range(2):
-            optimizer.zero_grad()
-            accelerator.backward(model(**make_batch(10 * number + rank, 2, 12)).loss)
-            found[which] = gradients_of(model)
-            optimizer.step()
-        if which == order:
-            report = report_of(model)
+            fxopt.optimize(model, verify="off")
         kinds[which] = sorted({type(m).__name__ for m in model.modules() if engines.fsdp_state_of(m)})
-    return {"errors": {"stock": largest_error(found[order], found["stock"])}, "sharded": kinds, **report}
+    return kinds
 
 
-def _prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
+def prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
     """Return accelerate's own, and what it makes of model and optimizer.
 
     It takes its FSDP2 plugin on an accelerator only: on a CPU what it would call is called.
@@ -69,30 +53,48 @@ def _prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
     return accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def trained(folder: str, library: str, lora: bool = False) -> dict[str, Any]:
-    """Train by transformers' Trainer or TRL's, which find the process group by themselves; return what they log."""
-    from accelerate.state import AcceleratorState
+def trained(folder: str, library: str, lora: bool = False, stage: int = 0) -> dict[str, Any]:
+    """Train by transformers' Trainer or TRL's, which find the process group by themselves.
 
-    logged: dict[str, list[dict[str, float]]] = {}
-    for which in ("before", "stock"):
+    Optimized before, by a callback after they have put the model under their engine, and stock; return what they log.
+    That engine is DistributedDataParallel, or a `stage` of ZeRO with gradients in several buckets.
+    """
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    answer: dict[str, Any] = {}
+    kept = ("loss", "grad_norm", "mean_token_accuracy")
+    for which in ("before", "after", "stock"):
         AcceleratorState._reset_state(reset_partial_state=True)
         model = make_model("llama", lora)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
-        rows = [{name: value[0].cpu() for name, value in make_batch(n, 1, 12).items()} for n in range(16)]
-        trainer = _make_trainer(library, model, rows, folder)
+        batches = [make_batch(number, 1, 12, ignored=number % 5 == 0) for number in range(32)]
+        rows = [{name: value[0].cpu() for name, value in batch.items()} for batch in batches]
+        trainer = _make_trainer(library, model, rows, folder, stage)
+        if which == "after":
+            trainer.add_callback(_make_optimizing())
         trainer.train()
-        logged[which] = [row for row in trainer.state.log_history if "loss" in row]
-        if which == "before":
-            report = report_of(model)
-    kept = ("loss", "grad_norm", "mean_token_accuracy")
-    figures = {
-        which: [[row[name] for name in kept if name in row] for row in rows] for which, rows in logged.items()
-    }
-    return {"figures": figures, **report}
+        unset_hf_deepspeed_config()  # a model made later would be spread over ranks from the beginning
+        logged = [row for row in trainer.state.log_history if "loss" in row]
+        figures = [[row[name] for name in kept if name in row] for row in logged]
+        answer[which] = {"figures": figures, **({} if which == "stock" else report_of(model))}
+    return answer
 
 
-def _make_trainer(library: str, model: Any, rows: list[dict[str, torch.Tensor]], folder: str) -> Any:
+def _make_optimizing() -> Any:
+    from transformers import TrainerCallback
+
+    class Optimizing(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            fxopt.optimize(model, verify="off")
+
+    return Optimizing()
+
+
+def _make_trainer(
+    library: str, model: Any, rows: list[dict[str, torch.Tensor]], folder: str, stage: int
+) -> Any:
     settings: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": 3,
@@ -105,6 +107,14 @@ def _make_trainer(library: str, model: Any, rows: list[dict[str, torch.Tensor]],
         "disable_tqdm": True,
         "bf16": False,
     }
+    if stage:
+        settings["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
     if library == "transformers":
         from transformers import Trainer, TrainingArguments
 

@@ -7,11 +7,13 @@ import copy
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from cases.models import (
     build,
     find_blocks,
     gradients_of,
+    inside,
     largest_error,
     make_batch,
     make_model,
@@ -136,8 +138,11 @@ def logits(engine: str, options: dict[str, Any] | None = None) -> dict[str, Any]
     }
 
 
-def one_falls_back(engine: str) -> dict[str, Any]:
-    """On the last rank a user's hook sits in a block, which runs stock there and compiled on the others."""
+def one_falls_back(engine: str, place: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """From the second of three steps on the last rank runs a part of the model stock.
+
+    A user's hook sits at a `place` of it: on a block, inside one, or on the head; or Dynamo is switched off (`off`).
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = make_model("llama")
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -145,13 +150,23 @@ def one_falls_back(engine: str) -> dict[str, Any]:
         model = copy.deepcopy(alone)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
-            if rank == world - 1:
-                find_blocks(model)[0].mlp.register_forward_hook(lambda module, given, output: None)
-        model = wrap(engine, model)
-        for number in range(2):
+        model = wrap(engine, model, **(options or {}))
+        for number in range(3):
+            if number == 1 and which == "before" and rank == world - 1:
+                _hinder(inside(model), place)
             model.zero_grad()
             model(**make_batch(10 * number + rank, 2, 12)).loss.backward()
+        torch._dynamo.config.disable = False
         found[which] = gradients_of(model)
         if which == "before":
             report = report_of(model)
     return {"errors": {"stock": largest_error(found["before"], found["stock"])}, **report}
+
+
+def _hinder(model: Any, place: str) -> None:
+    block = find_blocks(model)[0]
+    places = {"block": block, "inside": block.mlp, "head": model.get_output_embeddings()}
+    if place == "off":
+        torch._dynamo.config.disable = True
+    else:
+        places[place].register_forward_hook(lambda module, given, output: None)

@@ -56,7 +56,8 @@ def zero(
             fxopt.optimize(engines[which].module)
         if hooked and which == order and rank == world - 1:
             block, head = find_blocks(engines[which].module)[0], engines[which].module.get_output_embeddings()
-            (head if hooked == "head" else block.mlp).register_forward_hook(lambda *_: None)
+            places = {"head": head, "block": block.mlp, "whole block": block}
+            places[hooked].register_forward_hook(lambda *_: None)
     errors = {"stock": 0.0}
     lazy = True
     for number in range(3):
@@ -79,40 +80,6 @@ def zero(
             errors["alone"] = largest_error(found[order], gradients_of(alone))
     whole = [name for name, parameter in engines[order].module.named_parameters() if parameter.numel()]
     return {"errors": errors, "lazy": lazy, "whole": whole, **report_of(engines[order].module)}
-
-
-def zero_accumulated(stage: int) -> dict[str, Any]:
-    """Accumulate two micro-batches under a stage of ZeRO; the last rank's labels are all ignored in the first of them.
-
-    Return the errors against stock and against one process that has all.
-    """
-    from deepspeed.utils import safe_get_full_grad
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    alone = make_model("llama")
-    batches = [
-        [make_batch(10 * n + r, 1 + r, 12 + 4 * n, ignored=n == 0 and r == world - 1) for r in range(world)]
-        for n in range(2)
-    ]
-    total = num_items([batch for step in batches for batch in step])
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for which in ("before", "stock"):
-        model = copy.deepcopy(alone)
-        engine = initialize(fxopt.optimize(model) if which == "before" else model, stage, micro_batches=2)
-        named = list(engine.module.named_parameters())
-        for step in batches:
-            loss = engine(**step[rank], num_items_in_batch=total).loss
-            engine.backward(2 * world * loss)  # it takes the mean over micro-batches and ranks
-            if step is batches[-1]:
-                found[which] = {name: safe_get_full_grad(p).to("cpu", copy=True) for name, p in named}
-            engine.step()
-        if which == "before":
-            report = report_of(model)
-    for batch in (batch for step in batches for batch in step):
-        alone(**batch, num_items_in_batch=total).loss.backward()
-    expected = {"stock": found["stock"], "alone": gradients_of(alone)}
-    errors = {which: largest_error(found["before"], theirs) for which, theirs in expected.items()}
-    return {"errors": errors, **report}
 
 
 def zero_gathers(budget: str, checkpointed: bool = False) -> dict[str, Any]:
@@ -180,9 +147,13 @@ def initialize(
     optimizer: Any = None,
     micro_batches: int = 1,
     checkpoint: dict[str, Any] | None = None,
+    clipping: float = 1.0,
     **more: Any,
 ) -> Any:
-    """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its."""
+    """Return DeepSpeed's engine around `model`, under a stage of ZeRO with `more` settings of its.
+
+    It clips gradients at a norm of 1 by default.
+    """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -196,6 +167,7 @@ def initialize(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": checkpoint or {},
+        "gradient_clipping": clipping,
     }
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.capture.installation import RECORDED
+from fxopt.capture.slot import RECORDED
 
 IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 

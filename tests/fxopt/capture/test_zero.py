@@ -194,6 +194,29 @@ def test_a_linear_that_somebody_put_in_the_place_of_torchs_is_back_after_a_call(
     assert "linear_cross_entropy" in {site.op for site in fxopt.explain(model).sites}
 
 
+def test_a_model_of_its_own_is_served_where_deepspeed_has_put_its_linear_for_another(monkeypatch):
+    """DeepSpeed puts it there for the length of the process."""
+    linear = types.ModuleType(deepspeed_private.LINEAR)
+    linear.zero3_linear_wrap = lambda x, weight, bias=None: (
+        x.matmul(weight.t()) + (0 if bias is None else bias)
+    )
+    monkeypatch.setitem(sys.modules, deepspeed_private.LINEAR, linear)
+    monkeypatch.setattr(F, "linear", linear.zero3_linear_wrap)
+    stock = LlamaForCausalLM(LlamaConfig(**TINY)).train()
+    model = fxopt.optimize(copy.deepcopy(stock), verify="off")
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert F.linear is linear.zero3_linear_wrap
+    expected = stock(input_ids=IDS, labels=IDS).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    report = fxopt.explain(model)
+    assert not report.fallbacks
+    assert "linear_cross_entropy" in {site.op for site in report.sites}
+
+
 def test_a_rank_that_runs_out_of_memory_does_not_gather_again(engine, monkeypatch):
     """The other ranks would not: a collective of one rank alone never ends."""
     model = LlamaForCausalLM(LlamaConfig(**TINY)).train()
