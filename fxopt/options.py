@@ -12,6 +12,9 @@ from fxopt.errors import FxoptError, UnknownNameError
 LOWERINGS = ("auto", "inductor", "plain")
 VERIFY = ("on", "off")
 CUDA_GRAPHS = ("auto", "off")
+MOST_COPIED = 2**30
+"""The bytes that a stack of blocks may copy, all blocks together, to be replayed as CUDA graphs: each keeps a copy of
+what all are given, masks and tables of positions. A mask of 16384 x 16384 tokens takes 256 MiB a block."""
 
 
 class NamedPattern(Protocol):

@@ -18,8 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.capture import torch_dynamo, torch_tensors
 from fxopt.capture.modules import tensors_of
-from fxopt.graph.torch_private import tree_map
+from fxopt.graph.torch_private import tree_leaves, tree_map
 from fxopt.kernels import launch
+from fxopt.options import MOST_COPIED
 
 _waiting: set[StorageWeakRef] = set()
 """Of each replayed call, in all models: what lives as long as its backward pass can still run."""
@@ -58,6 +59,22 @@ class CudaGraphs:
     def are_used(self) -> bool:
         """Whether a block called now is replayed: not while activations are checkpointed or kept elsewhere."""
         return self._token is not None and not torch_tensors.packs_saved_tensors()
+
+    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_blocks: int) -> bool:
+        """Return whether a block called with these arguments is replayed, as so many like it are.
+
+        The first tensor is what blocks hand on. Of the others each recorded graph keeps a copy.
+        """
+        if not self.are_used:
+            return False
+        tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        shared = sum(tensor.nbytes for tensor in list(tensors.values())[1:] if not tensor.requires_grad)
+        if shared * num_blocks <= MOST_COPIED:
+            return True
+        self.refuse(
+            f"each of {num_blocks} blocks would keep a copy of what all are given, a mask say: {shared} bytes"
+        )
+        return False
 
     def _find_obstacle(self) -> str | None:
         if self._obstacle is not None:

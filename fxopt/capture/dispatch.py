@@ -65,6 +65,7 @@ class BlockCalls:
         *,
         partial: bool,
         planner: Planner | None = None,
+        num_blocks: int = 1,
     ) -> None:
         self.ledger = ledger
         self.region = region
@@ -72,6 +73,7 @@ class BlockCalls:
         self._checkpointing = checkpointing
         self._cuda_graphs = cuda_graphs
         self._planner = planner
+        self._num_blocks = num_blocks
         self._asked: list[Call] = [Call(1, False)]
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.pieces = (
@@ -288,7 +290,7 @@ class BlockCalls:
         if self._planner is not None:
             self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
             variant = self._planner.find_variant(path, self._asked[0])
-        graphed = self._cuda_graphs.are_used
+        graphed = self._cuda_graphs.serve(args, kwargs, self._num_blocks)
         is_looping = type(block) in self._looping_classes
         key = (variant, graphed, is_looping, _places_of(block, hooks.recorders))
         if key not in self._compiled:

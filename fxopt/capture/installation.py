@@ -98,7 +98,8 @@ class Installation:
             self.model_call.note_begin = self.offloader.begin
         if planner is not None and self.model_call is not None:
             self.model_call.shortage = Shortage(model, planner, self.ledger, checkpointing)
-        for region in [stack.path for stack in self.regions.stacks] or [MODEL_REGION]:
+        sizes = {stack.path: len(stack.blocks) for stack in self.regions.stacks} or {MODEL_REGION: 1}
+        for region, num_blocks in sizes.items():
             self._calls[region] = BlockCalls(
                 self.ledger,
                 region,
@@ -107,6 +108,7 @@ class Installation:
                 self.cuda_graphs,
                 partial=partial,
                 planner=planner,
+                num_blocks=num_blocks,
             )
             self._calls[region].note_end = self._order.note_late
 

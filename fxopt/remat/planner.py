@@ -328,7 +328,7 @@ class StepPlanner:
                 scale = goal.tokens / menu.tokens
                 scaled = [scale_decision(decision, scale) for decision in menu.decisions]
                 if self._look().replayed:
-                    scaled = [copy_shared(decision) for decision in scaled]
+                    scaled = [copy_shared(decision, len(self._look().paths)) for decision in scaled]
                 self._scaled[key] = tuple(spread_decision(decision, beside) for decision in scaled)
             offered.append(self._scaled[key])
         return offered

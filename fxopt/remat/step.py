@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from fxopt.options import MOST_COPIED
 from fxopt.report.plan import Decision, Instant
 
 
@@ -79,12 +80,15 @@ def spread_decision(decision: Decision, beside: Beside) -> Decision:
     )
 
 
-def copy_shared(decision: Decision) -> Decision:
+def copy_shared(decision: Decision, num_blocks: int) -> Decision:
     """Return `decision` for a block that is replayed as a CUDA graph: it keeps copies of what other blocks read too.
 
-    Tables of positions and masks are such inputs. A graph reads them where it read them when it was recorded.
+    Tables of positions and masks are such inputs. A graph reads them where it read them when it was recorded. Where
+    that were too much, `num_blocks` blocks are not replayed.
     """
     copied = sum(residual.bytes for residual in decision.saved if residual.shared)
+    if copied * num_blocks > MOST_COPIED:
+        return decision
     return dataclasses.replace(
         decision,
         saved_bytes=decision.saved_bytes + copied,

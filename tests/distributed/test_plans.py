@@ -26,7 +26,7 @@ def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options
     for answer in two.run("plan", engine="fsdp2", budget="min", options=options):
         made, block = answer["plan"], answer["block"]
         assert answer["weights"] == AROUND + 2 * block
-        assert made["static_bytes"] == 3 * answer["weights"] // 2 + answer["buffers"]
+        assert made["static_bytes"] == 3 * answer["weights"] // 2 + answer["buffers"] + answer["workspaces"]
         whole = AROUND + (2 * block if options else 0)
         for entry in made["timeline"][:-1]:
             parts = ("saved_bytes", "moving_bytes", "gradient_bytes", "running_bytes")
@@ -46,13 +46,13 @@ def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options
 @pytest.mark.parametrize(("view", "buckets"), [(False, 1), pytest.param(True, 0, marks=slow)])
 def test_a_plan_under_ddp_counts_the_buckets_that_gradients_are_copied_to(view, buckets, two):
     for answer in two.run("plan", engine="ddp", budget="min", options={"gradient_as_bucket_view": view}):
-        expected = (3 + buckets) * answer["weights"] + answer["buffers"]
+        expected = (3 + buckets) * answer["weights"] + answer["buffers"] + answer["workspaces"]
         assert answer["plan"]["static_bytes"] == expected
 
 
 def test_shards_that_wait_on_the_host_are_not_counted(two):
     for answer in two.run("plan", engine="fsdp2", budget="min", options={"offloaded": True}):
-        assert answer["plan"]["static_bytes"] == answer["buffers"]
+        assert answer["plan"]["static_bytes"] == answer["buffers"] + answer["workspaces"]
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=slow)])

@@ -54,6 +54,7 @@ def plan(
         "weights": sum(whole.values()),
         "trained": trained,
         "buffers": buffers,
+        "workspaces": fxopt.planning.workspace_bytes(DEVICE),
         "block": block,
     }
 

@@ -15,6 +15,7 @@ from torch import nn
 import fxopt
 from fxopt.capture import torch_tensors
 from fxopt.capture.cuda_graphs import CudaGraphs, find_obstacle
+from fxopt.options import MOST_COPIED
 
 
 class CompiledFunction(torch.autograd.Function):
@@ -180,6 +181,21 @@ def test_blocks_outside_a_model_call_are_not_replayed_and_a_nested_call_is_a_par
             assert graphs.are_used
         assert graphs.are_used
     assert not graphs.are_used
+
+
+def test_blocks_that_would_each_keep_a_copy_of_a_wide_mask_are_not_replayed(graphs: Any) -> None:
+    x, mask = torch.zeros(2**16), torch.zeros(2**16, dtype=torch.bool)
+    most = MOST_COPIED // mask.nbytes
+    assert not graphs.serve((x,), {"mask": mask}, 1)
+    with graphs.step():
+        assert graphs.serve((x,), {"mask": mask, "again": mask}, most)
+        assert graphs.serve((x,), {}, 100 * most), "what blocks hand on is copied by none"
+        assert not graphs.notes
+        assert not graphs.serve((x,), {"masks": (None, mask)}, most + 1)
+    assert graphs.notes == [
+        f"CUDA graphs are not used: each of {most + 1} blocks would keep a copy of what all are given, a mask "
+        "say: 65536 bytes"
+    ]
 
 
 def test_no_gpu_is_no_news() -> None:

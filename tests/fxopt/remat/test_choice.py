@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxopt.options import MOST_COPIED
 from fxopt.remat.choice import (
     choose_decisions,
     find_candidates,
@@ -261,10 +262,13 @@ def test_a_replayed_block_keeps_copies_of_what_other_blocks_read_too():
     mask = Residual("input#1", (8,), "bool", 8, 0.0, "", shared=True)
     own = Residual("input#0", (4,), "float32", 16, 0.0, "")
     block = dataclasses.replace(decision(16, 0.0, 2, 3), saved=(own, mask))
-    copied = copy_shared(block)
+    copied = copy_shared(block, 28)
     assert (copied.saved_bytes, copied.forward_bytes, copied.backward_bytes) == (
         block.saved_bytes + 8,
         block.forward_bytes + 8,
         block.backward_bytes + 8,
     )
-    assert copy_shared(decision(16, 0.0)) == decision(16, 0.0)
+    assert copy_shared(decision(16, 0.0), 28) == decision(16, 0.0)
+    wide = dataclasses.replace(block, saved=(own, dataclasses.replace(mask, bytes=MOST_COPIED // 28)))
+    assert copy_shared(wide, 28).saved_bytes == wide.saved_bytes + MOST_COPIED // 28
+    assert copy_shared(wide, 29) == wide, "more blocks than may copy it are not replayed"
