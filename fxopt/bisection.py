@@ -215,7 +215,9 @@ class _Bisection:
         try:
             with random.fork_rng(devices=devices):
                 found: Any = self._check(self._model)
-                is_later = inspect.isawaitable(found) or inspect.isgenerator(found)
+                is_later = any(
+                    test(found) for test in (inspect.isawaitable, inspect.isgenerator, inspect.isasyncgen)
+                )
                 held = found is None or is_later or bool(found)
         except (
             Exception,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,31 +13,65 @@ from torch import nn
 from fxopt.capture.dispatch import accepts, takes_any
 from fxopt.capture.ledger import Ledger
 
+DECLINED = "training calls run with use_cache=False: a key/value cache is not read in training"
+
 
 class Cache:
-    """Whether a model's calls take a cache, and the calls without one."""
+    """Whether a model's training calls would build a cache of transformers', and the calls without one.
 
-    def __init__(self, model: nn.Module, inner: Iterable[nn.Module], ledger: Ledger) -> None:
+    A model of transformers', alone or under PEFT's adapters, is told by its argument. One within another model, whose
+    arguments are its own matter, is told by its config for the time of the call.
+    """
+
+    def __init__(self, model: nn.Module, ledger: Ledger) -> None:
         self._model = model
         self._ledger = ledger
-        self._is_taken = accepts(model.forward, "use_cache") or (
-            takes_any(model.forward) and any(accepts(module.forward, "use_cache") for module in inner)
+        inner = tuple(
+            module for module in model.modules() if _is_of(module, "transformers", "PreTrainedModel")
         )
+        takers = [module for module in inner if accepts(module.forward, "use_cache")]
+        is_adapted = _is_of(model, "peft", "PeftModel") and takes_any(model.forward) and bool(takers)
+        self._is_taken = model in takers or is_adapted
+        self._inner = () if self._is_taken else inner
 
     def declined(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return `kwargs` with the cache declined, unless the caller asked for one."""
         if not self._is_taken or "use_cache" in kwargs or kwargs.get("past_key_values") is not None:
             return kwargs
-        if not self._counts_from_positions() and is_packed(kwargs):
-            self._ledger.note(
-                "position_ids that begin anew keep sequences apart only without a cache: where the model builds one, "
-                "such calls run stock, as one sequence; use_cache=False keeps them apart and is served"
-            )
+        if self._hangs_on_cache(kwargs):
             return kwargs
-        self._ledger.note(
-            "training calls run with use_cache=False: a key/value cache is not read in training"
-        )
+        self._ledger.note(DECLINED)
         return {**kwargs, "use_cache": False}
+
+    @contextlib.contextmanager
+    def switched_off(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Have the models within this one build no cache within the scope, as far as their configs decide it."""
+        configs = {
+            id(config): config for module in self._inner if (config := getattr(module, "config", None))
+        }
+        building = [config.__dict__ for config in configs.values() if config.__dict__.get("use_cache")]
+        if not building or self._hangs_on_cache(kwargs):
+            yield
+            return
+        self._ledger.note(DECLINED)
+        before = [(fields, fields["use_cache"]) for fields in building]
+        for fields in building:
+            fields["use_cache"] = False
+        try:
+            yield
+        finally:
+            for fields, value in before:
+                fields["use_cache"] = value
+
+    def _hangs_on_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether a call's result is another without a cache, which is noted."""
+        if self._counts_from_positions() or not is_packed(kwargs):
+            return False
+        self._ledger.note(
+            "position_ids that begin anew keep sequences apart only without a cache: where the model builds one, "
+            "such calls run stock, as one sequence; use_cache=False keeps them apart and is served"
+        )
+        return True
 
     def _counts_from_positions(self) -> bool:
         """Return whether attention itself reads from the positions where sequences begin, cache or not."""
@@ -53,3 +89,9 @@ def is_packed(kwargs: dict[str, Any]) -> bool:
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.is_meta:
         return False
     return kwargs.get("attention_mask") is None and bool((positions.diff(dim=-1) != 1).any())
+
+
+def _is_of(module: nn.Module, package: str, name: str) -> bool:
+    """Return whether `module` is of a class of `package`, which is not imported for that."""
+    found: Any = getattr(sys.modules.get(package), name, None)
+    return found is not None and isinstance(module, found)

@@ -68,12 +68,12 @@ class CudaGraphs:
         if not self.are_used:
             return False
         tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        shared = sum(tensor.nbytes for tensor in list(tensors.values())[1:] if not tensor.requires_grad)
+        others = [tensor for tensor in list(tensors.values())[1:] if not tensor.requires_grad]
+        # What is expanded is copied as it lies in memory.
+        shared = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in others)
         if shared * num_blocks <= MOST_COPIED:
             return True
-        self.refuse(
-            f"each of {num_blocks} blocks would keep a copy of what all are given, a mask say: {shared} bytes"
-        )
+        self.refuse(f"each of {num_blocks} blocks would keep a copy of what all are given, a wide mask say")
         return False
 
     def _find_obstacle(self) -> str | None:

@@ -84,7 +84,7 @@ class Installation:
         self.offloader = None if planner is None else make_offloader(planner, self._tell)
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
-        self._cache = Cache(model, () if blocks else tuple(walk(model))[1:], self.ledger)
+        self._cache = Cache(model, self.ledger)
         self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
         obstacle = find_obstacle(model) if replayed and options.lowering != "plain" else ""
         self.cuda_graphs = CudaGraphs(obstacle, self.ledger.note)
@@ -169,9 +169,12 @@ class Installation:
         )
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self._cache.declined(kwargs) if torch.is_grad_enabled() else kwargs
+        run = self._calls[MODEL_REGION].begin(MODEL_REGION, self.model)
         with torch_settings.capture_scope(self._settings):
-            return self._calls[MODEL_REGION].begin(MODEL_REGION, self.model)(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return run(*args, **kwargs)
+            with self._cache.switched_off(kwargs):
+                return run(*args, **self._cache.declined(kwargs))
 
     def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:
         model_call = self.model_call

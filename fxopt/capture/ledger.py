@@ -80,6 +80,7 @@ class Ledger:
     def begin(self, path: str) -> None:
         """Record that a call of the block or model at `path` begins: what serves it is the next captures that run."""
         self._current, self._pieces = path, []
+        self.way = NOT_CAPTURED
 
     @property
     def is_served(self) -> bool:

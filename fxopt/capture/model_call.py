@@ -81,7 +81,7 @@ class ModelCall:
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
-        self._cache = Cache(model, self._around[1:], ledger)
+        self._cache = Cache(model, ledger)
         self.stand_ins = StandIns()
         self._collects = False
         """Whether the leaves hand on what transformers collects inside their blocks."""
@@ -125,7 +125,11 @@ class ModelCall:
             self._owner = threading.get_ident()
             self.note_begin()
             try:
-                with self._checkpointing.taken_over(), self._cuda_graphs.step():
+                with (
+                    self._cache.switched_off(kwargs),
+                    self._checkpointing.taken_over(),
+                    self._cuda_graphs.step(),
+                ):
                     if gatherings:
                         output = call_model_gathered(model, gatherings, self._serve_within, args, kwargs)
                     elif has_hooks(model):

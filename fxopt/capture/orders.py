@@ -4,7 +4,7 @@ A captured region hands on the gradients of all its parameters at once, in the o
 hands on one after the other. Ranks whose orders differ would add up gradients of different parameters, or wait for
 each other in different collectives. So each backward pass begins with one reduction of a digest, on the host and in a
 group of its own: nothing waits for a device. Where digests differ, all ranks raise the same error before any gradient
-is handed on.
+is handed on. A block that runs with gradients in backward only is agreed on then, before its own are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class GradientOrder:
             output = call(*args, **kwargs)
         finally:
             self._ledger.ways = None
-        self._late = frozenset(path for path, way in ways.items() if way.is_late)
+        self._late |= {path for path, way in ways.items() if way.is_late}
         if self._group is not None:
             self._watch(output, ways)
         return output
@@ -70,10 +70,11 @@ class GradientOrder:
         group = zero.group_of(self._model)
         if group is None:
             return
-        self._is_judged = True
-        ranks = dist.get_process_group_ranks(group)
-        if len(ranks) > 1 and deepspeed_private.reduces_as_they_come(self._model.parameters()):
+        ranks, parameters = dist.get_process_group_ranks(group), tuple(self._model.parameters())
+        if len(ranks) > 1 and deepspeed_private.reduces_as_they_come(parameters):
             self._group = torch_distributed.make_host_group(ranks)
+        # Weights may be spread over ranks before an engine trains them.
+        self._is_judged = self._group is not None or any(map(deepspeed_private.is_trained, parameters))
 
     def _watch(self, output: Any, ways: Ways) -> None:
         agree = functools.cache(functools.partial(self._agree, ways))  # once for all tensors

@@ -50,8 +50,8 @@ def make_capture_settings() -> dict[str, Any]:
 
     Under DistributedDataParallel Dynamo would cut each graph at gradient buckets: blocks are small enough for the
     reductions to begin early, and cut, their patterns are lost. Under FSDP2 it would leave out guards on parameters
-    and attributes, by which blocks that share a frame are told apart. It would collect garbage after each capture, for
-    which `collecting` has a time of its own.
+    and attributes, by which blocks that share a frame are told apart. It would collect garbage after each capture:
+    `collecting.uncollected` keeps that out of them.
     """
     methods = {getattr(logging.Logger, name) for name in LOG_METHODS if hasattr(logging.Logger, name)}
     return {

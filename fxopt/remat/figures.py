@@ -137,7 +137,7 @@ def make_plan(
     wait_ms = sum(decision.wait_ms for decision in taken)
     update_ms = update_ms_of(facts.trained_bytes, facts.device)
     compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
-    if limit is not None and goal.budget == "min":
+    if limit is not None and goal.budget == "min" and goal.ceiling is None:
         limit = max(limit, peak.bytes)  # it is of the blocks alone, whatever the optimizer needs
     return Plan(
         model=facts.model,

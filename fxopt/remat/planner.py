@@ -67,7 +67,7 @@ class StepPlanner:
         self._tail_tokens: int | None = None
         self._variants = Variants()
         self._goals: dict[Goal, Chosen] = {}
-        self._scaled: dict[tuple[int, int, Beside], tuple[Decision, ...]] = {}
+        self._scaled: dict[tuple[int, int, Beside, int], tuple[Decision, ...]] = {}
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
@@ -323,15 +323,20 @@ class StepPlanner:
         for place, path in enumerate(self._look().paths):
             menu = self._menus[self._form_of[path]]
             beside = spread.of(place)
-            key = id(menu), goal.tokens, beside
+            equal = self._num_equal(path)
+            key = id(menu), goal.tokens, beside, equal
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
                 scaled = [scale_decision(decision, scale) for decision in menu.decisions]
                 if self._look().replayed:
-                    scaled = [copy_shared(decision, len(self._look().paths)) for decision in scaled]
+                    scaled = [copy_shared(decision, equal) for decision in scaled]
                 self._scaled[key] = tuple(spread_decision(decision, beside) for decision in scaled)
             offered.append(self._scaled[key])
         return offered
+
+    def _num_equal(self, path: str) -> int:
+        """Return how many blocks the stack has that the block at `path` is in."""
+        return sum(other.rpartition(".")[0] == path.rpartition(".")[0] for other in self._look().paths)
 
     def _candidates_of(self, menus: list[tuple[Decision, ...]]) -> Candidates:
         """Return the choices from `menus`; the last ones found serve all limits asked for."""

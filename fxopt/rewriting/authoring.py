@@ -76,9 +76,11 @@ def pattern(
     """
     for what, function in (("search", search), ("replacement", replacement), ("check", check)):
         if not callable(function) and not (function is None and what == "check"):
+            cure = "fxopt.pattern(search, replacement, examples=[(x, ...)])"
+            if what == "check":
+                cure = "check=function, which takes a match and returns it or a Mismatch, or leave it out"
             raise FxoptError(
-                f"pattern: expected a function as {what}, got {type(function).__name__}\n"
-                "give fxopt.pattern(search, replacement, examples=[(x, ...)])"
+                f"pattern: expected a function as {what}, got {type(function).__name__}\ngive {cure}"
             )
     if isinstance(search, torch.nn.Module):
         raise FxoptError(

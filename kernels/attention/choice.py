@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -221,7 +222,8 @@ def measure(call: Call, candidates: list[Backend]) -> Choice:
     left_out: dict[str, str] = {}
     first: tuple[str, list[Tensor]] | None = None
     served: list[Backend] = []
-    if CUDNN in candidates:
+    # Within a backward pass this is the thread itself that would build the plan of backward, and wait for itself.
+    if CUDNN in candidates and threading.current_thread() is threading.main_thread():
         _build_plans(call)
     for backend in candidates:
         try:
@@ -264,7 +266,7 @@ def _build_plans(call: Call) -> None:
             run_as_backward(build_backward, device)
             torch.cuda.current_stream().synchronize()
 
-    torch.cuda.current_stream(device).synchronize()  # the other thread has a stream of its own
+    torch.cuda.current_stream(device).synchronize()  # the other thread may be on another stream
     with ThreadPoolExecutor(1, "fxopt-cudnn") as aside:
         backward = aside.submit(start)
         with contextlib.suppress(Exception):
@@ -319,5 +321,15 @@ def fused_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients that are needed, by the backend that ran forward."""
     call = with_dense_inputs(call)
-    found = choose(call).backward(call, out, lse, with_dense_rows(dout), needs)
+    found = _find_chosen(call).backward(call, out, lse, with_dense_rows(dout), needs)
     return pick_gradients(found, needs)
+
+
+def _find_chosen(call: Call) -> Backend:
+    """Return the backend that was chosen for the forward pass of `call`, whatever torch's switch of cuDNN says now."""
+    kind = kind_of(call)
+    for each in (kind, kind._replace(cudnn=not kind.cudnn)):
+        known = _choices.get(each)
+        if known is not None and still_serves(known.backend, call):
+            return known.backend
+    return choose(call)

@@ -127,7 +127,7 @@ BROKEN = fxopt.Pattern("broken", lambda: 3, replace=lambda m: m["x"])
         ({"patterns": None}, r"patterns: expected a list of names or fxopt.Pattern objects, got NoneType"),
         (
             {"patterns": (BROKEN,)},
-            r"broken: search\(\) returned 3, expected a term, got int\nuse the operators",
+            r"broken: <lambda> \(.*\) returned 3, expected a term, got int\nuse the operators",
         ),
         ({"disable": 3}, r"disable: expected a list of names of patterns, got int \(3\)\nwrite disable="),
         ({"disable": (["glu"],)}, r"disable: unknown name \['glu'\], expected one of "),

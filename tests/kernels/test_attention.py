@@ -497,6 +497,23 @@ def test_cudnn_is_no_candidate_where_torchs_switch_turns_it_off(monkeypatch: pyt
     assert "cuDNN" not in str(before[1])
 
 
+@pytest.mark.gpu
+def test_a_backend_may_be_chosen_within_a_backward_pass_and_is_that_of_forward_whatever_the_switch() -> None:
+    device = torch.device("cuda", 0)
+    x = torch.randn(1, 4, 640, 64, device=device, dtype=torch.bfloat16)
+    call = Call(x, x, x, None, None, None, None, True, SCALE, 0.0, True)
+    found: list[choice.Choice] = []
+    run_as_backward(lambda: found.append(choice.measure(call, [backends.CUDNN, backends.FLASH])), device)
+    assert found[0].ms.keys() == {"cudnn", "flash"}, "it would wait for itself"
+    chosen = choice.choose(call)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(not enabled)
+    try:
+        assert choice._find_chosen(call) is chosen
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 def test_our_backends_agree_with_the_reference(device: str, check: Any, gradients: Any) -> None:
     inputs = make(torch.float32, device, lengths=(17, 17))
     mask = make_mask("left", (2, 2, 17, 17), torch.float32, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -170,7 +171,7 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     """Return the largest relative error of a gradient; the same parameters must have one."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
     norms = [float((found[n] - expected[n]).norm() / expected[n].norm().clamp_min(1e-12)) for n in expected]
-    return max(norms)
+    return math.inf if any(map(math.isnan, norms)) else max(norms)
 
 
 def report_of(model: Any) -> dict[str, Any]:

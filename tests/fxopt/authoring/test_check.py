@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from fxopt.authoring.skeleton import write_skeleton
 from fxopt.cli import main
 from fxopt.errors import FxoptError
 from fxopt.patterns import CROSS_ENTROPY, GLU
+from fxopt.rewriting.user_files import module_of_file
 
 ROOT = Path(__file__).parents[3]
 
@@ -234,6 +236,25 @@ def test_bad_files_are_told(
         main(["check-pattern", str(path)])
     assert exit_info.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_files_of_one_name_and_one_that_an_import_would_find_have_modules_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    paths = [tmp_path / folder / "same" / "odd_file.py" for folder in "abc"] + [tmp_path / "wave.py"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"NUMBER = {number}")
+    modules = []
+    for path in paths:
+        module, run = module_of_file(path, "a number")
+        run()
+        modules.append(module)
+    assert [module.NUMBER for module in modules] == [0, 1, 2, 3]
+    assert len({module.__name__ for module in modules}) == 4
+    assert all(sys.modules.pop(module.__name__) is module for module in modules)
+    assert "NUMBER" not in vars(importlib.import_module("wave"))
 
 
 @pytest.mark.parametrize("name", ["random", "torch", "typing"])

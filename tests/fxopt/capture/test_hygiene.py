@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxopt
 from fxopt.capture import torch_lowering, torch_settings
 from fxopt.capture.installation import Installation
 from fxopt.report.records import MODEL_REGION
@@ -278,6 +279,43 @@ def test_positions_that_begin_anew_mean_what_they_mean_in_stock(twins, install, 
         assert_same_step(model, stock, lambda m, batch=batch: m(**batch).loss)
     assert installation.ledger.fallbacks, "the last call had a cache"
     assert any("use_cache=False keeps them apart" in note for note in installation.ledger.notes)
+
+
+class Wrapper(nn.Module):
+    """A model within another, which gives it what it likes."""
+
+    def __init__(self, model, *, opens):
+        super().__init__()
+        self.model, self.opens = model, opens
+
+    def forward(self, input_ids, **batch):
+        if self.opens:
+            batch = {name: value.clone() for name, value in batch.items()}  # all are tensors
+        return self.model(input_ids=input_ids, **batch).loss
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_model_within_another_trains_without_a_cache_and_keeps_its_config(opens, twins):
+    model, stock = (Wrapper(each, opens=opens) for each in twins())
+    fxopt.optimize(model)
+    ids = torch.randint(1, 256, (2, 12))
+
+    def assert_same_steps(**batch):
+        for each in (model, stock):
+            each.zero_grad()
+            each(ids, labels=ids, **batch).backward()
+        for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+            assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
+
+    assert_same_steps()
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert {site.status for site in report.sites} == {"rewritten"}
+    assert any("use_cache=False" in note for note in report.notes)
+    assert model.model.config.use_cache
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    assert_same_steps(position_ids=positions)
+    assert fxopt.explain(model).fallbacks, "without a cache the result were another"
 
 
 class Breaking(nn.Module):
