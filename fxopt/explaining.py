@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -15,11 +16,14 @@ from fxopt.report.figures import render_code
 from fxopt.report.records import Report
 from fxopt.sites import build_report
 
+STOCK = "the model is stock: this is what fxopt.optimize would do to it"
+
 
 def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Report:
     """Return the report of what fxopt did, or would do, to `model`; nothing is changed.
 
-    On a model that has run optimized, this is what was done. Otherwise fxopt runs one forward pass in
+    On a model that has run optimized, this is what was done. Of a stock one, a copy of an optimized one too, the first
+    note says that it is. Where nothing was done yet, fxopt runs one forward pass in
     training mode on small inputs of its own (`input_ids` and `labels` of 2 x 16 tokens) or on
     `example_inputs`, keyword arguments of the model's forward. Works on the meta device.
 
@@ -38,7 +42,10 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
         return build_report(installation)
     check_uncompiled(model)
     options = installation.options if installation is not None else Options(patterns=tuple(ALL))
-    return report_on_small_inputs(model, options, make_transform(options), example_inputs)
+    report = report_on_small_inputs(model, options, make_transform(options), example_inputs)
+    if installation is not None:
+        return report
+    return dataclasses.replace(report, notes=(STOCK, *report.notes))
 
 
 def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:

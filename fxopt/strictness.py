@@ -16,7 +16,7 @@ def check_strictly(report: Report) -> None:
     for region in report.regions:
         if region.reason:
             raise UnmatchedError(
-                f"{region.module}: expected a captured {region.kind}, it stays stock: {region.reason}\n"
+                f"{region.module or 'the model'}: expected a captured {region.kind}, it stays stock: {region.reason}\n"
                 "strict=False reports it and goes on"
             )
     for site in report.sites:

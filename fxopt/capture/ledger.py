@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 from typing import Any
 
 from fxopt.capture.progress import Progress
 from fxopt.report.records import MODEL_REGION, Fallback
+
+log = logging.getLogger("fxopt")
+MANY = 16
+"""So many captures of one region are told of: shapes and plans take a few."""
 
 
 @dataclasses.dataclass
@@ -103,8 +108,17 @@ class Ledger:
         self, region: str, outcome: Any, broken: str = "", order: tuple[int, ...] = ()
     ) -> Capture:
         """Record a new capture of `region`."""
-        capture = Capture(region, sum(c.region == region for c in self.captures), outcome, broken, order)
+        number = sum(c.region == region for c in self.captures)
+        capture = Capture(region, number, outcome, broken, order)
         self.captures.append(capture)
+        if number + 1 == MANY:
+            text = (
+                f"{region or 'the model'}: captured {MANY} times, which takes a second or more each: what its forward "
+                "reads in Python differs from call to call or from layer to layer, a counter say; "
+                "TORCH_LOGS=recompiles tells what"
+            )
+            log.warning("%s", text)
+            self.note(text)
         return capture
 
     def count_fallback(self, region: str, reason: str) -> None:

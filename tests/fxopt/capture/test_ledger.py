@@ -1,0 +1,25 @@
+"""What the ledger tells of by itself: a region that is captured again and again."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fxopt.capture.ledger import MANY, Ledger
+
+
+def test_a_region_that_is_captured_again_and_again_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger()
+    with caplog.at_level(logging.WARNING, logger="fxopt"):
+        for number in range(MANY - 1):
+            assert ledger.add_capture("layers", None).number == number
+            ledger.add_capture("", None)
+        assert not ledger.notes
+        assert not caplog.records
+        for _ in range(3):
+            ledger.add_capture("layers", None)
+    (note,) = ledger.notes
+    assert note.startswith(f"layers: captured {MANY} times")
+    assert "TORCH_LOGS=recompiles" in note
+    assert [record.getMessage() for record in caplog.records] == [note]
