@@ -169,6 +169,7 @@ def test_demo_holds_and_saves_its_plot(tmp_path: Path, capsys: pytest.CaptureFix
     output = capsys.readouterr().out
     assert "nothing about speed" in output
     assert output.rstrip().endswith("fxopt demo: passed")
+    assert "not known" not in output, "the report says what each layer launches and saves"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,7 +17,6 @@ from fxopt.demo.corpus import make_batches, read_corpus, train_tokenizer
 from fxopt.demo.models import build_small_model
 from fxopt.demo.training import DTYPES, Run, train
 from fxopt.errors import FxoptError
-from fxopt.report.text import render_text
 
 SEED = 0
 VOCABULARY_SIZE = 4096
@@ -78,7 +77,7 @@ def run_demo(options: DemoOptions, console: Console, show_report: Callable[[str]
     comparison = Comparison(stock, optimized, reference)
     report = fxopt.explain(optimized_model)
     console.print()
-    show_report(render_text(report))
+    show_report(str(report))
     show_comparison(console, comparison)
     save_plot(options.out, comparison, f"{type(model).__name__}, {options.dtype} on {options.device}")
     console.print(f"Loss curves saved to {options.out}")
