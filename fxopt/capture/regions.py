@@ -46,13 +46,15 @@ def find_regions(model: nn.Module) -> Regions:
 
     A list counts when it has at least two members, some two of the same class; a module list of one module made of
     others is one of several blocks that happens to have one. Lists inside a block (experts, heads) belong to that
-    block. Where nothing repeats, each of the outermost module lists counts. Single blocks that hold less than half of
-    the parameters beside tables of the vocabulary are no region: the whole model is.
+    block. Named modules count as a list where all are of one class and made of others. Where nothing repeats, each of
+    the outermost module lists counts. Single blocks that hold less than half of the parameters beside tables of the
+    vocabulary are no region: the whole model is.
     """
     lists = [
         (path, module)
         for module, path in walk(model).items()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and _num_parameters(module) > 0
+        if (isinstance(module, nn.ModuleList | nn.Sequential) or _is_of_blocks(module))
+        and _num_parameters(module) > 0
     ]
     counted = [(path, module) for path, module in lists if _repeats(module) or _is_of_one_block(module)]
     candidates = counted or [(path, module) for path, module in lists if isinstance(module, nn.ModuleList)]
@@ -70,6 +72,13 @@ def find_regions(model: nn.Module) -> Regions:
     if any(len(stack.blocks) > 1 for stack in stacks) or _hold_most(stacks, model):
         return Regions(tuple(stacks))
     return Regions(())
+
+
+def _is_of_blocks(module: nn.Module) -> bool:
+    """Return whether `module` holds blocks by name: several of one class, made of modules themselves."""
+    entries = list(module.children())
+    is_equal = len(entries) > 1 and len(set(map(type, entries))) == 1
+    return isinstance(module, nn.ModuleDict) and is_equal and all(any(entry.children()) for entry in entries)
 
 
 def _is_of_one_block(module: nn.Module) -> bool:

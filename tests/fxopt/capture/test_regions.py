@@ -68,6 +68,18 @@ def test_a_single_module_beside_most_of_a_model_is_no_region() -> None:
     assert find_regions(model).stacks == ()
 
 
+def test_blocks_may_have_names_and_other_named_modules_are_no_blocks() -> None:
+    model = Net(3, leaves)
+    model.parts = nn.ModuleDict({f"part_{number}": part for number, part in enumerate(model.parts)})
+    (stack,) = find_regions(model).stacks
+    assert stack.paths == ("parts.part_0", "parts.part_1", "parts.part_2")
+    named = {"table": model.table, "positions": nn.Embedding(TOKENS, WIDTH), "parts": model.parts}
+    model.parts = nn.ModuleDict(named)
+    assert [stack.path for stack in find_regions(model).stacks] == ["parts.parts"]
+    model.heads = nn.ModuleDict({name: nn.Linear(64, 64) for name in "ab"})
+    assert [stack.path for stack in find_regions(model).stacks] == ["parts.parts"]
+
+
 def test_a_list_of_one_plain_layer_is_no_block_beside_those_that_are() -> None:
     model = Net(2, leaves)
     model.extra = nn.ModuleList([nn.Linear(WIDTH, 64)])
