@@ -58,7 +58,7 @@ def count_saved_bytes(model: torch.nn.Module) -> Iterator[SavedBytes]:
         if address not in own and address not in seen:
             seen[address] = storage
             saved.total += storage.nbytes()
-        return tensor.detach()  # the tensor itself would hold the graph that holds it
+        return tensor.detach() if tensor.grad_fn else tensor  # a result would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
