@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -320,10 +321,11 @@ class StepPlanner:
         """Return the menu of each block for the tokens of `goal`."""
         offered: list[tuple[Decision, ...]] = []
         spread = self._look().spread
+        sizes = Counter(path.rpartition(".")[0] for path in self._look().paths)  # of the stacks
         for place, path in enumerate(self._look().paths):
             menu = self._menus[self._form_of[path]]
             beside = spread.of(place)
-            equal = self._num_equal(path)
+            equal = sizes[path.rpartition(".")[0]]
             key = id(menu), goal.tokens, beside, equal
             if key not in self._scaled:
                 scale = goal.tokens / menu.tokens
@@ -333,10 +335,6 @@ class StepPlanner:
                 self._scaled[key] = tuple(spread_decision(decision, beside) for decision in scaled)
             offered.append(self._scaled[key])
         return offered
-
-    def _num_equal(self, path: str) -> int:
-        """Return how many blocks the stack has that the block at `path` is in."""
-        return sum(other.rpartition(".")[0] == path.rpartition(".")[0] for other in self._look().paths)
 
     def _candidates_of(self, menus: list[tuple[Decision, ...]]) -> Candidates:
         """Return the choices from `menus`; the last ones found serve all limits asked for."""
