@@ -42,6 +42,8 @@ LOAD_ROWS = 4096
 """So that a product runs longer (0.2 ms on an H100) than the host takes to launch it (0.04 ms)."""
 LOAD_MS, WARM_MS = 5.0, 100.0
 """For how long products hold the GPU up before each op that is timed, and before the first one."""
+LONG_MS = 50.0
+"""An op that runs so long needs no load, and no second look."""
 LOADS = 3
 """How often the load grows before an op is given up that the host launches too slowly."""
 
@@ -194,9 +196,16 @@ class GpuClock:
         with torch.cuda.device(self._place):
             call()
             torch.cuda.synchronize(self._place)
+            begin, end = _events()
+            begin.record()
             started = time.perf_counter()
             call()
             host_ms = (time.perf_counter() - started) * 1e3
+            end.record()
+            torch.cuda.synchronize(self._place)
+            alone_ms = begin.elapsed_time(end)
+            if alone_ms > max(LONG_MS, 2 * host_ms):
+                return Timing(alone_ms)
             for tries in range(1, LOADS + 1):
                 self._load(max(LOAD_MS, 2**tries * ROUNDS * host_ms) / self._load_ms)
                 events = [_events() for _ in range(ROUNDS)]

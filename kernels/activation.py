@@ -87,7 +87,7 @@ def activation_backward_kernel(
     b_mask = b_at < num_columns - start
     b_dy = tl.load(p_dy + (row * dy_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32)
     b_x = tl.load(p_x + (row * x_row_stride + start) + b_at, mask=b_mask, other=0.0).to(tl.float32)
-    _, b_dx = act_backward(b_dy, b_x, alpha, ACT)
+    _, b_dx = act_backward(b_dy, b_x, alpha, ACT, APPROXIMATE=False)
     tl.store(p_dx + (row * num_columns + start) + b_at, b_dx.to(p_dx.dtype.element_ty), mask=b_mask)
 
 

@@ -1,24 +1,23 @@
 """Host memory for values that leave a device: reserved before it is needed, pinned for a GPU, given out in pieces.
 
-Memory pinned on the fly stops a GPU for milliseconds, so pieces are cut from a few large chunks. Torch rounds what it
-pins up to a power of two, so chunks are powers of two.
+Memory pinned on the fly stops a GPU for milliseconds, so pieces are cut from a few large chunks.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 
 from fxopt.capture.landing import Landing
+from fxopt.capture.pinned import pin, unpin
 
 CHUNK = 1 << 30
-"""The least that is reserved at once, in bytes, unless less may be."""
-PIECES = 8
-"""A chunk holds so many pieces of the size it is reserved for, so that little is lost at its end."""
+"""The least that is pinned at once, in bytes, unless less may be."""
 ROUNDING = 512
 
 
@@ -65,6 +64,9 @@ class HostMemory:
         self._find_bounds = find_bounds
         self._tell = tell
         self._chunks: list[torch.Tensor] = []
+        self._pinned: list[torch.Tensor] = []
+        # Not at the end of the process, which gives up all its memory anyway.
+        weakref.finalize(self, _unpin_all, self._pinned).atexit = False
         self._free: list[list[tuple[int, int]]] = []
         self._released: collections.deque[Piece] = collections.deque()
         self._lanes: dict[torch.device, Lane] = {}
@@ -122,22 +124,18 @@ class HostMemory:
         """Reserve what the plans need, and a chunk for a piece of `size` at least, if that may be."""
         needed, limit = self._find_bounds()
         missing = max(needed - self.reserved_bytes, size)
-        while missing > 0:
-            left = limit - self.reserved_bytes
-            wanted = max(CHUNK, _power_above(size * PIECES)) if pinned else missing
-            if wanted > left:
-                wanted = _power_below(left) if pinned else left
-            chunk = self._allocate(wanted, pinned=pinned) if wanted >= size else None
-            if chunk is None:
-                return
+        wanted = min(max(missing, CHUNK) if pinned else missing, limit - self.reserved_bytes)
+        chunk = self._allocate(wanted, pinned=pinned) if wanted >= size else None
+        if chunk is not None:
             self._chunks.append(chunk)
             self._free.append([(0, chunk.numel())])
-            missing -= chunk.numel()
 
     def _allocate(self, size: int, *, pinned: bool) -> torch.Tensor | None:
         if pinned:
             try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                memory = pin(size)
+                self._pinned.append(memory)
+                return memory
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 self._tell(
@@ -175,9 +173,6 @@ class HostMemory:
         self._free[piece.chunk] = merged
 
 
-def _power_above(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def _power_below(size: int) -> int:
-    return 1 << (size.bit_length() - 1) if size > 0 else 0
+def _unpin_all(pinned: list[torch.Tensor]) -> None:
+    if pinned:
+        unpin(pinned)

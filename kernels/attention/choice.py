@@ -38,6 +38,8 @@ from fxopt.kernels.launch import next_power_of_two, warn_once
 from fxopt.kernels.launcher import is_rehearsal, run_as_backward
 
 ROUNDS = 5
+LONG_MS = 200.0
+"""Of calls this long one round says enough: five take minutes at 262144 tokens."""
 AGREEMENT = 0.03  # relative; rounding in 16-bit dtypes stays below 0.01, a wrong mask is above 0.1
 SMALL = 2**24  # products of a query with a key, times the width: a few microseconds on any GPU
 NOT_YET = "chosen at the first call"
@@ -243,6 +245,8 @@ def measure(call: Call, candidates: list[Backend]) -> Choice:
     for _ in range(ROUNDS):
         for backend in served:
             times[backend.name].append(_run(backend, call)[0])
+        if served and min(values[0] for values in times.values()) > LONG_MS:
+            break
     ms = {name: statistics.median(values) for name, values in times.items()}
     if not served:
         warn_once(f"fxopt::attention: plain torch runs instead, every backend failed: {left_out}")

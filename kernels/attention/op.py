@@ -47,8 +47,13 @@ def _backward_flops(call: Call, *_: Any) -> int:
 
 
 def _backward_workspace(call: Call, out: Tensor, lse: Tensor, *_: Any) -> int:
-    """Return the bytes of dq, which is summed in fp32, and of one number per row of dout * out."""
-    return 4 * (call.q.numel() + lse.numel())
+    """Return the bytes of dq, which is summed in fp32, and of one number per row of dout * out.
+
+    Where heads share keys, torch's backends write dk and dv of each head before they add them.
+    """
+    of_keys = call.q.numel() // call.q.shape[-1] * (call.k.shape[-1] + call.v.shape[-1])
+    is_shared = call.k.shape[1] != call.q.shape[1] and not call.softcap and call.sinks is None
+    return 4 * (call.q.numel() + lse.numel()) + (call.k.element_size() * of_keys if is_shared else 0)
 
 
 FORWARD_SHARE, BACKWARD_SHARE = 0.57, 0.45

@@ -122,6 +122,7 @@ def experts_unit_backward_kernel(
             HAS_GATE_LIMIT,
             HAS_UP_LIMIT,
             PASSES_AT_LIMIT,
+            APPROXIMATE=False,
         )
         if NEED_WEIGHTS:
             b_total += tl.where(b_at < num_left, b_dunit * b_unit, 0.0)

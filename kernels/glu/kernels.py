@@ -70,12 +70,13 @@ def leave_tile(
     HAS_GATE_LIMIT: tl.constexpr,
     HAS_UP_LIMIT: tl.constexpr,
     PASSES_AT_LIMIT: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """Return the unit before its scale, and the gradients of gate and up; `b_dy` is scaled."""
     b_entered, b_lifted = enter_tile(
         b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
     )
-    b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT)
+    b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT, APPROXIMATE)
     b_dgate *= gate_scale
     if HAS_GATE_LIMIT:
         b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
@@ -187,6 +188,7 @@ def glu_backward_kernel(
         HAS_GATE_LIMIT,
         HAS_UP_LIMIT,
         PASSES_AT_LIMIT,
+        APPROXIMATE=False,
     )
     if NEED_Y:
         b_y = (b_unit * scale).to(p_y.dtype.element_ty)

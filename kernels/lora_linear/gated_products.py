@@ -3,6 +3,9 @@
 A program computes a tile of the unit and of both gradients for each column tile of its group, writes the gradients,
 and multiplies all three by the factors of the adapters around the unit, as `one_read` does with one matrix: over
 columns (h A^T, dgate B, dup B) and over rows (the gradients of A, of B and of B). The unit itself is never in memory.
+
+Products are computed transposed, the rank their first dimension: a tile is then the right factor of both that it is in,
+goes through shared memory once, and instructions of 16 rows fit the rank.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from fxopt.kernels.launch import ceil_div, jit, next_power_of_two, on_device, tl
 from fxopt.kernels.launcher import launch
 from fxopt.kernels.lora_linear.extend import has_kernel
 from fxopt.kernels.lora_linear.one_read import (
-    COLUMN_GROUPS,
     LEAST_BYTES,
     MOST_RANK,
     launch_narrow_sum,
@@ -28,6 +30,10 @@ from fxopt.kernels.lora_linear.one_read import (
 
 BLOCK_ROWS = 128
 """Fewer rows make more parts of the sums over rows; more take registers that a program does not have."""
+COLUMN_GROUPS = 4
+"""Of 8192 rows that makes 256 programs, two for each multiprocessor of an H100, one after the other."""
+LEAST_RANK = 16
+"""Of a product in tiles: fewer are filled up."""
 HOPPER = (9, 0)
 NO_GPU = (0, 0)
 
@@ -52,19 +58,19 @@ def multiply_tile(
     p_factor,
     p_sums,
     b_column,
-    b_in_columns,
+    num_columns,
     rank,
     factor_stride,
     factor_rank_stride,
     BLOCK_RANK: tl.constexpr,
 ):
-    """Return b_outer + tile @ factor, and write tile^T @ left."""
-    b_rank = tl.arange(0, BLOCK_RANK)[None, :]
-    b_mask = b_in_columns[:, None] & (b_rank < rank)
-    b_factor_at = b_column[:, None] * factor_stride + b_rank * factor_rank_stride
+    """Return b_outer + (tile @ factor)^T, and write tile^T @ left; b_left, b_outer: [BLOCK_RANK, BLOCK_ROWS]."""
+    b_rank = tl.arange(0, BLOCK_RANK)[:, None]
+    b_mask = (b_column < num_columns)[None, :] & (b_rank < rank)
+    b_factor_at = b_column[None, :] * factor_stride + b_rank * factor_rank_stride
     b_factor = tl.load(p_factor + b_factor_at, mask=b_mask, other=0.0)
-    tl.store(p_sums + b_column[:, None] * rank + b_rank, tl.dot(tl.trans(b_tile), b_left), mask=b_mask)
-    return tl.dot(b_tile, b_factor, b_outer)
+    tl.store(p_sums + b_column[None, :] * rank + b_rank, tl.dot(b_left, b_tile), mask=b_mask)
+    return tl.dot(b_factor, tl.trans(b_tile), b_outer)
 
 
 @jit
@@ -125,19 +131,21 @@ def gated_products_kernel(
     # Rows count from the block's first: 32 bits are enough then, and cost fewer registers.
     b_row = tl.arange(0, BLOCK_ROWS)[:, None]
     b_in_rows = b_row < num_rows - first_row
-    b_rank = tl.arange(0, BLOCK_RANK)[None, :]
-    b_unit_in = b_in_rows & (b_rank < unit_rank)
-    b_gate_in = b_in_rows & (b_rank < gate_rank)
-    b_up_in = b_in_rows & (b_rank < up_rank)
+    b_rank = tl.arange(0, BLOCK_RANK)[:, None]
+    b_row_across = tl.arange(0, BLOCK_ROWS)[None, :]
+    b_across = b_row_across < num_rows - first_row
+    b_unit_in = b_across & (b_rank < unit_rank)
+    b_gate_in = b_across & (b_rank < gate_rank)
+    b_up_in = b_across & (b_rank < up_rank)
     p_unit_left += first_row * unit_left_stride
     p_gate_left += first_row * gate_left_stride
     p_up_left += first_row * up_left_stride
-    b_unit_left = tl.load(p_unit_left + b_row * unit_left_stride + b_rank, mask=b_unit_in, other=0.0)
-    b_gate_left = tl.load(p_gate_left + b_row * gate_left_stride + b_rank, mask=b_gate_in, other=0.0)
-    b_up_left = tl.load(p_up_left + b_row * up_left_stride + b_rank, mask=b_up_in, other=0.0)
-    b_unit_outer = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
-    b_gate_outer = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
-    b_up_outer = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+    b_unit_left = tl.load(p_unit_left + b_row_across * unit_left_stride + b_rank, mask=b_unit_in, other=0.0)
+    b_gate_left = tl.load(p_gate_left + b_row_across * gate_left_stride + b_rank, mask=b_gate_in, other=0.0)
+    b_up_left = tl.load(p_up_left + b_row_across * up_left_stride + b_rank, mask=b_up_in, other=0.0)
+    b_unit_outer = tl.zeros((BLOCK_RANK, BLOCK_ROWS), dtype=tl.float32)
+    b_gate_outer = tl.zeros((BLOCK_RANK, BLOCK_ROWS), dtype=tl.float32)
+    b_up_outer = tl.zeros((BLOCK_RANK, BLOCK_ROWS), dtype=tl.float32)
     p_dy += first_row * dy_row_stride
     p_gate += first_row * gate_row_stride
     p_up += first_row * up_row_stride
@@ -149,8 +157,7 @@ def gated_products_kernel(
     first = tl.program_id(1) * num_group_columns
     for start in range(first, first + num_group_columns, BLOCK_COLUMNS):
         b_column = start + tl.arange(0, BLOCK_COLUMNS)
-        b_in_columns = b_column < num_columns
-        b_mask = b_in_rows & b_in_columns[None, :]
+        b_mask = b_in_rows & (b_column < num_columns)[None, :]
         b_dy = tl.load(p_dy + b_row * dy_row_stride + b_column[None, :], mask=b_mask, other=0.0)
         b_gate = tl.load(p_gate + b_row * gate_row_stride + b_column[None, :], mask=b_mask, other=0.0)
         b_up = tl.load(p_up + b_row * up_row_stride + b_column[None, :], mask=b_mask, other=0.0)
@@ -167,6 +174,7 @@ def gated_products_kernel(
             HAS_GATE_LIMIT,
             HAS_UP_LIMIT,
             PASSES_AT_LIMIT,
+            APPROXIMATE=True,
         )
         b_unit_tile = (b_unit * scale).to(b_gate.dtype)
         b_dgate_tile = b_dgate.to(b_gate.dtype)
@@ -181,7 +189,7 @@ def gated_products_kernel(
             p_unit_factor,
             p_unit_sums,
             b_column,
-            b_in_columns,
+            num_columns,
             unit_rank,
             unit_factor_stride,
             unit_factor_rank_stride,
@@ -194,7 +202,7 @@ def gated_products_kernel(
             p_gate_factor,
             p_gate_sums,
             b_column,
-            b_in_columns,
+            num_columns,
             gate_rank,
             gate_factor_stride,
             gate_factor_rank_stride,
@@ -207,13 +215,13 @@ def gated_products_kernel(
             p_up_factor,
             p_up_sums,
             b_column,
-            b_in_columns,
+            num_columns,
             up_rank,
             up_factor_stride,
             up_factor_rank_stride,
             BLOCK_RANK,
         )
-    b_at = group * num_rows + first_row + b_row
+    b_at = group * num_rows + first_row + b_row_across
     tl.store(p_unit_outer + b_at * unit_rank + b_rank, b_unit_outer, mask=b_unit_in)
     tl.store(p_gate_outer + b_at * gate_rank + b_rank, b_gate_outer, mask=b_gate_in)
     tl.store(p_up_outer + b_at * up_rank + b_rank, b_up_outer, mask=b_up_in)
@@ -232,23 +240,23 @@ def reads_gated_once(dy: Tensor, gate: Tensor, up: Tensor, narrow: list[Narrow])
     return (
         fits
         and saved >= LEAST_BYTES
-        and 2 * parts_bytes(dy, max(ranks), BLOCK_ROWS) < saved
+        and 2 * parts_bytes(dy, max(ranks), BLOCK_ROWS, COLUMN_GROUPS) < saved
         and has_kernel(dy, *narrow[0][:2])
     )
 
 
-def tile_of(capability: tuple[int, int]) -> dict[str, int]:
-    """Return the tile of a program: on Hopper one of the two best that were timed, elsewhere one that always fits.
+def tile_of(capability: tuple[int, int], rank: int) -> dict[str, int]:
+    """Return the tile of a program for adapters of `rank`: on Hopper the best that was timed, elsewhere one that fits.
 
-    With 8192 x 18944 on an H100 it takes 0.85 ms (0.82 with 16 warps and half the groups); tiles of 32 columns take
-    1.04 and more, two stages 1.03. Other GPUs have no memory for three stages of wide tiles (99 KB on sm_89), or no
-    registers (sm_100).
+    With 8192 x 18944 on an H200 it takes 0.54 ms; tiles of 32 columns 0.72 and more, two stages 0.69, 16 warps 0.74,
+    64 rows 0.62. Other GPUs have no memory for three stages of wide tiles (99 KB on sm_89), or no registers (sm_100);
+    nor has Hopper for ranks above 16.
 
-    >>> tile_of((9, 0))["BLOCK_COLUMNS"], tile_of((8, 9))["BLOCK_COLUMNS"]
+    >>> tile_of((9, 0), 16)["BLOCK_COLUMNS"], tile_of((8, 9), 16)["BLOCK_COLUMNS"]
     (64, 32)
     """
     if capability == HOPPER:
-        return dict(BLOCK_COLUMNS=64, num_warps=8, num_stages=3)
+        return dict(BLOCK_COLUMNS=64 if rank <= LEAST_RANK else 32, num_warps=8, num_stages=3)
     return dict(BLOCK_COLUMNS=32, num_warps=8, num_stages=2)
 
 
@@ -261,11 +269,12 @@ def launch_gated_products(
     """
     num_rows, num_columns = dy.shape
     dgate, dup = (dy.new_empty((num_rows, num_columns)) for _ in range(2))
-    tile = tile_of(torch.cuda.get_device_capability(dy.device) if dy.is_cuda else NO_GPU)
+    ranks = [item.factor.shape[1] for item in narrow]
+    capability = torch.cuda.get_device_capability(dy.device) if dy.is_cuda else NO_GPU
+    tile = tile_of(capability, max(ranks))
     blocks = ceil_div(num_rows, BLOCK_ROWS)
     columns = ceil_div(ceil_div(num_columns, COLUMN_GROUPS), tile["BLOCK_COLUMNS"]) * tile["BLOCK_COLUMNS"]
     groups = ceil_div(num_columns, columns)
-    ranks = [item.factor.shape[1] for item in narrow]
     outers = [dy.new_empty((groups, num_rows, rank), dtype=torch.float32) for rank in ranks]
     sums = [dy.new_empty((blocks, num_columns, rank), dtype=torch.float32) for rank in ranks]
     constants = unit.constants()
@@ -295,7 +304,7 @@ def launch_gated_products(
             HAS_UP_LIMIT=constants["HAS_UP_LIMIT"],
             PASSES_AT_LIMIT=passes_at_limit(),
             BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_RANK=max(next_power_of_two(max(ranks)), 16),
+            BLOCK_RANK=max(next_power_of_two(max(ranks)), LEAST_RANK),
             **tile,
             enable_fp_fusion=True,  # as in the unit's own kernels and in narrow products
         )

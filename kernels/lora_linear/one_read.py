@@ -104,9 +104,9 @@ def reads_once(rows: Tensor, factor: Tensor, left: Tensor) -> bool:
     return fits and saved >= LEAST_BYTES and 2 * parts < saved and has_kernel(rows, factor, left)
 
 
-def parts_bytes(rows: Tensor, rank: int, block_rows: int = BLOCK_ROWS) -> int:
+def parts_bytes(rows: Tensor, rank: int, block_rows: int = BLOCK_ROWS, groups: int = COLUMN_GROUPS) -> int:
     """Return the bytes of the parts of one pair of narrow products of `rows`, of programs of `block_rows`."""
-    return 4 * rank * (ceil_div(rows.shape[0], block_rows) * rows.shape[1] + COLUMN_GROUPS * rows.shape[0])
+    return 4 * rank * (ceil_div(rows.shape[0], block_rows) * rows.shape[1] + groups * rows.shape[0])
 
 
 def launch_narrow_products(rows: Tensor, factor: Tensor, left: Tensor, scale: float, outer: Tensor) -> Tensor:

@@ -211,6 +211,20 @@ def test_what_the_host_launches_too_slowly_is_not_timed():
 
 
 @pytest.mark.gpu
+def test_what_runs_for_long_runs_twice():
+    calls = []
+
+    def sleep() -> None:
+        calls.append(1)
+        torch.cuda._sleep(200_000_000)  # cycles: 0.1 s at 2 GHz
+
+    found = GpuClock(torch.device("cuda", 0))(sleep)
+    assert isinstance(found, Timing), found
+    assert found.ms > 80
+    assert len(calls) == 2
+
+
+@pytest.mark.gpu
 def test_timing_leaves_no_memory_no_random_state_and_no_peak():
     place = torch.device("cuda", 0)
     small = torch.ones(512, 512, device=place)

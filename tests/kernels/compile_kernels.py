@@ -230,9 +230,9 @@ def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
     products = dict.fromkeys(
         (f"p_{matrix}_{part}" for matrix in ("unit", "gate", "up") for part in ("outer", "sums")), "*fp32"
     )
-    tile = gated_products.tile_of(divmod(arch, 10))
-    launch = tile.pop("num_warps"), tile.pop("num_stages")
     for rank in (16, one_read.MOST_RANK):
+        tile = gated_products.tile_of(divmod(arch, 10), rank)
+        launch = tile.pop("num_warps"), tile.pop("num_stages")
         tile |= dict(BLOCK_ROWS=gated_products.BLOCK_ROWS, BLOCK_RANK=rank)
         for unit in (Form("silu"), Form("gelu_tanh"), Form("sigmoid_alpha", gate_limit=7.0, up_limit=7.0)):
             constants = unit.constants() | tile | dict(PASSES_AT_LIMIT=passes_at_limit())

@@ -12,6 +12,7 @@ import torch
 from fxopt.capture import host_memory, torch_lowering
 from fxopt.capture.host_memory import HostMemory, Lane
 from fxopt.capture.offload import Offloader
+from fxopt.capture.pinned import pin, unpin
 from fxopt.capture.planning import Leaving, Mark
 from fxopt.errors import FxoptError
 
@@ -130,14 +131,10 @@ def test_what_finds_no_place_stays_on_the_device_and_is_said(told):
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_said(told, monkeypatch):
-    empty = torch.empty
+    def refuse(num_bytes):
+        raise RuntimeError("CUDA error: out of memory\nmore")
 
-    def refuse(*args, pin_memory=False, **kwargs):
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nmore")
-        return empty(*args, **kwargs)
-
-    monkeypatch.setattr(host_memory.torch, "empty", refuse)
+    monkeypatch.setattr(host_memory, "pin", refuse)
     memory = HostMemory(lambda: (4096, LIMIT), told.append)
     assert memory.take(4096, pinned=True) is not None
     assert told == [
@@ -146,21 +143,44 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_said(told, monkeypatc
     ]
 
 
-def test_pinned_chunks_are_powers_of_two_within_the_limit(monkeypatch, told):
+def test_pinned_memory_is_reserved_within_the_limit(monkeypatch, told):
     asked = []
     monkeypatch.setattr(host_memory, "CHUNK", 1 << 14)
     monkeypatch.setattr(
-        HostMemory,
-        "_allocate",
-        lambda self, size, pinned: asked.append(size) or torch.empty(size, dtype=torch.uint8),
+        host_memory, "pin", lambda size: asked.append(size) or torch.empty(size, dtype=torch.uint8)
     )
-    memory = HostMemory(lambda: (40_000, 45_000), told.append)
+    monkeypatch.setattr(host_memory, "unpin", lambda memories: None)
+    memory = HostMemory(lambda: (40_000, 58_000), told.append)
     taken = [memory.take(2000, pinned=True) for _ in range(30)]
-    assert all(size & (size - 1) == 0 for size in asked)
-    assert sum(asked) <= 45_000
+    assert asked == [40_000, 1 << 14]
     found = [piece for piece in taken if piece is not None]
-    assert len(found) * 2048 >= 40_000 * 7 / 8
+    assert len(found) == 40_000 // 2048 + (1 << 14) // 2048
     assert len({(piece.chunk, piece.start) for piece in found}) == len(found)
+
+
+def test_pinned_memory_is_unpinned_when_it_is_dropped(monkeypatch, told):
+    given_up = []
+    monkeypatch.setattr(host_memory, "pin", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(
+        host_memory, "unpin", lambda memories: given_up.extend(each.numel() for each in memories)
+    )
+    memory = HostMemory(lambda: (4096, LIMIT), told.append)
+    memory.take(4096, pinned=True)
+    assert not given_up
+    del memory
+    assert given_up == [LIMIT]
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_the_drivers_until_it_is_unpinned():
+    memory = pin(1 << 20)
+    assert memory.is_pinned()
+    there = torch.arange(1 << 20, device="cuda").to(torch.uint8)
+    memory.copy_(there, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(memory, there.cpu())
+    unpin([memory])
+    assert not memory.is_pinned()
 
 
 def test_views_come_back_with_their_form(offloader):
