@@ -302,6 +302,9 @@ class ModelCall:
         """
         if self._owner not in (None, threading.get_ident()):
             return torch_modules.stock_call(block, *args, **kwargs)
+        form = self._trunk.give_form(args, kwargs)
+        if form is not None:
+            return form[0]
         collected = (self._collects and active()) or {}
         counts = count_collected(collected)
         if block in self._checkpointed:
@@ -358,7 +361,8 @@ class ModelCall:
                     )
             this.ledger.hooked = ""
             if on_meta:
-                calls = rehearse(rehearsed)
+                given = this._trunk.find_arguments(*this._arguments, rehearsed)
+                calls = rehearse(rehearsed, given)
                 if this.ledger.hooked:
                     raise TailMismatch(hooked_inside(this.ledger.hooked))
             else:
