@@ -145,21 +145,13 @@ def _match_operation(term: Operation, value: Any, bindings: Bindings, trace: Tra
     if term.target in COMMUTATIVE and len(operands) == 2 and operands[0][1] is not operands[1][1]:
         (a, left), (b, right) = operands
         orders.append([(a, right), (b, left)])
-    unequal = _find_unequal(attributes, operands)
+    unequal = next(((t, v) for t, v in attributes if _is_plain(t) and not is_equal(t, v)), None)
     if unequal is not None and not trace.forgives:
         trace.fail(_differs_in(value, *unequal), (value,), entered)
         return
     yield from first_matching(
         [_match_all([*attributes, *order], entered, trace, value) for order in orders], trace
     )
-
-
-def _find_unequal(attributes: Pairs, operands: Pairs) -> tuple[Any, Any] | None:
-    """Return the first plain value that is another than the term's; of operands only one that has to be absent."""
-    for term, value in attributes:
-        if _is_plain(term) and not is_equal(term, value):
-            return term, value
-    return next(((term, value) for term, value in operands if term is None and value is not None), None)
 
 
 def _match_all(
