@@ -39,6 +39,7 @@ from fxopt.probing import report_on_small_inputs
 from fxopt.remat.budget import check_budget
 from fxopt.remat.host import check_host_memory
 from fxopt.report.plan import Plan
+from fxopt.rewriting.floats import fix_floats
 from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import MatchContext, apply_patterns
@@ -58,6 +59,7 @@ def rewrite_pass(gm: fx.GraphModule, job: Job) -> None:
     select = job.options.select and functools.partial(job.options.select, job.region)
     context = MatchContext(job.lazy_outputs, job.prover and job.prover.prove, select)
     patterns = job.options.active_patterns
+    fix_floats(gm, patterns, job.lazy_outputs)
     name = "" if job.prover is None else name_compiled(gm, (pattern.name for pattern in patterns))
     if job.prover is not None and name and not are_compiled(name):
         _rehearse_rewrites(gm, job, job.prover)

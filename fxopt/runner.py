@@ -21,7 +21,7 @@ from fxopt.options import Options
 from fxopt.report.records import MODEL_REGION, GraphRecord, PassRecord
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import RewriteResult
-from fxopt.sites import Outcome, find_elsewhere, find_own_forms, find_sites
+from fxopt.sites import Outcome, find_elsewhere, find_sites
 
 
 @dataclasses.dataclass
@@ -34,12 +34,11 @@ class Job:
     prover: Prover | None
     result: RewriteResult = dataclasses.field(default_factory=RewriteResult)
     canonical: Callable[[], fx.GraphModule] | None = None
-    """Makes the graph as it was before the rewrites, where it was kept."""
+    """Makes the graph as it was before the rewrites."""
 
     def keep_canonical(self, gm: fx.GraphModule) -> None:
-        """Keep `gm` as it is, where a pattern has a form of its own: reports look there for what came near it."""
-        if find_own_forms(self.options.active_patterns):
-            self.canonical = kept_for_work(gm)
+        """Keep `gm` as it is: reports look there for what a pattern would have seen, had no other come first."""
+        self.canonical = kept_for_work(gm)
 
 
 Pass = tuple[str, Callable[[fx.GraphModule, Job], None]]

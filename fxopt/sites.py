@@ -59,8 +59,13 @@ def find_sites(
 ) -> tuple[tuple[Site, ...], tuple[MismatchRecord, ...], tuple[Backend, ...]]:
     """Return one site per anchor of the stock graph, for each that no pattern took its nearest miss, and backends.
 
-    `canonical` makes `gm` as it was before the rewrites: there the patterns with forms of their own are looked for.
+    A site whose own pattern did not take it while that of a smaller form did (a loss without its head) has the reason
+    too. `canonical` makes `gm` as it was before the rewrites: what is told of patterns that others kept from a place
+    is found there, and so are the places of forms of the user's own.
     """
+    own_forms = find_own_forms(patterns)
+    are_less = any(_is_less(anchor, result, patterns) for anchor in anchors)
+    before = canonical() if (own_forms or are_less) and canonical is not None else gm
     sites: list[Site] = []
     backends: list[Backend] = []
     mismatches: list[MismatchRecord] = []
@@ -69,33 +74,71 @@ def find_sites(
         rewrite = next((r for r in reversed(result.rewrites) if anchor.node in r.origins), None)
         backends.append(rewrite.backend if rewrite is not None else None)
         if rewrite is not None:
-            sites.append(_site(anchor, "rewritten", rewrite.record.op, "", rewrite.proof))
+            less = ""
+            if _is_less(anchor, result, patterns):
+                miss = _find_own_miss(before, anchor, patterns, lazy_outputs, disabled)
+                miss = _placed(miss, anchor.location)
+                less = _told(miss)
+                mismatches.append(_miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind))
+            sites.append(_site(anchor, "rewritten", rewrite.record.op, less, rewrite.proof))
             continue
-        refused = next((r for r in result.refused if anchor.node in r.origins), None)
-        if refused is not None:
-            sites.append(_site(anchor, "refused", "", refused.reason, refused.proof))
+        refusals = [r for r in result.refused if anchor.node in r.origins]
+        if refusals:
+            refused = next((r for r in refusals if r.pattern == anchor.kind), refusals[0])
+            reason = (
+                refused.reason if refused.pattern == anchor.kind else f"{refused.pattern}: {refused.reason}"
+            )
+            sites.append(_site(anchor, "refused", "", reason, refused.proof))
             continue
-        if anchor.kind in disabled:
-            miss = Mismatch(anchor.kind, "disabled by the options")
-        else:
-            miss = find_nearest_miss(gm, patterns, anchor.node, lazy_outputs)
-        reason = f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
-        sites.append(_site(anchor, "unmatched", "", reason, None))
+        miss = _placed(_find_own_miss(gm, anchor, patterns, lazy_outputs, disabled), anchor.location)
+        sites.append(_site(anchor, "unmatched", "", _told(miss), None))
         mismatches.append(_miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind))
-        own = [pattern for pattern in patterns if pattern.name == anchor.kind != miss.pattern]
-        if own and anchor.kind not in disabled:  # what the pattern of that very form came to
-            nearest = find_nearest_miss(gm, own, anchor.node, lazy_outputs)
-            mismatches.append(_miss_record(nearest, own, anchor.module, anchor.location, anchor.kind))
     known = {anchor.node for anchor in anchors}
-    own_forms = find_own_forms(patterns)
     names = {pattern.name for pattern in own_forms}
     for refusal in result.refused:
         if refusal.pattern in names or known.isdisjoint(refusal.origins):
             mismatches.append(_refused_elsewhere(gm, refusal, patterns))
-    before = canonical() if own_forms and canonical is not None else gm
     for pattern in own_forms:
         mismatches += _misses_of(before, pattern, result, lazy_outputs)
     return tuple(sites), tuple(mismatches), tuple(backends)
+
+
+def _is_less(anchor: Anchor, result: RewriteResult, patterns: Sequence[Any]) -> bool:
+    """Return whether only a pattern of a smaller form took the place of `anchor`: one that comes after its own.
+
+    What stands before its own in `patterns` is of a larger form, which needs no reason.
+    """
+    names = [pattern.name for pattern in patterns]
+    takers = [r.match.pattern.name for r in result.rewrites if anchor.node in r.origins]
+    place = names.index(anchor.kind) if anchor.kind in names else -1
+    return bool(takers) and anchor.kind not in takers and all(names.index(name) > place for name in takers)
+
+
+def _find_own_miss(
+    gm: fx.GraphModule, anchor: Anchor, patterns: Sequence[Any], lazy_outputs: bool, disabled: Collection[str]
+) -> Mismatch:
+    """Return why the pattern of the form that `anchor` has in the stock arithmetic did not take it.
+
+    Another pattern is of another form, and what it lacks here is no reason.
+    """
+    if anchor.kind in disabled:
+        return Mismatch(anchor.kind, "disabled by the options")
+    own = next((pattern for pattern in patterns if pattern.name == anchor.kind), None)
+    if own is None:
+        return Mismatch("", f"{anchor.kind} is not among the patterns given")
+    return find_nearest_miss(gm, own, anchor.node, lazy_outputs)
+
+
+def _told(miss: Mismatch) -> str:
+    return f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason
+
+
+def _placed(miss: Mismatch, location: str) -> Mismatch:
+    """Return `miss` with the line of what did not fit, where that is another than the place's own `location`."""
+    lines = [line for node in miss.nodes if (line := location_of(node))]
+    if not lines or lines[-1] == location:
+        return miss
+    return dataclasses.replace(miss, reason=f"{miss.reason}, at {lines[-1]}")
 
 
 def find_elsewhere(anchors: Sequence[Anchor], result: RewriteResult) -> tuple[RewriteElsewhere, ...]:
@@ -129,7 +172,10 @@ def _misses_of(
     refused = [refusal.origins for refusal in result.refused if refusal.pattern == pattern.name]
     taken = {origin: r.match.pattern.name for r in result.rewrites for origin in r.origins}
     near = find_near_places(canonical, pattern, lazy_outputs, frozenset[str]().union(*refused), taken)
-    return [_miss_record(miss, (pattern,), module_of(node), location_of(node)) for miss, node in near]
+    return [
+        _miss_record(_placed(miss, location_of(node)), (pattern,), module_of(node), location_of(node))
+        for miss, node in near
+    ]
 
 
 def _miss_record(

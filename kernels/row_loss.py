@@ -10,7 +10,7 @@ With `z_rows="all"` the last term is left out of the rows, and z_loss * mean lse
 is added to the loss: as z_weight * lse^2 in every row, z_weight = z_loss * divisor / number of rows.
 
     dz    = w * (softmax z - (1 - smoothing) * onehot - smoothing / V) + 2 * z_weight * lse * softmax z
-    w     = 1; 0 for an ignored label; NaN for one outside [0, V), where the loss is NaN too (on a CPU it raises)
+    w     = 1; 0 for an ignored label; NaN for one outside [0, V), where the loss is NaN too (on a CPU: IndexError)
 
 Source: `torch.nn.functional.cross_entropy`; z_loss from Chowdhery et al. 2022, "PaLM", section 5, and over all rows
 as transformers' `BambaForCausalLM` has it.
@@ -138,8 +138,14 @@ def plain_losses(
     ignore_index: int,
     shaping: Shaping,
 ) -> Tensor:
-    """Return the loss of each row, [N]."""
+    """Return the loss of each row, [N].
+
+    Raises:
+        IndexError: on a CPU, a label is no class; elsewhere nobody waits for the labels.
+    """
     valid = labels != ignore_index
+    if labels.is_cpu:
+        _check_labels(labels[valid], z.shape[-1], ignore_index)
     zero_point, rest = statistics
     target = z.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
     rows = (1 - shaping.label_smoothing) * ((zero_point - target) + rest)
@@ -150,6 +156,15 @@ def plain_losses(
         squares = z_weight * (zero_point + rest).square()
         rows = rows + (squares if shaping.z_all else torch.where(valid, squares, 0.0))
     return rows
+
+
+def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.numel():
+        raise IndexError(
+            f"cross_entropy: label {int(wrong[0])} is out of bounds, expected 0 to {num_classes - 1}, "
+            f"or {ignore_index} where there is none"
+        )
 
 
 def plain_gradient(

@@ -182,7 +182,7 @@ def _why_not_once(
 def _misses(pattern: Pattern, stock: fx.GraphModule, gm: fx.GraphModule) -> list[Mismatch]:
     """Return why `pattern` did not match at each of the stock nodes, the nearest first."""
     names = [node.name for node in stock.graph.nodes if node.op.startswith("call_")]
-    found = [find_nearest_miss(gm, (pattern,), name, lazy_outputs=False) for name in names]
+    found = [find_nearest_miss(gm, pattern, name, lazy_outputs=False) for name in names]
     return sorted(found, key=lambda miss: miss.nearness, reverse=True)
 
 

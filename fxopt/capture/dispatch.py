@@ -25,8 +25,17 @@ from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import find_kept, say_kept
 from fxopt.capture.forwards import call_with_forward, call_with_gathered, run_captured
 from fxopt.capture.four_bits import FourBitLayers
-from fxopt.capture.hooks import Hooks, InnerHooks, has_hooks, hooks_hidden, is_idle_or_recorder
+from fxopt.capture.hooks import (
+    Hooks,
+    InnerHooks,
+    has_hooks,
+    hooked_inside,
+    hooks_hidden,
+    is_idle_or_recorder,
+    place_of_hook,
+)
 from fxopt.capture.ledger import WITHOUT_GRADIENTS, Ledger, Way
+from fxopt.capture.places import caller_line, with_place
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
 from fxopt.capture.recorders import Notes, Recorder, collecting
@@ -127,7 +136,7 @@ class BlockCalls:
         else:
             recorders.append(hooks.recorders)
         if hooks.live is not None:
-            self.ledger.hooked = type(hooks.live).__name__
+            self.ledger.hooked = hooked_inside(block, hooks.live)
         reason = self.find_obstacle(block, hooks, args, kwargs)
         if reason is not None:
             self._count_stock(path, reason)
@@ -237,7 +246,8 @@ class BlockCalls:
         if torch_modules.has_global_hooks():
             return "hooks for all modules are registered"
         if hooks.live is not None:
-            return say_kept(hooks.live) or f"a hook sits on the {type(hooks.live).__name__} inside"
+            hooked = f"a hook sits on the {type(hooks.live).__name__} inside"
+            return say_kept(hooks.live) or with_place(hooked, place_of_hook(block, hooks.live))
         return find_opaque(args, kwargs)
 
     def _run_compiled(
@@ -327,7 +337,7 @@ def _places_of(block: nn.Module, recorders: tuple[Recorder, ...]) -> tuple[tuple
 
 
 def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Return a reason when an argument is neither a tensor, a plain value nor a container of these."""
+    """Return a reason, with the line of the call, when an argument is no tensor, plain value or container of these."""
     for name, value in (*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()):
         queue = [value]
         while queue:
@@ -337,7 +347,7 @@ def find_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
             elif type(item) is dict or isinstance(item, collections.UserDict):  # one that layers share, say
                 queue.extend(item.values())
             elif not isinstance(item, PLAIN_VALUES):
-                return f"{name} is a {type(item).__name__}"
+                return with_place(f"{name} is a {type(item).__name__}", caller_line())
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.capture import torch_modules
+from fxopt.capture.places import line_of, path_within, with_place
 from fxopt.capture.recorders import Recorder, recorder_of
 from fxopt.capture.torch_distributed import is_fsdp_hook
 from fxopt.capture.zero import is_engine_hook, is_zero_hook
@@ -77,6 +78,19 @@ def find_hooks(module: nn.Module) -> Hooks:
 
 def _hooks_of(module: nn.Module) -> list[Any]:
     return [hook for name in torch_modules.HOOK_DICTS for hook in getattr(module, name).values()]
+
+
+def place_of_hook(root: nn.Module, module: nn.Module) -> str:
+    """Return the path from `root` of `module`, which carries a live hook, and where that hook is defined."""
+    live = (hook for hook in _hooks_of(module) if _is_live(hook) and not is_gathering_hook(hook))
+    line, path = next(map(line_of, live), ""), path_within(root, module)
+    return f"{path} ({line})" if path and line else path or line
+
+
+def hooked_inside(block: nn.Module, module: nn.Module) -> str:
+    """Return why a model with a hook on `module`, a block or inside one, runs to its end as in stock."""
+    reason = f"a hook sits on a {type(module).__name__} of a block and may keep what the forward reads"
+    return with_place(reason, place_of_hook(block, module))
 
 
 class InnerHooks:

@@ -63,7 +63,7 @@ class Ledger:
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""
     hooked: str = ""
-    """The kind of module inside a block on which a hook was met during the model's call that runs now."""
+    """Why a hook inside a block, met during the model's call that runs now, keeps it from being served."""
     progress: Progress = dataclasses.field(default_factory=Progress)
     ways: dict[str, Way] | None = None
     """How each block, and the model for what follows them, ran in the training call that runs now, if one does."""

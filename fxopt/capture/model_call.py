@@ -26,11 +26,21 @@ from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import find_opaque
 from fxopt.capture.engines import Sharding, find_kept
 from fxopt.capture.forwards import call_model_gathered, call_with_forward
-from fxopt.capture.hooks import Hidden, has_hooks, has_own_hooks, hide_hooks, is_not_recorder, show_hooks
+from fxopt.capture.hooks import (
+    Hidden,
+    has_hooks,
+    has_own_hooks,
+    hide_hooks,
+    hooked_inside,
+    is_not_recorder,
+    place_of_hook,
+    show_hooks,
+)
 from fxopt.capture.lazy import put_through
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
+from fxopt.capture.places import forward_line, with_place
 from fxopt.capture.reasons import reason_of
 from fxopt.capture.recorders import (
     active,
@@ -161,7 +171,9 @@ class ModelCall:
                 raise cause from None
             root = torch_errors.root_cause(error)
             reason = find_kept(self.blocks) or (
-                str(root) if isinstance(root, TailRefusal) else reason_of(error, self.stand_ins.failed_in)
+                with_place(str(root), forward_line(self.model))
+                if isinstance(root, TailRefusal)
+                else reason_of(error, self.stand_ins.failed_in)
             )
             reason = f"what stands after the blocks was not captured: {reason}"
             output = self.model.forward(
@@ -175,7 +187,8 @@ class ModelCall:
                 self.ledger.note(line)
             return output
         except TailMismatch as error:
-            self.ledger.count_fallback(MODEL_REGION, str(error))
+            reason = with_place(str(error), forward_line(self.model))
+            self.ledger.count_fallback(MODEL_REGION, reason)
             if error.output is not None:
                 return error.output[0]
         finally:
@@ -193,7 +206,7 @@ class ModelCall:
             return "hooks for all modules are registered"
         hooked = next((block for block in self.blocks if has_own_hooks(block)), None)
         if hooked is not None:
-            return hooked_inside(type(hooked).__name__)
+            return hooked_inside(hooked, hooked)
         sharded = self._sharding.find_obstacle()
         if sharded is not None:
             return sharded
@@ -339,7 +352,7 @@ class ModelCall:
         def judge(calls: list[Any]) -> str | None:
             this = find_self()
             if this is not None and this.ledger.hooked:
-                return hooked_inside(this.ledger.hooked)
+                return this.ledger.hooked
             if this is not None and this.ledger.changes_state:
                 return "a block keeps values in Python objects, which the model may read after the blocks"
             try:
@@ -356,15 +369,14 @@ class ModelCall:
             living = [module for find_module in modules if (module := find_module()) is not None]
             for module in this._show_hooks():
                 if module not in before:
-                    raise TailMismatch(
-                        f"a hook sits on the {type(module).__name__}, which does not run before the blocks only"
-                    )
+                    reason = f"a hook sits on the {type(module).__name__}, which does not run before the blocks only"
+                    raise TailMismatch(with_place(reason, place_of_hook(this.model, module)))
             this.ledger.hooked = ""
             if on_meta:
                 given = this._trunk.find_arguments(*this._arguments, rehearsed)
                 calls = rehearse(rehearsed, given)
                 if this.ledger.hooked:
-                    raise TailMismatch(hooked_inside(this.ledger.hooked))
+                    raise TailMismatch(this.ledger.hooked)
             else:
                 with this._sharding.hooks_shown():
                     calls = this._trunk.run(*this._arguments, num_calls, wanted, judge)
@@ -375,11 +387,6 @@ class ModelCall:
             return output if wrap is None else put_through(wrap, output)
 
         return run
-
-
-def hooked_inside(kind: str) -> str:
-    """Return the reason for which a model with a hook on a `kind` of module in a block runs to its end as in stock."""
-    return f"a hook sits on a {kind} of a block and may keep what the forward reads"
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.capture.modules import walk
+from fxopt.capture.places import line_of, with_place
 
 OURS = "fxopt"
 
@@ -20,8 +21,11 @@ def find_patched(model: nn.Module) -> tuple[str, ...]:
         package = _package_of(getattr(forward, "__module__", None))
         if package and package not in _packages_of(kind):
             lines.setdefault(
-                f"{kind.__name__} was patched by {package} before fxopt saw it: "
-                "its forms count as the stock ones, and what they call may not be captured"
+                with_place(
+                    f"{kind.__name__} was patched by {package} before fxopt saw it: "
+                    "its forms count as the stock ones, and what they call may not be captured",
+                    line_of(forward),
+                )
             )
     return tuple(lines)
 
@@ -35,8 +39,11 @@ def find_own_forwards(model: nn.Module) -> tuple[str, ...]:
         package = _package_of(getattr(function, "__globals__", {}).get("__name__"))
         if package and package != OURS and package not in _packages_of(type(module)):
             lines.setdefault(
-                f"{type(module).__name__}: {package} put a forward of its own on this model; what that "
-                "computes after the blocks is left as it is"
+                with_place(
+                    f"{type(module).__name__}: {package} put a forward of its own on this model; what that "
+                    "computes after the blocks is left as it is",
+                    line_of(function),
+                )
             )
     return tuple(lines)
 

@@ -12,6 +12,7 @@ from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gat
 from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.hooks import hooks_hidden, is_gathering_hook
 from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.places import forward_line, with_place
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.recorders import Counts, active, count_collected, run_collecting
 from fxopt.capture.tail import TailRefusal
@@ -63,17 +64,21 @@ class StandIns:
         if mappings or key not in self._forms:
             with zero.parameters_in_plain_dicts(block):
                 self._forms[key] = self._run(mode, block, args, kwargs, counts)
-            self._note_put(mappings, before)
+            self._note_put(block, mappings, before)
         output, added = tree_map_only(torch.Tensor, _like, self._forms[key])
         for name, values in added.items():
             collected[name].extend(values)
         return output
 
-    def _note_put(self, mappings: list[dict[Any, Any]], before: list[dict[Any, Any]]) -> None:
+    def _note_put(
+        self, block: nn.Module, mappings: list[dict[Any, Any]], before: list[dict[Any, Any]]
+    ) -> None:
         """Note what a block has put into the mappings it was given."""
         pairs = list(zip(mappings, before, strict=True))
         if any(old.keys() - new.keys() for new, old in pairs):
-            raise TailRefusal("a block takes something out of a mapping it is given")
+            raise TailRefusal(
+                with_place("a block takes something out of a mapping it is given", forward_line(block))
+            )
         self.keys_put = tuple(
             tuple(key for key, value in new.items() if key not in old or old[key] is not value)
             for new, old in pairs
@@ -130,7 +135,8 @@ class StandIns:
             self._running = False
             _put_back(before)
         if changed:
-            raise TailRefusal(f"a block sets {changed} while it runs, which may be read after the blocks")
+            reason = f"a block sets {changed} while it runs, which may be read after the blocks"
+            raise TailRefusal(with_place(reason, forward_line(block)))
         return out
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fxopt.capture.places import with_place
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.names import op_name
 from fxopt.graph.purity import MODE_SWITCHES, is_pure, mutated_inputs
@@ -61,7 +62,9 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
     last = nodes.index(leaf_nodes[-1])
     for node in nodes:
         if node in needed and _is_put(node):
-            raise TailRefusal("it reads what a block put into a mapping that it was given")
+            raise TailRefusal(
+                with_place("it reads what a block put into a mapping that it was given", location_of(node))
+            )
     for node in nodes[:last]:
         if node in needed and node not in leaf_nodes and not _repeatable(node):
             raise TailRefusal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fxopt.coverage.record import STATUSES, Row, versions
 
 BUILT = ("captured", "blocks captured", "partly captured", "stock", "wrong", "failed")
 MOST_REASONS = 60
+PLACE = re.compile(r", at \S+:\d+$")
+"""The line of a model at the end of a reason, left out where equal reasons of all models are counted."""
 KNOWN_FORMS = ("rms_norm", "layer_norm", "rope", "glu", "linear_cross_entropy", "cross_entropy")
 """The patterns whose sites nearly every model has, in spellings without number: their share is the one to look at."""
 
@@ -121,7 +124,7 @@ def _left(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
     for row in rows:
         for left in row.left:
-            key = (left["pattern"], left["reason"])
+            key = (left["pattern"], PLACE.sub("", left["reason"]))
             count, where = groups.get(key, (0, {}))
             where.setdefault(row.case, left["location"])
             groups[key] = (count + left["count"], where)

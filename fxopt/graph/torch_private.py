@@ -135,6 +135,12 @@ def hint_of(size: Any) -> int | None:
     return int(node.hint) if node.has_hint() else None
 
 
+def float_seen(number: torch.SymFloat) -> float | None:
+    """Return the value that a float had at capture, None where it hangs on a tensor's; asking for it makes no guard."""
+    node: Any = number.node
+    return float(node.hint) if node.has_hint() else None
+
+
 def size_seen(size: int | torch.SymInt) -> int:
     """Return the number that a size had in the call that is being captured.
 

@@ -45,6 +45,7 @@ def render_text(report: Report) -> str:
         _render_sites(report.sites),
         _render_elsewhere(report.elsewhere),
         _render_misses(report),
+        _render_smaller(report.sites),
         _render_proofs(report),
         _render_backends(report.sites),
         _render_layers(report),
@@ -149,6 +150,16 @@ def _render_misses(report: Report) -> list[str]:
         lines += wrap(f"{miss.pattern} did not match {place_of(miss.module, miss.location)}", 2)
         lines += wrap(miss.reason, 6)
     return ["Not rewritten", *lines] if lines else []
+
+
+def _render_smaller(sites: Iterable[Site]) -> list[str]:
+    lines: list[str] = []
+    for site in sites:
+        if site.status == "rewritten" and site.reason:
+            place = place_of(site.module, site.location)
+            lines += wrap(f"{site.pattern}{times(site.count)} became only {site.op} {place}", 2)
+            lines += wrap(site.reason, 6)
+    return ["Rewritten in part", *lines] if lines else []
 
 
 def _render_proofs(report: Report) -> list[str]:

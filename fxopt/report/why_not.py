@@ -10,6 +10,7 @@ from fxopt.errors import UnknownNameError
 from fxopt.report.figures import distinct_misses
 from fxopt.report.records import MismatchRecord, Report, Site
 from fxopt.report.text import WIDTH, place_of, printable, times, wrap
+from fxopt.report.units import plural
 
 COLUMN = (WIDTH - 5) // 2
 
@@ -27,7 +28,7 @@ def render_why_not(report: Report, name: str) -> str:
             f"why_not: unknown name {name!r}, expected one of {', '.join(nearest) or '(no pattern is in use)'}"
         )
     sites = [site for site in report.sites if site.pattern == name]
-    left = [site for site in sites if site.status != "rewritten"]
+    left = [site for site in sites if site.status != "rewritten" or site.reason]
     all_misses = [miss for miss in report.mismatches if name in (miss.anchor, miss.pattern)]
     # What the form's own pattern came to says most; captures of equal layers say the same.
     all_misses.sort(key=lambda miss: miss.pattern != name)
@@ -49,11 +50,10 @@ def render_why_not(report: Report, name: str) -> str:
         )
     for site in left:
         miss = (
-            next((miss for miss in misses if _is_at(miss, site)), None)
-            if site.status == "unmatched"
-            else None
+            next((miss for miss in misses if _is_at(miss, site)), None) if site.status != "refused" else None
         )
-        lines += ["", *wrap(f"{site.status} {place_of(site.module, site.location)}{times(site.count)}")]
+        status = f"became only {site.op}" if site.status == "rewritten" else site.status
+        lines += ["", *wrap(f"{status} {place_of(site.module, site.location)}{times(site.count)}")]
         if miss is None:
             lines += wrap(site.reason, 2)
             continue
@@ -74,9 +74,12 @@ def _is_at(miss: MismatchRecord, site: Site) -> bool:
 
 
 def _render_miss(miss: MismatchRecord) -> list[str]:
-    nearest = f"nearest is {miss.pattern}" if miss.pattern else "no pattern has an op of this place"
-    lines = wrap(f"{nearest}, {miss.matched} node{'' if miss.matched == 1 else 's'} matched, then:", 2)
-    lines += wrap(miss.reason, 4)
+    lines: list[str] = []
+    if miss.matched:
+        lines += wrap(f"{miss.pattern}: {plural(miss.matched, 'node')} matched, then:", 2)
+        lines += wrap(miss.reason, 4)
+    else:
+        lines += wrap(f"{miss.pattern}: {miss.reason}" if miss.pattern else miss.reason, 2)
     if miss.wanted or miss.found:
         lines += _side_by_side("what the pattern wants", miss.wanted, "what the model has", miss.found)
     return lines

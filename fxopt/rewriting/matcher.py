@@ -15,11 +15,11 @@ from torch import fx
 
 from fxopt.graph.arguments import same_size
 from fxopt.graph.view import dtype_of, shape_of
-from fxopt.graph.vocabulary import COMMUTATIVE
+from fxopt.graph.vocabulary import BY_TARGET, COMMUTATIVE
 from fxopt.rewriting.pattern import Pattern, depth_of, walk
 from fxopt.rewriting.prefilter import Pairs, could_match, is_equal, pair_arguments
 from fxopt.rewriting.roots import climb
-from fxopt.rewriting.trace import Bindings, Trace, first_matching
+from fxopt.rewriting.trace import ELSEWHERE, Bindings, Trace, first_matching
 from fxopt.rewriting.trees import (
     Also,
     Attribute,
@@ -145,6 +145,10 @@ def _match_operation(term: Operation, value: Any, bindings: Bindings, trace: Tra
     if term.target in COMMUTATIVE and len(operands) == 2 and operands[0][1] is not operands[1][1]:
         (a, left), (b, right) = operands
         orders.append([(a, right), (b, left)])
+    unequal = next(((t, v) for t, v in attributes if _is_plain(t) and not is_equal(t, v)), None)
+    if unequal is not None and not trace.forgives:
+        trace.fail(_differs_in(value, *unequal), (value,), entered)
+        return
     yield from first_matching(
         [_match_all([*attributes, *order], entered, trace, value) for order in orders], trace
     )
@@ -168,7 +172,9 @@ def _match_all(
 
 def _differs_in(node: fx.Node, term: Any, value: Any) -> str:
     """Return how an argument of `node` differs, with its name where it has one."""
-    name = next((f"{name} of " for name, given in node.kwargs.items() if given is value), "")
+    form = BY_TARGET.get(node.target)  # pyright: ignore[reportArgumentType]
+    given = [*zip(form.operands if form is not None else (), node.args, strict=False), *node.kwargs.items()]
+    name = next((f"{name} of " for name, item in given if item is value), "")
     return f"{name}{name_of(node.target)}: {_differs(term, value)}"
 
 
@@ -200,15 +206,14 @@ def _match_tensor(term: Tensor, value: Any, bindings: Bindings, trace: Trace) ->
         expected = " or ".join(sorted(map(str, term.dtypes)))
         trace.fail(f"{term.name}: expected {expected}, got {dtype_of(value)}", (value,), bindings)
         return
-    dims = bindings.dims
-    if term.shape is not None:
-        unified = unify_shape(term.shape, shape, bindings.dims)
-        if isinstance(unified, str):
-            trace.fail(f"{term.name}: {unified}", (value,), bindings)
-            return
-        dims = unified
     for joined in _unify(term.name, value, bindings, trace):
-        yield joined if dims is bindings.dims else dataclasses.replace(joined, dims=dims)
+        dims = joined.dims
+        if term.shape is not None:
+            dims = unify_shape(term.shape, shape, joined.dims)
+        if isinstance(dims, str):
+            trace.fail(f"{term.name}: {dims}", (value,), bindings)
+            return
+        yield joined if dims is joined.dims else dataclasses.replace(joined, dims=dims)
 
 
 def unify_shape(
@@ -239,7 +244,11 @@ def _unify(name: str, value: Any, bindings: Bindings, trace: Trace) -> Iterator[
     elif is_equal(bindings.values[name], value):
         yield bindings
     else:
-        reason = f"{name}: expected {_show(bindings.values[name])} as elsewhere, got {_show(value)}"
+        bound = bindings.values[name]
+        expected, got = _show(bound), _show(value)
+        if expected == got and isinstance(bound, fx.Node) and isinstance(value, fx.Node):
+            expected, got = f"{bound.name} ({expected})", f"{value.name} ({got})"
+        reason = f"{name}: expected {expected} {ELSEWHERE}, got {got}"
         trace.fail(reason, _nodes(value), bindings)
 
 

@@ -1,4 +1,4 @@
-"""Why a known form was left alone: the pattern that came nearest and the first constraint that failed.
+"""Why a pattern left a place alone: how near it came, and the first constraint that failed.
 
 From above, the search is run again at every node that may be an output over the site. Where none of these
 searches comes as far as the site, the pattern is followed from the site itself, down and then up.
@@ -7,10 +7,13 @@ searches comes as far as the site, the pattern is followed from the site itself,
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import fx
 
+from fxopt.graph import vocabulary
 from fxopt.graph.view import find_subgraphs
 from fxopt.rewriting.legality import GraphState, read_state
 from fxopt.rewriting.matcher import match_term
@@ -21,35 +24,32 @@ from fxopt.rewriting.roots import find_rare_ops, find_roots
 from fxopt.rewriting.trace import Bindings, Trace, first_matching
 from fxopt.rewriting.trees import Operation, Target, Term, name_of
 
-MOST_NAMES = 24
-"""Of ops that a reason lists: the library's patterns have some 60."""
+COMMON: frozenset[Target] = frozenset(
+    {torch.add, torch.mul, torch.sub, torch.div, operator.getitem, vocabulary.cast, vocabulary.reshape}
+)
+"""Ops that every model is full of: that one is there says nothing."""
 
 
 def find_nearest_miss(
-    gm: fx.GraphModule, patterns: Sequence[Pattern], anchor_origin: str, lazy_outputs: bool = True
+    gm: fx.GraphModule, pattern: Pattern, anchor_origin: str, lazy_outputs: bool = True
 ) -> Mismatch:
-    """Return the mismatch that came furthest of all `patterns` around the stock node `anchor_origin` of `gm`.
+    """Return the mismatch of `pattern` that came furthest around the stock node `anchor_origin` of `gm`.
 
-    A stock node in the body of a higher-order op is named "submodule/node". Where no pattern has an op of
-    the site, the mismatch names none.
+    A stock node in the body of a higher-order op is named "submodule/node". Where the pattern has no op of the site,
+    the mismatch says which ops it has.
     """
     sites = list(_find_nodes(gm, anchor_origin))
     is_lazy = lazy_outputs and "/" not in anchor_origin
-    nearest: Mismatch | None = None
-    for state, site in sites:
-        for pattern in patterns:
-            mismatch = find_miss(pattern, site, state, is_lazy)
-            if mismatch is not None and (nearest is None or mismatch.nearness > nearest.nearness):
-                nearest = mismatch
-    if nearest is not None:
-        return nearest
-    targets = frozenset(target for pattern in patterns for target in pattern.targets)
-    if not targets:
-        return Mismatch("", "no pattern is in use")
-    names = sorted(set(map(name_of, targets)))
-    expected = f"one of {', '.join(names)}" if len(names) <= MOST_NAMES else "an op of a pattern"
+    found = (find_miss(pattern, site, state, is_lazy) for state, site in sites)
+    misses = [miss for miss in found if miss is not None]
+    if misses:
+        return max(misses, key=lambda miss: miss.nearness)
+    says_much = pattern.targets - COMMON
+    is_common = any(site.target in COMMON for _, site in sites)
+    names = sorted(set(map(name_of, pattern.targets if is_common or not says_much else says_much)))
+    expected = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     got = " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"
-    return Mismatch("", f"expected {expected}, got {got}", tuple(site for _, site in sites))
+    return Mismatch(pattern.name, f"expected {expected}, got {got}", tuple(site for _, site in sites))
 
 
 def _find_nodes(gm: fx.GraphModule, origin: str) -> Iterator[tuple[GraphState, fx.Node]]:
@@ -82,10 +82,14 @@ def find_miss(
         if match is not None:
             reason = f"matches {name_of(root.target)} {root.name}, but was not applied"
             return Mismatch(pattern.name, reason, match.outputs, len(match.nodes), True, True)
-    if trace.nearest is not None and trace.nearest.has_site:
-        return trace.nearest
+    nearest = trace.nearest
+    # Where no more than the site fitted it was taken for an output: it may be an inner op of another alternative.
+    if nearest is not None and nearest.has_site and nearest.progress > 1:
+        return nearest
     broken = _find_break(pattern, site, trace)
-    return trace.nearest if broken is None else broken
+    if broken is None or (nearest is not None and nearest.has_site and nearest.progress >= broken.progress):
+        return nearest
+    return broken
 
 
 def _find_break(pattern: Pattern, site: fx.Node, trace: Trace) -> Mismatch | None:
@@ -118,7 +122,7 @@ def _find_fault_under(
     if below.nearest is None:
         return None
     reason = f"under {name_of(node.target)}: {below.nearest.reason}"
-    progress = num_nodes + below.nearest.progress
+    progress = num_nodes - 1 + below.nearest.progress  # the node itself is in both
     return dataclasses.replace(below.nearest, reason=reason, progress=progress, has_site=True)
 
 

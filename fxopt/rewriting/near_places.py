@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-import torch
 from torch import fx
 
-from fxopt.graph import vocabulary
 from fxopt.graph.view import find_subgraphs
 from fxopt.rewriting.legality import read_state
 from fxopt.rewriting.matcher import find_matches
-from fxopt.rewriting.near_miss import find_miss
+from fxopt.rewriting.near_miss import COMMON, find_miss
 from fxopt.rewriting.pattern import Match, Mismatch, Pattern, walk
 from fxopt.rewriting.rewrite import find_match
 from fxopt.rewriting.trace import Bindings, Trace
 from fxopt.rewriting.trees import Operation, Target
 
-COMMON: frozenset[Target] = frozenset(
-    {torch.add, torch.mul, torch.sub, torch.div, operator.getitem, vocabulary.cast, vocabulary.reshape}
-)
-"""Ops that every model is full of: that one is there says nothing."""
 Place = tuple[Mismatch, fx.Node]
 MOST_OF_A_MARK = 4
 """How often an op may be in a graph that marks a pattern: more of them are, say, the products of a block."""

@@ -12,6 +12,9 @@ from fxopt.rewriting.pattern import Mismatch
 from fxopt.rewriting.prefilter import Known
 from fxopt.rewriting.trees import Escaping, Operation, Target
 
+ELSEWHERE = "as elsewhere"
+"""Marks the reason that a name stands for another value already, as it does in the wrong one of two orders."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bindings:
@@ -114,5 +117,6 @@ def _join_failures(failures: Sequence[Mismatch]) -> Mismatch:
         # An alternative may itself be a list of ops.
         names = dict.fromkeys(name for expected, _, _ in parts for name in expected.split(" or "))
         return dataclasses.replace(failures[0], reason=f"expected {' or '.join(names)}, got {parts[0][2]}")
-    leaves = (failure for failure in failures if not failure.reason.startswith("expected "))
-    return next(leaves, failures[0])
+    leaves = [failure for failure in failures if not failure.reason.startswith("expected ")]
+    telling = (failure for failure in leaves if ELSEWHERE not in failure.reason)
+    return next(telling, (leaves or failures)[0])

@@ -645,3 +645,18 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
     caplog.set_level("DEBUG", "fxopt")
     assert report_of(fails=True).sites == without.sites
     assert "a rehearsal of the rewrites failed: RuntimeError: no compiler" in caplog.text
+
+
+@pytest.mark.parametrize("label", [9999, -1])
+@pytest.mark.parametrize("disable", [(), ("linear_cross_entropy",)])
+def test_a_label_that_is_no_class_is_an_error_of_the_type_that_stock_raises(label, disable):
+    labels = IDS.clone()
+    labels[0, 3] = label
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+        llama()(input_ids=IDS, labels=labels)
+    model = fxopt.optimize(llama(), disable=disable)
+    step(model)
+    with pytest.raises(IndexError, match=f"label {label} is out of bounds, expected 0 to "):
+        model(input_ids=IDS, labels=labels)
+    assert step(model).isfinite(), "the next call is served as before"
+    assert not fxopt.explain(model).fallbacks

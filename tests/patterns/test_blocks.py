@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fxopt.graph.verify import verify
-from fxopt.patterns import ALL, LINEAR_CROSS_ENTROPY
+from fxopt.patterns import ACTIVATION, ALL, LINEAR_CROSS_ENTROPY
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.proof import Prover
 from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
@@ -237,7 +237,7 @@ def test_where_nothing_is_lazy_the_loss_alone_is_fused(capture: Callable[..., An
     expected = {"rms_norm": 3, "add_rms_norm": 2, "rope": 1, "attention": 1, "glu": 1, "cross_entropy": 1}
     assert count(result) == expected
     (loss,) = (done for done in result.rewrites if done.record.op == "cross_entropy")
-    miss = find_nearest_miss(gm, (LINEAR_CROSS_ENTROPY,), loss.match.nodes[-1].name, lazy_outputs=False)
+    miss = find_nearest_miss(gm, LINEAR_CROSS_ENTROPY, loss.match.nodes[-1].name, lazy_outputs=False)
     assert miss.pattern == "linear_cross_entropy"
     captured.check_equal(gm)
 
@@ -254,7 +254,7 @@ def test_a_relu_alone_is_left_with_a_reason(capture: Callable[..., Any]) -> None
     gm, result = rewrite(capture(make_model("opt").eval(), (), **make_inputs()))
     assert count(result) == {"layer_norm": 3, "attention": 1, "linear_cross_entropy": 1}
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.relu)
-    miss = find_nearest_miss(gm, ALL, min(node.meta["origins"]))
+    miss = find_nearest_miss(gm, ACTIVATION, min(node.meta["origins"]))
     assert miss.pattern == "activation"
     assert "the gradient of relu is read off its result" in miss.reason
 

@@ -108,7 +108,7 @@ def test_a_near_miss_is_left_alone_with_its_reason(capture: Capture, pattern: Pa
     kinds |= LOSSES if pattern.name in LOSSES else set()
     anchors = [anchor.node for anchor in found if anchor.kind in kinds]
     nodes = anchors or [node.name for node in captured.stock.graph.nodes if node.op.startswith("call_")]
-    misses = [find_nearest_miss(gm, (pattern,), node, lazy_outputs=False) for node in nodes]
+    misses = [find_nearest_miss(gm, pattern, node, lazy_outputs=False) for node in nodes]
     # What is no site in the stock arithmetic has its reason where the pattern came furthest.
     told = misses if anchors else [max(misses, key=lambda miss: miss.nearness)]
     assert all(miss.pattern in (pattern.name, "") for miss in told), "another pattern answers"

@@ -23,7 +23,7 @@ def _is_of_centred(node: fx.Node) -> bool:
     """Return whether the mean of squares under a root is that of a value less its mean."""
     for _ in range(MAX_DEPTH):
         name, operands = stock_name(node), tensors_read(node)
-        if name == "var":
+        if name in ("var", "std"):
             return True
         if name == "sub" and len(operands) == 2:
             return _is_mean(operands[1])
@@ -52,7 +52,12 @@ def _leads_to_bias(node: fx.Node) -> bool:
             others = [item for item in tensors_read(user) if item not in front]
             if stock_name(user) == "add" and len(others) == 1 and _is_vector(others[0]):
                 return True
-        front = [user for user in users if stock_name(user) in ROUNDING | {"mul", "div", "reciprocal"}]
+        front = [
+            user
+            for user in users
+            if stock_name(user) in ROUNDING | {"mul", "div", "reciprocal"}
+            or (stock_name(user) == "add" and len(tensors_read(user)) == 1)
+        ]
     return False
 
 

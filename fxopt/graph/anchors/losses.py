@@ -1,17 +1,33 @@
-"""Losses in a stock graph: a cross entropy over class logits, and whether these come from one linear layer."""
+"""Losses in a stock graph: a cross entropy over class logits, and whether these come from one linear layer.
+
+Written out, it is known by the log-probabilities of one class per row: picked out of a log-softmax, or a logit picked
+and subtracted from the logsumexp of its row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import fx
 
-from fxopt.graph.anchors.stock import LOSSES, MAX_DEPTH, SOFTCAP, is_scalar, stock_name, tensors_read
+from fxopt.graph.anchors.stock import (
+    LOSSES,
+    MAX_DEPTH,
+    MOVING,
+    ROUNDING,
+    SOFTCAP,
+    is_scalar,
+    stock_name,
+    tensors_read,
+)
 
 
 def loss_kind(node: fx.Node) -> str:
     """Return "linear_cross_entropy" or "cross_entropy" if `node` is such a loss, else ""."""
-    if stock_name(node) not in LOSSES or not tensors_read(node):
+    logits = _logits_of(node)
+    if logits is None:
         return ""
-    logits = tensors_read(node)[0]
     for _ in range(MAX_DEPTH):
         name, operands = stock_name(logits), tensors_read(logits)
         if name in ("linear", "matmul"):
@@ -21,3 +37,53 @@ def loss_kind(node: fx.Node) -> str:
             return "cross_entropy"
         logits = large[0]
     return "cross_entropy"
+
+
+def _logits_of(node: fx.Node) -> fx.Node | None:
+    """Return what the loss `node` is read from, None if it is none."""
+    operands = tensors_read(node)
+    if stock_name(node) in LOSSES and operands:
+        return operands[0]
+    if stock_name(node) == "sub" and len(operands) == 2:
+        total, picked = (_through(item, ROUNDING | MOVING, but=_picks_one) for item in operands)
+        if stock_name(total) == "logsumexp" and _picks_one(picked):
+            logits = _unmoved(tensors_read(total)[0])
+            return logits if _unmoved(tensors_read(picked)[0]) is logits else None
+    if _picks_one(node):
+        source = _through(operands[0], ROUNDING | MOVING)
+        return tensors_read(source)[0] if stock_name(source) == "log_softmax" else None
+    return None
+
+
+def _picks_one(node: fx.Node) -> bool:
+    """Return whether `node` picks one item out of each row of the last dim, by an index for every row."""
+    operands = tensors_read(node)
+    if stock_name(node) == "getitem":
+        index = node.args[1]
+        picked = [item for item in index if isinstance(item, fx.Node)] if isinstance(index, tuple) else []
+        return len(picked) >= 2 and len(picked) == _rank(operands[0]) == len(tensors_read(node)) - 1
+    if stock_name(node) not in ("gather", "take_along_dim") or len(operands) != 2:
+        return False
+    rows, index = (item.meta["example_value"] for item in operands)
+    dims = {item for item in (*node.args, *node.kwargs.values()) if isinstance(item, int)}
+    return bool(dims & {-1, rows.dim() - 1}) and index.dtype == torch.int64 and index.shape[-1] == 1
+
+
+def _rank(node: fx.Node) -> int:
+    return node.meta["example_value"].dim()
+
+
+def _unmoved(node: fx.Node) -> fx.Node:
+    return _through(node, ROUNDING | MOVING)
+
+
+def _through(
+    node: fx.Node, names: frozenset[str], but: Callable[[fx.Node], bool] = lambda node: False
+) -> fx.Node:
+    """Return what `node` is through ops of these `names`, as far as the first for which `but` holds."""
+    for _ in range(MAX_DEPTH):
+        operands = tensors_read(node)
+        if stock_name(node) not in names or not operands or but(node):
+            return node
+        node = operands[0]
+    return node

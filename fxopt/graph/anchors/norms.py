@@ -1,7 +1,12 @@
-"""Norms in a stock graph: a reciprocal root of a mean of squares, in any spelling."""
+"""Norms in a stock graph: a reciprocal root of a mean of squares, in any spelling.
+
+Over another dim than the last one it is a norm only where a weight scales the result: without one, data are scaled so.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,6 +15,7 @@ from fxopt.graph.anchors.stock import (
     MAX_DEPTH,
     ROUNDING,
     SCALING,
+    is_given,
     is_scalar,
     number_of,
     stock_name,
@@ -30,9 +36,18 @@ def norm_kind(node: fx.Node) -> str:
         or (name == "sqrt" and _is_divisor(node))
         or (name == "pow" and _exponent(node) == 0.5 and _is_divisor(node))
     )
-    if is_root and tensors_read(node) and _is_mean_of_squares(tensors_read(node)[0]):
-        return "rms_norm"
-    return "rms_norm" if name == "norm" and _is_scaled_norm(node) else ""
+    if is_root and tensors_read(node):
+        squares = tensors_read(node)[0]
+        if _is_mean_of_squares(squares, _reduces_last):
+            return "rms_norm"
+        if _is_mean_of_squares(squares, _reduces_one) and _leads_to_weight(node):
+            return "rms_norm"
+    if name == "std":
+        return "rms_norm" if _reduces_last(node) and _is_divisor(node) and _divides_centred(node) else ""
+    if name not in ("norm", "normalize") or not tensors_read(node):
+        return ""
+    is_scaled = name == "norm" and _is_scaled_norm(node)
+    return "rms_norm" if is_scaled or (_reduces_norm_last(node) and _is_of_length_root(node)) else ""
 
 
 def _exponent(node: fx.Node) -> float | None:
@@ -72,20 +87,20 @@ def _leads_to(item: Any, node: fx.Node) -> bool:
     return False
 
 
-def _is_mean_of_squares(node: fx.Node) -> bool:
-    """Return whether `node` is a mean of squares over the last dim, plus an epsilon, in any dtype."""
+def _is_mean_of_squares(node: fx.Node, reduces: Callable[[fx.Node], bool]) -> bool:
+    """Return whether `node` is a mean of squares over dims that `reduces` holds for, plus an epsilon, in any dtype."""
     is_scaled = False
     for _ in range(MAX_DEPTH):
         name, operands = stock_name(node), tensors_read(node)
         if name in ("mean", "var", "sum"):
-            if not _reduces_last(node) or not operands:
+            if not reduces(node) or not operands:
                 return False
             if name == "var":
                 return True
             return (name == "mean" or is_scaled) and _is_square(operands[0])
         if name in ("pow", "square") and operands and stock_name(operands[0]) == "norm":
             is_square = name == "square" or _exponent(node) == 2
-            return is_scaled and is_square and _reduces_last(operands[0])
+            return is_scaled and is_square and reduces(operands[0])
         large = [item for item in operands if not is_scalar(item)]
         if name not in SCALING | ROUNDING or len(large) != 1:
             return False
@@ -108,13 +123,86 @@ def _is_square(node: fx.Node) -> bool:
 
 
 def _reduces_last(node: fx.Node) -> bool:
-    dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
-    dims = (dim,) if isinstance(dim, int) else dim
     operands = tensors_read(node)
-    if not isinstance(dims, list | tuple) or not operands:
-        return False
-    rank = operands[0].meta["example_value"].dim()
-    return any(isinstance(item, int) and item in (-1, rank - 1) for item in dims)
+    rank = operands[0].meta["example_value"].dim() if operands else 0
+    return any(isinstance(item, int) and item in (-1, rank - 1) for item in _dims_of(node))
+
+
+def _reduces_one(node: fx.Node) -> bool:
+    return len(_dims_of(node)) == 1
+
+
+def _dims_of(node: fx.Node) -> tuple[Any, ...]:
+    dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
+    return (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, list | tuple) else ()
+
+
+def _leads_to_weight(node: fx.Node) -> bool:
+    """Return whether what `node` scales is multiplied by a weight."""
+    front = [node]
+    for _ in range(MAX_CHAIN):
+        users = list(dict.fromkeys(user for item in front for user in item.users))
+        front = [user for user in users if stock_name(user) in ROUNDING | {"mul", "div", "reciprocal"}]
+        others = [item for user in front for item in tensors_read(user) if stock_name(user) == "mul"]
+        if any(_is_weight(item) for item in others):
+            return True
+    return False
+
+
+def _is_weight(node: fx.Node) -> bool:
+    value = node.meta["example_value"]
+    return (
+        is_given(node) and not is_scalar(node) and value.requires_grad and value.is_leaf and value.dim() <= 2
+    )
+
+
+def _divides_centred(node: fx.Node) -> bool:
+    """Return whether a value less its mean is divided by `node`, plus an epsilon."""
+    for user in _users_through(node, ROUNDING | {"add"}):
+        if stock_name(user) == "div" and user.args[0] is not node and isinstance(user.args[0], fx.Node):
+            return _is_centred(user.args[0])
+    return False
+
+
+def _is_centred(node: fx.Node) -> bool:
+    """Return whether `node` is a value less its mean, times a weight perhaps."""
+    for _ in range(MAX_CHAIN):
+        operands = tensors_read(node)
+        if stock_name(node) == "sub" and len(operands) == 2:
+            mean = operands[1]
+            while stock_name(mean) in ROUNDING and tensors_read(mean):
+                mean = tensors_read(mean)[0]
+            return stock_name(mean) == "mean"
+        inner = [item for item in operands if not is_given(item)]
+        if stock_name(node) not in ROUNDING | {"mul"} or len(inner) != 1:
+            return False
+        node = inner[0]
+    return False
+
+
+def _reduces_norm_last(node: fx.Node) -> bool:
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+    dims = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, list | tuple) else ()
+    return dims in ((-1,), (tensors_read(node)[0].meta["example_value"].dim() - 1,))
+
+
+def _is_of_length_root(node: fx.Node) -> bool:
+    """Return whether rows divided by their norm, which `node` is or does, are multiplied by the root of their size."""
+    size = tensors_read(node)[0].meta["example_value"].shape[-1]
+    front, quotients = [node], [node] if stock_name(node) == "normalize" else []
+    for _ in range(MAX_CHAIN):
+        users = [user for item in front for user in item.users]
+        quotients += [user for user in users if stock_name(user) == "div" and user.args[1] in front]
+        front = [user for user in users if stock_name(user) in ROUNDING | {"expand", "expand_as"}]
+    readers = [
+        user for item in quotients for user in (*item.users, *_users_through(item, ROUNDING | {"mul"}))
+    ]
+    weighted = [user for item in readers if stock_name(item) == "mul" for user in item.users]
+    products = [user for user in (*readers, *weighted) if stock_name(user) == "mul"]
+    numbers = [number_of(item) for user in products for item in user.args if not isinstance(item, str)]
+    return isinstance(size, int) and any(
+        number is not None and math.isclose(number, math.sqrt(size), rel_tol=1e-4) for number in numbers
+    )
 
 
 def _is_scaled_norm(node: fx.Node) -> bool:

@@ -21,6 +21,27 @@ IDS = torch.tensor([[1, 2, 3], [4, -100, 5]])
 HEAD = torch.randn(11, 8, requires_grad=True)
 
 
+P = torch.nn.Parameter(torch.randn(8))
+
+
+def picked(x, h, i):
+    scores = F.log_softmax(F.linear(x, h)[:, :-1].float(), -1)
+    return -scores.gather(-1, i[:, 1:].unsqueeze(-1)).squeeze(-1).mean()
+
+
+def picked_by_sum(x, h, i):
+    logits = F.linear(x, h)
+    return (logits.logsumexp(-1) - logits.gather(-1, i[..., None]).squeeze(-1)).mean()
+
+
+def over_tokens(x):
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+def deviation(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+
+
 def gelu_by_hand(x):
     return 0.5 * x * (1.0 + torch.tanh(0.79788456 * (x + 0.044715 * x.pow(3.0))))
 
@@ -348,6 +369,47 @@ SITES = {
         (X, HEAD, IDS),
         ["cross_entropy"],
     ),
+    "loss picked by class": (picked, (X, HEAD, IDS.clamp(min=0)), ["linear_cross_entropy"]),
+    "loss picked by a logsumexp": (picked_by_sum, (X, HEAD, IDS.clamp(min=0)), ["linear_cross_entropy"]),
+    "loss picked by an index": (
+        lambda x, h, i: -F.linear(x, h).view(-1, 11).log_softmax(-1)[torch.arange(6), i.view(-1)].mean(),
+        (X, HEAD, IDS.clamp(min=0)),
+        ["linear_cross_entropy"],
+    ),
+    "loss picked of logits": (
+        lambda x, i: x.log_softmax(-1).gather(-1, i[..., None]).mean(),
+        (X, IDS.clamp(min=0)),
+        ["cross_entropy"],
+    ),
+    "log-probabilities of the best": (
+        lambda x, i: x.log_softmax(-1).gather(-1, x.topk(2)[1]).mean(),
+        (X, IDS),
+        [],
+    ),
+    "probabilities picked": (
+        lambda x, i: x.softmax(-1).gather(-1, i[..., None]).mean(),
+        (X, IDS.clamp(min=0)),
+        [],
+    ),
+    "logits picked and others summed": (
+        lambda x, h, i: (x.logsumexp(-1) - F.linear(x, h).gather(-1, i[..., None])[..., 0]).mean(),
+        (X, HEAD, IDS.clamp(min=0)),
+        [],
+    ),
+    "norm over tokens": (lambda x, w: w * over_tokens(x), (X, P), ["rms_norm"]),
+    "data scaled over tokens": (over_tokens, (X,), []),
+    "data scaled over tokens, masked": (lambda x, t: t * over_tokens(x), (X, TABLE), []),
+    "norm by a deviation": (lambda x, w: w * deviation(x), (X, P), ["rms_norm"]),
+    "norm by a deviation with a bias": (lambda x, w: w * deviation(x) + w, (X, P), ["layer_norm"]),
+    "deviation alone": (lambda x: x.std(-1).mean(), (X,), []),
+    "norm by a length": (lambda x, w: F.normalize(x, dim=-1) * 8**0.5 * w, (X, P), ["rms_norm"]),
+    "norm by a length, weight first": (
+        lambda x, w: w * F.normalize(x, dim=-1) * 8**0.5,
+        (X, P),
+        ["rms_norm"],
+    ),
+    "length one": (lambda x, w: w * F.normalize(x, dim=-1), (X, P), []),
+    "length one, scaled": (lambda x: F.normalize(x, dim=-1) * 20.0, (X,), []),
     "another loss": (lambda x: F.mse_loss(x, x.detach() * 2), (X,), []),
 }
 

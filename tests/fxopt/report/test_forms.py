@@ -268,7 +268,7 @@ def test_why_not_shows_how_far_it_came_and_both_graphs() -> None:
     text = report.why_not("rms_norm")
     assert text.startswith("rms_norm: 0 of 2 sites rewritten\n")
     assert re.search(r"unmatched at 0 \(test_forms.py:\d+\) x 2", text)
-    assert re.search(r"nearest is rms_norm, [2-9] nodes matched, then:\n +x: expected .*, got ", text), text
+    assert re.search(r"rms_norm: [2-9] nodes matched, then:\n +x: expected .*, got ", text), text
     assert re.search(r"mean1 = mean\(pow1.* \| ", text), text
     assert re.search(r" \| > \w+", text), text
     assert max(map(len, text.splitlines())) <= WIDTH

@@ -127,7 +127,7 @@ def test_attributes_bind_or_must_be_equal(builder: Any) -> None:
     found, trace = match_all(mean(tensor("x")), node)
     assert found == []
     assert trace.nearest is not None
-    assert trace.nearest.reason == "expected (-1,), got (-2,)"
+    assert trace.nearest.reason == "dim of mean: expected (-1,), got (-2,)"
     other = builder.call(torch.mean, a, dim=(-1,), keepdim=False)
     assert match_all(mean(tensor("x")), other)[0] == []
 

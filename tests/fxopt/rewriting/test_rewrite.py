@@ -91,7 +91,7 @@ def test_an_intermediate_read_elsewhere_refuses_the_match(builder: Any) -> None:
     root = next(node for node in builder.graph.nodes if node.target is torch.rsqrt)
     gm = builder.finish(y, builder.call(torch.exp, root))
     assert apply(gm, NORM).rewrites == []
-    miss = find_nearest_miss(gm, (NORM,), "rsqrt")
+    miss = find_nearest_miss(gm, NORM, "rsqrt")
     assert miss.reason == "rsqrt (rsqrt) is also read by exp (exp)"
     assert [node.name for node in miss.nodes] == ["rsqrt", "exp"]
 
@@ -108,7 +108,7 @@ def test_a_site_that_is_not_reached_from_above_is_explained_from_below(builder: 
     spread = builder.call(torch.mean, builder.call(torch.pow, x, exponent=2), dim=(-1,), keepdim=True)
     root = builder.call(torch.add, builder.call(torch.rsqrt, spread), 1e-6)
     gm = builder.finish(builder.call(torch.mul, w, builder.call(torch.mul, x, root)))
-    reasons = {name: find_nearest_miss(gm, (NORM,), name).reason for name in ("rsqrt", "mean")}
+    reasons = {name: find_nearest_miss(gm, NORM, name).reason for name in ("rsqrt", "mean")}
     assert reasons == {
         "rsqrt": "under rsqrt: expected add, got mean",
         "mean": "expected add above mean, got rsqrt",
@@ -117,9 +117,8 @@ def test_a_site_that_is_not_reached_from_above_is_explained_from_below(builder: 
 
 def test_an_op_that_no_pattern_has_is_named(builder: Any) -> None:
     gm = builder.finish(builder.call(torch.cos, builder.input("x", 2, 8)))
-    miss = find_nearest_miss(gm, (NORM,), "cos")
-    assert (miss.pattern, miss.reason) == ("", "expected one of add, mean, mul, pow, rsqrt, got cos")
-    assert find_nearest_miss(gm, (), "cos").reason == "no pattern is in use"
+    miss = find_nearest_miss(gm, NORM, "cos")
+    assert (miss.pattern, miss.reason) == ("norm", "expected one of mean, pow, rsqrt, got cos")
 
 
 def test_a_kept_value_stays_where_it_is_lazy(builder: Any) -> None:
@@ -137,7 +136,7 @@ def test_a_kept_value_that_is_computed_with_refuses(builder: Any) -> None:
     e = builder.call(torch.exp, builder.input("x", 4))
     gm = builder.finish(builder.call(torch.tanh, e), builder.call(torch.sigmoid, e))
     assert apply(gm, KEPT, lazy=True).rewrites == []
-    miss = find_nearest_miss(gm, (KEPT,), "exp")
+    miss = find_nearest_miss(gm, KEPT, "exp")
     assert miss.reason == "exp (exp) is also read by sigmoid (sigmoid), expected only the graph's output"
 
 
@@ -201,7 +200,7 @@ def test_outputs_of_which_one_needs_the_other_are_left_alone(builder: Any) -> No
     right = builder.call(torch.mul, builder.call(torch.sigmoid, a), builder.call(torch.exp, left))
     gm = builder.finish(left, right)
     assert apply(gm, pattern).rewrites == []
-    assert "before the last input" in find_nearest_miss(gm, (pattern,), "tanh").reason
+    assert "before the last input" in find_nearest_miss(gm, pattern, "tanh").reason
 
 
 def test_a_write_between_the_nodes_refuses(builder: Any) -> None:
@@ -215,7 +214,7 @@ def test_a_write_between_the_nodes_refuses(builder: Any) -> None:
     y = builder.call(torch.mul, w, builder.call(torch.mul, x, root))
     gm = builder.finish(y)
     assert apply(gm, NORM).rewrites == []
-    assert "is written to in place" in find_nearest_miss(gm, (NORM,), "rsqrt").reason
+    assert "is written to in place" in find_nearest_miss(gm, NORM, "rsqrt").reason
 
 
 def test_a_write_through_an_item_of_a_list_refuses(builder: Any) -> None:
@@ -229,7 +228,7 @@ def test_a_write_through_an_item_of_a_list_refuses(builder: Any) -> None:
     writing.meta["example_value"] = halves.meta["example_value"]
     gm = builder.finish(builder.call(torch.mul, w, builder.call(torch.mul, x, root)))
     assert apply(gm, NORM).rewrites == []
-    assert "is written to in place" in find_nearest_miss(gm, (NORM,), "rsqrt").reason
+    assert "is written to in place" in find_nearest_miss(gm, NORM, "rsqrt").reason
 
 
 def test_a_tensor_without_storage_may_be_what_a_write_changes(builder: Any) -> None:
@@ -276,7 +275,7 @@ def test_nodes_under_different_modes_are_not_joined(builder: Any) -> None:
     builder.switch(torch._C._set_grad_enabled, True)
     gm = builder.finish(builder.call(torch.tanh, e))
     assert apply(gm, pattern).rewrites == []
-    assert "another autocast or gradient mode" in find_nearest_miss(gm, (pattern,), "exp").reason
+    assert "another autocast or gradient mode" in find_nearest_miss(gm, pattern, "exp").reason
 
 
 def test_a_match_inside_an_autocast_region_knows_it(builder: Any) -> None:
@@ -367,7 +366,7 @@ def test_a_rewrite_that_would_move_more_bytes_is_refused(builder: Any) -> None:
     once = builder.call(vocabulary.reshape, builder.input("x", 4, 6), shape=(24,))
     gm = builder.finish(builder.call(vocabulary.reshape, once, shape=(6, 4)))
     assert apply(gm, copy).rewrites == []
-    assert find_nearest_miss(gm, (copy,), once.name).reason == "would move 192 bytes instead of 0"
+    assert find_nearest_miss(gm, copy, once.name).reason == "would move 192 bytes instead of 0"
 
 
 def test_patterns_apply_to_what_others_made(builder: Any) -> None:
