@@ -53,7 +53,7 @@ test-slow: setup
 	$(PYTEST) -m "slow and not gpu and not deepspeed" $(ARGS)
 
 test-deepspeed: setup build/deepspeed ## The slow tests of DeepSpeed, which is at hand for them alone
-	PYTHONPATH=$(CURDIR)/build/deepspeed OMP_NUM_THREADS=1 $(BIN)/pytest -m "deepspeed and not gpu" tests/distributed $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "deepspeed and not gpu" tests/distributed $(ARGS)
 
 test-all: test test-slow test-deepspeed ## test, and the slow tests
 

@@ -190,3 +190,35 @@ def test_an_editable_install_is_live_and_keeps_kernels_private(tmp_path: Path) -
     assert value == "1"
     assert Path(origin).resolve().is_relative_to(source.resolve())
     assert not kernels.startswith(str(source)), "the checkout's kernels/ can be imported as `kernels`"
+
+
+def test_tests_of_one_group_go_to_one_worker_of_pytest(tmp_path: Path) -> None:
+    """What is slow to start is started once: pytest-xdist names groups by what is private of pytest."""
+    lines = [
+        "import os",
+        "import pytest",
+        "",
+        "@pytest.mark.xdist_group('one')",
+        "@pytest.mark.parametrize('n', range(6))",
+    ]
+    lines += [
+        "def test_it(n):",
+        f"    open({str(tmp_path)!r} + '/' + os.environ['PYTEST_XDIST_WORKER'], 'a').close()",
+    ]
+    tests = tmp_path / "test_group.py"
+    tests.write_text("\n".join(lines))
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        "-p",
+        "no:cacheprovider",
+        str(tests),
+    ]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert len(list(tmp_path.glob("gw*"))) == 1

@@ -209,25 +209,6 @@ def find_stages_1_and_2(parameters: Iterable[torch.Tensor]) -> Stages1And2 | Non
     )
 
 
-def reduces_as_they_come(parameters: Iterable[torch.Tensor]) -> bool:
-    """Return whether the engine of ZeRO that trains `parameters` adds up gradients in the order in which they come.
-
-    ZeRO-1 waits for all of them but with `overlap_comm`. ZeRO-3 sorts those of one bucket, so one that holds all of
-    them has one order. An engine that is not found may do either.
-    """
-    trained = [parameter for parameter in parameters if is_trained(parameter)]
-    if not trained:
-        return False
-    try:
-        of_3 = find_stage_3(trained)
-        if of_3 is not None:
-            return not (of_3.scatters and sum(map(num_items, trained)) <= of_3.bucket_items)
-        of_2 = find_stages_1_and_2(trained)
-    except MovedError:
-        return True
-    return of_2 is None or of_2.keeps_parts or of_2.overlaps
-
-
 def _partitions_of(engine: Any) -> Iterator[Partitions]:
     names = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "partition_size")
     lists = (read(engine, name) for name in (*names, "bit16_groups_flat", "single_partition_of_fp32_groups"))
@@ -251,6 +232,10 @@ def content_of(cell: Any) -> Any:
 
 
 def group_of(module: nn.Module) -> Any:
-    """Return the process group whose ranks share the parameters of `module`, or what trains them, or None."""
+    """Return the process group whose ranks share the parameters of `module`, or what trains them, or None.
+
+    Where they differ, as an expert's does under expert parallelism, it is the largest. Under hpZ, which gathers within
+    a machine, it is the one of all machines: gradients are reduced over it.
+    """
     found = (getattr(each, name, None) for each in module.parameters() for name in GROUPS)
-    return next((group for group in found if group is not None), None)
+    return max((group for group in found if group is not None), key=lambda group: group.size(), default=None)

@@ -38,6 +38,25 @@ def order_of(values: Sequence[Any], region: nn.Module) -> tuple[int, ...]:
     return tuple(numbers[id(value)] for value in values if id(value) in numbers and value.requires_grad)
 
 
+def reduces_as_they_come(parameters: Iterable[torch.Tensor]) -> bool:
+    """Return whether the engine of ZeRO that trains `parameters` adds up gradients in the order in which they come.
+
+    ZeRO-1 waits for all of them but with `overlap_comm`. ZeRO-3 sorts those of one bucket, so one that holds all of
+    them has one order. An engine that is not found may do either.
+    """
+    trained = [parameter for parameter in parameters if deepspeed_private.is_trained(parameter)]
+    if not trained:
+        return False
+    try:
+        of_3 = deepspeed_private.find_stage_3(trained)
+        if of_3 is not None:
+            return not (of_3.scatters and sum(map(deepspeed_private.num_items, trained)) <= of_3.bucket_items)
+        of_2 = deepspeed_private.find_stages_1_and_2(trained)
+    except deepspeed_private.MovedError:
+        return True
+    return of_2 is None or of_2.keeps_parts or of_2.overlaps
+
+
 class GradientOrder:
     """The order in which one model hands on gradients, agreed on between the ranks of its engine."""
 
@@ -71,7 +90,7 @@ class GradientOrder:
         if group is None:
             return
         ranks, parameters = dist.get_process_group_ranks(group), tuple(self._model.parameters())
-        if len(ranks) > 1 and deepspeed_private.reduces_as_they_come(parameters):
+        if len(ranks) > 1 and reduces_as_they_come(parameters):
             self._group = torch_distributed.make_host_group(ranks)
         # Weights may be spread over ranks before an engine trains them.
         self._is_judged = self._group is not None or any(map(deepspeed_private.is_trained, parameters))

@@ -40,7 +40,7 @@ NEEDED = {"two": 2, "new_world": 2, "four": 4, "command": 2, "zero_world": 2, "z
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests of DeepSpeed, as a GPU's those whose processes will have one each, as slow those of four without.
 
-    The fast ones of two processes go to one worker of pytest, which starts the two once.
+    Those of as many processes go to one worker of pytest, which starts them once.
     """
     gpus = torch.cuda.device_count()
     for item in items:
@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = [size for name, size in NEEDED.items() if name in getattr(item, "fixturenames", ())]
         if item.path.parent != WORKER.parent or not needed:
             continue
-        if "two" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.xdist_group("two processes"))
+        if {"two", "four", "zero_world", "zero_four"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(f"{max(needed)} processes"))
         if max(needed) <= gpus:
             item.add_marker("gpu")
         elif max(needed) > 2:

@@ -35,8 +35,16 @@ def test_a_block_that_runs_stock_on_all_ranks_is_in_one_order(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hooked", ["block", "head"])
-@pytest.mark.parametrize(("stage", "overlap"), [(1, True), (2, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "overlap", "hooked"),
+    [
+        *(
+            (stage, overlap, "block")
+            for stage, overlap in ((1, True), (2, False), (2, True), (3, False), (3, True))
+        ),
+        *((stage, False, "head") for stage in (2, 3)),
+    ],
+)
 def test_a_region_that_falls_back_on_one_rank_later_is_refused_on_all(stage, overlap, hooked, zero_world):
     """In the third step; a form of batch that one rank alone met in the second trains as in stock."""
     region = "what stands after the blocks" if hooked == "head" else "model.layers.0"
@@ -46,6 +54,16 @@ def test_a_region_that_falls_back_on_one_rank_later_is_refused_on_all(stage, ove
         assert answer["raised"] == "RanksDifferError"
         assert answer["text"].startswith(f"gradients: ranks differ in how {region} runs")
         assert "got captured on rank 0 and stock (a hook sits on the L" in answer["text"]
+
+
+@pytest.mark.slow
+def test_orders_are_compared_between_machines_that_gather_for_themselves(zero_four):
+    """Under hpZ two ranks gather within a machine; gradients are reduced over all four."""
+    for answer in zero_four.run("zero_orders", stage=3, hooked="block", machine=2):
+        assert max(answer["errors"]) <= BOUND
+        assert answer["raised"] == "RanksDifferError"
+        assert "got captured on rank 0 and stock (a hook sits on the L" in answer["text"]
+        assert "on rank 3" in answer["text"]
 
 
 @pytest.mark.slow

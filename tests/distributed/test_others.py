@@ -36,6 +36,11 @@ def test_transformers_trainer_accumulates_under_deepspeed(stage, zero_world, tmp
     check_trained(zero_world, tmp_path, stage)
 
 
+@pytest.mark.slow
+def test_four_processes_under_transformers_trainer_and_deepspeed(zero_four, tmp_path):
+    check_trained(zero_four, tmp_path, stage=3)
+
+
 def check_trained(world, folder, stage=0):
     """The Trainer's steps are those of stock, on each rank."""
     for answer in world.run("trained", folder=str(folder), library="transformers", stage=stage):
@@ -64,7 +69,7 @@ def check_trained_by_trl(world, folder, lora):
     for answer in world.run("trained", folder=str(folder), library="trl", lora=lora):
         for order in ("before", "after"):
             assert [reason.partition(":")[0] for reason in answer[order]["fallbacks"]] == ["(model)"]
-            assert answer[order]["sites"] == ({**sites, "lora_linear": 14} if lora else sites)
+            assert answer[order]["sites"] == ({**sites, "lora_linear": 6} if lora else sites)
             check_logged(answer[order]["figures"], answer["stock"]["figures"])
 
 

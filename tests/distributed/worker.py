@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -73,6 +74,7 @@ def main() -> None:
     met = torch.ones(1, device=DEVICE)
     dist.all_reduce(met)  # ranks that cannot reach each other fail here, and not within a case
     assert met.item() == dist.get_world_size()
+    gc.freeze()
     channel.write("ready\n")
     for line in sys.stdin:
         name, arguments = json.loads(line)
@@ -83,6 +85,8 @@ def main() -> None:
         channel.write(json.dumps(answer) + "\n")
         if ON_GPU:
             torch.cuda.synchronize()  # a device that failed serves no further case: the process ends
+        gc.collect()
+        gc.freeze()  # what Dynamo keeps of this case need not be walked over in each of the next
 
 
 if __name__ == "__main__":

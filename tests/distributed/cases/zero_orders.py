@@ -13,22 +13,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
-from fxopt.capture import deepspeed_private, zero
+from fxopt.capture import orders, zero
 
 SEVERAL_BUCKETS = {"reduce_bucket_size": 3000}
 
 
-def zero_orders(stage: int, hooked: str, overlap: bool = False) -> dict[str, Any]:
+def zero_orders(stage: int, hooked: str, overlap: bool = False, machine: int = 1) -> dict[str, Any]:
     """Three steps under a stage of ZeRO whose gradients fill several buckets: optimized against stock.
 
     In the second one the last rank has a form of batch that it alone has met. In the third a hook sits in a block or on
-    the head (`hooked`) of the last rank, or in a block of all ranks; what that raises is told.
+    the head (`hooked`) of the last rank, or in a block of all ranks; what that raises is told. ZeRO-3 may gather for
+    backward within a `machine` of so many ranks (hpZ).
     """
     from deepspeed.utils import safe_get_full_grad
 
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = make_model("llama")
-    settings = {**SEVERAL_BUCKETS, "overlap_comm": overlap}
+    settings = {**SEVERAL_BUCKETS, "overlap_comm": overlap, "zero_hpz_partition_size": machine}
     engines = {
         which: initialize(fxopt.optimize(model) if which == "before" else model, stage, **settings)
         for which, model in (("before", copy.deepcopy(alone)), ("stock", copy.deepcopy(alone)))
@@ -103,9 +104,9 @@ def order_differs(hooked: list[int], read: str = "loss") -> dict[str, Any]:
     A hook sits in a block of the ranks `hooked` at the second of two calls. Return what backward passes raise that
     begin at the loss, or at the logits (`read`), and what was reduced.
     """
-    stock = zero.group_of, deepspeed_private.reduces_as_they_come
+    stock = zero.group_of, orders.reduces_as_they_come
     zero.group_of = lambda module: dist.group.WORLD
-    deepspeed_private.reduces_as_they_come = lambda parameters: True
+    orders.reduces_as_they_come = lambda parameters: True
     rank = dist.get_rank()
     raised: list[str] = []
     reduced: list[list[Any]] = []
@@ -130,6 +131,6 @@ def order_differs(hooked: list[int], read: str = "loss") -> dict[str, Any]:
                 assert all(parameter.grad is None for parameter in model.parameters())
             model.zero_grad()
     finally:
-        zero.group_of, deepspeed_private.reduces_as_they_come = stock
+        zero.group_of, orders.reduces_as_they_come = stock
         dist.all_reduce = all_reduce
     return {"raised": raised, "reduced": reduced, **report_of(model)}

@@ -294,3 +294,24 @@ def test_a_hook_is_told_whose_closure_holds_itself_and_a_variable_that_nothing_i
 
     assert not zero.is_zero_hook(make(len))
     assert zero.is_zero_hook(make(engine.gather))
+
+
+class Group:
+    """As a process group of so many ranks."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+
+    def size(self) -> int:
+        return self.num_ranks
+
+
+def test_ranks_are_those_of_the_largest_group_that_shares_a_parameter():
+    """The first parameter may be an expert's, which fewer ranks share than all others."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    few, all_of_them = Group(2), Group(4)
+    for layer, group in zip(model, (few, all_of_them), strict=True):
+        for parameter in layer.parameters():
+            setattr(parameter, deepspeed_private.GROUPS[0], group)
+    assert deepspeed_private.group_of(model) is all_of_them
+    assert deepspeed_private.group_of(nn.Linear(2, 2)) is None
