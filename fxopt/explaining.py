@@ -14,7 +14,7 @@ from fxopt.pipeline import ALL, make_transform
 from fxopt.probing import report_on_small_inputs
 from fxopt.report.figures import render_code
 from fxopt.report.records import Report
-from fxopt.sites import build_report
+from fxopt.reporting import build_report
 
 STOCK = "the model is stock: this is what fxopt.optimize would do to it"
 

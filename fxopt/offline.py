@@ -32,7 +32,7 @@ from fxopt.remat.host import parse_host_memory
 from fxopt.report.plan import Plan
 from fxopt.report.records import Report
 from fxopt.report.units import format_bytes
-from fxopt.sites import build_report
+from fxopt.reporting import build_report
 from fxopt.surveying import options_for_plan, survey_model, surveyed
 
 log = logging.getLogger("fxopt")

@@ -19,7 +19,7 @@ from fxopt.planning import check_inputs, make_survey
 from fxopt.remat.devices import Device
 from fxopt.remat.survey import Survey
 from fxopt.report.records import Report
-from fxopt.sites import build_report
+from fxopt.reporting import build_report
 
 
 def report_on_small_inputs(
