@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from typing import Any
 
 import pytest
@@ -177,12 +176,9 @@ def test_what_draws_writes_or_hangs_on_values_stays_as_it_is() -> None:
 
 
 def test_asking_whether_two_calls_are_one_op_is_done_once() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        for _ in range(100):
-            canonical_text("tan", (X,), {}, X)
-        return time.perf_counter() - start
-
-    seconds()
-    assert _run_same.cache_info().hits >= 99
-    assert seconds() / 100 < 0.005
+    canonical_text("tan", (X,), {}, X)
+    before = _run_same.cache_info()
+    canonical_text("tan", (X,), {}, X)
+    after = _run_same.cache_info()
+    assert after.hits > before.hits
+    assert after.misses == before.misses
