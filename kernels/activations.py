@@ -93,7 +93,10 @@ def act_forward(b_x, alpha, ACT: tl.constexpr):
 
 @jit
 def sigmoid_of(b_x, APPROXIMATE: tl.constexpr):
-    """Return the sigmoid in fp32; if APPROXIMATE within 2^-21 of itself, by half the instructions of a division."""
+    """Return the sigmoid in fp32; if APPROXIMATE, its reciprocal is the square of a reciprocal root, 2^-21 off.
+
+    A division takes twice the instructions.
+    """
     if APPROXIMATE:
         b_root = tl.rsqrt(1.0 + tl.exp2(b_x * -1.4426950408889634))
         b_sigmoid = b_root * b_root

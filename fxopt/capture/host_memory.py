@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -18,6 +19,8 @@ from fxopt.capture.pinned import pin, unpin
 
 CHUNK = 1 << 30
 """The least that is pinned at once, in bytes, unless less may be."""
+LARGEST_CHUNK = 1 << 34
+"""Of more that is needed some may be pinned, though the driver refuses the rest."""
 ROUNDING = 512
 
 
@@ -65,11 +68,11 @@ class HostMemory:
         self._tell = tell
         self._chunks: list[torch.Tensor] = []
         self._pinned: list[torch.Tensor] = []
+        self._lanes: dict[torch.device, Lane] = {}
         # Not at the end of the process, which gives up all its memory anyway.
-        weakref.finalize(self, _unpin_all, self._pinned).atexit = False
+        weakref.finalize(self, _unpin_all, self._pinned, self._lanes, os.getpid()).atexit = False
         self._free: list[list[tuple[int, int]]] = []
         self._released: collections.deque[Piece] = collections.deque()
-        self._lanes: dict[torch.device, Lane] = {}
         self._used = 0
 
     @property
@@ -124,11 +127,15 @@ class HostMemory:
         """Reserve what the plans need, and a chunk for a piece of `size` at least, if that may be."""
         needed, limit = self._find_bounds()
         missing = max(needed - self.reserved_bytes, size)
-        wanted = min(max(missing, CHUNK) if pinned else missing, limit - self.reserved_bytes)
-        chunk = self._allocate(wanted, pinned=pinned) if wanted >= size else None
-        if chunk is not None:
+        while missing > 0:
+            wanted = max(size, min(max(missing, CHUNK), LARGEST_CHUNK)) if pinned else missing
+            wanted = min(wanted, limit - self.reserved_bytes)
+            chunk = self._allocate(wanted, pinned=pinned) if wanted >= size else None
+            if chunk is None:
+                return
             self._chunks.append(chunk)
             self._free.append([(0, chunk.numel())])
+            missing -= chunk.numel()
 
     def _allocate(self, size: int, *, pinned: bool) -> torch.Tensor | None:
         if pinned:
@@ -173,6 +180,18 @@ class HostMemory:
         self._free[piece.chunk] = merged
 
 
-def _unpin_all(pinned: list[torch.Tensor]) -> None:
-    if pinned:
-        unpin(pinned)
+def _unpin_all(pinned: list[torch.Tensor], lanes: dict[torch.device, Lane], process: int) -> None:
+    """Unpin what is dropped, when all copies are done; a process that was forked has no driver to ask."""
+    if not pinned or os.getpid() != process:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _KEPT.extend(pinned)  # nothing may be waited for now
+        return
+    for lane in lanes.values():
+        lane.synchronize()
+    for memory in pinned:
+        unpin(memory)
+
+
+_KEPT: list[torch.Tensor] = []
+"""Pinned memory that was dropped while a CUDA graph was captured: it stays pinned."""

@@ -38,6 +38,7 @@ from fxopt.capture.hooks import (
 )
 from fxopt.capture.lazy import put_through
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.meta_trunk import MetaTrunk
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.places import forward_line, with_place
@@ -55,7 +56,7 @@ from fxopt.capture.recorders import (
 from fxopt.capture.shortage import Shortage
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
-from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form, rehearse
+from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form
 from fxopt.report.records import MODEL_REGION
 
 
@@ -104,6 +105,7 @@ class ModelCall:
         self.shortage: Shortage | None = None
         """Where the model may be planned: what is done when a forward pass runs out of memory."""
         self._trunk = Trunk(model)
+        self._meta_trunk = MetaTrunk(model, ledger.note)
         self._arguments: tuple[Any, Any] = ((), {})
         self._checkpointed: frozenset[nn.Module] = frozenset()
         self._hidden: Hidden = []
@@ -117,7 +119,7 @@ class ModelCall:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
         model = self.model
         with torch_settings.capture_scope(self._settings):
-            if not torch.is_grad_enabled() or self._trunk.is_running:
+            if not torch.is_grad_enabled() or self._trunk.is_running or self._meta_trunk.is_running:
                 return torch_modules.stock_call(model, *args, **kwargs)
             kwargs = self._cache.declined(kwargs)
             reason = self.find_obstacle(args, kwargs)
@@ -315,9 +317,8 @@ class ModelCall:
         """
         if self._owner not in (None, threading.get_ident()):
             return torch_modules.stock_call(block, *args, **kwargs)
-        form = self._trunk.give_form(args, kwargs)
-        if form is not None:
-            return form[0]
+        if self._meta_trunk.is_running:
+            return self._meta_trunk.give(args, kwargs)
         collected = (self._collects and active()) or {}
         counts = count_collected(collected)
         if block in self._checkpointed:
@@ -373,8 +374,7 @@ class ModelCall:
                     raise TailMismatch(with_place(reason, place_of_hook(this.model, module)))
             this.ledger.hooked = ""
             if on_meta:
-                given = this._trunk.find_arguments(*this._arguments, rehearsed)
-                calls = rehearse(rehearsed, given)
+                calls = this._meta_trunk.run(*this._arguments, rehearsed)
                 if this.ledger.hooked:
                     raise TailMismatch(this.ledger.hooked)
             else:

@@ -194,6 +194,7 @@ def collect_outputs(leaf: Callable[..., Any]) -> Callable[..., Any]:
         return flatten(output, added)
 
     run_flat.fxopt_leaf = True  # pyright: ignore[reportFunctionMemberAccess]
+    run_flat.fxopt_flat = True  # pyright: ignore[reportFunctionMemberAccess]
     flat_leaf = torch_dynamo.mark_leaf(run_flat)
 
     @torch.compiler.assume_constant_result

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
-
-from fxopt.capture.whole_numbers import WholeNumbers, on_meta
-
-log = logging.getLogger("fxopt")
+from torch import nn
 
 
 class TrunkDone(BaseException):
@@ -37,8 +32,6 @@ class Trunk(threading.local):
         self._wanted: frozenset[int] = frozenset()
         self._judge: Callable[[list[Any]], str | None] = lambda values: None
         self._reason: str | None = None
-        self._given: list[tuple[Any, Any]] | None = None
-        self._returned: list[Any] = []
 
     @property
     def is_running(self) -> bool:
@@ -72,34 +65,6 @@ class Trunk(threading.local):
         finally:
             self._values = None
 
-    def find_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: tuple[fx.Node, ...]
-    ) -> list[tuple[Any, Any]] | None:
-        """Return what the stock forward gives each block on the meta device, None where it asks for unknown values.
-
-        Captured, it is given masks that the stock forward leaves out once it has looked at them.
-        """
-        self._given, self._returned = [], [_form_of(call) for call in calls]
-        try:
-            with WholeNumbers():
-                self.model.forward(*args, **kwargs)
-        except TrunkDone:
-            return on_meta(self._given)
-        except Exception as error:
-            log.debug("what blocks are given is taken from the capture: %s: %s", type(error).__name__, error)
-        finally:
-            self._given = None
-        return None
-
-    def give_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """Note what a block is given, and return a form of its value; None where nothing is to be noted."""
-        if self._given is None:
-            return None
-        self._given.append((args, kwargs))
-        if len(self._given) == len(self._returned):
-            raise TrunkDone
-        return (self._returned[len(self._given) - 1],)
-
     def after_block(self, value: Any, flat: Any) -> Any:
         """Note a block's value, and what was collected meanwhile, as `flat` while the trunk runs.
 
@@ -113,20 +78,6 @@ class Trunk(threading.local):
             if self._reason is None:
                 raise TrunkDone
         return value
-
-
-def rehearse(calls: tuple[fx.Node, ...], given: list[tuple[Any, Any]] | None) -> list[Any]:
-    """Call the blocks of a model on the meta device: on what they are `given`, or on forms of what was captured."""
-    values: list[Any] = []
-    for number, call in enumerate(calls):
-        block_call: Any = call.target
-        args, kwargs = given[number] if given is not None else fx.map_arg((call.args, call.kwargs), _form_of)
-        values.append(block_call(*args, **kwargs))
-    return values
-
-
-def _form_of(node: fx.Node) -> Any:
-    return on_meta(node.meta["example_value"])
 
 
 def find_other_form(value: Any, example: Any) -> str | None:

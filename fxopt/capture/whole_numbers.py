@@ -15,6 +15,8 @@ from fxopt.graph.torch_private import DispatchMode, schema_of, tree_leaves, tree
 
 MOST_ITEMS = 1 << 24
 """A larger tensor has no values."""
+VALUES = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+"""Tags of ops that give nothing without values."""
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -53,8 +55,10 @@ def on_meta(value: Any) -> Any:
 
 
 def _has_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_made: bool) -> bool:
-    """Return whether results get values: where they are not too large, and whole numbers where they are made anew."""
-    if schema_of(func).is_mutable or torch.Tag.data_dependent_output in func.tags:
+    """Return whether results get values: where they are not too large and, made anew, whole numbers that are set."""
+    if is_made and (torch.Tag.nondeterministic_seeded in func.tags or "empty" in schema_of(func).name):
+        return False
+    if schema_of(func).is_mutable or not VALUES.isdisjoint(func.tags):
         return True
     formed = tree_leaves(func(*on_meta(args), **on_meta(kwargs)))
     tensors = [leaf for leaf in formed if isinstance(leaf, torch.Tensor)]

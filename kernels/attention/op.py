@@ -51,7 +51,7 @@ def _backward_workspace(call: Call, out: Tensor, lse: Tensor, *_: Any) -> int:
 
     Where heads share keys, torch's backends write dk and dv of each head before they add them.
     """
-    of_keys = call.q.numel() // call.q.shape[-1] * (call.k.shape[-1] + call.v.shape[-1])
+    of_keys = call.q.shape[1] * (call.k.numel() + call.v.numel()) // call.k.shape[1]
     is_shared = call.k.shape[1] != call.q.shape[1] and not call.softcap and call.sinks is None
     return 4 * (call.q.numel() + lse.numel()) + (call.k.element_size() * of_keys if is_shared else 0)
 

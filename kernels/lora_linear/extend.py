@@ -18,6 +18,8 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
 MOST_RANK = 256
 """The most columns of a factor whose products a program keeps in registers."""
+LEAST_RANK = 16
+"""Of a product in tiles: fewer columns are filled up."""
 FEW_ROWS = 4096
 """Below this, programs of few rows: otherwise most multiprocessors would have none."""
 
@@ -70,7 +72,7 @@ def tile_of(num_rows: int, rank: int) -> dict[str, Any]:
     >>> tile_of(8192, 48)["BLOCK_ROWS"], tile_of(512, 48)["BLOCK_ROWS"]
     (64, 16)
     """
-    block_rank = max(next_power_of_two(rank), 16)
+    block_rank = max(next_power_of_two(rank), LEAST_RANK)
     is_small = num_rows < FEW_ROWS
     return dict(
         BLOCK_ROWS=16 if is_small else 64,

@@ -20,7 +20,7 @@ from fxopt.kernels.glu.form import passes_at_limit
 from fxopt.kernels.glu.kernels import leave_tile
 from fxopt.kernels.launch import ceil_div, jit, next_power_of_two, on_device, tl
 from fxopt.kernels.launcher import launch
-from fxopt.kernels.lora_linear.extend import has_kernel
+from fxopt.kernels.lora_linear.extend import LEAST_RANK, has_kernel
 from fxopt.kernels.lora_linear.one_read import (
     LEAST_BYTES,
     MOST_RANK,
@@ -32,8 +32,6 @@ BLOCK_ROWS = 128
 """Fewer rows make more parts of the sums over rows; more take registers that a program does not have."""
 COLUMN_GROUPS = 4
 """Of 8192 rows that makes 256 programs, two for each multiprocessor of an H100, one after the other."""
-LEAST_RANK = 16
-"""Of a product in tiles: fewer are filled up."""
 HOPPER = (9, 0)
 NO_GPU = (0, 0)
 
@@ -248,9 +246,9 @@ def reads_gated_once(dy: Tensor, gate: Tensor, up: Tensor, narrow: list[Narrow])
 def tile_of(capability: tuple[int, int], rank: int) -> dict[str, int]:
     """Return the tile of a program for adapters of `rank`: on Hopper the best that was timed, elsewhere one that fits.
 
-    With 8192 x 18944 on an H200 it takes 0.54 ms; tiles of 32 columns 0.72 and more, two stages 0.69, 16 warps 0.74,
-    64 rows 0.62. Other GPUs have no memory for three stages of wide tiles (99 KB on sm_89), or no registers (sm_100);
-    nor has Hopper for ranks above 16.
+    With 8192 x 18944 on an H200 the kernel takes 0.54 ms, without the sums behind it; tiles of 32 columns 0.72 and more,
+    two stages 0.69, 16 warps 0.74, 64 rows 0.62. Other GPUs have no memory for three stages of wide tiles (99 KB on
+    sm_89), or no registers (sm_100); nor has Hopper for ranks above 16.
 
     >>> tile_of((9, 0), 16)["BLOCK_COLUMNS"], tile_of((8, 9), 16)["BLOCK_COLUMNS"]
     (64, 32)

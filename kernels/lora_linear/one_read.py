@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.launch import ceil_div, jit, next_power_of_two, on_device, tl
 from fxopt.kernels.launcher import launch
-from fxopt.kernels.lora_linear.extend import has_kernel
+from fxopt.kernels.lora_linear.extend import LEAST_RANK, has_kernel
 
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 64
@@ -139,7 +139,7 @@ def launch_narrow_products(rows: Tensor, factor: Tensor, left: Tensor, scale: fl
             left.stride(0),
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,
-            BLOCK_RANK=max(next_power_of_two(rank), 16),
+            BLOCK_RANK=max(next_power_of_two(rank), LEAST_RANK),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             enable_fp_fusion=True,  # products are sums of fused multiply-adds anyway

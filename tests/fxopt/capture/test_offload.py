@@ -149,7 +149,7 @@ def test_pinned_memory_is_reserved_within_the_limit(monkeypatch, told):
     monkeypatch.setattr(
         host_memory, "pin", lambda size: asked.append(size) or torch.empty(size, dtype=torch.uint8)
     )
-    monkeypatch.setattr(host_memory, "unpin", lambda memories: None)
+    monkeypatch.setattr(host_memory, "unpin", lambda memory: None)
     memory = HostMemory(lambda: (40_000, 58_000), told.append)
     taken = [memory.take(2000, pinned=True) for _ in range(30)]
     assert asked == [40_000, 1 << 14]
@@ -161,14 +161,44 @@ def test_pinned_memory_is_reserved_within_the_limit(monkeypatch, told):
 def test_pinned_memory_is_unpinned_when_it_is_dropped(monkeypatch, told):
     given_up = []
     monkeypatch.setattr(host_memory, "pin", lambda size: torch.empty(size, dtype=torch.uint8))
-    monkeypatch.setattr(
-        host_memory, "unpin", lambda memories: given_up.extend(each.numel() for each in memories)
-    )
+    monkeypatch.setattr(host_memory, "unpin", lambda memory: given_up.append(memory.numel()))
     memory = HostMemory(lambda: (4096, LIMIT), told.append)
     memory.take(4096, pinned=True)
+    lanes = memory._lanes
+    lanes.update({place: Waits(given_up) for place in "ab"})
     assert not given_up
     del memory
-    assert given_up == [LIMIT]
+    assert given_up == ["waits", "waits", LIMIT]
+
+
+class Waits:
+    """Stands for a lane of a device."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def synchronize(self):
+        self.told.append("waits")
+
+
+def test_memory_beyond_the_largest_chunk_is_pinned_in_several(monkeypatch, told):
+    asked = []
+
+    def refuse_the_third(size):
+        asked.append(size)
+        if len(asked) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(host_memory, "CHUNK", 1 << 12)
+    monkeypatch.setattr(host_memory, "LARGEST_CHUNK", 1 << 14)
+    monkeypatch.setattr(host_memory, "pin", refuse_the_third)
+    monkeypatch.setattr(host_memory, "unpin", lambda memory: None)
+    memory = HostMemory(lambda: (40_000, 50_000), told.append)
+    assert memory.take(2048, pinned=True) is not None
+    assert asked == [1 << 14, 1 << 14, 40_000 - (2 << 14)]
+    assert len(memory._pinned) == 2
+    assert memory.reserved_bytes == 40_000
 
 
 @pytest.mark.gpu
@@ -179,7 +209,7 @@ def test_pinned_memory_is_the_drivers_until_it_is_unpinned():
     memory.copy_(there, non_blocking=True)
     torch.cuda.synchronize()
     assert torch.equal(memory, there.cpu())
-    unpin([memory])
+    unpin(memory)
     assert not memory.is_pinned()
 
 

@@ -52,7 +52,56 @@ def test_positions_have_values_and_what_reads_a_weight_has_none():
         moved = positions.to(device="meta", dtype=torch.float32)
         assert (moved * 2).tolist() == [2.0 * place for place in range(8)]
         assert (moved @ weight).is_meta
+        assert positions.nonzero().shape == (7, 1)
         assert torch.zeros(3, device="meta").is_meta
+
+
+def test_random_and_unset_numbers_have_no_values():
+    before = torch.get_rng_state()
+    with WholeNumbers():
+        for made in (
+            torch.randint(0, 9, (3,), device="meta"),
+            torch.randperm(3, device="meta"),
+            torch.empty(3, dtype=torch.long, device="meta"),
+        ):
+            assert made.is_meta
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_forward_that_asks_for_an_unknown_value_is_told_about_its_masks():
+    class Looks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            mask = torch.ones(x.shape[:2], device=x.device, dtype=torch.bool)
+            if not torch.compiler.is_compiling():
+                bool(x.sum() > 0)
+            for block in self.blocks:
+                x = block(x, mask)
+            return x.square().mean()
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x, mask):
+            return x + self.linear(x) * mask[..., None]
+
+    with torch.device("meta"):
+        report = fxopt.explain(Looks().train(), {"x": torch.empty(2, 5, 8)})
+    assert sum("masks of the capture" in note for note in report.notes) == 1
+
+
+def test_what_blocks_collect_does_not_stand_in_the_way():
+    config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=2, output_router_logits=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).train()
+        ids = torch.zeros(2, 32, dtype=torch.long)
+    report = fxopt.explain(model, {"input_ids": ids, "labels": ids})
+    assert {site.pattern for site in report.sites if site.status == "rewritten"} >= {"rms_norm", "rope"}
 
 
 def test_what_is_too_large_has_no_values(monkeypatch):
