@@ -246,7 +246,7 @@ def reads_gated_once(dy: Tensor, gate: Tensor, up: Tensor, narrow: list[Narrow])
 def tile_of(capability: tuple[int, int], rank: int) -> dict[str, int]:
     """Return the tile of a program for adapters of `rank`: on Hopper the best that was timed, elsewhere one that fits.
 
-    With 8192 x 18944 on an H200 the kernel takes 0.54 ms, without the sums behind it; tiles of 32 columns 0.72 and more,
+    With 8192 x 18944 on an H200 it takes 0.54 ms, without the sums behind it; tiles of 32 columns 0.72 and more,
     two stages 0.69, 16 warps 0.74, 64 rows 0.62. Other GPUs have no memory for three stages of wide tiles (99 KB on
     sm_89), or no registers (sm_100); nor has Hopper for ranks above 16.
 
