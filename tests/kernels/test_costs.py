@@ -84,3 +84,24 @@ def test_the_head_holds_wide_sums_of_a_weights_gradient_where_there_are_many_chu
     beside = 128 * (512 + 2 * 64) * 2
     assert workspace(1024, False) == workspace(512, True) == beside
     assert workspace(1024, True) == beside + 512 * 64 * 4
+
+
+def test_attention_holds_dq_in_fp32_and_where_heads_share_keys_dk_and_dv_of_each_head():
+    op = torch.ops.fxopt.attention_backward.default
+
+    def workspace(key_heads, keys, softcap=0.0):
+        def empty(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        q, out, dout = (empty(2, 8, 256, 64) for _ in range(3))
+        k, v = (empty(2, key_heads, keys, 64) for _ in range(2))
+        lse = empty(2, 8, 256, dtype=torch.float32)
+        form = True, 0.125, softcap, True
+        return DECLARED[op].workspace(
+            q, k, v, None, None, None, None, *form, out, lse, dout, [True] * 3 + [False]
+        )
+
+    of_q = 4 * 2 * 8 * 256 * (64 + 1)
+    assert workspace(8, 512) == of_q
+    assert workspace(2, 512) == of_q + 2 * (2 * 8 * 512 * 64) * 2
+    assert workspace(2, 512, softcap=30.0) == of_q
