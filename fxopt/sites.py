@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def find_sites(
     is found there, and so are the places of forms of the user's own.
     """
     own_forms = find_own_forms(patterns)
-    are_less = any(_is_less(anchor, result, patterns) for anchor in anchors)
+    are_less = any(_is_less(anchor, result) for anchor in anchors)
     before = canonical() if (own_forms or are_less) and canonical is not None else gm
     sites: list[Site] = []
     backends: list[Backend] = []
@@ -63,8 +64,12 @@ def find_sites(
         backends.append(rewrite.backend if rewrite is not None else None)
         if rewrite is not None:
             less = ""
-            if _is_less(anchor, result, patterns):
-                miss = _find_own_miss(before, anchor, patterns, lazy_outputs, disabled)
+            if _is_less(anchor, result):
+                refused = next((r for r in result.refused if _is_own(r, anchor)), None)
+                if refused is not None:
+                    miss = _refused_miss(before, refused)
+                else:
+                    miss = _find_own_miss(before, anchor, patterns, lazy_outputs, disabled)
                 miss = _placed(miss, anchor.location)
                 less = _told(miss)
                 mismatches.append(_miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind))
@@ -72,7 +77,7 @@ def find_sites(
             continue
         refusals = [r for r in result.refused if anchor.node in r.origins]
         if refusals:
-            refused = next((r for r in refusals if r.pattern == anchor.kind), refusals[0])
+            refused = next((r for r in refusals if _is_own(r, anchor)), refusals[0])
             reason = (
                 refused.reason if refused.pattern == anchor.kind else f"{refused.pattern}: {refused.reason}"
             )
@@ -91,15 +96,15 @@ def find_sites(
     return tuple(sites), tuple(mismatches), tuple(backends)
 
 
-def _is_less(anchor: Anchor, result: RewriteResult, patterns: Sequence[Any]) -> bool:
-    """Return whether only a pattern of a smaller form took the place of `anchor`: one that comes after its own.
+def _is_less(anchor: Anchor, result: RewriteResult) -> bool:
+    """Return whether only patterns of forms that are part of the form of `anchor` took its place."""
+    takers = [r.match.pattern for r in result.rewrites if anchor.node in r.origins]
+    return bool(takers) and all(anchor.kind in taker.part_of for taker in takers)
 
-    What stands before its own in `patterns` is of a larger form, which needs no reason.
-    """
-    names = [pattern.name for pattern in patterns]
-    takers = [r.match.pattern.name for r in result.rewrites if anchor.node in r.origins]
-    place = names.index(anchor.kind) if anchor.kind in names else -1
-    return bool(takers) and anchor.kind not in takers and all(names.index(name) > place for name in takers)
+
+def _is_own(refusal: Refusal, anchor: Anchor) -> bool:
+    """Return whether `refusal` is that of the own pattern of `anchor` at its place."""
+    return refusal.pattern == anchor.kind and anchor.node in refusal.origins
 
 
 def _find_own_miss(
@@ -179,13 +184,17 @@ def _miss_record(
 
 def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal, patterns: Sequence[Any]) -> MismatchRecord:
     """Return the record of a refused match of a form that the search for sites does not know: a user's own."""
+    miss = _refused_miss(gm, refusal)
+    module, location = (module_of(miss.nodes[0]), location_of(miss.nodes[0])) if miss.nodes else ("", "")
+    return _miss_record(miss, patterns, module, location)
+
+
+def _refused_miss(gm: fx.GraphModule, refusal: Refusal) -> Mismatch:
+    """Return a refused match as a mismatch, with the first of its nodes whose line is known, if any is."""
     reason = f"the whole form matches, and is refused: {refusal.told}"
-    for _, part in find_subgraphs(gm):
-        for node in part.graph.nodes:
-            if not refusal.origins.isdisjoint(node.meta.get("origins", ())) and location_of(node):
-                miss = Mismatch(refusal.pattern, reason, (node,), refusal.num_nodes)
-                return _miss_record(miss, patterns, module_of(node), location_of(node))
-    return MismatchRecord(refusal.pattern, reason, "", "", refusal.num_nodes)
+    nodes = (node for _, part in find_subgraphs(gm) for node in part.graph.nodes if location_of(node))
+    own = (node for node in nodes if not refusal.origins.isdisjoint(node.meta.get("origins", ())))
+    return Mismatch(refusal.pattern, reason, tuple(itertools.islice(own, 1)), refusal.num_nodes)
 
 
 def _site(anchor: Anchor, status: Any, op: str, reason: str, proof: Any) -> Site:

@@ -131,6 +131,7 @@ def plain_statistics(z: Tensor) -> Tensor:
 
 
 def plain_losses(
+    op: str,
     z: Tensor,
     labels: Tensor,
     statistics: Tensor,
@@ -141,11 +142,12 @@ def plain_losses(
     """Return the loss of each row, [N].
 
     Raises:
-        IndexError: on a CPU, a label is no class; elsewhere nobody waits for the labels.
+        IndexError: on a CPU, `op` was given a label that is no class, the type that torch's own loss raises; elsewhere
+            nobody waits for the labels.
     """
     valid = labels != ignore_index
     if labels.is_cpu:
-        _check_labels(labels[valid], z.shape[-1], ignore_index)
+        _check_labels(op, labels[valid], z.shape[-1], ignore_index)
     zero_point, rest = statistics
     target = z.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
     rows = (1 - shaping.label_smoothing) * ((zero_point - target) + rest)
@@ -158,12 +160,13 @@ def plain_losses(
     return rows
 
 
-def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+def _check_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.numel():
         raise IndexError(
-            f"cross_entropy: label {int(wrong[0])} is out of bounds, expected 0 to {num_classes - 1}, "
-            f"or {ignore_index} where there is none"
+            f"{op}: label {int(wrong[0])} is out of bounds, expected 0 to {num_classes - 1}, "
+            f"or {ignore_index} where there is none\n"
+            "mend the labels, or give the model as many classes as they name"
         )
 
 

@@ -249,4 +249,5 @@ ACTIVATION = Pattern(
     near_misses=near_misses,
     mutations=mutations,
     source="transformers ACT2FN, GPT2MLP and NemotronMLP",
+    part_of=("glu",),
 )

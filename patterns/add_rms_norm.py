@@ -200,4 +200,5 @@ ADD_RMS_NORM = Pattern(
     near_misses=near_misses,
     mutations=mutations,
     source="transformers LlamaDecoderLayer, GraniteDecoderLayer, Gemma2DecoderLayer",
+    part_of=("layer_norm", "lora_linear"),
 )

@@ -199,4 +199,5 @@ CROSS_ENTROPY = Pattern(
     near_misses=near_misses,
     mutations=mutations,
     source="transformers ForCausalLMLoss, ForTokenClassification, ForSequenceClassificationLoss",
+    part_of=("linear_cross_entropy",),
 )

@@ -348,4 +348,5 @@ RMS_NORM = Pattern(
     near_misses=near_misses,
     mutations=mutations,
     source="transformers LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm, CohereLayerNorm, MambaRMSNormGated",
+    part_of=("layer_norm",),
 )

@@ -16,7 +16,7 @@ COLUMN = (WIDTH - 5) // 2
 
 
 def render_why_not(report: Report, name: str) -> str:
-    """Return why sites of the form `name`, or the pattern of that name, were not rewritten.
+    """Return why sites of the form `name` were not rewritten or in part only, or why that pattern did not match.
 
     Raises:
         UnknownNameError: neither a pattern in use nor a form in the report.
@@ -36,7 +36,9 @@ def render_why_not(report: Report, name: str) -> str:
     done = sum(site.count for site in sites if site.status == "rewritten")
     # A pattern of the user's own has no sites: the scans of the library do not know its form.
     made = 0 if sites else sum(rewrite.pattern == name for rewrite in report.rewrites)
+    in_part = sum(site.count for site in left if site.status == "rewritten")
     head = f"{done} of {sum(site.count for site in sites)} sites rewritten"
+    head += f", {in_part} in part" if in_part else ""
     if made:
         head = f"rewritten {made} time{'' if made == 1 else 's'} in the captured graphs"
     elif misses and not sites:

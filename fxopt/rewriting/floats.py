@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,19 @@ def fix_floats(gm: fx.GraphModule, patterns: Sequence[Pattern], lazy_outputs: bo
         _put(node, float_seen(value))
     apply_patterns(trial, patterns, MatchContext(lazy_outputs))
     left = {node.name for node in trial.graph.nodes}
-    for node, value in _find_floats(gm.graph).items():
-        if any(user.name not in left for user in node.users):
-            _put(node, float(value))  # which makes the guard
+    floats = _find_floats(gm.graph)
+    taken = [node for node in floats if any(user.name not in left for user in _find_readers(node, floats))]
+    for node in taken:
+        _put(node, float(floats[node]))  # which makes the guard
+
+
+def _find_readers(node: fx.Node, floats: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """Yield what reads `node` and is no float, directly or through floats that are computed from it."""
+    for user in node.users:
+        if user in floats:
+            yield from _find_readers(user, floats)
+        else:
+            yield user
 
 
 def _find_floats(graph: fx.Graph) -> dict[fx.Node, torch.SymFloat]:

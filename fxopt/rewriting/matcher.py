@@ -15,7 +15,7 @@ from torch import fx
 
 from fxopt.graph.arguments import same_size
 from fxopt.graph.view import dtype_of, shape_of
-from fxopt.graph.vocabulary import BY_TARGET, COMMUTATIVE
+from fxopt.graph.vocabulary import COMMUTATIVE
 from fxopt.rewriting.pattern import Pattern, depth_of, walk
 from fxopt.rewriting.prefilter import Pairs, could_match, is_equal, pair_arguments
 from fxopt.rewriting.roots import climb
@@ -142,10 +142,10 @@ def _match_operation(term: Operation, value: Any, bindings: Bindings, trace: Tra
             return
         entered = entered.forgive(wrong, value)
     orders = [operands]
-    if term.target in COMMUTATIVE and len(operands) == 2 and operands[0][1] is not operands[1][1]:
-        (a, left), (b, right) = operands
-        orders.append([(a, right), (b, left)])
-    unequal = next(((t, v) for t, v in attributes if _is_plain(t) and not is_equal(t, v)), None)
+    if term.target in COMMUTATIVE and len(operands) == 2 and operands[0][2] is not operands[1][2]:
+        (first, a, left), (second, b, right) = operands
+        orders.append([(second, a, right), (first, b, left)])
+    unequal = next((each for each in attributes if _is_plain(each[1]) and not is_equal(*each[1:])), None)
     if unequal is not None and not trace.forgives:
         trace.fail(_differs_in(value, *unequal), (value,), entered)
         return
@@ -161,21 +161,19 @@ def _match_all(
     if not pairs:
         yield bindings
         return
-    (term, value), *others = pairs
+    (name, term, value), *others = pairs
     for joined in match_term(term, value, bindings, trace):
         yield from _match_all(others, joined, trace, of)
     if of is None or not trace.forgives or bindings.forgiven is not None:
         return
     if _is_plain(term) and _is_plain(value) and not is_equal(term, value):
-        yield from _match_all(others, bindings.forgive(_differs_in(of, term, value), of), trace, of)
+        yield from _match_all(others, bindings.forgive(_differs_in(of, name, term, value), of), trace, of)
 
 
-def _differs_in(node: fx.Node, term: Any, value: Any) -> str:
-    """Return how an argument of `node` differs, with its name where it has one."""
-    form = BY_TARGET.get(node.target)  # pyright: ignore[reportArgumentType]
-    given = [*zip(form.operands if form is not None else (), node.args, strict=False), *node.kwargs.items()]
-    name = next((f"{name} of " for name, item in given if item is value), "")
-    return f"{name}{name_of(node.target)}: {_differs(term, value)}"
+def _differs_in(node: fx.Node, name: str, term: Any, value: Any) -> str:
+    """Return how the argument `name` of `node` differs, "" being one without a name."""
+    of = f"{name} of " if name else ""
+    return f"{of}{name_of(node.target)}: {_differs(term, value)}"
 
 
 def _is_plain(item: Any) -> bool:
@@ -262,7 +260,8 @@ def _match_items(terms: tuple[Any, ...], value: Any, bindings: Bindings, trace: 
         if len(items) != len(terms):
             trace.fail(f"expected {len(terms)} items, got {len(items)}", _nodes(items), bindings)
             return
-        yield from _match_all(list(zip(terms, items, strict=True)), bindings, trace)
+        pairs = [("", term, item) for term, item in zip(terms, items, strict=True)]
+        yield from _match_all(pairs, bindings, trace)
         return
     (index,) = variadic
     many: Many = terms[index]
@@ -275,7 +274,7 @@ def _match_items(terms: tuple[Any, ...], value: Any, bindings: Bindings, trace: 
         *zip(terms[:index], items, strict=False),
         *zip(terms[index + 1 :], items[len(items) - after :], strict=True),
     ]
-    for joined in _match_all(fixed, bindings, trace):
+    for joined in _match_all([("", term, item) for term, item in fixed], bindings, trace):
         yield from _match_many(many, middle, joined, (), trace)
 
 

@@ -146,7 +146,8 @@ class Pattern:
     must be left alone or still be computed as they stand. `source` says where the stock forms come from.
     `backend(match)`, for an op that chooses its implementation while it runs, returns what tells which one serves
     this match, at any time that a report is made; it must hold neither tensors nor nodes. `read_out(match, outputs)`
-    returns what a proof compares in place of the outputs, where these may differ and mean the same.
+    returns what a proof compares in place of the outputs, where these may differ and mean the same. `part_of` names
+    the forms of which this one takes a part: a site that only such patterns take is told as rewritten in part.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Pattern:
     source: str = ""
     backend: Callable[[Match], Callable[[], str]] | None = None
     read_out: Callable[[Match, list[torch.Tensor]], list[torch.Tensor]] | None = None
+    part_of: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Pattern({self.name!r})"

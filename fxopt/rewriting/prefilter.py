@@ -66,13 +66,13 @@ def _could_call(term: Operation, node: fx.Node, known: Known) -> bool:
     attributes, operands, wrong = pair_arguments(term, node)
     if wrong:
         return False
-    if not all(could_match(expected, value, known) for expected, value in attributes):
+    if not all(could_match(expected, value, known) for _, expected, value in attributes):
         return False
-    if all(could_match(operand, value, known) for operand, value in operands):
+    if all(could_match(operand, value, known) for _, operand, value in operands):
         return True
     if term.target not in COMMUTATIVE or len(operands) != 2:
         return False
-    (a, left), (b, right) = operands
+    (_, a, left), (_, b, right) = operands
     return could_match(a, right, known) and could_match(b, left, known)
 
 
@@ -87,26 +87,30 @@ def _could_list(terms: tuple[Any, ...], value: Any, known: Known) -> bool:
     )
 
 
-Pairs = list[tuple[Any, Any]]
+Pairs = list[tuple[str, Any, Any]]
+"""Names of arguments, "" for one without, with what a term expects there and what a node has."""
 
 
 def pair_arguments(term: Operation, node: fx.Node) -> tuple[Pairs, Pairs, str]:
     """Return what stands against what, attributes and operands apart, and what is wrong with the arguments, "" if
     nothing is."""
     operands: Pairs = []
+    form = BY_TARGET.get(node.target)  # pyright: ignore[reportArgumentType]
+    names = dict(enumerate(form.operands if form is not None else ()))
     wrong: list[str] = []
     for position, operand in enumerate(term.args):
         if position >= len(node.args) and operand is not None:
             wrong.append(f"expected {len(term.args)} operands, got {len(node.args)}")
-        operands.append((operand, node.args[position] if position < len(node.args) else None))
+        given = node.args[position] if position < len(node.args) else None
+        operands.append((names.get(position, ""), operand, given))
     attributes: Pairs = []
     known: set[str] = set()
     for position, (name, expected) in enumerate(term.attributes, len(term.args)):
         known.add(name)
         if name in node.kwargs:
-            attributes.append((expected, node.kwargs[name]))
+            attributes.append((name, expected, node.kwargs[name]))
         elif position < len(node.args):
-            attributes.append((expected, node.args[position]))
+            attributes.append((name, expected, node.args[position]))
         elif expected is not ...:
             wanted = name if isinstance(expected, Term) else f"{name}={expected}"
             wrong.append(f"expected {wanted}, got no {name}")

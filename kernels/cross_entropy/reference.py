@@ -50,7 +50,7 @@ def plain_forward(
     z, _ = shape_plainly(logits, form, divisor.dtype)
     lse = plain_statistics(z)
     z_weight = find_z_weight(divisor, labels.shape[0], form)
-    losses = plain_losses(z, labels, lse, z_weight, ignore_index, form)
+    losses = plain_losses("cross_entropy", z, labels, lse, z_weight, ignore_index, form)
     if not form.reads_ignored_rows:
         lse = torch.where(labels != ignore_index, lse, 0.0)
     return losses.sum() / divisor, lse, divisor

@@ -67,7 +67,8 @@ def _plain_rows(
 ) -> None:
     z, tanh = shape_plainly(logits, shaping, losses.dtype)
     statistics = plain_statistics(z)
-    losses.copy_(plain_losses(z, labels, statistics, z_weight, ignore_index, shaping))
+    rows = plain_losses("linear_cross_entropy", z, labels, statistics, z_weight, ignore_index, shaping)
+    losses.copy_(rows)
     if with_gradient:
         logits.copy_(plain_gradient(z, tanh, labels, statistics, z_weight, ignore_index, shaping) / divisor)
 

@@ -107,6 +107,7 @@ def test_experts_of_all_tokens_are_computed_for_the_chosen_alone(device, tools) 
     report = check_steps(tools, model, stock, device)
     assert count_experts(report) == LAYERS
     assert sum(rewrite.pattern == "experts_of_all" for rewrite in report.rewrites) > 0
+    assert [site.reason for site in report.sites if site.op == "experts" and site.reason] == []
 
 
 @pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])

@@ -111,7 +111,7 @@ def test_a_near_miss_is_left_alone_with_its_reason(capture: Capture, pattern: Pa
     misses = [find_nearest_miss(gm, pattern, node, lazy_outputs=False) for node in nodes]
     # What is no site in the stock arithmetic has its reason where the pattern came furthest.
     told = misses if anchors else [max(misses, key=lambda miss: miss.nearness)]
-    assert all(miss.pattern in (pattern.name, "") for miss in told), "another pattern answers"
+    assert all(len(miss.reason.split()) > 1 for miss in told), "each place has a reason"
     if pattern.name in TOLD_IN_FULL:
         assert {miss.reason for miss in told} == {reason}
     else:

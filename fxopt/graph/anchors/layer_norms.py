@@ -7,7 +7,9 @@ from torch import fx
 from fxopt.graph.anchors.norms import norm_kind
 from fxopt.graph.anchors.stock import MAX_DEPTH, ROUNDING, SCALING, is_scalar, stock_name, tensors_read
 
-MOST_STEPS = 6  # from the root to the bias: a reciprocal, the product with x, casts, the weight
+MOST_STEPS = (
+    7  # from a deviation to the bias: a cast, + eps, the division, a cast, the weight, a cast, + bias
+)
 
 
 def layer_norm_kind(node: fx.Node) -> str:

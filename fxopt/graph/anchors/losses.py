@@ -1,7 +1,7 @@
 """Losses in a stock graph: a cross entropy over class logits, and whether these come from one linear layer.
 
-Written out, it is known by the log-probabilities of one class per row: picked out of a log-softmax, or a logit picked
-and subtracted from the logsumexp of its row.
+Written out, it is known by the log-probabilities of one class per row: picked out of a log-softmax, or the difference
+of a logit picked and the logsumexp of its row, either less the other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _logits_of(node: fx.Node) -> fx.Node | None:
     if stock_name(node) in LOSSES and operands:
         return operands[0]
     if stock_name(node) == "sub" and len(operands) == 2:
-        total, picked = (_through(item, ROUNDING | MOVING, but=_picks_one) for item in operands)
+        first, second = (_through(item, ROUNDING | MOVING, but=_picks_one) for item in operands)
+        total, picked = (second, first) if _picks_one(first) else (first, second)
         if stock_name(total) == "logsumexp" and _picks_one(picked):
             logits = _unmoved(tensors_read(total)[0])
             return logits if _unmoved(tensors_read(picked)[0]) is logits else None

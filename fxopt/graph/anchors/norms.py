@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxopt.graph.anchors.stock import (
     MAX_DEPTH,
@@ -44,10 +44,36 @@ def norm_kind(node: fx.Node) -> str:
             return "rms_norm"
     if name == "std":
         return "rms_norm" if _reduces_last(node) and _is_divisor(node) and _divides_centred(node) else ""
-    if name not in ("norm", "normalize") or not tensors_read(node):
+    if name not in ("norm", "normalize") or not tensors_read(node) or not _is_euclidean(node):
         return ""
     is_scaled = name == "norm" and _is_scaled_norm(node)
     return "rms_norm" if is_scaled or (_reduces_norm_last(node) and _is_of_length_root(node)) else ""
+
+
+def _dims_of(node: fx.Node) -> tuple[int, ...]:
+    """Return the dims that a mean, sum, variance, deviation or norm reduces; () where it tells none."""
+    name = stock_name(node)
+    place = 2 if name in ("norm", "normalize") else 1
+    usual = 1 if name == "normalize" else None
+    dim = node.kwargs.get(
+        "dim", node.kwargs.get("axis", node.args[place] if len(node.args) > place else usual)
+    )
+    given = dim if isinstance(dim, list | tuple) else (dim,)
+    return tuple(item for item in given if isinstance(item, int) and not isinstance(item, bool))
+
+
+def _is_euclidean(node: fx.Node) -> bool:
+    """Return whether a norm, or what divides by one, is the root of a sum of squares."""
+    order = node.kwargs.get("p", node.kwargs.get("ord", node.args[1] if len(node.args) > 1 else 2))
+    return order in (None, 2, "fro")
+
+
+def _dividend_and_divisor(node: fx.Node) -> tuple[Any, Any]:
+    """Return what `node` divides and by what, None twice where it is no division."""
+    if stock_name(node) != "div":
+        return None, None
+    dividend = node.args[0] if node.args else node.kwargs.get("input")
+    return dividend, node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
 
 
 def _exponent(node: fx.Node) -> float | None:
@@ -60,7 +86,7 @@ def _is_divisor(node: fx.Node) -> bool:
         name = stock_name(user)
         if name == "reciprocal" or (name == "pow" and _exponent(user) == -1):
             return True
-        if name == "div" and len(user.args) == 2 and _leads_to(user.args[1], node):
+        if _leads_to(_dividend_and_divisor(user)[1], node):
             return True
     return False
 
@@ -100,7 +126,7 @@ def _is_mean_of_squares(node: fx.Node, reduces: Callable[[fx.Node], bool]) -> bo
             return (name == "mean" or is_scaled) and _is_square(operands[0])
         if name in ("pow", "square") and operands and stock_name(operands[0]) == "norm":
             is_square = name == "square" or _exponent(node) == 2
-            return is_scaled and is_square and reduces(operands[0])
+            return is_scaled and is_square and _is_euclidean(operands[0]) and reduces(operands[0])
         large = [item for item in operands if not is_scalar(item)]
         if name not in SCALING | ROUNDING or len(large) != 1:
             return False
@@ -125,16 +151,11 @@ def _is_square(node: fx.Node) -> bool:
 def _reduces_last(node: fx.Node) -> bool:
     operands = tensors_read(node)
     rank = operands[0].meta["example_value"].dim() if operands else 0
-    return any(isinstance(item, int) and item in (-1, rank - 1) for item in _dims_of(node))
+    return any(item in (-1, rank - 1) for item in _dims_of(node))
 
 
 def _reduces_one(node: fx.Node) -> bool:
     return len(_dims_of(node)) == 1
-
-
-def _dims_of(node: fx.Node) -> tuple[Any, ...]:
-    dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
-    return (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, list | tuple) else ()
 
 
 def _leads_to_weight(node: fx.Node) -> bool:
@@ -150,17 +171,19 @@ def _leads_to_weight(node: fx.Node) -> bool:
 
 
 def _is_weight(node: fx.Node) -> bool:
+    """Return whether `node` is a parameter, trained or frozen, in any dtype."""
+    while stock_name(node) in ROUNDING and tensors_read(node):
+        node = tensors_read(node)[0]
     value = node.meta["example_value"]
-    return (
-        is_given(node) and not is_scalar(node) and value.requires_grad and value.is_leaf and value.dim() <= 2
-    )
+    return isinstance(value, nn.Parameter) and not is_scalar(node) and value.dim() <= 2
 
 
 def _divides_centred(node: fx.Node) -> bool:
     """Return whether a value less its mean is divided by `node`, plus an epsilon."""
     for user in _users_through(node, ROUNDING | {"add"}):
-        if stock_name(user) == "div" and user.args[0] is not node and isinstance(user.args[0], fx.Node):
-            return _is_centred(user.args[0])
+        dividend, _ = _dividend_and_divisor(user)
+        if isinstance(dividend, fx.Node) and dividend is not node:
+            return _is_centred(dividend)
     return False
 
 
@@ -181,9 +204,7 @@ def _is_centred(node: fx.Node) -> bool:
 
 
 def _reduces_norm_last(node: fx.Node) -> bool:
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-    dims = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, list | tuple) else ()
-    return dims in ((-1,), (tensors_read(node)[0].meta["example_value"].dim() - 1,))
+    return _dims_of(node) in ((-1,), (tensors_read(node)[0].meta["example_value"].dim() - 1,))
 
 
 def _is_of_length_root(node: fx.Node) -> bool:
@@ -192,14 +213,14 @@ def _is_of_length_root(node: fx.Node) -> bool:
     front, quotients = [node], [node] if stock_name(node) == "normalize" else []
     for _ in range(MAX_CHAIN):
         users = [user for item in front for user in item.users]
-        quotients += [user for user in users if stock_name(user) == "div" and user.args[1] in front]
+        quotients += [user for user in users if _dividend_and_divisor(user)[1] in front]
         front = [user for user in users if stock_name(user) in ROUNDING | {"expand", "expand_as"}]
     readers = [
         user for item in quotients for user in (*item.users, *_users_through(item, ROUNDING | {"mul"}))
     ]
     weighted = [user for item in readers if stock_name(item) == "mul" for user in item.users]
     products = [user for user in (*readers, *weighted) if stock_name(user) == "mul"]
-    numbers = [number_of(item) for user in products for item in user.args if not isinstance(item, str)]
+    numbers = [number_of(item) for user in products for item in user.args]
     return isinstance(size, int) and any(
         number is not None and math.isclose(number, math.sqrt(size), rel_tol=1e-4) for number in numbers
     )
@@ -207,20 +228,17 @@ def _is_of_length_root(node: fx.Node) -> bool:
 
 def _is_scaled_norm(node: fx.Node) -> bool:
     """Return whether `node` is a norm by whose multiple (a root mean square) something is divided."""
-    order = node.kwargs.get("p", node.kwargs.get("ord", node.args[1] if len(node.args) > 1 else 2))
-    if order not in (None, 2, 2.0, "fro") or not isinstance(node.meta.get("example_value"), Tensor):
-        return False
-    if "dim" not in node.kwargs and len(node.args) < 3:
+    if not _dims_of(node) or not isinstance(node.meta.get("example_value"), Tensor):
         return False
     for user in _users_through(node, SCALING | ROUNDING):
-        divides = stock_name(user) == "div" and len(user.args) == 2
-        if divides and any(stock_name(each) == "clamp" for each in user.users):
+        _, divisor = _dividend_and_divisor(user)
+        if divisor is not None and any(stock_name(each) == "clamp" for each in user.users):
             return False  # a factor with a bound clips long values and leaves short ones alone
-        if divides and user.args[1] is not node and _leads_to(user.args[1], node):
+        if divisor is not node and _leads_to(divisor, node):
             return True
-        if divides and user.args[1] is node and _is_rescaled(user):
+        if divisor is node and _is_rescaled(user):
             return True
-        if stock_name(user) == "reciprocal" and user.args[0] is not node:
+        if stock_name(user) == "reciprocal" and node not in tensors_read(user):
             return True
     return False
 

@@ -22,6 +22,7 @@ HEAD = torch.randn(11, 8, requires_grad=True)
 
 
 P = torch.nn.Parameter(torch.randn(8))
+FROZEN = torch.nn.Parameter(torch.randn(8), requires_grad=False)
 
 
 def picked(x, h, i):
@@ -34,12 +35,22 @@ def picked_by_sum(x, h, i):
     return (logits.logsumexp(-1) - logits.gather(-1, i[..., None]).squeeze(-1)).mean()
 
 
+def picked_less_sum(x, h, i):
+    logits = F.linear(x, h)
+    return -(logits.gather(-1, i[..., None]).squeeze(-1) - logits.logsumexp(-1)).mean()
+
+
 def over_tokens(x):
     return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
 
 
 def deviation(x):
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+
+
+def wide_deviation(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return (centred / (x.std(-1, keepdim=True).float() + 1e-6)).to(x.dtype)
 
 
 def gelu_by_hand(x):
@@ -371,6 +382,7 @@ SITES = {
     ),
     "loss picked by class": (picked, (X, HEAD, IDS.clamp(min=0)), ["linear_cross_entropy"]),
     "loss picked by a logsumexp": (picked_by_sum, (X, HEAD, IDS.clamp(min=0)), ["linear_cross_entropy"]),
+    "loss picked, less a logsumexp": (picked_less_sum, (X, HEAD, IDS.clamp(min=0)), ["linear_cross_entropy"]),
     "loss picked by an index": (
         lambda x, h, i: -F.linear(x, h).view(-1, 11).log_softmax(-1)[torch.arange(6), i.view(-1)].mean(),
         (X, HEAD, IDS.clamp(min=0)),
@@ -399,12 +411,66 @@ SITES = {
     "norm over tokens": (lambda x, w: w * over_tokens(x), (X, P), ["rms_norm"]),
     "data scaled over tokens": (over_tokens, (X,), []),
     "data scaled over tokens, masked": (lambda x, t: t * over_tokens(x), (X, TABLE), []),
+    "norm over tokens, frozen": (lambda x, w: w * over_tokens(x), (X, FROZEN), ["rms_norm"]),
+    "norm of lengths over tokens": (
+        lambda x, w: w * (x * torch.rsqrt(x.norm(2, 1, keepdim=True).square() / 3 + 1e-6)),
+        (X, P),
+        ["rms_norm"],
+    ),
+    "norm of lengths over two dims": (
+        lambda x, w: w * (x * torch.rsqrt(x.norm(2, (0, 1), keepdim=True).square() / 6 + 1e-6)),
+        (X, P),
+        [],
+    ),
     "norm by a deviation": (lambda x, w: w * deviation(x), (X, P), ["rms_norm"]),
     "norm by a deviation with a bias": (lambda x, w: w * deviation(x) + w, (X, P), ["layer_norm"]),
+    "norm by a deviation with casts and a bias": (
+        lambda x, w: (w * wide_deviation(x)).float() + w,
+        (X.detach().bfloat16(), P),
+        ["layer_norm"],
+    ),
     "deviation alone": (lambda x: x.std(-1).mean(), (X,), []),
     "norm by a length": (lambda x, w: F.normalize(x, dim=-1) * 8**0.5 * w, (X, P), ["rms_norm"]),
     "norm by a length, weight first": (
         lambda x, w: w * F.normalize(x, dim=-1) * 8**0.5,
+        (X, P),
+        ["rms_norm"],
+    ),
+    "norm by a length over the default dim": (
+        lambda x, w: F.normalize(x) * 8**0.5 * w,
+        (ROWS, P),
+        ["rms_norm"],
+    ),
+    "a length over tokens": (lambda x, w: F.normalize(x) * 8**0.5 * w, (X, P), []),
+    "norm by a length given by place": (
+        lambda x, w: F.normalize(x, 2.0, -1) * 8**0.5 * w,
+        (X, P),
+        ["rms_norm"],
+    ),
+    "norm by a length that divides": (
+        lambda x, w: x / x.norm(2, -1, keepdim=True) * 8**0.5 * w,
+        (X, P),
+        ["rms_norm"],
+    ),
+    "a sum of magnitudes": (lambda x, w: F.normalize(x, p=1, dim=-1) * 8**0.5 * w, (X, P), []),
+    "a sum of magnitudes by place": (lambda x, w: F.normalize(x, 1.0, -1) * 8**0.5 * w, (X, P), []),
+    "a sum of magnitudes that divides": (
+        lambda x, w: x / x.norm(1, -1, keepdim=True) * 8**0.5 * w,
+        (X, P),
+        [],
+    ),
+    "divided by its name": (
+        lambda x, w: torch.div(x, other=x.norm(2, -1, keepdim=True)) * 8**0.5 * w,
+        (X, P),
+        ["rms_norm"],
+    ),
+    "divided by a root by its name": (
+        lambda x: torch.div(x, other=torch.sqrt(x.pow(2).mean(-1, True) + 1e-6)),
+        (X,),
+        ["rms_norm"],
+    ),
+    "deviation by its name": (
+        lambda x, w: w * torch.div(x - x.mean(-1, True), other=x.std(-1, keepdim=True) + 1e-6),
         (X, P),
         ["rms_norm"],
     ),

@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-        return x + self.linear(norm) * self.scale
+        return x + self.linear(norm) * self.scale + x * (self.scale * 2 - 1)
 
 
 class Tower(nn.Module):

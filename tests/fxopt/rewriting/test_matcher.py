@@ -19,6 +19,7 @@ from fxopt.rewriting.terms import (
     cast,
     cat,
     choice,
+    chunk,
     either,
     exp,
     linear,
@@ -130,6 +131,14 @@ def test_attributes_bind_or_must_be_equal(builder: Any) -> None:
     assert trace.nearest.reason == "dim of mean: expected (-1,), got (-2,)"
     other = builder.call(torch.mean, a, dim=(-1,), keepdim=False)
     assert match_all(mean(tensor("x")), other)[0] == []
+
+
+def test_of_two_equal_arguments_the_one_that_differs_is_named(builder: Any) -> None:
+    halves = builder.call(torch.chunk, builder.input("a", 3, 4, 4), chunks=2, dim=2)
+    found, trace = match_all(chunk(tensor("x"), 2), halves)
+    assert found == []
+    assert trace.nearest is not None
+    assert trace.nearest.reason == "dim of chunk: expected -1, got 2"
 
 
 def test_dims_unify_over_the_whole_pattern(builder: Any) -> None:
