@@ -77,7 +77,7 @@ def check_options(
     chosen: list[NamedPattern] = []
     for pattern in patterns:
         if isinstance(pattern, str):
-            _check_name("patterns", pattern, tuple(by_name))
+            check_name("patterns", pattern, tuple(by_name))
             pattern = by_name[pattern]
         elif not (isinstance(getattr(pattern, "name", None), str) and _has_terms(pattern)):
             raise FxoptError(
@@ -90,11 +90,11 @@ def check_options(
     for name in sorted({name for name in names if names.count(name) > 1}):
         raise FxoptError(f"patterns: {name} is given {names.count(name)} times, expected once")
     for name in sorted(disable, key=str):
-        _check_name("disable", name, tuple(dict.fromkeys((*names, *by_name))))
+        check_name("disable", name, tuple(dict.fromkeys((*names, *by_name))))
     disabled = frozenset(disable)
-    _check_name("lowering", lowering, LOWERINGS)
-    _check_name("verify", verify, VERIFY)
-    _check_name("cuda_graphs", cuda_graphs, CUDA_GRAPHS)
+    check_name("lowering", lowering, LOWERINGS)
+    check_name("verify", verify, VERIFY)
+    check_name("cuda_graphs", cuda_graphs, CUDA_GRAPHS)
     _check_flag("strict", strict)
     _check_flag("partial", partial)
     return Options(
@@ -137,7 +137,8 @@ def _listed(subject: str, value: Any, items: str, example: str) -> tuple[Any, ..
     return tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
-def _check_name(subject: str, name: object, valid: tuple[str, ...]) -> None:
+def check_name(subject: str, name: object, valid: tuple[str, ...]) -> None:
+    """Raise an UnknownNameError that lists the `valid` names, nearest first, if `name` is none of them."""
     if isinstance(name, str) and name in valid:
         return
     nearest = difflib.get_close_matches(str(name), valid, n=len(valid), cutoff=0.0)
