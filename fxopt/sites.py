@@ -53,8 +53,8 @@ def find_sites(
     is found there, and so are the places of forms of the user's own.
     """
     own_forms = find_own_forms(patterns)
-    are_less = any(_is_less(anchor, result) for anchor in anchors)
-    before = canonical() if (own_forms or are_less) and canonical is not None else gm
+    taken_in_part = {anchor.node for anchor in anchors if _is_less(anchor, result)}
+    before = canonical() if (own_forms or taken_in_part) and canonical is not None else gm
     sites: list[Site] = []
     backends: list[Backend] = []
     mismatches: list[MismatchRecord] = []
@@ -64,7 +64,7 @@ def find_sites(
         backends.append(rewrite.backend if rewrite is not None else None)
         if rewrite is not None:
             less = ""
-            if _is_less(anchor, result):
+            if anchor.node in taken_in_part:
                 refused = next((r for r in result.refused if _is_own(r, anchor)), None)
                 if refused is not None:
                     miss = _refused_miss(before, refused)

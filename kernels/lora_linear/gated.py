@@ -25,13 +25,11 @@ from fxopt.kernels.lora_linear.costs import (
 )
 from fxopt.kernels.lora_linear.form import split_lists
 from fxopt.kernels.lora_linear.gated_products import (
-    BLOCK_ROWS,
-    COLUMN_GROUPS,
     Narrow,
+    gated_parts_bytes,
     launch_gated_products,
     reads_gated_once,
 )
-from fxopt.kernels.lora_linear.one_read import parts_bytes
 from fxopt.kernels.lora_linear.op import fake_backward
 from fxopt.kernels.lora_linear.products import as_rows, write_product
 
@@ -137,7 +135,7 @@ def _workspace(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
     """Return the bytes of both gradients, and of the parts of the sums or what comes after them."""
     call = _read(arguments)
     ranks = [factor.shape[1] for factor in (*call.after.b, *call.before.b)]
-    parts = sum(parts_bytes(as_rows(dy), rank, BLOCK_ROWS, COLUMN_GROUPS) for rank in ranks)
+    parts = sum(gated_parts_bytes(as_rows(dy), rank) for rank in ranks)
     after = backward_workspace(call.dys, [dy], *call.after)
     before = backward_workspace([gate, up], call.xs, *call.before)
     return max(parts, after, before) + _num_bytes(gate, up)

@@ -225,6 +225,11 @@ def gated_products_kernel(
     tl.store(p_up_outer + b_at * up_rank + b_rank, b_up_outer, mask=b_up_in)
 
 
+def gated_parts_bytes(rows: Tensor, rank: int) -> int:
+    """Return the bytes of the parts of one pair of narrow products of `rows`, of the programs here."""
+    return parts_bytes(rows, rank, BLOCK_ROWS, COLUMN_GROUPS)
+
+
 def reads_gated_once(dy: Tensor, gate: Tensor, up: Tensor, narrow: list[Narrow]) -> bool:
     """Return whether the kernel can run, and moves less than the unit and its gradients read one by one."""
     rows = [dy, gate, up]
@@ -238,7 +243,7 @@ def reads_gated_once(dy: Tensor, gate: Tensor, up: Tensor, narrow: list[Narrow])
     return (
         fits
         and saved >= LEAST_BYTES
-        and 2 * parts_bytes(dy, max(ranks), BLOCK_ROWS, COLUMN_GROUPS) < saved
+        and 2 * gated_parts_bytes(dy, max(ranks)) < saved
         and has_kernel(dy, *narrow[0][:2])
     )
 

@@ -45,13 +45,13 @@ def _logits_of(node: fx.Node) -> fx.Node | None:
     if stock_name(node) in LOSSES and operands:
         return operands[0]
     if stock_name(node) == "sub" and len(operands) == 2:
-        first, second = (_through(item, ROUNDING | MOVING, but=_picks_one) for item in operands)
+        first, second = (_unmoved(item, but=_picks_one) for item in operands)
         total, picked = (second, first) if _picks_one(first) else (first, second)
         if stock_name(total) == "logsumexp" and _picks_one(picked):
             logits = _unmoved(tensors_read(total)[0])
             return logits if _unmoved(tensors_read(picked)[0]) is logits else None
     if _picks_one(node):
-        source = _through(operands[0], ROUNDING | MOVING)
+        source = _unmoved(operands[0])
         return tensors_read(source)[0] if stock_name(source) == "log_softmax" else None
     return None
 
@@ -74,17 +74,11 @@ def _rank(node: fx.Node) -> int:
     return node.meta["example_value"].dim()
 
 
-def _unmoved(node: fx.Node) -> fx.Node:
-    return _through(node, ROUNDING | MOVING)
-
-
-def _through(
-    node: fx.Node, names: frozenset[str], but: Callable[[fx.Node], bool] = lambda node: False
-) -> fx.Node:
-    """Return what `node` is through ops of these `names`, as far as the first for which `but` holds."""
+def _unmoved(node: fx.Node, but: Callable[[fx.Node], bool] = lambda node: False) -> fx.Node:
+    """Return what `node` is before it was cast and moved, as far as the first for which `but` holds."""
     for _ in range(MAX_DEPTH):
         operands = tensors_read(node)
-        if stock_name(node) not in names or not operands or but(node):
+        if stock_name(node) not in ROUNDING | MOVING or not operands or but(node):
             return node
         node = operands[0]
     return node

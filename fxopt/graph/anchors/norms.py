@@ -172,10 +172,16 @@ def _leads_to_weight(node: fx.Node) -> bool:
 
 def _is_weight(node: fx.Node) -> bool:
     """Return whether `node` is a parameter, trained or frozen, in any dtype."""
+    weight = _unrounded(node)
+    value = weight.meta["example_value"]
+    return isinstance(value, nn.Parameter) and not is_scalar(weight) and value.dim() <= 2
+
+
+def _unrounded(node: fx.Node) -> fx.Node:
+    """Return what `node` is before casts."""
     while stock_name(node) in ROUNDING and tensors_read(node):
         node = tensors_read(node)[0]
-    value = node.meta["example_value"]
-    return isinstance(value, nn.Parameter) and not is_scalar(node) and value.dim() <= 2
+    return node
 
 
 def _divides_centred(node: fx.Node) -> bool:
@@ -192,10 +198,7 @@ def _is_centred(node: fx.Node) -> bool:
     for _ in range(MAX_CHAIN):
         operands = tensors_read(node)
         if stock_name(node) == "sub" and len(operands) == 2:
-            mean = operands[1]
-            while stock_name(mean) in ROUNDING and tensors_read(mean):
-                mean = tensors_read(mean)[0]
-            return stock_name(mean) == "mean"
+            return stock_name(_unrounded(operands[1])) == "mean"
         inner = [item for item in operands if not is_given(item)]
         if stock_name(node) not in ROUNDING | {"mul"} or len(inner) != 1:
             return False
