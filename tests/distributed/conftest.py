@@ -179,6 +179,8 @@ class World:
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
+        for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("lock"):
+            lock.unlink()  # a process killed while it builds leaves it, and the next would wait for it for ever
 
 
 def is_error(answer: str) -> bool:
@@ -186,8 +188,16 @@ def is_error(answer: str) -> bool:
     return answer.startswith('{"error"')
 
 
+@pytest.fixture(scope="session", autouse=True)
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let processes build DeepSpeed's ops in a folder of this session, whose locks are known to be its own."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("torch_extensions")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def worlds() -> Iterator[Callable[..., World]]:
+def worlds(extensions: None) -> Iterator[Callable[..., World]]:
     """Return a function that gives the group of a size and purpose, started once and again where a test ended it."""
     made: dict[tuple[int, str], World] = {}
 
