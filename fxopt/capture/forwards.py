@@ -88,3 +88,22 @@ def call_model_gathered(
 
     with hooks_hidden([each.module for each in idle], following.__contains__):
         return call_with_forward(model, run, args, kwargs)
+
+
+def run_uncaptured(
+    model: nn.Module, outside: Iterable[zero.Gathering], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return what the forward of `model` does where nothing of it is captured, `outside` being gathered by ZeRO-3.
+
+    A module there that is not called may have its parameters read by the model itself, as losses that are fused
+    with a head do: they are gathered for the backward pass too. ZeRO-3 keeps them until the next forward or step.
+    """
+    read = [each for each in outside if each.has_parameters]
+    called: set[nn.Module] = set()
+    handles = [each.module.register_forward_pre_hook(lambda module, _: called.add(module)) for each in read]
+    try:
+        output = model.forward(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return zero.wrap_outputs([each for each in read if each.module not in called], output)

@@ -25,7 +25,7 @@ from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import find_opaque
 from fxopt.capture.engines import Sharding, find_kept
-from fxopt.capture.forwards import call_model_gathered, call_with_forward
+from fxopt.capture.forwards import call_model_gathered, call_with_forward, run_uncaptured
 from fxopt.capture.hooks import (
     Hidden,
     has_hooks,
@@ -129,7 +129,7 @@ class ModelCall:
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
                 if gatherings:
-                    return call_model_gathered(model, gatherings, model.forward, args, kwargs)
+                    return call_model_gathered(model, gatherings, self._run_uncaptured, args, kwargs)
                 forward = self._sharding.find_stock_forward()
                 if forward is not None:
                     return call_with_forward(model, forward, args, kwargs)
@@ -178,9 +178,8 @@ class ModelCall:
                 else reason_of(error, self.stand_ins.failed_in)
             )
             reason = f"what stands after the blocks was not captured: {reason}"
-            output = self.model.forward(
-                *args, **kwargs
-            )  # a call that fails in stock too is no obstacle to others
+            # a call that fails in stock too is no obstacle to others
+            output = self._run_uncaptured(*args, **kwargs)
             self.obstacles[self._form_of(args, kwargs)] = reason
             if MODEL_REGION not in self.ledger.served:
                 self.ledger.refused[MODEL_REGION] = reason
@@ -195,7 +194,10 @@ class ModelCall:
                 return error.output[0]
         finally:
             self.stand_ins.clear()
-        return self.model.forward(*args, **kwargs)
+        return self._run_uncaptured(*args, **kwargs)
+
+    def _run_uncaptured(self, *args: Any, **kwargs: Any) -> Any:
+        return run_uncaptured(self.model, self._sharding.find_gatherings(), args, kwargs)
 
     def find_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return why the tail cannot serve this call, or None."""

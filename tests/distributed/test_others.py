@@ -21,63 +21,74 @@ def test_accelerate_shards_what_it_shards_in_stock(engine, two):
 
 
 @pytest.mark.slow
-def test_transformers_trainer_accumulates_under_ddp(two, tmp_path):
-    check_trained(two, tmp_path)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_transformers_trainer_accumulates(engine, two, tmp_path):
+    check_trained(two, tmp_path, engine)
 
 
 @pytest.mark.slow
-def test_four_processes_under_transformers_trainer(four, tmp_path):
-    check_trained(four, tmp_path)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_four_processes_under_transformers_trainer(engine, four, tmp_path):
+    check_trained(four, tmp_path, engine)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_transformers_trainer_accumulates_under_deepspeed(stage, zero_world, tmp_path):
-    check_trained(zero_world, tmp_path, stage)
+    check_trained(zero_world, tmp_path, f"zero {stage}")
 
 
 @pytest.mark.slow
 def test_four_processes_under_transformers_trainer_and_deepspeed(zero_four, tmp_path):
-    check_trained(zero_four, tmp_path, stage=3)
+    check_trained(zero_four, tmp_path, "zero 3")
 
 
-def check_trained(world, folder, stage=0):
+def check_trained(world, folder, engine):
     """The Trainer's steps are those of stock, on each rank."""
-    for answer in world.run("trained", folder=str(folder), library="transformers", stage=stage):
+    for answer in world.run("trained", folder=str(folder), library="transformers", engine=engine):
         for order in ("before", "after"):
             assert answer[order]["fallbacks"] == {}
             assert answer[order]["sites"] == SITES
-            check_logged(answer[order]["figures"], answer["stock"]["figures"])
+            check_steps(answer[order], answer["stock"])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_trls_trainer_accumulates_under_ddp(lora, two, tmp_path):
-    check_trained_by_trl(two, tmp_path, lora)
+def test_trls_trainer_accumulates(lora, engine, two, tmp_path):
+    check_trained_by_trl(two, tmp_path, engine, lora)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_four_processes_under_trls_trainer(lora, four, tmp_path):
-    check_trained_by_trl(four, tmp_path, lora)
+    check_trained_by_trl(four, tmp_path, "ddp", lora)
 
 
-def check_trained_by_trl(world, folder, lora):
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_trls_trainer_accumulates_under_deepspeed(lora, stage, zero_world, tmp_path):
+    check_trained_by_trl(zero_world, tmp_path, f"zero {stage}", lora)
+
+
+def check_trained_by_trl(world, folder, engine, lora):
     """Its head is its own: that stays stock, with the reason."""
     pytest.importorskip("trl")
     sites = {name: count for name, count in SITES.items() if name != "linear_cross_entropy"} | {"rms_norm": 4}
-    for answer in world.run("trained", folder=str(folder), library="trl", lora=lora):
+    for answer in world.run("trained", folder=str(folder), library="trl", engine=engine, lora=lora):
         for order in ("before", "after"):
             assert [reason.partition(":")[0] for reason in answer[order]["fallbacks"]] == ["(model)"]
             assert answer[order]["sites"] == ({**sites, "lora_linear": 6} if lora else sites)
-            check_logged(answer[order]["figures"], answer["stock"]["figures"])
+            check_steps(answer[order], answer["stock"])
 
 
-def check_logged(ours, stock):
-    """Losses and norms of gradients as in stock, of each of three steps."""
-    assert len(ours) == len(stock) == 3
-    for row, expected in zip(ours, stock, strict=True):
+def check_steps(ours, stock):
+    """Losses and norms of gradients of three steps of SGD are those of stock, and so is what they changed."""
+    assert len(ours["figures"]) == len(stock["figures"]) == 3
+    for row, expected in zip(ours["figures"], stock["figures"], strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+    assert ours["error"] <= BOUND
 
 
 @pytest.mark.slow

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from cases.models import ON_GPU, find_blocks, make_batch, make_model, report_of
+from cases.models import ON_GPU, find_blocks, make_batch, make_model, report_of, whole_of
 
 import fxopt
 from fxopt.capture import torch_distributed as engines
+
+STEPS = 3
 
 
 def accelerated(engine: str) -> dict[str, list[str]]:
@@ -27,13 +32,9 @@ def accelerated(engine: str) -> dict[str, list[str]]:
 
 
 def prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
-    """Return accelerate's own, and what it makes of model and optimizer.
-
-    It takes its FSDP2 plugin on an accelerator only: on a CPU what it would call is called.
-    """
+    """Return accelerate's own, and what it makes of model and optimizer."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     AcceleratorState._reset_state(reset_partial_state=True)
     plugin = None
@@ -44,42 +45,88 @@ def prepare(engine: str, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
             transformer_cls_names_to_wrap=[type(find_blocks(model)[0]).__name__],
             cpu_ram_efficient_loading=False,
         )
-    accelerator = Accelerator(cpu=not ON_GPU, fsdp_plugin=plugin if ON_GPU else None)
+    with _sharded_anywhere():
+        accelerator = Accelerator(cpu=not ON_GPU, fsdp_plugin=plugin)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # set for all that come after, where a plugin is given
-    if plugin is None or ON_GPU:
-        return accelerator, *accelerator.prepare(model, optimizer)
-    accelerator.state.fsdp_plugin = plugin
-    model = fsdp2_prepare_model(accelerator, model)
-    return accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1)
+    return accelerator, *accelerator.prepare(model, optimizer)
 
 
-def trained(folder: str, library: str, lora: bool = False, stage: int = 0) -> dict[str, Any]:
+@contextmanager
+def _sharded_anywhere() -> Iterator[None]:
+    """Have accelerate take its FSDP2 plugin on a CPU too: by itself it takes it on an accelerator only."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    own = AcceleratorState.__init__
+
+    def taking(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        own(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = taking
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = own
+
+
+def trained(folder: str, library: str, engine: str = "ddp", lora: bool = False) -> dict[str, Any]:
     """Train by transformers' Trainer or TRL's, which find the process group by themselves.
 
-    Optimized before, by a callback after they have put the model under their engine, and stock; return what they log.
-    That engine is DistributedDataParallel, or a `stage` of ZeRO with gradients in several buckets.
+    Optimized before, by a callback after they have put the model under their engine, and stock; return what they log
+    and, against stock, the largest relative error of what all steps together changed in a parameter. That engine is
+    DistributedDataParallel (`"ddp"`), FSDP2 by accelerate's plugin, or a stage of ZeRO with gradients in several
+    buckets (`"zero 3"`).
     """
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     answer: dict[str, Any] = {}
+    weights: dict[str, dict[str, torch.Tensor]] = {}
     kept = ("loss", "grad_norm", "mean_token_accuracy")
-    for which in ("before", "after", "stock"):
+    for which in ("stock", "before", "after"):
         AcceleratorState._reset_state(reset_partial_state=True)
         model = make_model("llama", lora)
+        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        initial = whole_of(model)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
         batches = [make_batch(number, 1, 12, ignored=number % 5 == 0) for number in range(32)]
         rows = [{name: value[0].cpu() for name, value in batch.items()} for batch in batches]
-        trainer = _make_trainer(library, model, rows, folder, stage)
+        with _sharded_anywhere():
+            trainer = _make_trainer(library, model, rows, folder, engine)
         if which == "after":
             trainer.add_callback(_make_optimizing())
         trainer.train()
         unset_hf_deepspeed_config()  # a model made later would be spread over ranks from the beginning
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        trained = whole_of(model)
+        weights[which] = {name: trained[name] for name in trainable}
         logged = [row for row in trainer.state.log_history if "loss" in row]
-        figures = [[row[name] for name in kept if name in row] for row in logged]
-        answer[which] = {"figures": figures, **({} if which == "stock" else report_of(model))}
+        answer[which] = {"figures": [[row[name] for name in kept if name in row] for row in logged]}
+        if which != "stock":
+            answer[which] |= report_of(model) | {
+                "error": change_error(weights[which], weights["stock"], initial)
+            }
     return answer
+
+
+def change_error(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]
+) -> float:
+    """Return the largest relative error of a parameter's change, beyond what rounding the parameter leaves open.
+
+    Each step rounds a weight to within half an eps of it, in both runs.
+    """
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    errors: list[float] = []
+    for name, weight in expected.items():
+        rounding = STEPS * torch.finfo(weight.dtype).eps * float(weight.norm())
+        change = float((weight - initial[name]).norm())
+        errors.append(max(0.0, float((found[name] - weight).norm()) - rounding) / change)
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _make_optimizing() -> Any:
@@ -93,11 +140,11 @@ def _make_optimizing() -> Any:
 
 
 def _make_trainer(
-    library: str, model: Any, rows: list[dict[str, torch.Tensor]], folder: str, stage: int
+    library: str, model: Any, rows: list[dict[str, torch.Tensor]], folder: str, engine: str
 ) -> Any:
     settings: dict[str, Any] = {
         "output_dir": folder,
-        "max_steps": 3,
+        "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "use_cpu": not ON_GPU,
@@ -106,12 +153,22 @@ def _make_trainer(
         "save_strategy": "no",
         "disable_tqdm": True,
         "bf16": False,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
     }
-    if stage:
+    if engine == "fsdp2":
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": [type(find_blocks(model)[0]).__name__],
+            "cpu_ram_efficient_loading": False,
+        }
+    if engine.startswith("zero"):
         settings["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000},
+            "zero_optimization": {"stage": int(engine.removeprefix("zero ")), "reduce_bucket_size": 3000},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }

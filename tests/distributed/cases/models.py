@@ -168,6 +168,21 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def whole_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters, whole, of a model under any engine or none."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                found[name] = parameter.detach().to("cpu", copy=True)
+        else:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            found[name] = whole.detach().to("cpu", copy=True)
+    return found
+
+
 def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Return the largest relative error of a gradient; the same parameters must have one."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
