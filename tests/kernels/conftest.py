@@ -13,11 +13,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, below at the latest
 
+from fxopt.graph.names import op_name
 from fxopt.kernels import launch
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -60,6 +62,12 @@ def _interpreter_cannot_loop() -> bool:
 
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    own = graph.call_function(torch.empty_like, (graph.placeholder("x"),))
+    assert op_name(own) == "empty_like", (
+        "fxopt reads the names of torch's functions once, and these before others"
+    )
+
     def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = allocate(*args, **kwargs)
