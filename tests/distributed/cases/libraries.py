@@ -83,7 +83,7 @@ def trained(folder: str, library: str, engine: str = "ddp", lora: bool = False) 
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     answer: dict[str, Any] = {}
-    weights: dict[str, dict[str, torch.Tensor]] = {}
+    stock: dict[str, torch.Tensor] = {}
     kept = ("loss", "grad_norm", "mean_token_accuracy")
     for which in ("stock", "before", "after"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -102,14 +102,14 @@ def trained(folder: str, library: str, engine: str = "ddp", lora: bool = False) 
         unset_hf_deepspeed_config()  # a model made later would be spread over ranks from the beginning
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        trained = whole_of(model)
-        weights[which] = {name: trained[name] for name in trainable}
+        whole = whole_of(model)
+        weights = {name: whole[name] for name in trainable}
         logged = [row for row in trainer.state.log_history if "loss" in row]
         answer[which] = {"figures": [[row[name] for name in kept if name in row] for row in logged]}
-        if which != "stock":
-            answer[which] |= report_of(model) | {
-                "error": change_error(weights[which], weights["stock"], initial)
-            }
+        if which == "stock":
+            stock = weights
+        else:
+            answer[which] |= report_of(model) | {"error": change_error(weights, stock, initial)}
     return answer
 
 

@@ -162,9 +162,7 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, parameter in inside(model).named_parameters():
         if parameter.grad is not None:
-            gradient = parameter.grad
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            found[name] = whole.to("cpu", copy=True)
+            found[name] = _copy_whole(parameter.grad)
     return found
 
 
@@ -176,11 +174,15 @@ def whole_of(model: nn.Module) -> dict[str, torch.Tensor]:
             from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([parameter]):
-                found[name] = parameter.detach().to("cpu", copy=True)
+                found[name] = _copy_whole(parameter)
         else:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            found[name] = whole.detach().to("cpu", copy=True)
+            found[name] = _copy_whole(parameter)
     return found
+
+
+def _copy_whole(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True)
 
 
 def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
