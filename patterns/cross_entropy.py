@@ -153,10 +153,14 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         return F.nll_loss(log_softmax, labels) + log_softmax.mean()
 
     yield "every loss", (_loss(reduction="none"), (logits, labels)), "reduction is 'none'"
-    yield "log softmax read", (read_twice, (logits, labels)), "tanh, got nll_loss"
+    yield "log softmax read", (read_twice, (logits, labels)), "expected cross_entropy, got nll_loss"
     yield "soft labels", (on_probabilities, (logits, soft)), "labels: expected shape [N]"
     yield "classes in the middle", (in_the_middle, (logits, labels)), "labels: expected shape [N]"
-    yield "class weights", (_loss(weight=torch.ones(9, device=device)), (logits, labels)), "expected None"
+    yield (
+        "class weights",
+        (_loss(weight=torch.ones(9, device=device)), (logits, labels)),
+        "weight of cross_entropy: expected None, got",
+    )
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

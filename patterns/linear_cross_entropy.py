@@ -232,7 +232,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield (
         "class weights",
         (_head(weight=torch.ones(63, device=device)), (h, weight, labels)),
-        "expected None",
+        "weight of cross_entropy: expected None, got",
     )
 
 

@@ -162,6 +162,9 @@ def _match_all(
         yield bindings
         return
     (name, term, value), *others = pairs
+    if of is not None and not trace.forgives and _is_value(term) and not is_equal(term, value):
+        trace.fail(_differs_in(of, name, term, value), (of,), bindings)
+        return
     for joined in match_term(term, value, bindings, trace):
         yield from _match_all(others, joined, trace, of)
     if of is None or not trace.forgives or bindings.forgiven is not None:
@@ -174,6 +177,11 @@ def _differs_in(node: fx.Node, name: str, term: Any, value: Any) -> str:
     """Return how the argument `name` of `node` differs, "" being one without a name."""
     of = f"{name} of " if name else ""
     return f"{of}{name_of(node.target)}: {_differs(term, value)}"
+
+
+def _is_value(term: Any) -> bool:
+    """Return whether `term`, of a pattern, is one value that an argument must have, and no list."""
+    return term is not ... and not isinstance(term, Term | tuple | list)
 
 
 def _is_plain(item: Any) -> bool:

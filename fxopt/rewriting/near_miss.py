@@ -20,7 +20,7 @@ from fxopt.rewriting.matcher import match_term
 from fxopt.rewriting.pattern import Mismatch, Pattern, children_of, walk
 from fxopt.rewriting.prefilter import Known, could_match
 from fxopt.rewriting.rewrite import find_match
-from fxopt.rewriting.roots import find_rare_ops, find_roots
+from fxopt.rewriting.roots import find_needed_ops, find_rare_ops, find_roots
 from fxopt.rewriting.trace import Bindings, Trace, first_matching
 from fxopt.rewriting.trees import Operation, Target, Term, name_of
 
@@ -36,20 +36,31 @@ def find_nearest_miss(
     """Return the mismatch of `pattern` that came furthest around the stock node `anchor_origin` of `gm`.
 
     A stock node in the body of a higher-order op is named "submodule/node". Where the pattern has no op of the site,
-    the mismatch says which ops it has.
+    the mismatch says which ops it has, of these only those that it cannot do without where the graph has none.
     """
     sites = list(_find_nodes(gm, anchor_origin))
     is_lazy = lazy_outputs and "/" not in anchor_origin
     found = (find_miss(pattern, site, state, is_lazy) for state, site in sites)
     misses = [miss for miss in found if miss is not None]
-    if misses:
+    lacking = frozenset[Target]().union(*(_find_lacking(pattern, state) for state, _ in sites))
+    is_common = any(site.target in COMMON for _, site in sites)
+    is_inner = is_common and not any(site.target in pattern.terms[0].heads for _, site in sites)
+    if misses and not (lacking and is_inner):
         return max(misses, key=lambda miss: miss.nearness)
     says_much = pattern.targets - COMMON
-    is_common = any(site.target in COMMON for _, site in sites)
-    names = sorted(set(map(name_of, pattern.targets if is_common or not says_much else says_much)))
+    names = sorted(
+        set(map(name_of, lacking or (pattern.targets if is_common or not says_much else says_much)))
+    )
     expected = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     got = " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"
     return Mismatch(pattern.name, f"expected {expected}, got {got}", tuple(site for _, site in sites))
+
+
+def _find_lacking(pattern: Pattern, state: GraphState) -> frozenset[Target]:
+    """Return the ops that every match contains and the graph does not."""
+    return frozenset(
+        target for target in find_needed_ops(pattern.terms[0]) if not state.by_target.get(target)
+    )
 
 
 def _find_nodes(gm: fx.GraphModule, origin: str) -> Iterator[tuple[GraphState, fx.Node]]:
