@@ -133,16 +133,24 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
     ledger = installation.ledger
     captures = collections.Counter(capture.region for capture in ledger.captures)
     records: list[RegionRecord] = []
-    named = [
-        ("block", stack.path, stack.paths[0], len(stack.blocks)) for stack in installation.regions.stacks
-    ]
-    for kind, region, module, count in (*named, ("model", MODEL_REGION, "", 1)):
+    named = [("block", stack.path, stack.paths[0], stack.paths) for stack in installation.regions.stacks]
+    for kind, region, module, paths in (*named, ("model", MODEL_REGION, "", (MODEL_REGION,))):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
-        breaks = tuple(dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken))
+        breaks = dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken)
+        if region in ledger.broken and not breaks:
+            breaks = {ledger.broken[region]: None}
         records.append(
             RegionRecord(
-                kind, module, count, status, captures[region], refused, breaks, installation.guards_of(region)
+                kind,
+                module,
+                len(paths),
+                status,
+                captures[region],
+                refused,
+                () if refused else tuple(breaks),
+                installation.guards_of(region),
+                sum(path not in ledger.served for path in paths),
             )
         )
     return tuple(records)

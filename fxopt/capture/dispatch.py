@@ -35,7 +35,7 @@ from fxopt.capture.hooks import (
     place_of_hook,
 )
 from fxopt.capture.ledger import WITHOUT_GRADIENTS, Ledger, Way
-from fxopt.capture.places import caller_line, with_place
+from fxopt.capture.places import caller_line, forward_line, with_place
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
 from fxopt.capture.recorders import Notes, Recorder, collecting
@@ -162,7 +162,7 @@ class BlockCalls:
             return self._run_compiled(self.pieces if broken else None, path, block, hooks, args, kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
             self.ledger.progress.wipe()
-            reason = self._reason_of(error)
+            reason = with_place(self._reason_of(error), forward_line(block))
             reason = find_kept((block,)) or reason
             can_break = not torch_errors.is_of_backend(error) or torch_errors.hangs_on_values(error)
             is_of_loop = torch_errors.hangs_on_values(error) and not (
@@ -177,6 +177,7 @@ class BlockCalls:
         dtypes = [parameter.dtype for parameter in block.parameters()]
         is_captured, output = False, None
         if self.pieces is not None and not broken and can_break:
+            self.ledger.broken.setdefault(self.region, reason)
             try:
                 output = self._run_compiled(self.pieces, path, block, hooks, args, kwargs)
                 is_captured = True
@@ -270,8 +271,9 @@ class BlockCalls:
         run = functools.partial(self._run_pieces, pieces, block, hooks)
         output = self._checkpointing.run_unplanned(block, run, args, kwargs)
         if not self.ledger.is_served:
-            self.ledger.count_fallback(self.region, NO_PIECE)
-            self.ledger.refused.setdefault(self.region, NO_PIECE)
+            reason = "; ".join(filter(None, (NO_PIECE, self.ledger.broken.get(self.region))))
+            self.ledger.count_fallback(self.region, reason)
+            self.ledger.refused.setdefault(self.region, reason)
         return output
 
     def _run_pieces(

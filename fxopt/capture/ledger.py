@@ -59,6 +59,8 @@ class Ledger:
     fallbacks: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
     lowerings: dict[str, None] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Why the blocks of a region that run in pieces were not captured whole."""
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     changes_state: bool = False
     """Whether a block keeps values in Python objects, where the model may read them."""

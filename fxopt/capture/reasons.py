@@ -9,16 +9,22 @@ from collections.abc import Iterable
 from torch import fx
 
 from fxopt.capture import torch_dynamo, torch_errors
+from fxopt.errors import first_sentence
 from fxopt.graph.view import FRAME, location_in
 
 PLAIN_WORDS = (
     (
-        r"data.dependent|Tensor\.item|GuardOnDataDependent",
+        r"data.dependent|Tensor\.item|GuardOnDataDependent|generic_jump",
         "what is computed depends on the values of a tensor",
+    ),
+    (
+        r"op returned non-Tensor(.|\n)*call_block",
+        "a block returns something else than a tensor or a tuple of tensors",
     ),
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
 )
 """Torch's words for what a user would say otherwise: theirs follow, so that they can be looked up."""
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -> str:
@@ -28,7 +34,7 @@ def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -
     """
     cause = torch_errors.root_cause(error)
     if torch_errors.is_of_backend(error):
-        text = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+        text = f"{type(cause).__name__}: {cause}"
     else:
         text = str(torch_errors.telling(error)) or type(error).__name__
     return _say(text, location_in([*frames_told(error), *raised_in]))
@@ -58,9 +64,8 @@ def frames_of(error: BaseException) -> list[tuple[str, int]]:
 
 
 def _say(text: str, location: str) -> str:
-    """Return the first line of `text` and its explanation, after plain words where there are some."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the first sentence of `text` and its explanation, after plain words where there are some."""
     plain = next((words for pattern, words in PLAIN_WORDS if re.search(pattern, text, re.IGNORECASE)), "")
-    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
-    parts = [plain, lines[0], explanation.removeprefix("Explanation:").strip()]
+    explanation = first_sentence(text.partition("Explanation:")[2])
+    parts = [plain, *(ADDRESS.sub("", said) for said in (first_sentence(text), explanation))]
     return "; ".join((*filter(None, parts), *([f"at {location}"] if location else [])))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fxopt.report.records import MODEL_REGION, Fallback, GraphRecord, MismatchRecord, NodeRecord, Report, Work
+from fxopt.report.units import plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,19 @@ def _count_ops(nodes: Sequence[NodeRecord]) -> int:
 
 def _sum_bytes(nodes: Sequence[NodeRecord]) -> int:
     return sum(node.bytes for node in nodes if node.kind == "op")
+
+
+def unseen_regions(report: Report) -> list[str]:
+    """Return what of the model no capture served, "3 of 28 blocks at layers.0" say: its sites are counted nowhere."""
+    return [
+        f"{region.unseen} of {plural(region.count, 'block')} at {region.module}"
+        if region.kind == "block"
+        else "what stands after the blocks"
+        if len(report.regions) > 1
+        else "the model"
+        for region in report.regions
+        if region.unseen
+    ]
 
 
 def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:

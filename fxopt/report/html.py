@@ -24,6 +24,7 @@ from fxopt.report.figures import (
     layer_figures,
     num_elsewhere,
     region_title,
+    unseen_regions,
 )
 from fxopt.report.memory import describe_budget
 from fxopt.report.memory_chart import chart_of
@@ -48,6 +49,7 @@ def render_html(report: Report) -> str:
         report=report,
         headline=_headline(report),
         elsewhere=count_elsewhere(report),
+        unseen=unseen_regions(report),
         format_bytes=format_bytes,
         describe_budget=describe_budget,
         relative=_relative,

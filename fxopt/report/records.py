@@ -188,7 +188,8 @@ class RegionRecord:
     """One thing fxopt compiles: `kind` "block" or "model", `module` the first path, `count` its copies.
 
     `status` is "captured", "stock" (with `reason`), or "pending" before the first step. `breaks` says for each
-    place where its graph breaks into pieces why and where, `guards` under which conditions its captures hold.
+    place where its graph breaks into pieces why and where, `guards` under which conditions its captures hold. Of
+    its copies `unseen` were served by no capture: what sites they have is not known.
     """
 
     kind: str
@@ -199,6 +200,7 @@ class RegionRecord:
     reason: str = ""
     breaks: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
+    unseen: int = dataclasses.field(default=0, metadata=CAME_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

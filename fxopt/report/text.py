@@ -12,7 +12,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fxopt.report.figures import caller_of, count_elsewhere, layer_figures, num_elsewhere, region_title
+from fxopt.report.figures import (
+    caller_of,
+    count_elsewhere,
+    layer_figures,
+    num_elsewhere,
+    region_title,
+    unseen_regions,
+)
 from fxopt.report.records import PassRecord, Proof, Report, RewriteElsewhere, Site, Status
 from fxopt.report.units import format_bytes, plural
 
@@ -73,6 +80,9 @@ def _render_headline(report: Report) -> list[str]:
     if report.lowering:
         title += f", lowering {report.lowering}"
     lines = [*wrap(title), *wrap(_count_by_status(report))]
+    unseen = unseen_regions(report)
+    if unseen:
+        lines += wrap(f"not captured, their sites are in no count: {', '.join(unseen)}")
     if report.elsewhere:
         forms = (f"{pattern} -> {op}{times(count)}" for (pattern, op), count in count_elsewhere(report))
         lines += wrap(f"{plural(num_elsewhere(report), 'rewrite')} elsewhere: {', '.join(forms)}")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from fxopt.errors import first_sentence
 from fxopt.graph.view import location_of
 from fxopt.rewriting.trees import items_of
 
@@ -28,7 +29,6 @@ CURES = (
     ("by an inplace operation", "write to nothing that backward reads: make a new tensor"),
 )
 """What torch and Triton say, in part, and what helps."""
-MOST_CHARACTERS = 200
 
 
 def code_of(function: Any) -> Any:
@@ -84,11 +84,10 @@ def _frames_captured(error: BaseException) -> Any:
 
 
 def said_by(error: BaseException) -> str:
-    """Return the kind of an error and its first line; of Dynamo's the explanation, which the heading lacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    explained = (line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: "))
-    text = next(explained, lines[0] if lines else "").rpartition(": got ")[2]
-    return f"{type(error).__name__}: {text[:MOST_CHARACTERS]}"
+    """Return the kind of an error and its first sentence; of Dynamo's the explanation, which the heading lacks."""
+    explanation = str(error).partition("Explanation:")[2]
+    text = first_sentence(explanation or str(error)).rpartition(": got ")[2]
+    return f"{type(error).__name__}: {text}"
 
 
 def cure_of(error: BaseException, otherwise: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.errors import first_sentence
 from fxopt.graph import vocabulary
 from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.report.records import Proof
@@ -142,7 +143,7 @@ def prove(match: Match, replacement: Replacement) -> tuple[Proof, tuple[tuple[in
             many = many or few
             comparisons, oracle_dtype = _compare(match, replacement, autocast, few, many)
         except Exception as error:
-            reason = f"the proof could not run: {type(error).__name__}: {_first_line(error)}"
+            reason = f"the proof could not run: {type(error).__name__}: {first_sentence(str(error))}"
             return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason, ""), ()
     worst = max(comparisons, key=lambda comparison: comparison.excess)
     passed = worst.excess <= 1
@@ -323,10 +324,6 @@ def _relative_error(value: torch.Tensor, oracle: torch.Tensor) -> float:
 def _slices_of(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the items of `value` in parts, so that what is compared is not held once more as a whole."""
     return torch.split(value.reshape(-1), PART)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
 
 
 def _device_of(match: Match) -> torch.device:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import random
+import re
 
 import pytest
 import torch
@@ -149,11 +152,101 @@ def test_blocks_of_which_no_piece_is_captured_are_counted() -> None:
     x = torch.randn(2, 4)
     assert torch.equal(model(x), stock(x))
     report = fxopt.explain(model)
-    counts = {
-        fallback.reason: fallback.count for fallback in report.fallbacks if fallback.region != MODEL_REGION
-    }
-    assert counts == {"its graph breaks before a piece of it could be captured": 3}, report.fallbacks
-    assert report.regions[0].status == "stock"
+    ((reason, count),) = [
+        (fallback.reason, fallback.count) for fallback in report.fallbacks if fallback.region != MODEL_REGION
+    ]
+    assert count == 3
+    assert reason.startswith("its graph breaks before a piece of it could be captured; Skip inlining ")
+    assert re.search(r"; at test_refusals\.py:\d+$", reason)
+    assert " at 0x" not in reason
+    assert (report.regions[0].status, report.regions[0].reason) == ("stock", reason)
+    assert report.regions[0].unseen == 3
+    assert "not captured, their sites are in no count: 3 of 3 blocks at 0\n" in str(report)
+
+
+class Dropping(nn.Linear):
+    """A block that is left out by chance."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if random.random() < 0:
+            return input
+        return super().forward(input).tanh()
+
+
+def test_blocks_that_break_at_their_first_op_say_why_and_where() -> None:
+    model = fxopt.optimize(nn.Sequential(*(Dropping(4, 4) for _ in range(3))))
+    model(torch.randn(2, 4)).sum().backward()
+    blocks = fxopt.explain(model).regions[0]
+    line = inspect.getsourcelines(Dropping.forward)[1] + 1
+    assert (blocks.status, blocks.unseen) == ("captured", 0)
+    (reason,) = blocks.breaks
+    assert "Random.random" in reason
+    assert reason.endswith(f"; at test_refusals.py:{line}")
+
+
+class Named(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x.tanh()}
+
+
+class Looping(nn.Module):
+    """Blocks that are left out by chance, or that return a dict."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.kind = nn.Linear(8, 8), kind
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), Named() if kind == "dict" else nn.Tanh()) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            if self.kind == "random" and random.random() < 0:
+                continue
+            if self.kind == "rand" and torch.rand(1).item() < -1:
+                continue
+            found = layer(x)
+            x = found["x"] if self.kind == "dict" else found
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "cause"),
+    [
+        ("random", "random.random()", "Random.random"),
+        ("rand", "torch.rand(1)", "what is computed depends on the values of a tensor; "),
+        ("dict", "found = layer", "a block returns something else than a tensor or a tuple of tensors; "),
+    ],
+)
+def test_a_tail_that_is_not_captured_is_told_in_the_headline_with_its_cause_and_line(
+    kind: str, text: str, cause: str
+) -> None:
+    model = fxopt.optimize(Looping(kind).train())
+    model(torch.randn(2, 8)).backward()
+    report = fxopt.explain(model)
+    tail = report.regions[-1]
+    lines, first = inspect.getsourcelines(Looping.forward)
+    (line,) = (first + number for number, each in enumerate(lines) if text in each)
+    assert (tail.status, tail.unseen, report.regions[0].unseen) == ("stock", 1, 0)
+    assert cause in tail.reason
+    assert tail.reason.endswith(f"; at test_refusals.py:{line}")
+    assert "\nnot captured, their sites are in no count: what stands after the blocks\n" in str(report)
+
+
+def test_a_reason_of_several_lines_is_told_to_the_end_of_its_sentence() -> None:
+    model = Stack(*(nn.Tanh() for _ in range(3))).train()
+
+    def transform(gm, *, region, lazy_outputs):
+        raise RuntimeError("a view was made without grad\nand is written to in place.\nWhile executing %x")
+
+    installation = Installation(model, None, transform, torch_lowering.plain_backend, partial=False)
+    installation.install()
+    model(IDS).backward()
+    told = "RuntimeError: a view was made without grad and is written to in place."
+    reasons = [fallback.reason for fallback in installation.ledger.fallback_records()]
+    assert reasons
+    assert all(told in reason and "While executing" not in reason for reason in reasons)
 
 
 def test_blocks_may_be_called_as_what_stands_around_them() -> None:
