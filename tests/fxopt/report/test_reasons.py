@@ -202,6 +202,43 @@ def loss_site(report: Report) -> Site:
     return site
 
 
+class Losing(nn.Module):
+    def __init__(self, lose: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.tower, self.head, self.lose = Tower(lambda m, x: torch.tanh(m.base(x))), nn.Linear(8, 12), lose
+        self.balance = nn.Buffer(torch.rand(12))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.lose(self, self.head(self.tower(x)), labels)
+
+
+def balanced(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.view(-1, 12), labels.view(-1), weight=m.balance)
+
+
+def viewed(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.log_softmax(logits, -1).view(-1, 12), labels.view(-1))
+
+
+def gathered(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean()
+
+
+@pytest.mark.parametrize(
+    ("lose", "reason"),
+    [
+        (balanced, "weight of cross_entropy: expected None, got placeholder "),
+        (viewed, "expected cross_entropy, got nll_loss"),
+        (gathered, "expected cross_entropy, got gather"),
+    ],
+)
+def test_a_loss_of_another_form_is_told_by_the_one_thing_that_differs(lose: Any, reason: str) -> None:
+    (site,) = report_on(Losing(lose), torch.randn(2, 4, 8), torch.randint(0, 12, (2, 4))).sites
+    assert (site.pattern, site.status) == ("linear_cross_entropy", "unmatched")
+    assert site.reason.startswith(f"linear_cross_entropy: {reason}")
+    assert site.location == line_of(lose, "return ")
+
+
 def test_a_loss_without_its_head_says_who_reads_the_logits() -> None:
     x, labels = torch.randn(2, 4, 8), torch.randint(0, 12, (2, 4))
     report = report_on(Head(entropy), x, labels)
