@@ -57,10 +57,9 @@ def find_nearest_miss(
 
 
 def _find_lacking(pattern: Pattern, state: GraphState) -> frozenset[Target]:
-    """Return the ops that every match contains and the graph does not."""
-    return frozenset(
-        target for target in find_needed_ops(pattern.terms[0]) if not state.by_target.get(target)
-    )
+    """Return the ops that every match contains and the graph does not, less those that say nothing."""
+    needed = find_needed_ops(pattern.terms[0]) - COMMON
+    return frozenset(target for target in needed if not state.by_target.get(target))
 
 
 def _find_nodes(gm: fx.GraphModule, origin: str) -> Iterator[tuple[GraphState, fx.Node]]:

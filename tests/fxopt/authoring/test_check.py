@@ -76,7 +76,7 @@ def test_a_near_miss_that_matches_is_told() -> None:
 def test_a_near_miss_of_another_reason_is_told() -> None:
     mine = fxopt.pattern(growth, torch.expm1, [X], near_misses=[(decay, X, "the moon")])
     (failed,) = failures(mine)
-    assert "expected the reason 'the moon', got 'expected 1, got 2'" in failed.detail
+    assert "expected the reason 'the moon', got 'b of sub: expected 1, got 2'" in failed.detail
 
 
 def broken(x: torch.Tensor) -> torch.Tensor:
