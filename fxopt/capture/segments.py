@@ -161,18 +161,22 @@ def cut_piece(gm: fx.GraphModule, nodes: set[fx.Node], outputs: tuple[fx.Node, .
 def compile_model_graph(
     gm: fx.GraphModule, example_inputs: list[Any], lower: Lowering, segments: Segments
 ) -> Callable[..., Any]:
-    """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`."""
+    """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`.
+
+    Inputs are handed on as they are: of a float that is a symbol AOTAutograd knows the real tensor, not the stand-in.
+    """
     if not segments.lazy and not segments.cuts:
         return lower(gm, example_inputs)
     lazy, results = set(segments.lazy), results_of(gm)
     placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
+    given = dict(zip(placeholders, example_inputs, strict=True))
     pieces: list[tuple[Piece, Callable[..., Any]]] = []
     for part in parts_of(gm, segments):
         outputs = tuple(
             node for node in gm.graph.nodes if node in part and any(user not in part for user in node.users)
         )
         piece = cut_piece(gm, part, outputs)
-        examples = [node.meta["example_value"] for node in piece.inputs]
+        examples = [given.get(node, node.meta["example_value"]) for node in piece.inputs]
         pieces.append((piece, lower(piece.graph, examples)))
     lazy_outputs = tuple(dict.fromkeys(node for node in results if node in lazy))
     if not lazy_outputs:
