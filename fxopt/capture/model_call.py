@@ -129,7 +129,8 @@ class ModelCall:
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
                 if gatherings:
-                    return call_model_gathered(model, gatherings, self._run_uncaptured, args, kwargs)
+                    with self._checkpointing.taken_over():  # ranks that serve the call gather so too
+                        return call_model_gathered(model, gatherings, self._run_uncaptured, args, kwargs)
                 forward = self._sharding.find_stock_forward()
                 if forward is not None:
                     return call_with_forward(model, forward, args, kwargs)

@@ -64,7 +64,7 @@ def zero_memory(
             engine.step()
     (made,) = fxopt.explain(model).plans
     return {
-        "static_bytes": made.static_bytes,
+        "static_bytes": made.static_bytes - fxopt.planning.workspace_bytes(DEVICE),
         "peak_bytes": made.peak_bytes,
         "timeline": {instant.name: instant.bytes for instant in made.timeline},
         "living_bytes": sum(s.nbytes() for place, s in _find_storages().items() if place not in others),

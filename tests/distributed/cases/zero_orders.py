@@ -89,7 +89,8 @@ def zero_late(hooked: bool) -> dict[str, Any]:
     engine = initialize(model, 2, reduce_bucket_size=300)
     if hooked and dist.get_rank() == dist.get_world_size() - 1:
         model.layers[1][1].register_forward_hook(lambda *_: None)
-    loss = engine(torch.randn(4, 8, generator=torch.Generator().manual_seed(dist.get_rank())))
+    rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    loss = engine(rows.to(engine.device))
     raised = text = ""
     try:
         engine.backward(loss)
