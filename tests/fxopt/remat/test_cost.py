@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 import fxopt
+from fxopt.remat.cost import flops_of
 from fxopt.remat.devices import BANDWIDTH_SHARE, OTHER
 from fxopt.remat.joint import read_joint
 
@@ -74,3 +75,26 @@ def test_a_step_ends_with_the_optimizers():
     for part in model[1:]:
         part.requires_grad_(False)
     assert fxopt.plan(model, None, inputs).update_ms == pytest.approx(plan.update_ms / 3)
+
+
+@pytest.mark.parametrize(
+    "op", ["_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"]
+)
+def test_attention_of_grouped_heads_is_counted_as_with_a_key_for_each_query(op):
+    """Torch 2.11 has no formula for it, and a block whose cost could not be counted ran stock."""
+    target = getattr(torch.ops.aten, op).default
+
+    def count(num_keys: int) -> int:
+        graph = fx.Graph()
+        shapes = {"q": (2, 8, 16, 32), "k": (2, num_keys, 24, 32), "v": (2, num_keys, 24, 32)}
+        nodes = []
+        with FakeTensorMode():
+            for name, shape in shapes.items():
+                nodes.append(graph.placeholder(name))
+                nodes[-1].meta["val"] = torch.empty(shape, dtype=torch.bfloat16)
+            more = (None, False) if "efficient" in op else ()
+            node = graph.call_function(target, (*nodes, *more))
+            node.meta["val"] = torch.empty(shapes["q"], dtype=torch.bfloat16)
+            return flops_of(node)
+
+    assert count(2) == count(8) == 2 * 2 * 2 * 8 * 16 * 24 * 32
