@@ -1,10 +1,11 @@
-"""The key/value cache of a training call: nothing reads it, and a graph that fills one is another graph."""
+"""The key/value cache of a training call: layers with slots of their own read nothing from it, and a graph that fills
+one is another graph."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from fxopt.capture.dispatch import accepts, takes_any
 from fxopt.capture.ledger import Ledger
+from fxopt.capture.shared_slots import SharedSlots
 
 DECLINED = "training calls run with use_cache=False: a key/value cache is not read in training"
 
@@ -32,13 +34,30 @@ class Cache:
         takers = [module for module in inner if accepts(module.forward, "use_cache")]
         is_adapted = _is_of(model, "peft", "PeftModel") and takes_any(model.forward) and bool(takers)
         self._is_taken = model in takers or is_adapted
-        self._inner = () if self._is_taken else inner
+        self._inner = inner
+        self._slots = SharedSlots(model)
+        self.is_looking_only = False
+        """Whether no call trains anything: then layers are taken to have slots of their own, with a note."""
+
+    def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
+        """Return why a call has to keep the cache that the model builds unasked, or None."""
+        if not self._slots.suspects or self._is_told(kwargs):
+            return None
+        if not any(getattr(config, "use_cache", False) for config in self._configs()):
+            return None
+        if self.is_looking_only:
+            self._ledger.note(self._slots.doubt)
+            return None
+        return self._slots.find_obstacle(kwargs)
+
+    def watched(self, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Return a scope for a stock call: where it had to keep its cache, it shows whether later ones have to."""
+        is_kept = self.find_obstacle(kwargs) is not None
+        return self._slots.watched(kwargs) if is_kept else contextlib.nullcontext()
 
     def declined(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return `kwargs` with the cache declined, unless the caller asked for one."""
-        if not self._is_taken or "use_cache" in kwargs or kwargs.get("past_key_values") is not None:
-            return kwargs
-        if self._hangs_on_cache(kwargs):
+        if not self._is_taken or self._is_told(kwargs) or self._hangs_on_cache(kwargs):
             return kwargs
         self._ledger.note(DECLINED)
         return {**kwargs, "use_cache": False}
@@ -46,11 +65,8 @@ class Cache:
     @contextlib.contextmanager
     def switched_off(self, kwargs: dict[str, Any]) -> Iterator[None]:
         """Have the models within this one build no cache within the scope, as far as their configs decide it."""
-        configs = {
-            id(config): config for module in self._inner if (config := getattr(module, "config", None))
-        }
-        building = [config.__dict__ for config in configs.values() if config.__dict__.get("use_cache")]
-        if not building or self._hangs_on_cache(kwargs):
+        building = [config.__dict__ for config in self._configs() if config.__dict__.get("use_cache")]
+        if self._is_taken or not building or self._hangs_on_cache(kwargs):
             yield
             return
         self._ledger.note(DECLINED)
@@ -63,8 +79,19 @@ class Cache:
             for fields, value in before:
                 fields["use_cache"] = value
 
+    def _configs(self) -> Iterable[Any]:
+        """Return the configs of the models of transformers' within this one, or of itself, each once."""
+        configs = (getattr(module, "config", None) for module in self._inner)
+        return {id(config): config for config in configs if config}.values()
+
+    def _is_told(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether the caller says what to do about a cache."""
+        return self._is_taken and ("use_cache" in kwargs or kwargs.get("past_key_values") is not None)
+
     def _hangs_on_cache(self, kwargs: dict[str, Any]) -> bool:
         """Return whether a call's result is another without a cache, which is noted."""
+        if self.find_obstacle(kwargs) is not None:
+            return True
         if self._counts_from_positions() or not is_packed(kwargs):
             return False
         self._ledger.note(

@@ -84,13 +84,13 @@ class Installation:
         self.offloader = None if planner is None else make_offloader(planner, self._tell)
         self._calls: dict[str, BlockCalls] = {}
         blocks = dict(self.regions.blocks)
-        self._cache = Cache(model, self.ledger)
+        self.cache = Cache(model, self.ledger)
         self.checkpointing = checkpointing = Checkpointing(blocks.values(), planned=planner is not None)
         obstacle = find_obstacle(model) if replayed and options.lowering != "plain" else ""
         self.cuda_graphs = CudaGraphs(obstacle, self.ledger.note)
         if blocks:
             self.model_call: ModelCall | None = ModelCall(
-                self.ledger, model, blocks, self._compile_model, checkpointing, self.cuda_graphs
+                self.ledger, model, blocks, self._compile_model, checkpointing, self.cuda_graphs, self.cache
             )
         else:
             self.model_call = None
@@ -173,8 +173,8 @@ class Installation:
         with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled():
                 return run(*args, **kwargs)
-            with self._cache.switched_off(kwargs):
-                return run(*args, **self._cache.declined(kwargs))
+            with self.cache.switched_off(kwargs):
+                return run(*args, **self.cache.declined(kwargs))
 
     def _make_leaf(self, calls: BlockCalls, path: str, block: nn.Module) -> Callable[..., Any]:
         model_call = self.model_call

@@ -78,6 +78,7 @@ class ModelCall:
         backend: Callable[..., Any],
         checkpointing: Checkpointing,
         cuda_graphs: CudaGraphs,
+        cache: Cache,
     ) -> None:
         self.ledger = ledger
         self.model = model
@@ -92,7 +93,7 @@ class ModelCall:
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
-        self._cache = Cache(model, ledger)
+        self._cache = cache
         self.stand_ins = StandIns()
         self._collects = False
         """Whether the leaves hand on what transformers collects inside their blocks."""
@@ -122,19 +123,15 @@ class ModelCall:
             if not torch.is_grad_enabled() or self._trunk.is_running or self._meta_trunk.is_running:
                 return torch_modules.stock_call(model, *args, **kwargs)
             kwargs = self._cache.declined(kwargs)
-            reason = self.find_obstacle(args, kwargs)
+            kept = self._cache.find_obstacle(kwargs)
+            reason = kept or self.find_obstacle(args, kwargs)
             gatherings = self._sharding.find_gatherings()
             if reason is None and not self._lock.acquire(blocking=False):
                 reason = "another thread runs the model"
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
-                if gatherings:
-                    with self._checkpointing.taken_over():  # ranks that serve the call gather so too
-                        return call_model_gathered(model, gatherings, self._run_uncaptured, args, kwargs)
-                forward = self._sharding.find_stock_forward()
-                if forward is not None:
-                    return call_with_forward(model, forward, args, kwargs)
-                return torch_modules.stock_call(model, *args, **kwargs)
+                with self._cache.watched(kwargs):
+                    return self._run_stock(gatherings, args, kwargs, is_cache_kept=kept is not None)
             self._owner = threading.get_ident()
             self.note_begin()
             try:
@@ -153,6 +150,19 @@ class ModelCall:
             finally:
                 self._owner = None
                 self._lock.release()
+
+    def _run_stock(
+        self, gatherings: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_cache_kept: bool
+    ) -> Any:
+        if gatherings and is_cache_kept:  # on all ranks; the blocks' own checkpointing takes the cache away
+            return call_model_gathered(self.model, gatherings, self._run_uncaptured, args, kwargs)
+        if gatherings:
+            with self._checkpointing.taken_over():  # ranks that serve the call gather so too
+                return call_model_gathered(self.model, gatherings, self._run_uncaptured, args, kwargs)
+        forward = self._sharding.find_stock_forward()
+        if forward is not None:
+            return call_with_forward(self.model, forward, args, kwargs)
+        return torch_modules.stock_call(self.model, *args, **kwargs)
 
     def _serve_within(self, *args: Any, **kwargs: Any) -> Any:
         """Serve the call; where memory runs out, once more under a plan that needs less."""

@@ -1,0 +1,187 @@
+"""Layers that write to one slot of a key/value cache: the second attends to the first one's keys, in training too.
+
+Each layer is told its slot by a whole number that it keeps, which a copy of the layer keeps as well. Layers that are
+alike in all of theirs may share a slot, or have none; one call that runs stock shows which.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import inspect
+import operator
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.checkpointing import SWITCH
+from fxopt.capture.modules import walk
+from fxopt.capture.torch_modules import children_of
+from fxopt.capture.torch_tensors import version_of
+
+SLOT = "a slot of the key/value cache"
+CURE = "pass use_cache=False, which is another result, to have such calls served"
+
+
+class SharedSlots:
+    """Whether calls of one model that build a cache have layers read it, by what the first call of each kind did."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.suspects = find_suspects(model)
+        self._shared: dict[Any, str | None] = {}
+        """By kind of call, the path of a list of layers that share a slot, None where none do."""
+
+    @property
+    def doubt(self) -> str:
+        """What is not known before a training call."""
+        return (
+            f"{self._named(*self.suspects)} may share {SLOT}: where the first training call shows that they do, calls "
+            f"run stock; {CURE}"
+        )
+
+    def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
+        """Return why a call that builds a cache runs stock and with it, or None."""
+        kind = self._kind_of(kwargs)
+        if kind not in self._shared:
+            return f"{self._named(*self.suspects)} may share {SLOT}, which this call shows; {CURE}"
+        path = self._shared[kind]
+        if path is None:
+            return None
+        return f"{self._named(path)} share {SLOT} and attend to each other's keys; {CURE}"
+
+    def _named(self, *paths: str) -> str:
+        return f"layers of {', '.join(path or 'the model' for path in paths)}"
+
+    @contextlib.contextmanager
+    def watched(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """See within the scope, which is one stock call with these arguments, whether a slot is written to twice."""
+        kind = self._kind_of(kwargs)
+        if kind in self._shared:
+            yield
+            return
+        watch = _Watch()
+        with contextlib.ExitStack() as hooks:
+            for path, layers in self.suspects.items():
+                for layer in set(layers):
+                    hooks.enter_context(watch.hooked(path, layer))
+            yield
+        if watch.shared:
+            self._shared[kind] = watch.shared[0]
+        elif not any(0 < watch.calls[path] < len(layers) for path, layers in self.suspects.items()):
+            self._shared[kind] = None  # no layer was dropped from this call
+
+    def _kind_of(self, kwargs: dict[str, Any]) -> Any:
+        """Return what tells apart calls in which layers may be given a cache from those in which they are not."""
+        given = frozenset(name for name, value in kwargs.items() if value is not None)
+        is_checkpointed = any(vars(module).get(SWITCH) is True for module in walk(self._model))
+        return given, kwargs.get("use_cache"), self._model.training, is_checkpointed
+
+
+class _Watch:
+    """What the layers of one call, in one thread, do to a cache that they are given."""
+
+    def __init__(self) -> None:
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.shared: list[str] = []
+        self._thread = threading.get_ident()
+        self._held: list[dict[Any, tuple[torch.Tensor, int]]] = []
+
+    @contextlib.contextmanager
+    def hooked(self, path: str, layer: nn.Module) -> Iterator[None]:
+        """Watch the calls of `layer` within the scope."""
+        before = layer.register_forward_pre_hook(functools.partial(self._enter, path), with_kwargs=True)
+        after = layer.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self.calls[path] += 1
+            self._held.append(_find_cached(args, kwargs))
+
+    def _leave(
+        self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if threading.get_ident() == self._thread:
+            held, now = self._held.pop(), _find_cached(args, kwargs)
+            for place, (tensor, version) in held.items():
+                found = now.get(place)
+                if found is None or found[0] is not tensor or found[1] != version:
+                    self.shared.append(path)
+
+
+def find_suspects(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    """Return the lists in `model` of layers that take a cache and are not all told apart, with their paths.
+
+    One that stands in a list twice is in it twice here.
+    """
+    suspects: dict[str, tuple[nn.Module, ...]] = {}
+    for module, path in walk(model).items():
+        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            continue
+        layers = tuple(
+            layer for layer in children_of(module).values() if layer is not None and _takes_cache(layer)
+        )
+        if len({(type(layer), _numbers_of(layer)) for layer in layers}) < len(layers):
+            suspects[path] = layers
+    return suspects
+
+
+def _takes_cache(layer: nn.Module) -> bool:
+    """Return whether `layer` takes what earlier calls left, by any of the names that transformers has had for it."""
+    try:
+        return any("past" in name for name in inspect.signature(type(layer).forward).parameters)
+    except (TypeError, ValueError):
+        return False
+
+
+def _numbers_of(layer: nn.Module) -> frozenset[tuple[str, str, int]]:
+    """Return by path and name the whole numbers that the modules of `layer` keep, but those that all of them do.
+
+    Engines number all modules of a model, whatever these are.
+    """
+    numbers = {
+        path: {name: value for name, value in vars(module).items() if type(value) is int}
+        for module, path in walk(layer).items()
+    }
+    of_all = functools.reduce(operator.and_, (own.keys() for own in numbers.values()))
+    return frozenset(
+        (path, name, value)
+        for path, own in numbers.items()
+        for name, value in own.items()
+        if name not in of_all
+    )
+
+
+def _find_cached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, tuple[torch.Tensor, int]]:
+    """Return by place the tensors, each with its version, that caches of transformers' hold among the arguments."""
+    kind: Any = getattr(sys.modules.get("transformers"), "Cache", ())
+    found: dict[Any, tuple[torch.Tensor, int]] = {}
+    seen: set[int] = set()
+    queue: list[tuple[tuple[Any, ...], Any]] = [
+        ((id(value),), value) for value in (*args, *kwargs.values()) if isinstance(value, kind)
+    ]
+    while queue:
+        place, value = queue.pop()
+        if isinstance(value, torch.Tensor):
+            if value.numel():
+                found[place] = (value, version_of(value))
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, list | tuple):
+            queue += [((*place, index), item) for index, item in enumerate(value)]
+        else:
+            fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+            queue += [((*place, name), item) for name, item in fields.items()]
+    return found

@@ -1,0 +1,256 @@
+"""Layers that share a slot of the key/value cache read it in training: results stay those of stock with the cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import fxopt
+from fxopt.capture.shared_slots import SharedSlots, find_suspects
+from fxopt.coverage.shrink import tiny_config
+from fxopt.report.records import MODEL_REGION
+
+IDS = torch.randint(1, 256, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+class ValueHead(nn.Module):
+    """A language model within another module, which is what is trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.value = nn.Linear(model.config.hidden_size, 1)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **given: Any) -> torch.Tensor:
+        output = self.model(input_ids=input_ids, labels=labels, output_hidden_states=True, **given)
+        return output.loss + self.value(output.hidden_states[-1]).square().mean()
+
+
+def share(model: Any, how: str) -> Any:
+    """Have the last layer of `model` stand where another one does in a cache, or as the same module twice."""
+    layers = model.model.layers
+    first, length = layers[0], len(layers)
+    if how == "copy":
+        layers[length - 1] = copy.deepcopy(first)
+    elif how == "all":
+        for index in range(1, length):
+            layers[index] = copy.deepcopy(first)
+    elif how == "appended":
+        layers.append(copy.deepcopy(first))
+        model.config.num_hidden_layers += 1
+        model.config.layer_types = None
+    elif how == "module":
+        layers[length - 1] = first
+    elif how == "numbered":
+        layers[length - 1] = copy.deepcopy(first)
+        for number, module in enumerate(model.modules()):  # as engines do
+            module.number = number
+    elif how == "attention":
+        layers[length - 1].self_attn = first.self_attn
+    return model
+
+
+def loss_of(model: Any, **given: Any) -> torch.Tensor:
+    output = model(input_ids=IDS, labels=IDS, **given)
+    return output if isinstance(output, torch.Tensor) else output.loss
+
+
+def differs_without_cache(model: Any) -> bool:
+    with torch.no_grad():
+        return not torch.allclose(loss_of(model), loss_of(model, use_cache=False), rtol=1e-5)
+
+
+@pytest.fixture
+def assert_steps_of_stock() -> Any:
+    """Return a function that compares the loss and all gradients of two steps with those of `stock`."""
+
+    def compare(model: Any, stock: Any, **given: Any) -> None:
+        for _ in range(2):
+            for each in (model, stock):
+                each.zero_grad()
+                loss_of(each, **given).backward()
+            torch.testing.assert_close(loss_of(model, **given), loss_of(stock, **given), rtol=1e-5, atol=0)
+            for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+                assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm(), name
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("how", "is_within"),
+    [
+        *((how, False) for how in ("copy", "all", "appended", "module", "attention", "numbered")),
+        *((how, True) for how in ("copy", "module")),
+    ],
+)
+def test_layers_of_one_slot_train_as_in_stock(how, is_within, build, assert_steps_of_stock):
+    model = share(build(), how)
+    assert differs_without_cache(model)
+    model = ValueHead(model) if is_within else model
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    assert_steps_of_stock(model, stock)
+    reasons = [each.reason for each in fxopt.explain(model).fallbacks if each.region == MODEL_REGION]
+    assert any("share a slot of the key/value cache and attend to" in reason for reason in reasons)
+    assert all("use_cache=False" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("how", ["copy", "module"])
+@pytest.mark.parametrize("by", ["argument", "config"])
+@pytest.mark.parametrize("is_within", [False, True])
+def test_without_a_cache_layers_of_one_slot_are_served(how, by, is_within, build, assert_steps_of_stock):
+    model = share(build(), how)
+    given = {"use_cache": False} if by == "argument" else {}
+    model.config.use_cache = by == "argument"
+    model = ValueHead(model) if is_within else model
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    if by == "argument" and is_within:  # that the module hands it on is seen at a first call
+        loss_of(model, **given)
+        first = fxopt.explain(model).fallbacks
+        assert ["which this call shows" in each.reason for each in first] == [True]
+    else:
+        first = ()
+    assert_steps_of_stock(model, stock, **given)
+    report = fxopt.explain(model)
+    assert report.fallbacks == first
+    assert {site.status for site in report.sites} == {"rewritten"}
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "how", "is_within"),
+    [(False, "copy", False), (True, "module", False), (False, "module", True), (True, "copy", True)],
+)
+def test_layers_of_one_slot_train_as_in_stock_whether_checkpointed_or_not(
+    reentrant, how, is_within, build, assert_steps_of_stock
+):
+    """Under checkpointing, stock drops the cache itself: one kind of call says nothing of the other."""
+    inner = share(build(), how)
+    model = ValueHead(inner) if is_within else inner
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+
+    def switch(to: bool) -> None:
+        for each in (inner, stock.model if is_within else stock):
+            if to:
+                each.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                each.enable_input_require_grads()
+            else:
+                each.gradient_checkpointing_disable()
+                each.disable_input_require_grads()
+
+    for to in (True, False, True):
+        switch(to)
+        assert_steps_of_stock(model, stock)
+
+
+def test_evaluation_and_generation_are_left_alone(build):
+    model = share(build(), "copy")
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    loss_of(model).backward()
+    for each in (model, stock):
+        each.eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, stock(IDS).logits)
+    given = dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(IDS, **given), stock.generate(IDS, **given))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_layers_with_slots_of_their_own_are_served(arch, build, assert_steps_of_stock):
+    model = build(arch)
+    assert not find_suspects(model)
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    assert_steps_of_stock(model, stock)
+    assert fxopt.explain(model).fallbacks == ()
+
+
+def test_layers_without_a_slot_are_served_after_one_call(assert_steps_of_stock):
+    """Layers of recurrences have no number that tells them apart, and put nothing into the cache."""
+    torch.manual_seed(0)
+    config = tiny_config("recurrent_gemma")
+    config.use_cache = True
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert find_suspects(model).keys() == {"model.layers"}
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    loss_of(model).backward()
+    first = fxopt.explain(model).fallbacks
+    assert sum(each.count for each in first if each.region == MODEL_REGION) == 1
+    assert_steps_of_stock(model, stock)
+    again = [each for each in fxopt.explain(model).fallbacks if each not in first]
+    assert not any("cache" in each.reason or "Cache" in each.reason for each in again)
+
+
+def test_blocks_that_share_weights_under_slots_of_their_own_train_as_in_stock(assert_steps_of_stock):
+    torch.manual_seed(0)
+    config = tiny_config("zamba2")
+    config.use_cache = True
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert not find_suspects(model)
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    assert_steps_of_stock(model, stock)
+
+
+def test_a_layer_that_is_dropped_at_times_leaves_the_question_open(build, assert_steps_of_stock):
+    """The copy is not called at the first step, so that this one shows nothing."""
+    model = share(build(), "copy")
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    copied, copied_in_stock = (each.model.layers[-1] for each in (model, stock))
+    for each in (model, stock):
+        del each.model.layers[-1]
+        each.config.num_hidden_layers -= 1
+    loss_of(model).backward()
+    for each, layer in ((model, copied), (stock, copied_in_stock)):
+        each.model.layers.append(layer)
+        each.config.num_hidden_layers += 1
+    assert_steps_of_stock(model, stock)
+
+
+class Adding(nn.Module):
+    """A layer that keeps a sum in the cache, in a tensor of its own or of all."""
+
+    def __init__(self, place: int | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.inner = nn.Linear(2, 2)
+        self.place = place
+
+    def forward(self, x: torch.Tensor, past_key_values: Any) -> torch.Tensor:
+        sums = past_key_values.sums
+        key = self.place or str(len(sums))
+        sums[key] = sums[key].add_(x.detach()) if key in sums else x.detach().clone()
+        return self.inner(x) * self.weight
+
+
+@pytest.mark.parametrize("place", [1, None])
+def test_writes_in_place_are_seen(place):
+    model = nn.Sequential(Adding(place), Adding(place))
+    slots = SharedSlots(model)
+    assert "may share" in str(slots.find_obstacle({}))
+    cache: Any = DynamicCache()
+    cache.sums = {}
+    x = torch.ones(2)
+    with slots.watched({}):
+        for layer in model:
+            x = layer(x, past_key_values=cache)
+    assert ("attend to each other's keys" in str(slots.find_obstacle({}))) == (place is not None)
+
+
+def test_before_a_training_call_the_report_tells_what_one_will_show(build):
+    report = fxopt.explain(share(build(), "copy"))
+    assert {site.status for site in report.sites} == {"rewritten"}
+    assert report.fallbacks == ()
+    [note] = [note for note in report.notes if "may share a slot of the key/value cache" in note]
+    assert "model.layers" in note
+    assert "use_cache=False" in note
+    assert not any("share a slot" in note for note in fxopt.explain(build()).notes)
