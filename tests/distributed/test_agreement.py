@@ -81,7 +81,7 @@ def test_a_rank_killed_within_a_step_ends_the_others(engine, new_world):
         pytest.importorskip("deepspeed", reason="DeepSpeed is at hand for `make test-deepspeed` alone")
     world = new_world(2, timeout=20)
     world.start("killed", engine=engine)
-    if world.on_gpu:
+    if world.on_gpu and "several" not in engine:  # there the lost rank is missed before backward, on the host
         assert world.wait_for_end(0) != 0, (
             "NCCL's own watchdog ends a process whose collective waits too long"
         )

@@ -131,7 +131,10 @@ def killed(engine: str) -> dict[str, Any]:
     held = memory.used_bytes
     del memory  # it finds its bounds through the model's planner
     gc.collect()
-    more = [thread.name for thread in threading.enumerate() if thread not in threads]
+    own = [
+        each for each in threading.enumerate() if not isinstance(each, threading._DummyThread)
+    ]  # not torch's
+    more = [thread.name for thread in own if thread not in threads]
     return {
         **raised,
         "kept": kept() is not None,
