@@ -166,19 +166,30 @@ def make_adapted(tools: Any, case: Case) -> Any:
     return model.train()
 
 
-QUICK = ("nf4",)
-"""A case takes ten seconds, and this one has all that a dense base has: the others run under `make test-all` only."""
+BATCHES = (((2, 24), "right"), ((3, 17), "none"))
+RESIZED = ("dense", "trained bias on the base", "bias on B", "dropout", "two adapters", "head and embedding")
+RESIZED += ("dora", "nf4", "nf4, blocks of 4096", "eight bits")
+"""Cases that train on sizes unseen at capture too: one of each form of graph, as scales and codes change no form."""
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    ("name", "batches"),
+    [
+        pytest.param("nf4", BATCHES[:1], id="nf4, one size"),  # it has all that a dense base has
+        *(
+            pytest.param(name, BATCHES if name in RESIZED else BATCHES[:1], id=name, marks=pytest.mark.slow)
+            for name in CASES
+        ),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(name: str, tools: Any) -> None:
+def test_a_case_is_rewritten_or_left_with_a_reason_and_trains_as_stock(
+    name: str, batches: Any, tools: Any
+) -> None:
     case = CASES[name]
     ours, theirs = make_adapted(tools, case), make_adapted(tools, case)
     fxopt.optimize(ours)
-    for shape, padded in (((2, 24), "right"), ((3, 17), "none")):
+    for shape, padded in batches:
         batch = tools.make_batch(shape, padded=padded, device="cpu")
         torch.manual_seed(3)
         step = tools.run_step(ours, batch)
