@@ -41,6 +41,7 @@ def test_a_head_tied_to_the_embedding_is_served(two):
     check(two.run("step", engine="fsdp2", order="before", options={"carved": True}, overrides=tied), SITES)
 
 
+@slow
 def test_adapters_on_a_base_in_four_bits(two):
     """FSDP2 shards codes that are stored as of a floating dtype; gathered, they are tensors of no class of their own.
 
@@ -52,6 +53,7 @@ def test_adapters_on_a_base_in_four_bits(two):
     check(answers, {**ADAPTED, "dequantize_4bit": 14})
 
 
+@slow
 def test_parameters_that_wait_on_the_host(two):
     options = {"carved": True, "offloaded": True}
     check(two.run("step", engine="fsdp2", order="before", options=options), SITES)
@@ -109,7 +111,7 @@ def test_a_mean_over_no_labels_is_what_stock_makes_of_it(two):
     [
         pytest.param("fsdp2", {}, id="fsdp2", marks=slow),
         pytest.param("fsdp2", {"carved": True}, id="fsdp2 carved"),
-        pytest.param("ddp", {"find_unused_parameters": True}, id="ddp unused"),
+        pytest.param("ddp", {"find_unused_parameters": True}, id="ddp unused", marks=slow),
         pytest.param("ddp", {"static_graph": True}, id="ddp static"),
     ],
 )
@@ -128,7 +130,7 @@ FREED = {"carved": True, "reshard_after_forward": True}
 @pytest.mark.parametrize(
     ("engine", "options", "place"),
     [
-        ("ddp", {}, "inside"),
+        pytest.param("ddp", {}, "inside", marks=slow),
         ("fsdp2", CARVED, "block"),
         *(
             pytest.param(engine, options, place, marks=slow)

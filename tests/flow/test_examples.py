@@ -19,7 +19,7 @@ RESULTS = {
 
 @pytest.mark.parametrize(
     "name",
-    ["sft_qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft_lora", "full_finetune"))],
+    ["full_finetune", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft_lora", "sft_qlora"))],
 )
 def test_an_example_trains_and_goes_on_when_it_is_run_again(name: str, examples: Any, tmp_path: Path) -> None:
     example = examples(name)

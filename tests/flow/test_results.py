@@ -15,7 +15,8 @@ import fxopt
 peft: Any = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BASES = ["dense", "nf4"]
+BASES = [pytest.param("dense", marks=pytest.mark.slow), "nf4"]
+"""Of a dense base `test_merged_into_dense_weights` is the quick test."""
 CODES = ("absmax", "code", "offset")
 
 
@@ -127,7 +128,13 @@ def test_a_saved_adapter_is_read_back_on_a_stock_base(
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("restored", [True, False], ids=["after restore", "without restore"])
+@pytest.mark.parametrize(
+    "restored",
+    [
+        pytest.param(True, id="after restore", marks=pytest.mark.slow),
+        pytest.param(False, id="without restore"),
+    ],
+)
 def test_adapters_are_merged(trained: Any, flow: Any, tmp_path: Path, restored: bool) -> None:
     stock = copy.deepcopy(trained).merge_and_unload()
     merged = (fxopt.restore(trained) if restored else trained).merge_and_unload()

@@ -45,7 +45,10 @@ def quiet(line: str) -> None:
     assert line.startswith("fxopt bisect: run ")
 
 
-@pytest.mark.parametrize("guilty", [{"glu"}, {"layer_norm"}, {"glu", "rms_norm"}])
+@pytest.mark.parametrize(
+    "guilty",
+    [*(pytest.param({name}, marks=pytest.mark.slow) for name in ("glu", "layer_norm")), {"glu", "rms_norm"}],
+)
 def test_the_culprits_are_found_and_none_can_be_left_out(guilty: set[str]) -> None:
     model = make_model()
     before = [parameter.detach().clone() for parameter in model.parameters()]

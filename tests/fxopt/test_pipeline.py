@@ -386,7 +386,8 @@ def count_calls(run: Callable[[], Any]) -> int:
     return count
 
 
-def test_cost_grows_with_distinct_blocks_not_layers(monkeypatch):
+@pytest.mark.parametrize(("layers", "growth"), [(16, 1.15), pytest.param(64, 1.5, marks=pytest.mark.slow)])
+def test_cost_grows_with_distinct_blocks_not_layers(layers, growth, monkeypatch):
     """Equal layers cost no capture and no pass of their own, and little else.
 
     What grows: Dynamo traces the model's own loop over its blocks, 6,200 to 7,600 calls per layer. From 4 to 16
@@ -407,15 +408,14 @@ def test_cost_grows_with_distinct_blocks_not_layers(monkeypatch):
 
     step(fxopt.optimize(llama()))  # what is done once per process is nobody's cost
     work: list[int] = []
-    for layers in (4, 16, 64):
-        model = llama(layers)
+    for number in (4, layers):
+        model = llama(number)
         runs.clear()
         first = count_calls(lambda model=model: step(fxopt.optimize(model)))
         work.append(first - count_calls(lambda model=model: step(model)))
-        assert runs == {name: 2 for name, _ in pipeline.PASSES}, f"one block and one tail, of {layers} layers"
+        assert runs == {name: 2 for name, _ in pipeline.PASSES}, f"one block and one tail, of {number} layers"
         assert [region.captures for region in fxopt.explain(model).regions] == [1, 1]
-    assert work[1] <= 1.15 * work[0], work
-    assert work[2] <= 1.5 * work[0], work
+    assert work[1] <= growth * work[0], work
 
 
 def test_a_refused_match_of_a_users_own_pattern_is_in_the_report():
@@ -456,7 +456,14 @@ def assert_steps_as(model: nn.Module, stock: nn.Module) -> None:
         assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
 
 
-@pytest.mark.parametrize("path", ["", "model.layers.0", "model.layers.1", "model.layers.0.mlp"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "model.layers.1",
+        *(pytest.param(path, marks=pytest.mark.slow) for path in ("model.layers.0", "model.layers.0.mlp")),
+    ],
+)
 def test_what_the_user_compiles_after_optimize_runs_is_told_and_survives_restore(path, caplog):
     model, stock = fxopt.optimize(llama()), llama()
     assert_steps_as(model, stock)
@@ -535,14 +542,15 @@ def test_a_model_taken_out_of_its_adapters_is_restored_and_optimized(caplog):
     assert slots(merged) == 0
 
 
-@pytest.mark.parametrize("kind", ["rms_norm", "rope", "attention", "linear_cross_entropy"])
-def test_a_disabled_pattern_is_the_reason_of_its_sites(kind):
-    disable = (kind, "cross_entropy") if kind == "linear_cross_entropy" else (kind,)
+@pytest.mark.parametrize("kinds", [("rms_norm", "attention"), ("rope", "linear_cross_entropy")])
+def test_a_disabled_pattern_is_the_reason_of_its_sites(kinds):
+    disable = (*kinds, "cross_entropy") if "linear_cross_entropy" in kinds else kinds
     model = fxopt.optimize(llama(), disable=disable)
     step(model)
     report = fxopt.explain(model)
     left = [site for site in report.sites if site.status != "rewritten"]
-    assert {(site.pattern, site.reason) for site in left} == {(kind, f"{kind}: disabled by the options")}
+    expected = {(kind, f"{kind}: disabled by the options") for kind in kinds}
+    assert {(site.pattern, site.reason) for site in left} == expected
     assert str(report).count("did not match") == 0, "told once, with its site"
 
 
@@ -646,16 +654,16 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
     assert "a rehearsal of the rewrites failed: RuntimeError: no compiler" in caplog.text
 
 
-@pytest.mark.parametrize("label", [9999, -1])
 @pytest.mark.parametrize("disable", [(), ("linear_cross_entropy",)])
-def test_a_label_that_is_no_class_is_an_error_of_the_type_that_stock_raises(label, disable):
-    labels = IDS.clone()
-    labels[0, 3] = label
-    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
-        llama()(input_ids=IDS, labels=labels)
+def test_a_label_that_is_no_class_is_an_error_of_the_type_that_stock_raises(disable):
     model = fxopt.optimize(llama(), disable=disable)
     step(model)
-    with pytest.raises(IndexError, match=f"label {label} is out of bounds, expected 0 to "):
-        model(input_ids=IDS, labels=labels)
-    assert step(model).isfinite(), "the next call is served as before"
+    for label in (9999, -1):
+        labels = IDS.clone()
+        labels[0, 3] = label
+        with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+            llama()(input_ids=IDS, labels=labels)
+        with pytest.raises(IndexError, match=f"label {label} is out of bounds, expected 0 to "):
+            model(input_ids=IDS, labels=labels)
+        assert step(model).isfinite(), "the next call is served as before"
     assert not fxopt.explain(model).fallbacks

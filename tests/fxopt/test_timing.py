@@ -307,7 +307,7 @@ def make_adapted(device, *, width, tokens, four_bit):
     return model, {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bit):
     timer, seen = fake_timer(ms=1.0, room=10**9)
     monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare: Measured(timer))

@@ -113,13 +113,14 @@ def test_forms(name: str, dtype: torch.dtype, with_dh: bool, device: str, check:
     compare(make((7, 63), dtype, device, weight=with_dh), FORMS[name], check, with_dh=with_dh)
 
 
-@pytest.mark.parametrize("name", ["granite", "centred"])
+@pytest.mark.parametrize("name", [pytest.param("granite", marks=pytest.mark.slow), "centred"])
 def test_rows_longer_than_a_tile(name: str, device: str, check: Any) -> None:
     compare(make((4, MOST_TILE_COLUMNS + 3), torch.bfloat16, device), FORMS[name], check)
 
 
 @pytest.mark.parametrize(
-    "num_rows", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(300, marks=pytest.mark.gpu)]
+    "num_rows",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7)), pytest.param(300, marks=pytest.mark.gpu)],
 )
 def test_the_longest_tile_over_several_turns(num_rows: int, device: str, check: Any) -> None:
     """On a GPU the loop over rows is pipelined, and of the tiles this long the weight is not."""

@@ -32,7 +32,7 @@ KNOWN_STACK_BYTES_FROM_TRITON_3_8 = {
 of values and a softcap at once."""
 SLOW = pytest.mark.slow
 TARGETS = [
-    (75, "float16"),
+    pytest.param(75, "float16", marks=SLOW),
     (90, "bfloat16"),
     pytest.param(75, "float32", marks=SLOW),
     *(pytest.param(arch, "bfloat16", marks=SLOW) for arch in (80, 89, 100)),

@@ -104,7 +104,13 @@ def test_groups(name: str, device: str, check: Any, gradients: Any) -> None:
     compare(make((70, 3 * 40), form, torch.bfloat16, device), form, check, gradients)
 
 
-@pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "centred_gate_before",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gate_after")),
+    ],
+)
 def test_rows_longer_than_a_tile(name: str, device: str, check: Any, gradients: Any) -> None:
     width = MOST_TILE_COLUMNS + 3
     compare(make((4, width), FORMS[name], torch.bfloat16, device), FORMS[name], check, gradients)
@@ -149,14 +155,15 @@ def test_strides(layout: str, device: str, check: Any, gradients: Any) -> None:
     compare([x, weight, gate], form, check, gradients, dy)
 
 
-@pytest.mark.parametrize("name", ["llama", "centred_gate_before", "gate_after"])
 @pytest.mark.parametrize(
-    ("width", "dtype"),
+    ("name", "width", "dtype"),
     [
-        *((63, dtype) for dtype in DTYPES),
-        (MOST_TILE_COLUMNS + 3, torch.bfloat16),
-        pytest.param(MOST_TILE_COLUMNS + 3, torch.float32, marks=pytest.mark.slow),
-        pytest.param(MOST_TILE_COLUMNS + 3, torch.float16, marks=pytest.mark.slow),
+        *((name, 63, dtype) for name in ("llama", "centred_gate_before", "gate_after") for dtype in DTYPES),
+        ("llama", MOST_TILE_COLUMNS + 3, torch.bfloat16),
+        *(
+            pytest.param(name, MOST_TILE_COLUMNS + 3, dtype, marks=pytest.mark.slow)
+            for name, dtype in (("centred_gate_before", torch.float32), ("gate_after", torch.float16))
+        ),
     ],
     ids=str,
 )

@@ -338,10 +338,7 @@ before or after their norms and rotation."""
 
 @pytest.mark.parametrize(
     "base",
-    [
-        base if base in ("nf4", "dropout") else pytest.param(base, marks=pytest.mark.slow)
-        for base in SAVED_WIDTHS
-    ],
+    [base if base == "nf4" else pytest.param(base, marks=pytest.mark.slow) for base in SAVED_WIDTHS],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
@@ -368,7 +365,9 @@ def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", ["as they come", "checkpointed", pytest.param("min", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["as they come", *(pytest.param(how, marks=pytest.mark.slow) for how in ("checkpointed", "min"))]
+)
 def test_dropped_items_are_stocks_in_every_step_and_under_every_plan(
     how: str, device: str, tools: Any
 ) -> None:

@@ -161,7 +161,12 @@ def test_two_wide_parts_of_a_block_are_divided(in_turn, tools):
         assert tools.relative(parameter.grad, other.grad) < 1e-5
 
 
-@pytest.mark.parametrize("name", MIXES)
+SLOW = ("within a token", "halves of a token", "tokens turned", "between sequences")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MIXES]
+)
 def test_only_what_treats_tokens_apart_is_divided(name, tools):
     mix, is_divided = MIXES[name]
 

@@ -156,7 +156,7 @@ def test_a_plan_with_values_on_the_host_is_printed_written_and_given_back(tools)
 
 
 def test_little_host_memory_is_used_by_the_first_blocks(tools):
-    model, batch = make(tools, adapted=True, layers=12), batch_of(tools)
+    model, batch = make(tools, adapted=True), batch_of(tools)
     much = fxopt.plan(model, "min", batch, max_host_memory=HOST)
     little = fxopt.plan(model, "min", batch, max_host_memory=much.host_bytes // 2 * 8 // 7 + 1024)
     none = fxopt.plan(model, "min", batch, max_host_memory=0)

@@ -144,8 +144,9 @@ def test_ten_budgets_are_monotonic(tools):
     assert plans[-1].recompute_ms == 0.0
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("order", "use_reentrant"), [("after", False), pytest.param("before", True, marks=pytest.mark.slow)]
+)
 def test_checkpointing_means_the_smallest_plan(order, use_reentrant, tools):
     batch = batch_of(tools)
     smallest = tools.make_trained("llama")
@@ -229,8 +230,16 @@ class Breaking(torch.nn.Module):
         return torch.nn.functional.silu(x)
 
 
-@pytest.mark.parametrize("why", ["pieces", "a hook inside", "partial=False"])
-@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("why", "use_reentrant"),
+    [
+        ("pieces", False),
+        ("a hook inside", True),
+        pytest.param("a hook inside", False, marks=pytest.mark.slow),
+        pytest.param("pieces", True, marks=pytest.mark.slow),
+        ("partial=False", False),
+    ],
+)
 def test_blocks_that_no_plan_serves_are_checkpointed_as_in_stock(why, use_reentrant, tools):
     batch = batch_of(tools)
     model, stock = tools.make_trained("llama"), tools.make_trained("llama")

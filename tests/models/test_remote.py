@@ -41,10 +41,10 @@ SITES = {
 """Counted by hand in the files: per layer, and what stands after the last one."""
 
 
-SLOW = ("dunlin", "sedge")
+SLOW = ("dunlin", "marten", "sedge")
 
 
-@pytest.fixture(params=["heron", "marten", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.fixture(params=["heron", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def twins(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, Any, Any]:
@@ -68,7 +68,7 @@ def twins(
 
 def test_remote_code_is_rewritten_whole_and_trains_as_stock(twins: tuple[str, Any, Any]) -> None:
     name, model, stock = twins
-    for step, shape in enumerate(((2, 12), (3, 9), (1, 17))):  # the later ones unseen at the first capture
+    for step, shape in enumerate(((2, 12), (3, 9))):  # the second unseen at the first capture
         ids = torch.randint(256, shape, generator=torch.Generator().manual_seed(step))
         losses: list[torch.Tensor] = []
         for each in (model, stock):

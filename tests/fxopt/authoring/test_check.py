@@ -275,6 +275,7 @@ def test_a_file_that_is_not_there_is_told() -> None:
         load_patterns(Path("gone.py"))
 
 
+@pytest.mark.slow
 def test_the_skeleton_passes_its_own_tests(tmp_path: Path) -> None:
     paths = write_skeleton("soft_size", tmp_path)
     assert {path.name for path in paths} == {

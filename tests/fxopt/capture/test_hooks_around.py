@@ -43,8 +43,7 @@ def reasons_of(installation: Any) -> list[str]:
     return [fallback.reason for fallback in installation.ledger.fallback_records()]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("when", ["before the capture", "after it"])
+@pytest.mark.parametrize(("tied", "when"), [(False, "before the capture"), (True, "after it")])
 def test_a_hook_on_the_embedding_fires_once_and_costs_no_tail(
     build, install, assert_same_step, tied, when
 ) -> None:
@@ -90,7 +89,7 @@ def test_adapters_whose_input_is_made_to_require_gradients_keep_their_tail(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_checkpointed_adapters_get_the_fused_head(build, use_reentrant) -> None:
     model = adapted(build())
     stock = copy.deepcopy(model)

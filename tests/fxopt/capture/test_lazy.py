@@ -38,15 +38,19 @@ def make_lazy_twins(twins):
     return model, stock
 
 
-@pytest.fixture
-def lazy_twins(twins):
-    return make_lazy_twins(twins)
-
-
 @pytest.fixture(scope="module")
 def kept_twins(twins):
-    """Twins that several tests read, and none changes."""
+    """Twins that are captured once, and that each test gets as if they were new."""
     return make_lazy_twins(twins)
+
+
+@pytest.fixture
+def lazy_twins(kept_twins):
+    model, stock = kept_twins
+    model.load_state_dict(stock.state_dict())
+    for each in kept_twins:
+        each.train().zero_grad(set_to_none=True)
+    return kept_twins
 
 
 IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -108,8 +112,8 @@ def test_form_casts_detach_and_slices_stay_lazy(lazy_twins):
         lambda t: pickle.loads(pickle.dumps(t.detach())),
     ],
 )
-def test_any_other_read_computes_what_stock_gives(kept_twins, read):
-    model, stock = kept_twins
+def test_any_other_read_computes_what_stock_gives(lazy_twins, read):
+    model, stock = lazy_twins
     ours, theirs = (
         read(model(input_ids=IDS, labels=IDS).logits),
         read(stock(input_ids=IDS, labels=IDS).logits),
@@ -220,8 +224,8 @@ def test_reading_after_an_optimizer_step_says_so(lazy_twins):
         out.logits.sum()
 
 
-def test_evaluation_and_no_grad_give_plain_tensors(lazy_twins):
-    model, stock = lazy_twins
+def test_evaluation_and_no_grad_give_plain_tensors(twins):
+    model, stock = make_lazy_twins(twins)
     model.eval(), stock.eval()
     out, expected = model(input_ids=IDS, labels=IDS), stock(input_ids=IDS, labels=IDS)
     assert type(out.logits) is torch.Tensor
@@ -231,8 +235,8 @@ def test_evaluation_and_no_grad_give_plain_tensors(lazy_twins):
         assert type(model(input_ids=IDS, labels=IDS).logits) is torch.Tensor
 
 
-def test_shapes_follow_the_call_under_dynamic_captures(lazy_twins):
-    model, stock = lazy_twins
+def test_shapes_follow_the_call_under_dynamic_captures(twins):
+    model, stock = make_lazy_twins(twins)
     for shape in ((2, 16), (3, 24), (4, 33)):
         ids = torch.randint(1, 256, shape)
         logits = model(input_ids=ids, labels=ids).logits

@@ -11,8 +11,7 @@ from fxopt.capture.slot import RECORDED
 IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("strict", "training"), [(False, True), (True, False)])
 def test_export_records_the_stock_model(twins, install, strict, training):
     model, stock = twins()
     installation = install(model)

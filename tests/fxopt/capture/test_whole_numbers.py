@@ -33,7 +33,7 @@ def plan_on(device, model_type, **fields):
     [
         ("qwen2", {}, False),
         ("mistral", {"sliding_window": 8}, True),
-        ("mistral", {"sliding_window": None}, False),
+        pytest.param("mistral", {"sliding_window": None}, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_without_weights_is_that_of_the_model_with_weights(model_type, fields, has_mask):

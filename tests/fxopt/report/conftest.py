@@ -20,9 +20,9 @@ SHARED = {"report_of", "hostile"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker of pytest run the fast tests that share reports, so that each report is made once."""
+    """Let one worker of pytest run the tests that share reports, so that each report is made once."""
     for item in items:
-        if SHARED & set(getattr(item, "fixturenames", ())) and item.get_closest_marker("slow") is None:
+        if SHARED & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("reports"))
 
 
