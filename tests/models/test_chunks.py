@@ -83,7 +83,7 @@ def test_other_lengths_run_whole(tools):
     """A graph for any length has no chunks yet: its sizes are not known when it is divided."""
     model, stock = make(tools, "llama"), make(tools, "llama")
     fxopt.optimize(model, memory_budget="min")
-    for shape in (SHAPE, (4, 80), (2, 120)):
+    for shape in (SHAPE, (2, 120)):
         batch = batch_of(tools, shape)
         step, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
         for name, gradient in theirs.gradients.items():

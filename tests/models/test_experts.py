@@ -53,7 +53,7 @@ def make_mixture(arch: str, how: str) -> Any:
     return model
 
 
-def check_steps(tools: Any, model: Any, stock: Any, device: str, shapes: Any = SHAPES) -> fxopt.Report:
+def check_steps(tools: Any, model: Any, stock: Any, device: str, shapes: Any) -> fxopt.Report:
     for shape in shapes:
         batch = tools.make_batch(shape, padded="left", device=device)
         ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
@@ -109,7 +109,7 @@ def test_experts_of_all_tokens_are_computed_for_the_chosen_alone(device, tools) 
     model = AutoModelForCausalLM.from_config(tiny_config("llama4_text")).train().to(device)
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
-    report = check_steps(tools, model, stock, device)
+    report = check_steps(tools, model, stock, device, SHAPES[:2])
     assert count_experts(report) == LAYERS
     assert sum(rewrite.pattern == "experts_of_all" for rewrite in report.rewrites) > 0
     assert [site.reason for site in report.sites if site.op == "experts" and site.reason] == []

@@ -155,6 +155,7 @@ def test_a_plan_with_values_on_the_host_is_printed_written_and_given_back(tools)
     loss.backward()
 
 
+@pytest.mark.slow
 def test_little_host_memory_is_used_by_the_first_blocks(tools):
     model, batch = make(tools, adapted=True), batch_of(tools)
     much = fxopt.plan(model, "min", batch, max_host_memory=HOST)
