@@ -174,9 +174,11 @@ def test_demo_holds_and_saves_its_plot(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "dtype"), [("llama", "fp32"), ("llama", "bf16"), ("gemma2", "fp32")])
-def test_demo_holds_at_full_length(arch: str, dtype: str, tmp_path: Path) -> None:
-    assert run("demo", "--arch", arch, "--dtype", dtype, "--out", tmp_path / "curves.png") == 0
+@pytest.mark.parametrize(
+    "options", [(), ("--dtype", "bf16", "--steps", "20"), ("--arch", "gemma2", "--steps", "20")]
+)
+def test_demo_holds_at_full_length_and_with_other_options(options: tuple[str, ...], tmp_path: Path) -> None:
+    assert run("demo", *options, "--out", tmp_path / "curves.png") == 0
 
 
 def test_demo_fails_when_the_optimized_model_differs(
