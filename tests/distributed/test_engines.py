@@ -112,7 +112,7 @@ def test_a_mean_over_no_labels_is_what_stock_makes_of_it(two):
         pytest.param("fsdp2", {}, id="fsdp2", marks=slow),
         pytest.param("fsdp2", {"carved": True}, id="fsdp2 carved"),
         pytest.param("ddp", {"find_unused_parameters": True}, id="ddp unused", marks=slow),
-        pytest.param("ddp", {"static_graph": True}, id="ddp static"),
+        pytest.param("ddp", {"static_graph": True}, id="ddp static", marks=slow),
     ],
 )
 def test_logits_under_an_engine_are_lazy_and_carry_gradients(engine, options, two):

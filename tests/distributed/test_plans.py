@@ -71,7 +71,7 @@ def test_ranks_plan_for_the_most_that_one_of_them_holds(two):
     assert answers[0]["buffers"] == answers[1]["buffers"] + 4096
 
 
-@pytest.mark.parametrize(("engine", "passes"), [("ddp", 2), ("fsdp2", 1)])
+@pytest.mark.parametrize(("engine", "passes"), [pytest.param("ddp", 2, marks=slow), ("fsdp2", 1)])
 def test_a_forward_pass_that_gathers_is_not_run_again_where_memory_ran_out(engine, passes, two):
     """The other ranks would not gather with it; a pass without collectives of its own runs once more."""
     for answer in two.run("shortage", engine=engine):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-BOTH = pytest.mark.parametrize(("saved", "loaded"), [("before", "stock"), ("stock", "after")])
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
+SAVED_AND_LOADED = pytest.mark.parametrize(
+    ("saved", "loaded", "stage"),
+    [("before", "stock", 1), ("stock", "after", 2), ("before", "stock", 3), ("stock", "after", 3)],
+)
 
 
 @pytest.mark.slow
-@STAGES
-@BOTH
-def test_what_an_engine_saves_is_loaded_with_and_without_optimize(stage, saved, loaded, zero_world, tmp_path):
+@SAVED_AND_LOADED
+def test_what_an_engine_saves_is_loaded_with_and_without_optimize(saved, loaded, stage, zero_world, tmp_path):
     wanted = zero_world.run("zero_save", folder=str(tmp_path), stage=stage, order=saved)
     for ours, theirs in zip(
         zero_world.run("zero_load", folder=str(tmp_path), stage=stage, order=loaded), wanted, strict=True
@@ -21,10 +22,7 @@ def test_what_an_engine_saves_is_loaded_with_and_without_optimize(stage, saved, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("saved", "loaded", "stage"),
-    [("before", "stock", 1), ("stock", "after", 2), ("before", "stock", 3), ("stock", "after", 3)],
-)
+@SAVED_AND_LOADED
 def test_four_processes_load_what_two_saved_in_deepspeeds_universal_form(
     saved, loaded, stage, zero_world, zero_four, tmp_path
 ):

@@ -102,6 +102,7 @@ def train_floats(model: Any) -> Any:
     return model.train()
 
 
+@pytest.mark.slow
 def test_it_says_what_a_stock_copy_says_and_trains_on(trained: Any, flow: Any) -> None:
     stock = copy.deepcopy(trained)
     said = say(trained, flow)

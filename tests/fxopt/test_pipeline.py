@@ -386,7 +386,8 @@ def count_calls(run: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize(("layers", "growth"), [(16, 1.15), pytest.param(64, 1.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "growth"), [(16, 1.15), (64, 1.5)])
 def test_cost_grows_with_distinct_blocks_not_layers(layers, growth, monkeypatch):
     """Equal layers cost no capture and no pass of their own, and little else.
 

@@ -130,6 +130,7 @@ def full_after(model, monkeypatch, kept):
     return free
 
 
+@pytest.mark.slow
 def test_a_step_that_would_not_fit_begins_again_under_a_plan_that_does(tools, monkeypatch, caplog):
     batch = batch_of(tools)
     small = tools.make_batch((1, 96), padded="none", device="cpu")

@@ -271,7 +271,7 @@ def test_one_tensor_of_both_is_read_and_no_half_of_it(capture: Callable[..., Any
         assert len(node.all_input_nodes) == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 def test_symbolic_sizes_match_too(capture: Callable[..., Any], name: str) -> None:
     inputs = make_inputs()
     for tensor in inputs.values():

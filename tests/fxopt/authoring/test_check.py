@@ -341,6 +341,7 @@ def main_without_exit(*arguments: str) -> None:
     assert exit_info.value.code in (0, None)
 
 
+@pytest.mark.slow
 def test_the_reach_over_model_types_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.py"
     path.write_text(

@@ -13,7 +13,7 @@ import pytest
 from fxopt.report.records import Report
 from fxopt.report.units import format_bytes
 
-NAMES = ("gemma2", "qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3_moe")))
+NAMES = ("gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3_moe", "qlora")))
 
 OVERLAPS = """() => {
   const found = [];

@@ -34,6 +34,7 @@ from fxopt.report.text import WIDTH
 from fxopt.report.units import format_bytes
 
 Explained = Callable[[str], Report]
+SLOW = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "qlora"))
 
 
 def test_the_file_is_self_contained_and_small(report_of: Explained, tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
     assert "def block(" in text
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *SLOW])
 def test_text_fits_its_columns(report_of: Explained, name: str) -> None:
     assert max(map(len, str(report_of(name)).splitlines())) <= WIDTH == 100
 
@@ -95,7 +96,7 @@ def test_modules_of_the_tail_are_named_from_the_model(report_of: Explained) -> N
     assert sites["linear_cross_entropy", ""] == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "qlora"])
+@pytest.mark.parametrize("name", ["llama", SLOW[1]])
 def test_the_parts_of_each_instant_are_its_bytes(report_of: Explained, name: str) -> None:
     (planned,) = report_of(name).plans
     for instant in planned.timeline:
@@ -142,7 +143,7 @@ def test_a_notebook_shows_it(report_of: Explained) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *SLOW])
 def test_json_comes_back_whole(report_of: Explained, name: str) -> None:
     report = report_of(name)
     again = parse_report(report.to_json())
@@ -221,7 +222,7 @@ def test_the_page_names_every_field() -> None:
     assert sorted(name for name in names if f"`{name}`" not in page) == []
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "qlora"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *SLOW])
 def test_alignment_is_by_provenance(report_of: Explained, name: str) -> None:
     for graph in report_of(name).graphs:
         aligned = align(graph)
@@ -299,7 +300,7 @@ def test_why_not_counts_the_rewrites_of_a_pattern_without_sites() -> None:
     assert report.why_not("mine") == "mine: rewritten 1 time in the captured graphs\nnothing was left out\n"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", SLOW[0]])
 def test_code_of_graphs_runs(report_of: Explained, name: str) -> None:
     for graph in report_of(name).graphs:
         namespace: dict[str, object] = {}
