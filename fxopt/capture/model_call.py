@@ -64,6 +64,7 @@ def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kw
     """Run `model`'s forward; Dynamo captures this frame, and what runs it uncaptured is counted."""
     if not torch.compiler.is_compiling():
         count_eager()
+    bool(model.training)  # what Dynamo reads it guards: logits are lazy in training only
     return model.forward(*args, **kwargs)
 
 

@@ -224,8 +224,12 @@ def test_reading_after_an_optimizer_step_says_so(lazy_twins):
         out.logits.sum()
 
 
-def test_evaluation_and_no_grad_give_plain_tensors(twins):
+@pytest.mark.parametrize("is_trained", [False, True], ids=["new", "trained before"])
+def test_evaluation_and_no_grad_give_plain_tensors(is_trained, twins):
+    """A capture for training does not serve evaluation, though neither head nor loss reads the mode."""
     model, stock = make_lazy_twins(twins)
+    if is_trained:
+        assert type(model(input_ids=IDS, labels=IDS).logits) is LazyLogits
     model.eval(), stock.eval()
     out, expected = model(input_ids=IDS, labels=IDS), stock(input_ids=IDS, labels=IDS)
     assert type(out.logits) is torch.Tensor
