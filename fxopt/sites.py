@@ -119,7 +119,7 @@ def _find_own_miss(
     own = next((pattern for pattern in patterns if pattern.name == anchor.kind), None)
     if own is None:
         return Mismatch("", f"{anchor.kind} is not among the patterns given")
-    return find_nearest_miss(gm, own, anchor.node, lazy_outputs)
+    return find_nearest_miss(gm, own, anchor.node, lazy_outputs, anchor.form)
 
 
 def _told(miss: Mismatch) -> str:

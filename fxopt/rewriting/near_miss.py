@@ -31,12 +31,13 @@ COMMON: frozenset[Target] = frozenset(
 
 
 def find_nearest_miss(
-    gm: fx.GraphModule, pattern: Pattern, anchor_origin: str, lazy_outputs: bool = True
+    gm: fx.GraphModule, pattern: Pattern, anchor_origin: str, lazy_outputs: bool = True, form: str = ""
 ) -> Mismatch:
     """Return the mismatch of `pattern` that came furthest around the stock node `anchor_origin` of `gm`.
 
     A stock node in the body of a higher-order op is named "submodule/node". Where the pattern has no op of the site,
-    the mismatch says which ops it has, of these only those that it cannot do without where the graph has none.
+    the mismatch says which ops it has, of these only those that it cannot do without where the graph has none, else
+    those where a match ends. `form` is what the site is called there, if not by its op.
     """
     sites = list(_find_nodes(gm, anchor_origin))
     is_lazy = lazy_outputs and "/" not in anchor_origin
@@ -48,11 +49,11 @@ def find_nearest_miss(
     if misses and not (lacking and is_inner):
         return max(misses, key=lambda miss: miss.nearness)
     says_much = pattern.targets - COMMON
-    names = sorted(
-        set(map(name_of, lacking or (pattern.targets if is_common or not says_much else says_much)))
-    )
+    ending = (find_needed_ops(pattern.terms[0]) & pattern.terms[0].heads) - COMMON
+    possible = pattern.targets if is_common or not says_much else says_much
+    names = sorted(set(map(name_of, lacking or ending or possible)))
     expected = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-    got = " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"
+    got = form or " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"
     return Mismatch(pattern.name, f"expected {expected}, got {got}", tuple(site for _, site in sites))
 
 

@@ -16,7 +16,7 @@ from fxopt.graph.anchors.attention import attention_kind
 from fxopt.graph.anchors.experts import experts_kind
 from fxopt.graph.anchors.gates import Gates
 from fxopt.graph.anchors.layer_norms import layer_norm_kind
-from fxopt.graph.anchors.losses import loss_kind
+from fxopt.graph.anchors.losses import loss_form, loss_kind
 from fxopt.graph.anchors.norms import norm_kind
 from fxopt.graph.anchors.rotations import rope_kind
 from fxopt.graph.anchors.routers import route_kind
@@ -25,12 +25,16 @@ from fxopt.graph.view import find_subgraphs, location_of, module_of
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """One site: `node` is its stock name, "body/name" in the body of a higher-order op."""
+    """One site: `node` is its stock name, "body/name" in the body of a higher-order op.
+
+    `form` says how it is spelt where the op of `node` alone does not tell.
+    """
 
     kind: str
     node: str
     module: str
     location: str
+    form: str = ""
 
 
 KINDS = frozenset(
@@ -81,5 +85,6 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
                 or route_kind(node)
             )
             if kind:
-                anchors.append(Anchor(kind, f"{prefix}{node.name}", module_of(node), location_of(node)))
+                name = f"{prefix}{node.name}"
+                anchors.append(Anchor(kind, name, module_of(node), location_of(node), loss_form(node)))
     return tuple(anchors)

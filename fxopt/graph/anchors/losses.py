@@ -1,7 +1,8 @@
 """Losses in a stock graph: a cross entropy over class logits, and whether these come from one linear layer.
 
 Written out, it is known by the log-probabilities of one class per row: picked out of a log-softmax, or the difference
-of a logit picked and the logsumexp of its row, either less the other.
+of a logit picked and the logsumexp of its row, either less the other. With a value for each class, it is torch's
+`kl_div` of a log-softmax, or a log-softmax weighed and summed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from fxopt.graph.anchors.soft_labels import labels_of
 from fxopt.graph.anchors.stock import (
     LOSSES,
     MAX_DEPTH,
@@ -39,11 +41,22 @@ def loss_kind(node: fx.Node) -> str:
     return "cross_entropy"
 
 
+def loss_form(node: fx.Node) -> str:
+    """Return how a loss is spelt whose op does not tell, "" of others."""
+    labels = labels_of(node)
+    return f"log_softmax times {labels}" if labels else ""
+
+
 def _logits_of(node: fx.Node) -> fx.Node | None:
     """Return what the loss `node` is read from, None if it is none."""
     operands = tensors_read(node)
     if stock_name(node) in LOSSES and operands:
         return operands[0]
+    if labels_of(node):
+        return operands[0]
+    if stock_name(node) == "kl_div" and operands:
+        source = _unmoved(operands[0])
+        return tensors_read(source)[0] if stock_name(source) == "log_softmax" else None
     if stock_name(node) == "sub" and len(operands) == 2:
         first, second = (_unmoved(item, but=_picks_one) for item in operands)
         total, picked = (second, first) if _picks_one(first) else (first, second)

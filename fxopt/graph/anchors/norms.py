@@ -15,6 +15,7 @@ from fxopt.graph.anchors.stock import (
     MAX_DEPTH,
     ROUNDING,
     SCALING,
+    dims_reduced,
     is_given,
     is_scalar,
     number_of,
@@ -48,18 +49,6 @@ def norm_kind(node: fx.Node) -> str:
         return ""
     is_scaled = name == "norm" and _is_scaled_norm(node)
     return "rms_norm" if is_scaled or (_reduces_norm_last(node) and _is_of_length_root(node)) else ""
-
-
-def _dims_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the dims that a mean, sum, variance, deviation or norm reduces; () where it tells none."""
-    name = stock_name(node)
-    place = 2 if name in ("norm", "normalize") else 1
-    usual = 1 if name == "normalize" else None
-    dim = node.kwargs.get(
-        "dim", node.kwargs.get("axis", node.args[place] if len(node.args) > place else usual)
-    )
-    given = dim if isinstance(dim, list | tuple) else (dim,)
-    return tuple(item for item in given if isinstance(item, int) and not isinstance(item, bool))
 
 
 def _is_euclidean(node: fx.Node) -> bool:
@@ -151,11 +140,11 @@ def _is_square(node: fx.Node) -> bool:
 def _reduces_last(node: fx.Node) -> bool:
     operands = tensors_read(node)
     rank = operands[0].meta["example_value"].dim() if operands else 0
-    return any(item in (-1, rank - 1) for item in _dims_of(node))
+    return any(item in (-1, rank - 1) for item in dims_reduced(node))
 
 
 def _reduces_one(node: fx.Node) -> bool:
-    return len(_dims_of(node)) == 1
+    return len(dims_reduced(node)) == 1
 
 
 def _leads_to_weight(node: fx.Node) -> bool:
@@ -207,7 +196,7 @@ def _is_centred(node: fx.Node) -> bool:
 
 
 def _reduces_norm_last(node: fx.Node) -> bool:
-    return _dims_of(node) in ((-1,), (tensors_read(node)[0].meta["example_value"].dim() - 1,))
+    return dims_reduced(node) in ((-1,), (tensors_read(node)[0].meta["example_value"].dim() - 1,))
 
 
 def _is_of_length_root(node: fx.Node) -> bool:
@@ -231,7 +220,7 @@ def _is_of_length_root(node: fx.Node) -> bool:
 
 def _is_scaled_norm(node: fx.Node) -> bool:
     """Return whether `node` is a norm by whose multiple (a root mean square) something is divided."""
-    if not _dims_of(node) or not isinstance(node.meta.get("example_value"), Tensor):
+    if not dims_reduced(node) or not isinstance(node.meta.get("example_value"), Tensor):
         return False
     for user in _users_through(node, SCALING | ROUNDING):
         _, divisor = _dividend_and_divisor(user)

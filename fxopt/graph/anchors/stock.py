@@ -107,6 +107,18 @@ def tensors_read(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def dims_reduced(node: fx.Node) -> tuple[int, ...]:
+    """Return the dims that a mean, sum, variance, deviation or norm reduces; () where it tells none."""
+    name = stock_name(node)
+    place = 2 if name in ("norm", "normalize") else 1
+    usual = 1 if name == "normalize" else None
+    dim = node.kwargs.get(
+        "dim", node.kwargs.get("axis", node.args[place] if len(node.args) > place else usual)
+    )
+    given = dim if isinstance(dim, list | tuple) else (dim,)
+    return tuple(item for item in given if isinstance(item, int) and not isinstance(item, bool))
+
+
 def number_of(item: Any) -> float | None:
     """Return `item`, or the value of a node, as a number; None if it is none that is fixed."""
     if isinstance(item, fx.Node):

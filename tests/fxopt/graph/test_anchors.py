@@ -40,6 +40,51 @@ def picked_less_sum(x, h, i):
     return -(logits.gather(-1, i[..., None]).squeeze(-1) - logits.logsumexp(-1)).mean()
 
 
+def by_a_one_hot(x, h, i):
+    return -(F.one_hot(i, 11) * F.linear(x, h).log_softmax(-1)).sum(-1).mean()
+
+
+def by_a_smoothed_one_hot(x, h, i):
+    scores = F.log_softmax(F.linear(x, h)[:, :-1].float().reshape(-1, 11), -1)
+    target = torch.zeros_like(scores).scatter_(-1, i[:, 1:].reshape(-1, 1), 1.0) * 0.9 + 0.1 / 11
+    return torch.sum(-scores * target * W.new_ones(11)) / 4
+
+
+def by_soft_labels(x, h, t):
+    return -(F.linear(x, h).log_softmax(-1) * F.linear(t, h.detach()).softmax(-1)).sum(-1).mean()
+
+
+def by_soft_labels_and_their_logarithm(x, h, t):
+    q = F.linear(t, h.detach()).softmax(-1)
+    return (q * (q.log() - F.linear(x, h).log_softmax(-1))).sum(-1).mean()
+
+
+def divergence(x, h, t):
+    scores = F.log_softmax(F.linear(x, h) / 2.0, dim=-1).view(-1, 11)
+    return F.kl_div(scores, F.linear(t, h.detach()).softmax(-1).view(-1, 11), reduction="batchmean")
+
+
+def entropy(x):
+    return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean()
+
+
+def masked_entropy(x, i):
+    scores = F.log_softmax(x.float() / 2, -1)
+    return (-(scores.exp().detach() * scores) * (i > 0)[..., None]).sum(-1).mean()
+
+
+def from_a_frozen_policy(x, t):
+    scores, others = x.log_softmax(-1), t.log_softmax(-1)
+    return (scores.exp() * (scores - others)).sum(-1).mean()
+
+
+def balanced_choices(x):
+    """Return the auxiliary loss of a router: the mean probability of each expert times how often it was chosen."""
+    scores = x.view(-1, 8).softmax(-1)
+    often = F.one_hot(scores.topk(2)[1], 8).float().mean(0)
+    return (often * scores.mean(0)).sum()
+
+
 def over_tokens(x):
     return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
 
@@ -393,6 +438,56 @@ SITES = {
         (X, IDS.clamp(min=0)),
         ["cross_entropy"],
     ),
+    "loss by a one-hot": (by_a_one_hot, (X, HEAD, IDS.clamp(min=0)), ["linear_cross_entropy"]),
+    "loss by a one-hot of logits": (
+        lambda x, i: -(F.one_hot(i, 8) * x.log_softmax(-1)).sum(),
+        (X, IDS.clamp(min=0)),
+        ["cross_entropy"],
+    ),
+    "loss by a smoothed one-hot": (
+        by_a_smoothed_one_hot,
+        (X, HEAD, IDS.clamp(min=0)),
+        ["linear_cross_entropy"],
+    ),
+    "loss by soft labels": (by_soft_labels, (X, HEAD, X.detach() + 1), ["linear_cross_entropy"]),
+    "loss by soft labels and their logarithm": (
+        by_soft_labels_and_their_logarithm,
+        (X, HEAD, X.detach() + 1),
+        ["linear_cross_entropy"],
+    ),
+    "loss by soft labels that were given": (
+        lambda x, t: -(x.log_softmax(-1) * t).sum(-1).mean(),
+        (X, X.detach()),
+        ["cross_entropy"],
+    ),
+    "a divergence": (divergence, (X, HEAD, X.detach() + 1), ["linear_cross_entropy"]),
+    "a divergence from logarithms": (
+        lambda x, t: torch.nn.KLDivLoss(reduction="sum", log_target=True)(
+            x.log_softmax(-1), t.log_softmax(-1)
+        ),
+        (X, X.detach()),
+        ["cross_entropy"],
+    ),
+    "a divergence of values": (lambda x, t: F.kl_div(x, t, reduction="sum"), (X, X.detach()), []),
+    "an entropy": (entropy, (X,), []),
+    "an entropy of some rows": (masked_entropy, (X, IDS), []),
+    "a divergence from a frozen policy": (from_a_frozen_policy, (X, X.detach() + 1), []),
+    "log-probabilities of rows weighed": (
+        lambda x, i: (x.log_softmax(-1) * (i > 0)[..., None]).sum(-1).mean(),
+        (X, IDS),
+        [],
+    ),
+    "log-probabilities weighed and summed over tokens": (
+        lambda x, t: (x.log_softmax(-1) * t).sum(1).abs().mean(),
+        (X, X.detach()),
+        [],
+    ),
+    "probabilities times a one-hot": (
+        lambda x, i: (F.one_hot(i, 8) * x.softmax(-1)).sum(-1).mean(),
+        (X, IDS.clamp(min=0)),
+        [],
+    ),
+    "choices that are balanced": (balanced_choices, (X,), []),
     "log-probabilities of the best": (
         lambda x, i: x.log_softmax(-1).gather(-1, x.topk(2)[1]).mean(),
         (X, IDS),

@@ -224,12 +224,35 @@ def gathered(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean()
 
 
+def one_hot(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return -(F.one_hot(labels, 12) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def soft(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return -(m.balance.softmax(-1).expand(2, 4, 12) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def teacher(m: Any, labels: torch.Tensor) -> torch.Tensor:
+    return (F.one_hot(labels, 12) + m.balance).softmax(-1)
+
+
+def distilled(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(logits.log_softmax(-1), teacher(m, labels), reduction="batchmean")
+
+
+def two_terms(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.view(-1, 12), labels.view(-1)) + distilled(m, logits, labels)
+
+
 @pytest.mark.parametrize(
     ("lose", "reason"),
     [
         (balanced, "weight of cross_entropy: expected None, got placeholder "),
         (viewed, "expected cross_entropy, got nll_loss"),
         (gathered, "expected cross_entropy, got gather"),
+        (one_hot, "expected cross_entropy, got log_softmax times a one-hot"),
+        (soft, "expected cross_entropy, got log_softmax times soft labels"),
+        (distilled, "expected cross_entropy, got kl_div"),
     ],
 )
 def test_a_loss_of_another_form_is_told_by_the_one_thing_that_differs(lose: Any, reason: str) -> None:
@@ -237,6 +260,14 @@ def test_a_loss_of_another_form_is_told_by_the_one_thing_that_differs(lose: Any,
     assert (site.pattern, site.status) == ("linear_cross_entropy", "unmatched")
     assert site.reason.startswith(f"linear_cross_entropy: {reason}")
     assert site.location == line_of(lose, "return ")
+
+
+def test_the_second_of_two_losses_is_told_beside_the_one_that_is_rewritten() -> None:
+    report = report_on(Losing(two_terms), torch.randn(2, 4, 8), torch.randint(0, 12, (2, 4)))
+    labelled, distance = report.sites
+    assert (labelled.status, distance.status) == ("rewritten", "unmatched")
+    assert distance.reason == "linear_cross_entropy: expected cross_entropy, got kl_div"
+    assert distance.location == line_of(distilled, "return ")
 
 
 def test_a_loss_without_its_head_says_who_reads_the_logits() -> None:
