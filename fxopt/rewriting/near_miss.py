@@ -37,7 +37,8 @@ def find_nearest_miss(
 
     A stock node in the body of a higher-order op is named "submodule/node". Where the pattern has no op of the site,
     the mismatch says which ops it has, of these only those that it cannot do without where the graph has none, else
-    those where a match ends. `form` is what the site is called there, if not by its op.
+    those where a match ends, else the one of the pattern's own name. `form` is what the site is called there, if not
+    by its op.
     """
     sites = list(_find_nodes(gm, anchor_origin))
     is_lazy = lazy_outputs and "/" not in anchor_origin
@@ -49,8 +50,9 @@ def find_nearest_miss(
     if misses and not (lacking and is_inner):
         return max(misses, key=lambda miss: miss.nearness)
     says_much = pattern.targets - COMMON
+    own = frozenset(target for target in says_much if name_of(target) == pattern.name)
     ending = (find_needed_ops(pattern.terms[0]) & pattern.terms[0].heads) - COMMON
-    possible = pattern.targets if is_common or not says_much else says_much
+    possible = pattern.targets if is_common or not says_much else own or says_much
     names = sorted(set(map(name_of, lacking or ending or possible)))
     expected = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     got = form or " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"

@@ -22,6 +22,7 @@ HEAD = torch.randn(11, 8, requires_grad=True)
 
 
 P = torch.nn.Parameter(torch.randn(8))
+P1 = torch.nn.Parameter(torch.randn(1))
 FROZEN = torch.nn.Parameter(torch.randn(8), requires_grad=False)
 
 
@@ -569,7 +570,39 @@ SITES = {
         (X, P),
         ["rms_norm"],
     ),
-    "length one": (lambda x, w: w * F.normalize(x, dim=-1), (X, P), []),
+    "length one, weighed": (lambda x, w: w * F.normalize(x, dim=-1), (X, P), ["rms_norm"]),
+    "length one, weighed in another dtype": (
+        lambda x, w: F.normalize(x.float(), dim=-1).to(x.dtype) * w,
+        (X.detach().bfloat16(), P),
+        ["rms_norm"],
+    ),
+    "queries of length one, weighed": (
+        lambda x, g, w: F.normalize(F.linear(x, g).view(2, 3, 2, 8), dim=-1) * w,
+        (X, GATE, P),
+        ["rms_norm"],
+    ),
+    "length one by a division, weighed": (
+        lambda x, w: x / (x.norm(dim=-1, keepdim=True) + 1e-6) * w,
+        (X, P),
+        ["rms_norm"],
+    ),
+    "queries of length one": (
+        lambda x, g, u: F.normalize(F.linear(x, g), dim=-1) @ F.normalize(F.linear(x, u), dim=-1).mT,
+        (X, GATE, UP),
+        [],
+    ),
+    "length one over tokens, weighed": (lambda x, w: w * F.normalize(x, dim=1), (X, P), []),
+    "length one, times a number that is trained": (lambda x, w: w * F.normalize(x, dim=-1), (X, P1), []),
+    "a weight of length one, weighed": (
+        lambda x, w, v: x * (v * F.normalize(w, dim=-1)),
+        (X, P, FROZEN),
+        [],
+    ),
+    "another value by a length, weighed": (
+        lambda x, t, w: t / x.norm(dim=-1, keepdim=True) * w,
+        (X, TABLE, P),
+        [],
+    ),
     "length one, scaled": (lambda x: F.normalize(x, dim=-1) * 20.0, (X,), []),
     "another loss": (lambda x: F.mse_loss(x, x.detach() * 2), (X,), []),
 }

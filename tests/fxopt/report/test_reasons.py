@@ -78,6 +78,10 @@ def of_a_part(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.weight * (x * torch.rsqrt(x[..., :4].pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+def of_length_one(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.base(m.weight * F.normalize(x, dim=-1))
+
+
 def unbiased(m: Any, x: torch.Tensor) -> torch.Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return m.weight * centred / torch.sqrt(x.var(-1, keepdim=True) + 1e-6) + m.weight
@@ -140,6 +144,7 @@ def line_of(function: Callable[..., Any], text: str) -> str:
         (mish_alone, "activation", "expected one of erf, gelu, pow, relu, sigmoid, silu, tanh, got mish"),
         (eps_outside, "rms_norm", "under sqrt: expected add, got mean"),
         (of_a_part, "rms_norm", "x: expected placeholder l_args_0_ as elsewhere, got getitem"),
+        (of_length_one, "rms_norm", "expected rms_norm, got normalize"),
         (unbiased, "layer_norm", "correction of var: expected 0, got 1"),
         (doubled_sine, "rope", "expected add or sub above mul, got mul"),
         (two_tensors, "rope", "q: expected linear (linear) as elsewhere, got linear_1 (linear)"),
