@@ -17,28 +17,41 @@ from fxopt.graph.anchors.stock import (
     LOSSES,
     MAX_DEPTH,
     MOVING,
+    POINTWISE,
     ROUNDING,
-    SOFTCAP,
     is_scalar,
     stock_name,
     tensors_read,
 )
 
+BETWEEN = frozenset({*POINTWISE, *MOVING, "cat", "log_softmax", "where"})
+"""Ops between a head's product and the loss that compute each item by itself."""
+
 
 def loss_kind(node: fx.Node) -> str:
-    """Return "linear_cross_entropy" or "cross_entropy" if `node` is such a loss, else ""."""
+    """Return "linear_cross_entropy" or "cross_entropy" if `node` is such a loss, else "".
+
+    The former is of logits that one product alone leads to, item by item. What else is done to them there, a bias added
+    after it say, keeps the two from being one op: the report has to tell it.
+    """
     logits = _logits_of(node)
     if logits is None:
         return ""
-    for _ in range(MAX_DEPTH):
-        name, operands = stock_name(logits), tensors_read(logits)
-        if name in ("linear", "matmul"):
-            return "linear_cross_entropy"
-        large = [item for item in operands if not is_scalar(item)]
-        if name not in SOFTCAP or len(large) != 1:
-            return "cross_entropy"
-        logits = large[0]
-    return "cross_entropy"
+    return "linear_cross_entropy" if len(_products_under(logits)) == 1 else "cross_entropy"
+
+
+def _products_under(node: fx.Node) -> set[fx.Node]:
+    """Return the products whose items, one by one, `node` is computed from."""
+    front, seen = [node], {node}
+    found: set[fx.Node] = set()
+    while front:
+        item = front.pop()
+        if stock_name(item) in ("linear", "matmul"):
+            found.add(item)
+        elif stock_name(item) in BETWEEN:
+            front += [read for read in tensors_read(item) if read not in seen and not is_scalar(read)]
+            seen.update(front)
+    return found
 
 
 def loss_form(node: fx.Node) -> str:

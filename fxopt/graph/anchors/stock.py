@@ -64,7 +64,6 @@ ACTIVATIONS = frozenset(
 POINTWISE = frozenset({"pow", "square", "abs", "sqrt", "reciprocal", *SCALING, *ROUNDING, *ACTIVATIONS})
 PRODUCTS = frozenset({"linear", "matmul", "grouped_mm", "scaled_mm", "autograd_function_apply", "bilinear"})
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
-SOFTCAP = frozenset({"tanh", *SCALING, *ROUNDING, *MOVING, "cat", "log_softmax"})
 MAX_DEPTH = 64
 
 

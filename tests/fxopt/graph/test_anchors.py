@@ -415,6 +415,30 @@ SITES = {
         (X, HEAD, IDS),
         ["linear_cross_entropy"],
     ),
+    "loss of a head with a bias after it": (
+        lambda x, h, i: F.cross_entropy((F.linear(x, h) + h[:, 0]).view(-1, 11), i.view(-1)),
+        (X, HEAD, IDS),
+        ["linear_cross_entropy"],
+    ),
+    "loss of a head, less its largest": (
+        lambda x, h, i: F.cross_entropy(
+            (y := F.linear(x, h).view(-1, 11)) - y.amax(-1, keepdim=True), i.view(-1)
+        ),
+        (X, HEAD, IDS),
+        ["linear_cross_entropy"],
+    ),
+    "loss of a masked head": (
+        lambda x, h, i: F.cross_entropy(
+            torch.where(h[:, 0] > 0, F.linear(x, h).float(), -1e4).flatten(0, 1), i.view(-1)
+        ),
+        (X, HEAD, IDS),
+        ["linear_cross_entropy"],
+    ),
+    "loss of a normed head": (
+        lambda x, h, i: F.cross_entropy(F.softmax(F.linear(x, h), -1).view(-1, 11), i.view(-1)),
+        (X, HEAD, IDS),
+        ["cross_entropy"],
+    ),
     "loss by its halves": (
         lambda x, h, i: F.nll_loss(F.log_softmax(F.linear(x, h).view(-1, 11), -1), i.view(-1)),
         (X, HEAD, IDS),

@@ -275,6 +275,39 @@ def test_the_second_of_two_losses_is_told_beside_the_one_that_is_rewritten() -> 
     assert distance.location == line_of(distilled, "return ")
 
 
+def biased(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits + m.balance
+    return F.cross_entropy(logits.view(-1, 12), labels.view(-1))
+
+
+def weighed(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits * m.balance
+    return F.cross_entropy(logits.view(-1, 12), labels.view(-1))
+
+
+def masked(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits.masked_fill(m.balance > 2, -1e4)
+    return F.cross_entropy(logits.view(-1, 12), labels.view(-1))
+
+
+def rectified(m: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = F.relu(logits)
+    return F.cross_entropy(logits.view(-1, 12), labels.view(-1))
+
+
+@pytest.mark.parametrize(
+    ("lose", "got"),
+    [(biased, "add"), (weighed, "placeholder "), (masked, "masked_fill(-10000.0)"), (rectified, "relu")],
+)
+def test_a_loss_without_its_head_says_what_stands_between_the_two(lose: Any, got: str) -> None:
+    report = report_on(Losing(lose), torch.randn(2, 4, 8), torch.randint(0, 12, (2, 4)))
+    site = loss_site(report)
+    assert f", got {got}" in site.reason
+    assert site.location == line_of(lose, "return ")
+    assert site.reason.endswith(f", at {line_of(lose, 'logits = ')}")
+    assert "became only cross_entropy" in report.why_not("linear_cross_entropy")
+
+
 def test_a_loss_without_its_head_says_who_reads_the_logits() -> None:
     x, labels = torch.randn(2, 4, 8), torch.randint(0, 12, (2, 4))
     report = report_on(Head(entropy), x, labels)
