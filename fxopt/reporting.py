@@ -20,12 +20,17 @@ from fxopt.report.records import (
 
 
 def build_report(installation: Installation) -> Report:
-    """Return the report of one optimized model: sites counted over the layers they stand for."""
+    """Return the report of one optimized model: sites counted over the layers they stand for.
+
+    What served a block that is in the model no longer is left out.
+    """
     ledger = installation.ledger
+    lost = installation.find_lost()
     served = [
         (path, capture)
         for path in (*(path for path, _ in installation.regions.blocks), MODEL_REGION)
         for capture in ledger.served.get(path, ())
+        if path not in lost
     ]
     used = tuple({id(capture): capture for _, capture in served}.values())
     layers = collections.Counter(id(capture) for _, capture in served)
@@ -46,9 +51,14 @@ def build_report(installation: Installation) -> Report:
         mismatches=_count_misses(served),
         passes=tuple(record for graph in graphs for record in graph.passes),
         graphs=graphs,
-        regions=_regions(installation),
+        regions=_regions(installation, lost),
         fallbacks=ledger.fallback_records(),
-        notes=(*ledger.notes, *_notes_on_slots(installation), *(planner.notes if planner else ())),
+        notes=(
+            *ledger.notes,
+            *_notes_on_slots(installation),
+            *_notes_on_lost(installation, lost),
+            *(planner.notes if planner else ()),
+        ),
         lowering=", ".join(sorted(ledger.lowerings)) or installation.options.lowering,
         patterns=tuple(pattern.name for pattern in installation.options.patterns),
         plans=planner.plans if planner else (),
@@ -62,6 +72,17 @@ def _notes_on_slots(installation: Installation) -> tuple[str, ...]:
     return tuple(
         f"{path or 'the model'} was compiled by module.compile() after fxopt.optimize: fxopt does not see its calls"
         for path in installation.find_replaced()
+    )
+
+
+def _notes_on_lost(installation: Installation, lost: Sequence[str]) -> tuple[str, ...]:
+    """Return a line for each of the paths of blocks that are in the model no longer."""
+    return tuple(
+        f"{path} was replaced after fxopt.optimize: what is there now is not captured as a block; "
+        "fxopt.optimize(model) again takes it in"
+        if installation.has_place(path)
+        else f"{path} was taken out of the model after fxopt.optimize"
+        for path in lost
     )
 
 
@@ -129,11 +150,12 @@ def _count_elsewhere(served: Sequence[tuple[str, Capture]]) -> tuple[RewriteElse
     return tuple(dataclasses.replace(rewrite, count=counts[key]) for key, rewrite in first.items())
 
 
-def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
+def _regions(installation: Installation, lost: Sequence[str]) -> tuple[RegionRecord, ...]:
     ledger = installation.ledger
     captures = collections.Counter(capture.region for capture in ledger.captures)
     records: list[RegionRecord] = []
     named = [("block", stack.path, stack.paths[0], stack.paths) for stack in installation.regions.stacks]
+    gone = [path for path in lost if not installation.has_place(path)]
     for kind, region, module, paths in (*named, ("model", MODEL_REGION, "", (MODEL_REGION,))):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"
@@ -144,13 +166,13 @@ def _regions(installation: Installation) -> tuple[RegionRecord, ...]:
             RegionRecord(
                 kind,
                 module,
-                len(paths),
+                sum(path not in gone for path in paths),
                 status,
                 captures[region],
                 refused,
                 () if refused else tuple(breaks),
                 installation.guards_of(region),
-                sum(path not in ledger.served for path in paths),
+                sum((path not in ledger.served or path in lost) and path not in gone for path in paths),
             )
         )
     return tuple(records)

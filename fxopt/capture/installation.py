@@ -168,6 +168,19 @@ class Installation:
             if module.__dict__.get(SLOT) is not None and _installation_in(module) is not self
         )
 
+    def find_lost(self) -> tuple[str, ...]:
+        """Return the paths of the blocks that are in the model no longer: taken out, or others put in their places."""
+        there = walk(self.model)
+        return tuple(path for path, block in self.regions.blocks if block not in there)
+
+    def has_place(self, path: str) -> bool:
+        """Return whether a module of the model has this path."""
+        try:
+            self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        return True
+
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
         run = self._calls[MODEL_REGION].begin(MODEL_REGION, self.model)
         with torch_settings.capture_scope(self._settings):

@@ -189,7 +189,7 @@ class RegionRecord:
 
     `status` is "captured", "stock" (with `reason`), or "pending" before the first step. `breaks` says for each
     place where its graph breaks into pieces why and where, `guards` under which conditions its captures hold. Of
-    its copies `unseen` were served by no capture: what sites they have is not known.
+    its copies `unseen` were served by no capture, or replaced since: what sites they have is not known.
     """
 
     kind: str

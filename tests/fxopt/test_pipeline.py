@@ -485,6 +485,55 @@ def test_what_the_user_compiles_after_optimize_runs_is_told_and_survives_restore
     assert_steps_as(model, stock)
 
 
+def glus(report: fxopt.Report) -> int:
+    return sum(site.count for site in report.sites if site.pattern == "glu")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_block_that_was_replaced_since_has_no_sites(place):
+    model = fxopt.optimize(llama(), patterns=("glu", "linear_cross_entropy"))
+    step(model)
+    whole = fxopt.explain(model)
+    assert glus(whole) == 2
+    other = copy.deepcopy(model.model.layers[place])
+    model.model.layers[place] = other
+    report = fxopt.explain(model)
+    assert glus(report) == 1
+    assert {graph.layers for graph in report.graphs} == {1}
+    assert (report.regions[0].count, report.regions[0].unseen) == (2, 1)
+    (note,) = (note for note in report.notes if "replaced" in note)
+    assert note == (
+        f"model.layers.{place} was replaced after fxopt.optimize: what is there now is not captured as a block; "
+        "fxopt.optimize(model) again takes it in"
+    )
+    assert "not captured, their sites are in no count: 1 of 2 blocks at model.layers.0" in str(report)
+    assert_steps_as(model, copy.deepcopy(model))
+    fxopt.optimize(model, patterns=("glu", "linear_cross_entropy"))
+    step(model)
+    report = fxopt.explain(model)
+    assert (glus(report), report.regions[0].unseen) == (2, 0)
+    assert not any("replaced" in note for note in report.notes)
+
+
+def test_a_block_that_was_taken_out_since_has_no_sites():
+    model = fxopt.optimize(llama(), patterns=("glu", "linear_cross_entropy"))
+    step(model)
+    del model.model.layers[1]
+    report = fxopt.explain(model)
+    assert glus(report) == 1
+    assert (report.regions[0].count, report.regions[0].unseen) == (1, 0)
+    assert "model.layers.1 was taken out of the model after fxopt.optimize" in report.notes
+
+
+def test_a_block_in_a_wrapper_is_still_a_block():
+    model = fxopt.optimize(llama(), patterns=("glu", "linear_cross_entropy"))
+    step(model)
+    model.model.layers[1] = nn.Sequential(model.model.layers[1])
+    report = fxopt.explain(model)
+    assert (glus(report), report.regions[0].unseen) == (2, 0)
+    assert not any("model.layers.1" in note for note in report.notes)
+
+
 def test_a_module_under_torch_compile_inside_is_said_plainly():
     model = llama()
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
