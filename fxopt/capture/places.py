@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fxopt.graph.view import location_in
+from fxopt.graph.view import is_pythons, location_in
 
 PLACE = re.compile(r"\S+\.py:\d+")
 
@@ -47,13 +47,20 @@ def forward_line(module: nn.Module) -> str:
 def line_of(function: Any) -> str:
     """Return "file:line" where a function, a method or an object that is called is defined, "" where none is known.
 
+    Of what Python's own library wraps, as `contextlib.contextmanager` does, it is the function inside.
+
     >>> line_of(len)
     ''
     """
     found = getattr(function, "__func__", getattr(function, "func", function))
+    found = inspect.unwrap(found, stop=lambda each: not is_pythons(_file_of(each)))
     called = inspect.getattr_static(type(found), "__call__", None)
     code = getattr(found, "__code__", None) or getattr(called, "__code__", None)
     return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""
+
+
+def _file_of(function: Any) -> str:
+    return getattr(getattr(function, "__code__", None), "co_filename", "")
 
 
 def path_within(root: nn.Module, module: nn.Module) -> str:

@@ -8,7 +8,6 @@ are free, and numbers that are arguments may be any.
 from __future__ import annotations
 
 import contextlib
-import keyword
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -33,8 +32,8 @@ from fxopt.rewriting.given import (
 )
 from fxopt.rewriting.graph_terms import GraphTerms
 from fxopt.rewriting.own_sizes import Sizes, find_sizes, grown, with_sizes
-from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, walk
-from fxopt.rewriting.trees import Operation, Term, items_of
+from fxopt.rewriting.pattern import Call, Example, Match, Mismatch, Pattern, call, check_pattern_name
+from fxopt.rewriting.trees import items_of, names_in
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 FIRST_MARK, STEP = 0.7390851332151607, 0.0137
@@ -88,11 +87,7 @@ def pattern(
             "write what its forward computes as one, weights as arguments: def my_form(x, w): return torch.sinh(x) * w"
         )
     given: Any = name or getattr(search, "__name__", None)
-    if not isinstance(given, str) or not given.isidentifier() or keyword.iskeyword(given):
-        got = "a function without one" if given is None else repr(given)
-        raise FxoptError(
-            f"{function_place(search)}: expected a name that is an identifier, got {got}\ngive name='my_pattern'"
-        )
+    check_pattern_name(given, function_place(search))
     name, subject = given, f"{given}: {function_place(search)}"
     cases = check_cases(examples, subject)
     near = [check_near_miss(item, subject) for item in listed(near_misses, "near_misses", subject)]
@@ -109,7 +104,7 @@ def pattern(
             f"{subject}: returns a value twice, or an argument, expected {number} values that ops compute, "
             f"got {outputs}\nreturn each value once, and no argument"
         )
-    bound = {key for term in terms for key in _names_in(term)}
+    bound = {key for term in terms for key in names_in(term)}
     unread = [
         key
         for key, value in zip(names, first, strict=True)
@@ -232,14 +227,6 @@ def _find_sizes(
 def _marks(case: Arguments, names: Sequence[str]) -> dict[float, str]:
     floats = (place for place, value in enumerate(case) if isinstance(value, float))
     return {FIRST_MARK + STEP * place: names[place] for place in floats}
-
-
-def _names_in(term: Term) -> set[str]:
-    return {
-        name
-        for inner in walk(term)
-        if (name := getattr(inner, "name", "")) and not isinstance(inner, Operation)
-    }
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import first_sentence
-from fxopt.graph.view import location_of
+from fxopt.graph.view import is_pythons, location_in, location_of
 from fxopt.rewriting.trees import items_of
 
 INTO_AN_OP = "put the kernel into a torch.library.custom_op with a register_fake, and call that"
@@ -34,7 +34,7 @@ CURES = (
 def code_of(function: Any) -> Any:
     """Return the code object of a function, a partial's function or an object's `__call__`; None for built-ins."""
     innermost = _innermost(function)
-    called: Any = inspect.getattr_static(innermost, "__call__", None)
+    called: Any = _innermost(inspect.getattr_static(innermost, "__call__", None))
     return getattr(innermost, "__code__", None) or getattr(called, "__code__", None)
 
 
@@ -48,12 +48,14 @@ def _innermost(function: Any) -> Any:
 def function_place(function: Callable[..., Any], error: BaseException | None = None) -> str:
     """Return "name (file:line)" of a function, its name alone where it has no source.
 
-    The line is where the function begins, or the one in its file at which `error` arose.
+    The line is where the function begins, or the one in its file at which `error` arose; of a function of Python's own
+    library, the one of the user's that called it.
     """
     code, name = code_of(function), _name_of(function)
-    if code is None:
-        return name
     frames = [] if error is None else [*traceback.extract_tb(error.__traceback__), *_frames_captured(error)]
+    if code is None or is_pythons(code.co_filename):
+        at = location_in((frame.filename, frame.lineno or 0) for frame in frames)
+        return f"{name} ({at})" if at else name
     own = [frame.lineno for frame in frames if frame.filename == code.co_filename]
     return f"{name} ({Path(code.co_filename).name}:{own[-1] if own else code.co_firstlineno})"
 

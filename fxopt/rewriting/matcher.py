@@ -16,7 +16,7 @@ from torch import fx
 from fxopt.graph.arguments import same_size
 from fxopt.graph.view import dtype_of, shape_of
 from fxopt.graph.vocabulary import COMMUTATIVE
-from fxopt.rewriting.pattern import Pattern, depth_of, walk
+from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.prefilter import Pairs, could_match, is_equal, pair_arguments
 from fxopt.rewriting.roots import climb
 from fxopt.rewriting.trace import ELSEWHERE, Bindings, Trace, first_matching
@@ -31,9 +31,11 @@ from fxopt.rewriting.trees import (
     Operation,
     Tensor,
     Term,
+    depth_of,
     describe,
     items_of,
     name_of,
+    walk,
 )
 
 

@@ -17,12 +17,12 @@ from fxopt.graph import vocabulary
 from fxopt.graph.view import find_subgraphs
 from fxopt.rewriting.legality import GraphState, read_state
 from fxopt.rewriting.matcher import match_term
-from fxopt.rewriting.pattern import Mismatch, Pattern, children_of, walk
+from fxopt.rewriting.pattern import Mismatch, Pattern
 from fxopt.rewriting.prefilter import Known, could_match
 from fxopt.rewriting.rewrite import find_match
 from fxopt.rewriting.roots import find_needed_ops, find_rare_ops, find_roots
 from fxopt.rewriting.trace import Bindings, Trace, first_matching
-from fxopt.rewriting.trees import Operation, Target, Term, name_of
+from fxopt.rewriting.trees import Operation, Target, Term, children_of, name_of, walk
 
 COMMON: frozenset[Target] = frozenset(
     {torch.add, torch.mul, torch.sub, torch.div, operator.getitem, vocabulary.cast, vocabulary.reshape}

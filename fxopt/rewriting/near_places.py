@@ -11,10 +11,10 @@ from fxopt.graph.view import find_subgraphs
 from fxopt.rewriting.legality import read_state
 from fxopt.rewriting.matcher import find_matches
 from fxopt.rewriting.near_miss import COMMON, find_miss
-from fxopt.rewriting.pattern import Match, Mismatch, Pattern, walk
+from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 from fxopt.rewriting.rewrite import find_match
 from fxopt.rewriting.trace import Bindings, Trace
-from fxopt.rewriting.trees import Operation, Target
+from fxopt.rewriting.trees import Operation, Target, walk
 
 Place = tuple[Mismatch, fx.Node]
 MOST_OF_A_MARK = 4

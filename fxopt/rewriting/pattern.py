@@ -20,15 +20,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import keyword
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt.errors import FxoptError
+from fxopt.graph.view import is_tensor
+from fxopt.options import check_name
 from fxopt.rewriting.failures import function_place, said_by
-from fxopt.rewriting.trees import Either, Many, Operation, Target, Term, describe, items_of
+from fxopt.rewriting.trees import (
+    Many,
+    Operation,
+    Target,
+    Term,
+    children_of,
+    depth_of,
+    describe,
+    items_of,
+    names_in,
+    walk,
+)
 
 USE_TERMS = "use the operators and functions of fxopt.rewriting.terms"
 
@@ -77,6 +91,13 @@ class Match:
     autocast: tuple[str, torch.dtype | None, bool] | None = None
 
     def __getitem__(self, name: str) -> Any:
+        """Return what `name` is bound to, None where nothing is.
+
+        Raises:
+            UnknownNameError: the pattern has no such name.
+        """
+        if name not in self.bindings:
+            check_name(f"match of {self.pattern.name}", name, self.pattern.names)
         return self.bindings.get(name)
 
     @property
@@ -92,8 +113,18 @@ class Match:
         return frozenset[str]().union(*(node.meta.get("origins", (node.name,)) for node in self.nodes))
 
     def example(self, name: str) -> torch.Tensor:
-        """Return the example value (a fake tensor: shape, dtype, device) of the tensor bound to `name`."""
-        return self.bindings[name].meta["example_value"]
+        """Return the example value (a fake tensor: shape, dtype, device) of the tensor bound to `name`.
+
+        Raises:
+            FxoptError: it is bound to something else, or to nothing.
+        """
+        node = self[name]
+        if not is_tensor(node):
+            raise FxoptError(
+                f"match of {self.pattern.name}: example({name!r}): expected a name bound to a tensor, got {node!r}\n"
+                f"read match[{name!r}], which is None where nothing is bound"
+            )
+        return node.meta["example_value"]
 
     @property
     def output(self) -> torch.Tensor:
@@ -101,8 +132,12 @@ class Match:
         return self.outputs[0].meta["example_value"]
 
     def fail(self, reason: str, *names: str) -> Mismatch:
-        """Return a mismatch for `reason`, pointing at the nodes bound to `names`, else at the output."""
-        nodes = tuple(node for name in names if isinstance(node := self.bindings.get(name), fx.Node))
+        """Return a mismatch for `reason`, pointing at the nodes bound to `names`, else at the output.
+
+        Raises:
+            UnknownNameError: the pattern has no such name.
+        """
+        nodes = tuple(node for name in names if isinstance(node := self[name], fx.Node))
         return Mismatch(self.pattern.name, reason, nodes or self.outputs, len(self.nodes), True, True)
 
 
@@ -162,6 +197,9 @@ class Pattern:
     read_out: Callable[[Match, list[torch.Tensor]], list[torch.Tensor]] | None = None
     part_of: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_pattern_name(self.name, "Pattern")
+
     def __repr__(self) -> str:
         return f"Pattern({self.name!r})"
 
@@ -195,6 +233,11 @@ class Pattern:
         )
 
     @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a match may have bound, those inside a `many` left out."""
+        return tuple(sorted({name for term in self.terms for name in names_in(term)}))
+
+    @functools.cached_property
     def depth(self) -> int:
         """The most operations on a path from an output of the pattern to a leaf."""
         return max(map(depth_of, self.terms))
@@ -220,40 +263,14 @@ def _find_mistake(root: Any) -> str:
     return ""
 
 
-def children_of(term: Term) -> Iterator[Term]:
-    """Yield the terms directly inside `term`."""
-    match term:
-        case Operation():
-            values = (*term.args, *(value for _, value in term.attributes))
-            for value in values:
-                yield from (item for item in items_of(value) if isinstance(item, Term))
-        case Either():
-            yield from (option for _, option in term.options)
-        case _:
-            inner = getattr(term, "term", None)
-            if inner is not None:
-                yield inner
+def check_pattern_name(name: object, subject: str) -> None:
+    """Check what reports and `disable` are to call a pattern.
 
-
-def walk(term: Term) -> Iterator[Term]:
-    """Yield `term` and every term inside it, each once."""
-    seen: set[int] = set()
-    queue = [term]
-    while queue:
-        current = queue.pop()
-        if id(current) not in seen:
-            seen.add(id(current))
-            yield current
-            queue.extend(children_of(current))
-
-
-def depth_of(term: Term) -> int:
-    """Return the most operations on a path from `term` to a leaf."""
-    return _depth(term, {})
-
-
-def _depth(term: Term, known: dict[int, int]) -> int:
-    if id(term) not in known:
-        deepest = max((_depth(child, known) for child in children_of(term)), default=0)
-        known[id(term)] = deepest + isinstance(term, Operation)
-    return known[id(term)]
+    Raises:
+        FxoptError: no identifier.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        got = "none" if name is None else repr(name)
+        raise FxoptError(
+            f"{subject}: expected a name that is an identifier, got {got}\ngive name='my_pattern'"
+        )

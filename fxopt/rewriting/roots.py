@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.rewriting.pattern import Pattern, children_of
+from fxopt.rewriting.pattern import Pattern
 from fxopt.rewriting.prefilter import Known, could_match
-from fxopt.rewriting.trees import Either, Many, Operation, Target, Term
+from fxopt.rewriting.trees import Either, Many, Operation, Target, Term, children_of
 
 MOST_READERS = 16
 

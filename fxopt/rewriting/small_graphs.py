@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from fxopt.graph.snapshot import line_of, readable_names
-from fxopt.rewriting.pattern import Mismatch, Pattern, children_of
-from fxopt.rewriting.trees import Either, Many, Operation, Term, describe, items_of, name_of
+from fxopt.rewriting.pattern import Mismatch, Pattern
+from fxopt.rewriting.trees import Either, Many, Operation, Term, children_of, describe, items_of, name_of
 
 MOST_LINES = 24
 DEPTH = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -189,3 +189,56 @@ def items_of(value: Any) -> tuple[Any, ...]:
 def name_of(target: Any) -> str:
     """Return the short name of a callable, as mismatches print it."""
     return getattr(target, "__name__", str(target)).strip("_")
+
+
+def children_of(term: Term) -> Iterator[Term]:
+    """Yield the terms directly inside `term`."""
+    match term:
+        case Operation():
+            values = (*term.args, *(value for _, value in term.attributes))
+            for value in values:
+                yield from (item for item in items_of(value) if isinstance(item, Term))
+        case Either():
+            yield from (option for _, option in term.options)
+        case _:
+            inner = getattr(term, "term", None)
+            if inner is not None:
+                yield inner
+
+
+def walk(term: Term) -> Iterator[Term]:
+    """Yield `term` and every term inside it, each once."""
+    seen: set[int] = set()
+    queue = [term]
+    while queue:
+        current = queue.pop()
+        if id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            queue.extend(children_of(current))
+
+
+def depth_of(term: Term) -> int:
+    """Return the most operations on a path from `term` to a leaf."""
+    return _depth(term, {})
+
+
+def _depth(term: Term, known: dict[int, int]) -> int:
+    if id(term) not in known:
+        deepest = max((_depth(child, known) for child in children_of(term)), default=0)
+        known[id(term)] = deepest + isinstance(term, Operation)
+    return known[id(term)]
+
+
+def names_in(term: Term) -> Iterator[str]:
+    """Yield the names that `term` binds in a match; the items of a `many` bind theirs in tuples of their own."""
+    queue, seen = [term], {id(term)}
+    while queue:
+        current = queue.pop()
+        name = getattr(current, "name", "")
+        if name:
+            yield name
+        if not isinstance(current, Many):
+            inner = [child for child in children_of(current) if id(child) not in seen]
+            seen.update(map(id, inner))
+            queue += inner

@@ -91,6 +91,15 @@ def test_the_report_names_the_backend_of_each_attention():
         assert f'"backend": "{served_by}"' in report.to_json()
 
 
+@pytest.mark.parametrize("name", ["", " ", "a b", "class", None, 3])
+def test_a_pattern_has_a_name_that_reports_can_call_it_by(name):
+    with pytest.raises(
+        fxopt.FxoptError,
+        match=r"^Pattern: expected a name that is an identifier, got .*\ngive name='my_pattern'",
+    ):
+        fxopt.Pattern(name, lambda: exp(tensor("x")), replace=lambda m: m["x"])
+
+
 def test_a_module_without_repeated_blocks_is_one_region():
     class Norm(nn.Module):
         def __init__(self):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -209,11 +211,11 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: fxopt.pattern(functools.partial(growth), growth, [(X,)]),
-        rf"growth {PLACE}: expected a name .*, got a function without one\ngive name='my_pattern'",
+        rf"growth {PLACE}: expected a name .*, got none\ngive name='my_pattern'",
     ),
     (
         lambda: fxopt.pattern(Growth(), growth, [(X,)]),
-        rf"Growth {PLACE}: expected a name .*, got a function without",
+        rf"Growth {PLACE}: expected a name .*, got none",
     ),
     (
         lambda: fxopt.pattern(growth, launching, [(X,)]),
@@ -375,9 +377,49 @@ def break_down(match: fxopt.Match) -> Any:
     raise KeyError("no such thing")
 
 
+def misspell(match: fxopt.Match) -> Any:
+    return match["y"]
+
+
+def misspell_example(match: fxopt.Match) -> Any:
+    return match.example("xx")
+
+
+def misspell_fault(match: fxopt.Match) -> Any:
+    return match.fail("it is none", "z")
+
+
+def run_out_of_library(match: fxopt.Match) -> Any:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(match)
+
+
+class Refusing:
+    @torch.no_grad()
+    def __call__(self, match: fxopt.Match) -> Any:
+        raise KeyError("no such thing")
+
+
+UNKNOWN = r"UnknownNameError: match of growth: unknown name '{}', expected one of x; mend it"
+
+
 @pytest.mark.parametrize(
     ("check", "reason"),
     [
+        (misspell, rf"its check misspell {line_of(misspell, 1)} raised {UNKNOWN.format('y')}"),
+        (
+            misspell_example,
+            rf"its check misspell_example {line_of(misspell_example, 1)} raised {UNKNOWN.format('xx')}",
+        ),
+        (
+            misspell_fault,
+            rf"its check misspell_fault {line_of(misspell_fault, 1)} raised {UNKNOWN.format('z')}",
+        ),
+        (
+            run_out_of_library,
+            rf"its check run_out_of_library {line_of(run_out_of_library, 2)} raised TypeError: ",
+        ),
+        (Refusing(), rf"its check Refusing {line_of(inspect.unwrap(Refusing.__call__), 2)} raised KeyError"),
         (
             refuse_all,
             rf"its check refuse_all {PLACE} returned False, expected None or match.fail\(reason, name\)",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.capture import places
 from fxopt.capture.installation import find_installation
 
 
@@ -117,3 +121,20 @@ def test_a_class_and_a_module_that_another_package_patched_are_told_with_the_lin
     (note,) = installation.ledger.notes
     assert note.startswith("Patched was patched by other_kernels")
     assert note.endswith("; at kernels.py:3")
+
+
+@contextlib.contextmanager
+def scoped() -> Iterator[None]:
+    yield
+
+
+def test_what_pythons_library_wraps_has_its_own_line() -> None:
+    assert places.line_of(scoped) == f"test_places.py:{inspect.getsourcelines(inspect.unwrap(scoped))[1]}"
+
+
+def test_what_a_user_wraps_has_the_line_of_the_wrapper() -> None:
+    @functools.wraps(scoped)
+    def wrapper() -> Any:
+        return scoped()
+
+    assert places.line_of(wrapper) == f"test_places.py:{wrapper.__code__.co_firstlineno}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import doctest
+import functools
 import importlib
+import sysconfig
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +26,7 @@ from fxopt.graph.view import (
     device_of,
     dtype_of,
     find_subgraphs,
+    location_in,
     location_of,
     module_of,
     modules_of,
@@ -77,6 +82,21 @@ def test_modules_are_named_from_the_root_and_lines_are_the_models(capture) -> No
     assert module_of(nodes[-1]) == ""
     assert all(location_of(node).startswith("test_view.py:") for node in nodes)
     assert location_of(find(gm, "output")) == ""
+
+
+def test_lines_of_pythons_own_library_are_nobodys() -> None:
+    library = [(module.__file__, 9) for module in (contextlib, functools, collections)]
+    frames = [
+        (torch.__file__, 1),
+        ("/models/mine.py", 2),
+        *library,
+        ("<frozen runpy>", 3),
+        (torch.__file__, 4),
+    ]
+    assert location_in(frames) == "mine.py:2"
+    assert location_in(library) == ""
+    packages = sysconfig.get_path("purelib")
+    assert location_in([*frames, (f"{packages}/transformers/modeling.py", 5)]) == "modeling.py:5"
 
 
 def test_purity(capture) -> None:

@@ -335,6 +335,16 @@ def test_a_failed_proof_refuses_and_is_not_asked_again(builder: Any) -> None:
             lambda m: m["x"].no_such,
             r"its replace <lambda> \(test_rewrite.py:\d+\) raised AttributeError: .*; mend it",
         ),
+        (
+            lambda m: call(torch.exp, m["epz"]),
+            r"its replace <lambda> \(.*\) raised UnknownNameError: match of norm: unknown name 'epz', "
+            "expected one of eps, (x, w|w, x); mend it",
+        ),
+        (
+            lambda m: call(torch.full_like, m["x"], m.example("eps")),
+            r"its replace <lambda> \(.*\) raised FxoptError: match of norm: example\('eps'\): "
+            "expected a name bound to a tensor, got 1e-06",
+        ),
         (lambda m: call(torch.matmul, m["x"], m["x"]), "replacement matmul raised RuntimeError"),
         (
             lambda m: call(torch.exp, m.nodes[0]),
