@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxopt.graph.torch_private import NN_FUNCTIONS, REGISTERED, registered_name
 
@@ -65,6 +65,7 @@ POINTWISE = frozenset({"pow", "square", "abs", "sqrt", "reciprocal", *SCALING, *
 PRODUCTS = frozenset({"linear", "matmul", "grouped_mm", "scaled_mm", "autograd_function_apply", "bilinear"})
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
 MAX_DEPTH = 64
+MAX_CHAIN = 5
 
 
 def stock_name(node: Any) -> str:
@@ -156,3 +157,36 @@ def _is_foreign_product(node: fx.Node) -> bool:
         return False
     matrices = [item for item in tensors_read(node) if item.meta["example_value"].dim() >= 2]
     return len(matrices) >= 2
+
+
+def dividend_and_divisor(node: fx.Node) -> tuple[Any, Any]:
+    """Return what `node` divides and by what, None twice where it is no division."""
+    if stock_name(node) != "div":
+        return None, None
+    dividend = node.args[0] if node.args else node.kwargs.get("input")
+    return dividend, node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+
+
+def users_through(node: fx.Node, names: frozenset[str]) -> list[fx.Node]:
+    """Return the users of `node`, and those behind a few of `names` that read nothing else."""
+    found: list[fx.Node] = []
+    front = [node]
+    for _ in range(MAX_CHAIN):
+        users = [user for item in front for user in item.users]
+        found.extend(users)
+        front = [user for user in users if stock_name(user) in names and len(tensors_read(user)) == 1]
+    return found
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Return whether `node` is a parameter, trained or frozen, in any dtype."""
+    weight = unrounded(node)
+    value = weight.meta["example_value"]
+    return isinstance(value, nn.Parameter) and not is_scalar(weight) and value.dim() <= 2
+
+
+def unrounded(node: fx.Node) -> fx.Node:
+    """Return what `node` is before casts."""
+    while stock_name(node) in ROUNDING and tensors_read(node):
+        node = tensors_read(node)[0]
+    return node
