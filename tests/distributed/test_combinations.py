@@ -1,13 +1,11 @@
-"""Each combination on two processes, optimized before and after, and on four, where the order alternates.
+"""Each combination on two processes and on four, optimized before and after: the matrix of docs/distributed.md.
 
-It is the matrix of docs/distributed.md.
 `cases/combinations.py` says what the two steps are: uneven batches, accumulation without a reduction, a rank whose
 labels are all ignored, and means over the labels of all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -91,29 +89,24 @@ STAGES: dict[str, Case] = {
 slow = pytest.mark.slow
 
 
-def in_turn(names: Iterable[str]) -> list[Any]:
-    """Return each name with one order, in turn: on four processes what differs between orders is as on two."""
-    return [(name, ["before", "after"][place % 2]) for place, name in enumerate(names)]
-
-
 def check(answers: list[dict[str, Any]], sites: dict[str, int]) -> None:
-    """Check that each order has stock's gradients and those of one process, every site, and no fallback."""
+    """Check that both orders have stock's gradients and those of one process, every site, and no fallback."""
     for answer in answers:
-        assert answer
-        for order, found in answer.items():
+        for order in ("before", "after"):
+            found = answer[order]
             assert found["fallbacks"] == {}, order
             assert found["sites"] == sites, order
             assert max(found["errors"]) <= BOUND, (order, found["errors"])
 
 
 def check_policy(answers: list[dict[str, Any]]) -> None:
-    """Check that each order is no worse than stock where numbers are rounded to bfloat16.
+    """Check that both orders are no worse than stock where numbers are rounded to bfloat16.
 
     One draw of log(our error / stock's) scatters by 3 % (tests/models/conftest.py): 15 % is five of these.
     """
     for answer in answers:
-        assert answer
-        for order, found in answer.items():
+        for order in ("before", "after"):
+            found = answer[order]
             assert found["fallbacks"] == {}, order
             assert found["sites"] == SITES, order
             _, ours, stock = found["errors"]
@@ -134,17 +127,10 @@ def test_two_processes(name, two):
 
 
 @slow
-@pytest.mark.parametrize(("name", "order"), in_turn(ENGINES))
-def test_four_processes(name, order, four):
-    case, sites = ENGINES[name]
+@pytest.mark.parametrize("name", [*ENGINES, *REPLICAS])
+def test_four_processes(name, four):
+    case, sites = {**ENGINES, **REPLICAS}[name]
     needs(case)
-    check(four.run("combination", **case, orders=[order]), sites)
-
-
-@slow
-@pytest.mark.parametrize("name", REPLICAS)
-def test_four_processes_in_replicas(name, four):
-    case, sites = REPLICAS[name]
     check(four.run("combination", **case), sites)
 
 
@@ -155,9 +141,9 @@ def test_two_processes_under_a_policy(name, two):
 
 
 @slow
-@pytest.mark.parametrize(("name", "order"), in_turn(POLICIES))
-def test_four_processes_under_a_policy(name, order, four):
-    check_policy(four.run("combination", **POLICIES[name], orders=[order]))
+@pytest.mark.parametrize("name", POLICIES)
+def test_four_processes_under_a_policy(name, four):
+    check_policy(four.run("combination", **POLICIES[name]))
 
 
 @slow
@@ -168,10 +154,10 @@ def test_two_processes_under_accelerate(name, two):
 
 
 @slow
-@pytest.mark.parametrize(("name", "order"), in_turn(ACCELERATED))
-def test_four_processes_under_accelerate(name, order, four):
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_four_processes_under_accelerate(name, four):
     case, sites = ACCELERATED[name]
-    check(four.run("combination_of_accelerate", **case, orders=[order]), sites)
+    check(four.run("combination_of_accelerate", **case), sites)
 
 
 @slow
@@ -182,7 +168,7 @@ def test_two_processes_under_deepspeed(name, zero_world):
 
 
 @slow
-@pytest.mark.parametrize(("name", "order"), in_turn(STAGES))
-def test_four_processes_under_deepspeed(name, order, zero_four):
+@pytest.mark.parametrize("name", STAGES)
+def test_four_processes_under_deepspeed(name, zero_four):
     case, sites = STAGES[name]
-    check(zero_four.run("combination_of_zero", **case, orders=[order]), sites)
+    check(zero_four.run("combination_of_zero", **case), sites)

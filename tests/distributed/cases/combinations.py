@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,7 +38,6 @@ def combination(
     lora: bool = False,
     options: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
-    orders: Sequence[str] = ORDERS,
 ) -> dict[str, Any]:
     """Under DistributedDataParallel or FSDP2."""
 
@@ -49,12 +48,10 @@ def combination(
     def unreduced(model: Any) -> AbstractContextManager[None]:
         return _unsynced(model) if engine == "fsdp2" else model.no_sync()
 
-    return _compare(make, unreduced, make_model("llama", lora, **(overrides or {})), orders)
+    return _compare(make, unreduced, make_model("llama", lora, **(overrides or {})))
 
 
-def combination_of_accelerate(
-    engine: str, lora: bool = False, orders: Sequence[str] = ORDERS
-) -> dict[str, Any]:
+def combination_of_accelerate(engine: str, lora: bool = False) -> dict[str, Any]:
     """Under what accelerate makes of a model: DistributedDataParallel, or what its FSDP2 plugin does."""
     accelerators: dict[int, Any] = {}
 
@@ -70,7 +67,7 @@ def combination_of_accelerate(
     def unreduced(model: Any) -> AbstractContextManager[None]:
         return _unsynced(model) if engine == "fsdp2" else accelerators[id(model)].no_sync(model)
 
-    return _compare(make, unreduced, make_model("llama", lora), orders)
+    return _compare(make, unreduced, make_model("llama", lora))
 
 
 @contextlib.contextmanager
@@ -82,10 +79,7 @@ def _unsynced(model: Any) -> Iterator[None]:
 
 
 def combination_of_zero(
-    stage: int,
-    lora: bool = False,
-    settings: dict[str, Any] | None = None,
-    orders: Sequence[str] = ORDERS,
+    stage: int, lora: bool = False, settings: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Under a stage of DeepSpeed's ZeRO, which always reduces after two micro-batches."""
     from deepspeed.utils import safe_get_full_grad
@@ -93,7 +87,7 @@ def combination_of_zero(
     alone = make_model("llama", lora)
     rank, world = dist.get_rank(), dist.get_world_size()
     engines = {}
-    for which in (*orders, "stock"):
+    for which in (*ORDERS, "stock"):
         model = copy.deepcopy(alone)
         if which == "before":
             model = fxopt.optimize(model, verify="off")
@@ -115,18 +109,17 @@ def combination_of_zero(
                 engine.step()
         found["alone"] = _train_alone(alone, optimizer, step, total)
         _note_errors(errors, found)
-    return {which: {"errors": errors[which], **report_of(engines[which].module)} for which in orders}
+    return {which: {"errors": errors[which], **report_of(engines[which].module)} for which in ORDERS}
 
 
 def _compare(
     make: Callable[[str, Any], tuple[Any, Any]],
     unreduced: Callable[[Any], AbstractContextManager[None]],
     alone: Any,
-    orders: Sequence[str],
 ) -> dict[str, Any]:
     """Return of each order the errors of its gradients, and what its report says."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    trained = {which: make(which, copy.deepcopy(alone)) for which in (*orders, "stock")}
+    trained = {which: make(which, copy.deepcopy(alone)) for which in (*ORDERS, "stock")}
     optimizer = _sgd(alone)
     errors: dict[str, list[float]] = {}
     for step in (_uneven(0), _with_ignored(1)):
@@ -142,7 +135,7 @@ def _compare(
             own.zero_grad()
         found["alone"] = _train_alone(alone, optimizer, step, total)
         _note_errors(errors, found)
-    return {which: {"errors": errors[which], **report_of(trained[which][0])} for which in orders}
+    return {which: {"errors": errors[which], **report_of(trained[which][0])} for which in ORDERS}
 
 
 def _wait_for_device() -> None:
@@ -192,6 +185,6 @@ def _train_alone(
 def _note_errors(errors: dict[str, list[float]], found: dict[str, dict[str, torch.Tensor]]) -> None:
     """Keep the largest errors of each order: against stock, against one process, and stock's against that."""
     stock = largest_error(found["stock"], found["alone"])
-    for which in found.keys() & set(ORDERS):
+    for which in ORDERS:
         ours = [largest_error(found[which], found[name]) for name in ("stock", "alone")]
         errors[which] = [max(pair) for pair in zip(errors.get(which, [0.0] * 3), (*ours, stock), strict=True)]
