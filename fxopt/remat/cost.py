@@ -13,6 +13,12 @@ from fxopt.graph.sizes import num_bytes_of, number_of
 from fxopt.remat.devices import BANDWIDTH_SHARE, GEMM_SHARE, Device
 
 PICOSECONDS = 1e12
+ATTENTION = frozenset(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{backend}_attention{way}")
+    for backend in ("flash", "efficient", "cudnn")
+    for way in ("", "_backward")
+)
+"""Torch's attention, whose keys may have fewer heads than its queries."""
 FUSIBLE = ("aten", "prims")
 """Namespaces whose pointwise ops Inductor computes within the kernel that reads them."""
 
@@ -90,15 +96,16 @@ def flops_of(node: fx.Node) -> int:
         return 0
     args: Any = fx.map_arg(node.args, _value_of)
     kwargs: Any = fx.map_arg(node.kwargs, _value_of)
-    out = node.meta.get("val")
-    try:
-        return number_of(formula(*args, **kwargs, out_val=out))
-    except AssertionError:  # torch 2.11 counts attention only with a key's head for each of the query's
-        return number_of(formula(*map(_spread_heads(args), args), **kwargs, out_val=out))
+    if target.overloadpacket in ATTENTION:
+        args = map(_spread_heads(args), args)
+    return number_of(formula(*args, **kwargs, out_val=node.meta.get("val")))
 
 
 def _spread_heads(args: Iterable[Any]) -> Callable[[Any], Any]:
-    """Return what gives each [B, H, T, D] tensor the largest H of those among `args`, and all else as it is."""
+    """Return what gives each [B, H, T, D] tensor the largest H of those among `args`, and all else as it is.
+
+    Torch 2.11 counts attention only where keys have as many heads as queries.
+    """
     heads = max((arg.shape[1] for arg in args if _has_heads(arg)), default=1)
     return lambda arg: arg[:, :1].expand(-1, heads, -1, -1) if _has_heads(arg) else arg
 

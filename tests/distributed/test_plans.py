@@ -109,7 +109,8 @@ def test_a_plan_under_zero_3_counts_all_that_lives_between_steps(settings, half,
     """
     world = new_world(zero_world.size) if zero_world.on_gpu else zero_world
     for answer in world.run("zero_memory", budget="min", settings=settings, half=half, measured=False):
-        assert answer["static_bytes"] == pytest.approx(answer["living_bytes"], rel=0.01)
+        in_tensors = answer["static_bytes"] - answer["workspaces"]  # cuBLAS's are in none
+        assert in_tensors == pytest.approx(answer["living_bytes"], rel=0.01)
 
 
 @slow

@@ -67,8 +67,7 @@ SHAPES = ((2, 24), (3, 17), (1, 40))
 PADDINGS = ("none", "left", "right")
 BATCHES = (((2, 24), "none"), ((2, 24), "left"), ((3, 17), "right"))
 """What each model trains on: without a mask and with one, and of sizes unseen at capture, where a capture for any size
-takes seven times as long as one for its own. A few models take `SHAPES` under all `PADDINGS`: what is in a mask no
-capture sees, and a batch of one is Dynamo's to tell apart.
+takes seven times as long as one for its own. Those of `TOGETHER` take `SHAPES` under all `PADDINGS` as well.
 """
 
 SAVED_LESS_BY_INDUCTOR_ONLY = ("gpt_neox", "starcoder2")
@@ -86,7 +85,7 @@ def count_sites(report: fxopt.Report) -> dict[str, int]:
     return dict(counts)
 
 
-@pytest.mark.parametrize("arch", QUICK)
+@pytest.mark.parametrize("arch", quick("llama", "gemma2", "single_level"))
 def test_fp32_steps_equal_stock_every_site_is_rewritten_and_less_is_saved(arch, device, twins, tools):
     model, stock = twins(arch, device)
     for shape, padded in BATCHES:
@@ -105,7 +104,7 @@ def test_fp32_steps_equal_stock_every_site_is_rewritten_and_less_is_saved(arch, 
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
 
-@pytest.mark.parametrize("arch", slow("llama", "gemma2", "single_level"))
+@pytest.mark.parametrize("arch", slow(*TOGETHER))
 def test_every_shape_under_every_padding_trains_as_stock(arch, device, twins, tools):
     model, stock = twins(arch, device)
     for shape, padded in itertools.product(SHAPES, PADDINGS):
@@ -139,8 +138,7 @@ def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(dtyp
     means: list[float] = []
     for arch in TOGETHER:
         model = fxopt.optimize(tools.make_model(arch).to(device))
-        shapes = SHAPES[:2] if arch == "llama" else SHAPES[:1]
-        gradients, loss = tools.measure_excess(model, dtype, device, autocast=True, arch=arch, shapes=shapes)
+        gradients, loss = tools.measure_excess(model, dtype, device, autocast=True, arch=arch, shapes=SHAPES)
         assert not gradients.is_shown, (arch, gradients)
         assert gradients.standard_error < tools.most_standard_error, (arch, gradients)
         assert not loss.is_shown, (arch, loss)

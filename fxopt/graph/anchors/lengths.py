@@ -1,4 +1,4 @@
-"""Norms in a stock graph by a length: rows divided by their own, and scaled.
+"""Norms in a stock graph by a length: rows divided by their Euclidean length, then scaled.
 
 Rows of length one are a norm where they are multiplied by the root of their size, or by a weight for each item.
 """
@@ -59,15 +59,16 @@ def _unit_rows(node: fx.Node) -> list[fx.Node]:
 def _weighs_unit_rows(node: fx.Node) -> bool:
     """Return whether rows divided by their norm, which `node` is or does, are multiplied by a weight for each item.
 
-    They are then those of an rms_norm whose weight is less by the root of their size. That is so of queries and keys
-    too: what makes them a norm is the weight. Without one, or with a number alone, what is asked for is the angle
-    between rows, which no norm's weight could stand for. Rows of a weight (a weight norm) are no activations.
+    They are then those of an rms_norm whose weight is less by the root of their size. Without a weight, or with a
+    number alone, what is asked for is the angle between rows, which no norm's weight could stand for. Rows of a weight
+    (a weight norm) are no activations.
     """
     rows = unrounded(tensors_read(node)[0])
     if isinstance(rows.meta["example_value"], nn.Parameter):
         return False
     for item in _unit_rows(node):
-        if stock_name(item) != "normalize" and unrounded(item.all_input_nodes[0]) is not rows:
+        dividend, _ = dividend_and_divisor(item)
+        if item is not node and not (isinstance(dividend, fx.Node) and unrounded(dividend) is rows):
             continue
         products = [user for user in users_through(item, ROUNDING) if stock_name(user) == "mul"]
         others = [other for user in products for other in tensors_read(user) if other is not item]

@@ -25,7 +25,7 @@ from fxopt.graph.anchors.stock import (
 )
 
 BETWEEN = frozenset({*POINTWISE, *MOVING, "cat", "log_softmax", "where"})
-"""Ops between a head's product and the loss that compute each item by itself."""
+"""Ops that may stand between a head's product and its loss."""
 
 
 def loss_kind(node: fx.Node) -> str:

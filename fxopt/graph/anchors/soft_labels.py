@@ -1,6 +1,6 @@
 """Losses in a stock graph by a value for each class: log-probabilities times a one-hot or soft labels, summed.
 
-Log-probabilities times probabilities of the same logits are an entropy: a bonus or a penalty beside a loss, and none.
+Log-probabilities times probabilities of the same logits are an entropy: a bonus or a penalty, no loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ ONE_HOT = frozenset({"one_hot", "scatter"})
 
 
 def labels_of(node: fx.Node) -> str:
-    """Return "a one-hot" or "soft labels" if the log-softmax `node` is weighed by these and summed, else ""."""
+    """Return "a one-hot" or "soft labels" if the log-softmax `node` is weighed by these and summed, else "".
+
+    Soft labels are no function of the same logits, which would be an entropy, and the log-softmax is to be trained:
+    of a frozen model it is what others are compared with.
+    """
     if stock_name(node) != "log_softmax":
         return ""
     own = _logits_path(node)

@@ -66,6 +66,7 @@ PRODUCTS = frozenset({"linear", "matmul", "grouped_mm", "scaled_mm", "autograd_f
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
 MAX_DEPTH = 64
 MAX_CHAIN = 5
+"""Casts, moves and the like that may stand between two ops that belong together."""
 
 
 def stock_name(node: Any) -> str:

@@ -129,23 +129,15 @@ def _compare(
             for batches in step:
                 with contextlib.nullcontext() if batches is step[-1] else unreduced(model):
                     (model(**batches[rank], num_items_in_batch=total).loss * world).backward()
-                _wait_for_device()
+                if ON_GPU and which == "stock":
+                    # Torch 2.11's FSDP2 reduces gradients of LoRA before they are there, under accelerate over NCCL.
+                    torch.cuda.synchronize()
             found[which] = gradients_of(model)
             own.step()
             own.zero_grad()
         found["alone"] = _train_alone(alone, optimizer, step, total)
         _note_errors(errors, found)
     return {which: {"errors": errors[which], **report_of(trained[which][0])} for which in ORDERS}
-
-
-def _wait_for_device() -> None:
-    """End what a GPU has begun.
-
-    Without, stock LoRA under accelerate's FSDP2 reduces other gradients than one process has, 0.37 of their norm off,
-    in most runs of its second step over NCCL (torch 2.11); optimized models were within 6e-7 in all.
-    """
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def _sgd(model: Any) -> torch.optim.Optimizer:

@@ -131,10 +131,9 @@ def killed(engine: str) -> dict[str, Any]:
     held = memory.used_bytes
     del memory  # it finds its bounds through the model's planner
     gc.collect()
-    own = [
-        each for each in threading.enumerate() if not isinstance(each, threading._DummyThread)
-    ]  # not torch's
-    more = [thread.name for thread in own if thread not in threads]
+    # Threads that torch began are dummies to Python.
+    begun = [each for each in threading.enumerate() if not isinstance(each, threading._DummyThread)]
+    more = [thread.name for thread in begun if thread not in threads]
     return {
         **raised,
         "kept": kept() is not None,
