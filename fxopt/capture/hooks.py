@@ -179,6 +179,11 @@ def is_not_recorder(hook: Any) -> bool:
     return recorder_of(None, hook) is None
 
 
+def is_users_hook(hook: Any) -> bool:
+    """Return whether `hook` is neither transformers' nor an engine's: a user's, who expects the values of a call."""
+    return is_not_recorder(hook) and not is_gathering_hook(hook)
+
+
 def is_idle_or_recorder(hook: Any) -> bool:
     """Return whether `hook` does nothing at this call, or only collects its module's output for transformers."""
     recorder = recorder_of(None, hook)

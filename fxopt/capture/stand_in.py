@@ -10,7 +10,7 @@ from torch import nn
 from fxopt.capture import torch_modules, torch_stand_ins, zero
 from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gathered_dtype, say_kept
 from fxopt.capture.four_bits import FourBitLayers
-from fxopt.capture.hooks import hooks_hidden, is_gathering_hook
+from fxopt.capture.hooks import hooks_hidden, is_not_recorder, is_users_hook
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.places import forward_line, with_place
 from fxopt.capture.reasons import frames_of
@@ -113,7 +113,7 @@ class StandIns:
             try:
                 with (
                     torch_stand_ins.real_tensors_allowed(mode),
-                    hooks_hidden(block.modules(), is_gathering_hook),
+                    hooks_hidden(block.modules(), is_not_recorder),
                 ):
                     out, added = run_collecting(
                         lambda *args, **kwargs: torch.func.functional_call(block, state, args, kwargs),
@@ -124,7 +124,8 @@ class StandIns:
                     out = cast_output(block, out), added
             except Exception as error:
                 _put_back(before)
-                out = try_on_values(block, args, kwargs, counts)
+                with hooks_hidden(block.modules(), is_users_hook):
+                    out = try_on_values(block, args, kwargs, counts)
                 if out is None:
                     raise error from None
             changed = _find_change(before)

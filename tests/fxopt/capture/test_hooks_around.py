@@ -60,6 +60,25 @@ def test_a_hook_on_the_embedding_fires_once_and_costs_no_tail(
     assert not reasons_of(installation)
 
 
+def test_hooks_inside_a_block_see_the_values_of_calls_alone(build, install, assert_same_step) -> None:
+    """Not the stand-ins that the form of a block's result is found with."""
+    model = build()
+    stock = copy.deepcopy(model)
+    seen: dict[nn.Module, list[torch.Tensor]] = {model: [], stock: []}
+    for each, values in seen.items():
+        for layer in each.model.layers:
+            layer.mlp.register_forward_pre_hook(
+                lambda module, args, values=values: values.append(args[0].detach())
+            )
+            layer.mlp.register_forward_hook(
+                lambda module, args, out, values=values: values.append(out.detach())
+            )
+    install(model)
+    assert_same_step(model, stock)
+    for ours, theirs in zip(seen[model], seen[stock], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_hooks_before_the_blocks_change_what_these_get(build, install, assert_same_step) -> None:
     model = build()
     stock = copy.deepcopy(model)
