@@ -78,10 +78,10 @@ def _notes_on_slots(installation: Installation) -> tuple[str, ...]:
 def _notes_on_lost(installation: Installation, lost: Sequence[str]) -> tuple[str, ...]:
     """Return a line for each of the paths of blocks that are in the model no longer."""
     return tuple(
-        f"{path} was replaced after fxopt.optimize: what is there now is not captured as a block; "
+        f"{path} was taken out of the model after fxopt.optimize"
+        if installation.is_taken_out(path)
+        else f"{path} was replaced after fxopt.optimize: what is there now is not captured as a block; "
         "fxopt.optimize(model) again takes it in"
-        if installation.has_place(path)
-        else f"{path} was taken out of the model after fxopt.optimize"
         for path in lost
     )
 
@@ -155,7 +155,7 @@ def _regions(installation: Installation, lost: Sequence[str]) -> tuple[RegionRec
     captures = collections.Counter(capture.region for capture in ledger.captures)
     records: list[RegionRecord] = []
     named = [("block", stack.path, stack.paths[0], stack.paths) for stack in installation.regions.stacks]
-    gone = [path for path in lost if not installation.has_place(path)]
+    gone = [path for path in lost if installation.is_taken_out(path)]
     for kind, region, module, paths in (*named, ("model", MODEL_REGION, "", (MODEL_REGION,))):
         refused = ledger.refused.get(region, "")
         status = "stock" if refused else "captured" if captures[region] else "pending"

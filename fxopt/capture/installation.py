@@ -173,13 +173,13 @@ class Installation:
         there = walk(self.model)
         return tuple(path for path, block in self.regions.blocks if block not in there)
 
-    def has_place(self, path: str) -> bool:
-        """Return whether a module of the model has this path."""
+    def is_taken_out(self, path: str) -> bool:
+        """Return whether nothing stands in for the lost block at `path`: no module, or a block that moved there."""
         try:
-            self.model.get_submodule(path)
+            found = self.model.get_submodule(path)
         except AttributeError:
-            return False
-        return True
+            return True
+        return any(found is block for _, block in self.regions.blocks)
 
     def _root_as_region(self, *args: Any, **kwargs: Any) -> Any:
         run = self._calls[MODEL_REGION].begin(MODEL_REGION, self.model)
