@@ -1,18 +1,10 @@
-"""Every exception fxopt raises, and what of another's text is told.
+"""Every exception fxopt raises.
 
 User mistakes are `FxoptError`s; "does not apply" is never an exception but a `Mismatch` in the report;
 a broken invariant is a `VerifyError` naming the pass that left the graph invalid.
 """
 
 from __future__ import annotations
-
-import re
-
-NO_SENTENCE = re.compile(
-    r"$|File \"|from user code|user stack|traceback|while executing|hint:|explanation:|caused by:|developer debug",
-    re.IGNORECASE,
-)
-"""How a line begins that is not part of the sentence before it."""
 
 
 class FxoptError(ValueError):
@@ -45,19 +37,3 @@ class VerifyError(RuntimeError):
 
 class TurnsError(RuntimeError):
     """A loop that was captured for one turn and cannot stand for all; its block is captured in pieces around it."""
-
-
-def first_sentence(text: str) -> str:
-    """Return the first sentence of an error's text, over as many lines as it takes.
-
-    >>> first_sentence("one of the variables\\nis gone: it was written to. Hint: do not\\n\\nWhile executing ...")
-    'one of the variables is gone: it was written to. Hint: do not'
-    """
-    lines: list[str] = []
-    for line in map(str.strip, text.strip().splitlines()):
-        if lines and NO_SENTENCE.match(line):
-            break
-        lines.append(line)
-        if line.endswith((".", "!", "?")):
-            break
-    return " ".join(lines)

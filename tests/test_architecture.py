@@ -23,12 +23,13 @@ UNITS = "report.units"
 PLAN = {"report.plan", "report.plan_table"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "sentences": {"errors"},
     "report": {"errors"},
     "kernels": set(),
     "options": {"errors"},
     "graph": {"errors", RECORDS},
-    "capture": {"graph", "options", "errors", "kernels.launch", "kernels.launcher", RECORDS},
-    "rewriting": {"graph", "options", "errors", RECORDS},
+    "capture": {"graph", "options", "errors", "sentences", "kernels.launch", "kernels.launcher", RECORDS},
+    "rewriting": {"graph", "options", "errors", "sentences", RECORDS},
     "remat": {"graph", "options", "errors", RECORDS, UNITS, *PLAN},
     "sites": {"rewriting", "graph", RECORDS},
     "reporting": {"capture", RECORDS},
@@ -136,6 +137,7 @@ HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "huggingfa
 TERMINAL = {"rich", "typer"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
+    "sentences": set(),
     "options": {"torch"},
     "report": {"jinja2"},
     "kernels": {"torch", "triton"},

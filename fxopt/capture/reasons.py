@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from torch import fx
 
 from fxopt.capture import torch_dynamo, torch_errors
-from fxopt.errors import first_sentence
 from fxopt.graph.view import FRAME, location_in
+from fxopt.sentences import first_sentence
 
 PLAIN_WORDS = (
     (

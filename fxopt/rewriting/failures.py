@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fxopt.errors import first_sentence
 from fxopt.graph.view import is_pythons, location_in, location_of
 from fxopt.rewriting.trees import items_of
+from fxopt.sentences import first_sentence, sentence_of
 
 INTO_AN_OP = "put the kernel into a torch.library.custom_op with a register_fake, and call that"
 KEEP_A_TENSOR = "keep it a tensor, or leave it out of the search and take it as an argument"
@@ -88,7 +88,7 @@ def _frames_captured(error: BaseException) -> Any:
 def said_by(error: BaseException) -> str:
     """Return the kind of an error and its first sentence; of Dynamo's the explanation, which the heading lacks."""
     explanation = str(error).partition("Explanation:")[2]
-    text = first_sentence(explanation or str(error)).rpartition(": got ")[2]
+    text = (first_sentence(explanation) or sentence_of(error)).rpartition(": got ")[2]
     return f"{type(error).__name__}: {text}"
 
 

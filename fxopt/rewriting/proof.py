@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.errors import first_sentence
 from fxopt.graph import vocabulary
 from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.report.records import Proof
@@ -37,6 +36,7 @@ from fxopt.rewriting.runs import (
 )
 from fxopt.rewriting.samples import layout_of
 from fxopt.rewriting.trees import items_of
+from fxopt.sentences import sentence_of
 
 ROUNDING = 0.5
 """What is allowed whatever stock's own error, in epsilons of the coarsest dtype: one rounding to nearest.
@@ -143,7 +143,7 @@ def prove(match: Match, replacement: Replacement) -> tuple[Proof, tuple[tuple[in
             many = many or few
             comparisons, oracle_dtype = _compare(match, replacement, autocast, few, many)
         except Exception as error:
-            reason = f"the proof could not run: {type(error).__name__}: {first_sentence(str(error))}"
+            reason = f"the proof could not run: {type(error).__name__}: {sentence_of(error)}"
             return Proof(False, dtype, str(device), math.inf, 0.0, "", (), (), reason, ""), ()
     worst = max(comparisons, key=lambda comparison: comparison.excess)
     passed = worst.excess <= 1
