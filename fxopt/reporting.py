@@ -151,28 +151,32 @@ def _count_elsewhere(served: Sequence[tuple[str, Capture]]) -> tuple[RewriteElse
 
 
 def _regions(installation: Installation, lost: Sequence[str]) -> tuple[RegionRecord, ...]:
+    """Return a record of each stack of blocks, and of the model for what stands around them."""
+    stacks = installation.regions.stacks
+    blocks = (_region("block", stack.path, stack.paths, installation, lost) for stack in stacks)
+    return (*blocks, _region("model", MODEL_REGION, (MODEL_REGION,), installation, lost))
+
+
+def _region(
+    kind: str, region: str, paths: Sequence[str], installation: Installation, lost: Sequence[str]
+) -> RegionRecord:
+    """Return the record of the `region` that stands for what is at `paths`, those taken out since left out."""
     ledger = installation.ledger
-    captures = collections.Counter(capture.region for capture in ledger.captures)
-    records: list[RegionRecord] = []
-    named = [("block", stack.path, stack.paths[0], stack.paths) for stack in installation.regions.stacks]
-    gone = [path for path in lost if installation.is_taken_out(path)]
-    for kind, region, module, paths in (*named, ("model", MODEL_REGION, "", (MODEL_REGION,))):
-        refused = ledger.refused.get(region, "")
-        status = "stock" if refused else "captured" if captures[region] else "pending"
-        breaks = dict.fromkeys(c.broken for c in ledger.captures if c.region == region and c.broken)
-        if region in ledger.broken and not breaks:
-            breaks = {ledger.broken[region]: None}
-        records.append(
-            RegionRecord(
-                kind,
-                module,
-                sum(path not in gone for path in paths),
-                status,
-                captures[region],
-                refused,
-                () if refused else tuple(breaks),
-                installation.guards_of(region),
-                sum((path not in ledger.served or path in lost) and path not in gone for path in paths),
-            )
-        )
-    return tuple(records)
+    captures = [capture for capture in ledger.captures if capture.region == region]
+    refused = ledger.refused.get(region, "")
+    breaks = tuple(dict.fromkeys(capture.broken for capture in captures if capture.broken))
+    if not breaks and not refused and region in ledger.broken:
+        breaks = (ledger.broken[region],)
+    there = [path for path in paths if path not in lost or not installation.is_taken_out(path)]
+    unseen = [path for path in there if path in lost or path not in ledger.served]
+    return RegionRecord(
+        kind=kind,
+        module="" if kind == "model" else paths[0],
+        count=len(there),
+        status="stock" if refused else "captured" if captures else "pending",
+        captures=len(captures),
+        reason=refused,
+        breaks=breaks,
+        guards=installation.guards_of(region),
+        unseen=len(unseen),
+    )

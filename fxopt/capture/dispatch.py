@@ -177,9 +177,8 @@ class BlockCalls:
         dtypes = [parameter.dtype for parameter in block.parameters()]
         is_captured, output = False, None
         if self.pieces is not None and not broken and can_break:
-            self.ledger.broken.setdefault(self.region, reason)
             try:
-                output = self._run_compiled(self.pieces, path, block, hooks, args, kwargs)
+                output = self._run_compiled(self.pieces, path, block, hooks, args, kwargs, reason)
                 is_captured = True
             except torch_errors.CAPTURE_ERRORS as error:
                 self._reason_of(error)
@@ -191,6 +190,7 @@ class BlockCalls:
             # The call cast a weight for good, as four-bit layers do with a bias: the next call can be captured.
             return output
         if is_captured:
+            self.ledger.broken.setdefault(self.region, reason)
             self.broken_classes.add(type(block))
             is_checkpointed = block in self._checkpointing.taken
             if self._planner is not None and self._planner.is_asked(checkpointed=is_checkpointed):
@@ -259,8 +259,12 @@ class BlockCalls:
         hooks: Hooks,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        broken: str = "",
     ) -> Any:
-        """Run a block's forward captured whole, or by the frame of its pieces, which nobody plans."""
+        """Run a block's forward captured whole, or by the frame of its pieces, which nobody plans.
+
+        `broken` says why it is not captured whole, where the ledger does not know yet.
+        """
         self.ledger.begin(path)
         if not self.ledger.captures:
             self.ledger.progress.show(path or self.region, "capturing")
@@ -271,7 +275,7 @@ class BlockCalls:
         run = functools.partial(self._run_pieces, pieces, block, hooks)
         output = self._checkpointing.run_unplanned(block, run, args, kwargs)
         if not self.ledger.is_served:
-            reason = "; ".join(filter(None, (NO_PIECE, self.ledger.broken.get(self.region))))
+            reason = "; ".join(filter(None, (NO_PIECE, broken or self.ledger.broken.get(self.region))))
             self.ledger.count_fallback(self.region, reason)
             self.ledger.refused.setdefault(self.region, reason)
         return output

@@ -97,6 +97,45 @@ def test_a_loop_over_experts_is_captured_in_pieces_and_so_is_what_follows_the_bl
     ]
 
 
+class Unseen(nn.Linear):
+    """A layer that Dynamo is told to leave alone."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    @torch._dynamo.disable
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).tanh()
+
+
+def test_breaks_are_told_where_other_blocks_of_the_region_stay_stock() -> None:
+    model = Net(Experts)
+    model.layers[2] = Unseen()
+    fxopt.optimize(model.train())
+    model(torch.randn(2, 5, 8)).backward()
+    blocks = fxopt.explain(model).regions[0]
+    assert blocks.status == "stock"
+    assert any("test_pieces.py:" in broken for broken in blocks.breaks)
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).pow(2)
+
+
+def test_a_call_that_fails_in_stock_too_is_no_break() -> None:
+    model = fxopt.optimize(Net(Squared).train())
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 7))
+    model(torch.randn(2, 5, 8)).backward()
+    blocks = fxopt.explain(model).regions[0]
+    assert (blocks.status, blocks.breaks) == ("captured", ())
+
+
 def test_random_states_are_left_alone_by_the_first_step() -> None:
     model = fxopt.optimize(Net(Experts).train())
     torch.manual_seed(1)
