@@ -112,15 +112,13 @@ def _sum_bytes(nodes: Sequence[NodeRecord]) -> int:
 
 def unseen_regions(report: Report) -> list[str]:
     """Return what of the model no capture served, "3 of 28 blocks at layers.0" say: its sites are counted nowhere."""
-    return [
-        f"{region.unseen} of {plural(region.count, 'block')} at {region.module}"
-        if region.kind == "block"
-        else "what stands after the blocks"
-        if len(report.regions) > 1
-        else "the model"
-        for region in report.regions
-        if region.unseen
-    ]
+    told: list[str] = []
+    for region in report.regions:
+        if region.unseen and region.kind == "block":
+            told.append(f"{region.unseen} of {plural(region.count, 'block')} at {region.module}")
+        elif region.unseen:
+            told.append(region_title(report, MODEL_REGION))
+    return told
 
 
 def distinct_graphs(report: Report) -> tuple[GraphRecord, ...]:

@@ -29,7 +29,7 @@ from fxopt.report.figures import (
 from fxopt.report.memory import describe_budget
 from fxopt.report.memory_chart import chart_of
 from fxopt.report.records import GraphRecord, NodeRecord, Report
-from fxopt.report.units import format_bytes
+from fxopt.report.units import format_bytes, plural
 
 NUM_COLOURS = 12
 """How many colours the style sheet has for patterns; more patterns use them again."""
@@ -51,6 +51,7 @@ def render_html(report: Report) -> str:
         elsewhere=count_elsewhere(report),
         unseen=unseen_regions(report),
         format_bytes=format_bytes,
+        plural=plural,
         describe_budget=describe_budget,
         relative=_relative,
         region_title=region_title,

@@ -231,7 +231,7 @@ def test_a_tail_that_is_not_captured_is_told_in_the_headline_with_its_cause_and_
     assert (tail.status, tail.unseen, report.regions[0].unseen) == ("stock", 1, 0)
     assert cause in tail.reason
     assert tail.reason.endswith(f"; at test_refusals.py:{line}")
-    assert "\nnot captured, their sites are in no count: what stands after the blocks\n" in str(report)
+    assert "\nnot captured, their sites are in no count: the tail\n" in str(report)
 
 
 def test_a_reason_of_several_lines_is_told_to_the_end_of_its_sentence() -> None:
