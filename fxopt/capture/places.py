@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fxopt.graph.view import is_pythons, location_in
+from fxopt.graph.view import is_of_standard_library, location_in
 
 PLACE = re.compile(r"\S+\.py:\d+")
 
@@ -53,7 +53,7 @@ def line_of(function: Any) -> str:
     ''
     """
     found = getattr(function, "__func__", getattr(function, "func", function))
-    found = inspect.unwrap(found, stop=lambda each: not is_pythons(_file_of(each)))
+    found = inspect.unwrap(found, stop=lambda each: not is_of_standard_library(_file_of(each)))
     called = inspect.getattr_static(type(found), "__call__", None)
     code = getattr(found, "__code__", None) or getattr(called, "__code__", None)
     return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""

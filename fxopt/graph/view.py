@@ -15,7 +15,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "find_subgraphs",
-    "is_pythons",
+    "is_of_standard_library",
     "is_tensor",
     "location_in",
     "location_of",
@@ -31,8 +31,8 @@ __all__ = [
 Dim = int | torch.SymInt
 TORCH_FOLDER = os.path.dirname(str(torch.__file__)) + os.sep
 FXOPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-PYTHON_FOLDER = sysconfig.get_path("stdlib") + os.sep
-PACKAGES_FOLDERS = tuple(PYTHON_FOLDER + name + os.sep for name in ("site-packages", "dist-packages"))
+LIBRARY_FOLDER = sysconfig.get_path("stdlib") + os.sep
+PACKAGES_FOLDERS = tuple(LIBRARY_FOLDER + name + os.sep for name in ("site-packages", "dist-packages"))
 MODULES_FOLDER = os.path.join(TORCH_FOLDER, "nn", "modules") + os.sep
 CALLING = os.sep + "module.py"
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -124,16 +124,16 @@ def location_in(frames: Iterable[tuple[str, int | str]]) -> str:
     own = [
         frame
         for frame in frames
-        if not (is_pythons(frame[0]) or frame[0].startswith((TORCH_FOLDER, FXOPT_FOLDER)))
+        if not (is_of_standard_library(frame[0]) or frame[0].startswith((TORCH_FOLDER, FXOPT_FOLDER)))
     ]
     torchs = [frame for frame in frames if frame[0].startswith(MODULES_FOLDER)]
     path, line = next(reversed(own or [f for f in torchs if not f[0].endswith(CALLING)]), ("", ""))
     return f"{os.path.basename(path)}:{line}" if path else ""
 
 
-def is_pythons(path: str) -> bool:
+def is_of_standard_library(path: str) -> bool:
     """Return whether the file at `path` is of Python's own library: `contextlib`, `functools` and the like."""
-    is_inside = path.startswith(PYTHON_FOLDER) and not path.startswith(PACKAGES_FOLDERS)
+    is_inside = path.startswith(LIBRARY_FOLDER) and not path.startswith(PACKAGES_FOLDERS)
     return is_inside or path.startswith("<frozen ")
 
 

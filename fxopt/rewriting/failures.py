@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fxopt.graph.view import is_pythons, location_in, location_of
+from fxopt.graph.view import is_of_standard_library, location_in, location_of
 from fxopt.rewriting.trees import items_of
 from fxopt.sentences import first_sentence, sentence_of
 
@@ -53,7 +53,7 @@ def function_place(function: Callable[..., Any], error: BaseException | None = N
     """
     code, name = code_of(function), _name_of(function)
     frames = [] if error is None else [*traceback.extract_tb(error.__traceback__), *_frames_captured(error)]
-    if code is None or is_pythons(code.co_filename):
+    if code is None or is_of_standard_library(code.co_filename):
         at = location_in((frame.filename, frame.lineno or 0) for frame in frames)
         return f"{name} ({at})" if at else name
     own = [frame.lineno for frame in frames if frame.filename == code.co_filename]
