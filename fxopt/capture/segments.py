@@ -163,7 +163,8 @@ def compile_model_graph(
 ) -> Callable[..., Any]:
     """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`.
 
-    Inputs are handed on as they are: of a float that is a symbol AOTAutograd knows the real tensor, not the stand-in.
+    `example_inputs` are what Dynamo gave: a symbolic float among them is a tensor that AOTAutograd must be handed
+    itself, not its `example_value`.
     """
     if not segments.lazy and not segments.cuts:
         return lower(gm, example_inputs)
