@@ -87,7 +87,7 @@ def pattern(
             "write what its forward computes as one, weights as arguments: def my_form(x, w): return torch.sinh(x) * w"
         )
     given: Any = name or getattr(search, "__name__", None)
-    check_pattern_name(given, function_place(search))
+    check_pattern_name(given, function_place(search), "a function without one")
     name, subject = given, f"{given}: {function_place(search)}"
     cases = check_cases(examples, subject)
     near = [check_near_miss(item, subject) for item in listed(near_misses, "near_misses", subject)]

@@ -20,7 +20,7 @@ from fxopt.rewriting.matcher import match_term
 from fxopt.rewriting.pattern import Mismatch, Pattern
 from fxopt.rewriting.prefilter import Known, could_match
 from fxopt.rewriting.rewrite import find_match
-from fxopt.rewriting.roots import find_needed_ops, find_rare_ops, find_roots
+from fxopt.rewriting.roots import find_rare_ops, find_roots
 from fxopt.rewriting.trace import Bindings, Trace, first_matching
 from fxopt.rewriting.trees import Operation, Target, Term, children_of, name_of, walk
 
@@ -36,32 +36,38 @@ def find_nearest_miss(
     """Return the mismatch of `pattern` that came furthest around the stock node `anchor_origin` of `gm`.
 
     A stock node in the body of a higher-order op is named "submodule/node". Where the pattern has no op of the site,
-    the mismatch says which ops it has, of these only those that it cannot do without where the graph has none, else
-    those where a match ends, else the one of the pattern's own name. `form` is what the site is called there, if not
-    by its op.
+    the mismatch names ops that it has. `form` is what the site is called there, if not by its op.
     """
-    sites = list(_find_nodes(gm, anchor_origin))
+    found = list(_find_nodes(gm, anchor_origin))
+    states, sites = [state for state, _ in found], tuple(site for _, site in found)
     is_lazy = lazy_outputs and "/" not in anchor_origin
-    found = (find_miss(pattern, site, state, is_lazy) for state, site in sites)
-    misses = [miss for miss in found if miss is not None]
-    lacking = frozenset[Target]().union(*(_find_lacking(pattern, state) for state, _ in sites))
-    is_common = any(site.target in COMMON for _, site in sites)
-    is_inner = is_common and not any(site.target in pattern.terms[0].heads for _, site in sites)
+    misses = [miss for state, site in found if (miss := find_miss(pattern, site, state, is_lazy)) is not None]
+    lacking = frozenset[Target]().union(*(_find_lacking(pattern, state) for state in states))
+    is_common = any(site.target in COMMON for site in sites)
+    is_inner = is_common and not any(site.target in pattern.terms[0].heads for site in sites)
     if misses and not (lacking and is_inner):
         return max(misses, key=lambda miss: miss.nearness)
-    says_much = pattern.targets - COMMON
-    own = frozenset(target for target in says_much if name_of(target) == pattern.name)
-    ending = (find_needed_ops(pattern.terms[0]) & pattern.terms[0].heads) - COMMON
-    possible = pattern.targets if is_common or not says_much else own or says_much
-    names = sorted(set(map(name_of, lacking or ending or possible)))
+    names = sorted(set(map(name_of, lacking or _ops_to_name(pattern, is_common))))
     expected = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-    got = form or " and ".join(dict.fromkeys(_name(site) for _, site in sites)) or "nothing"
-    return Mismatch(pattern.name, f"expected {expected}, got {got}", tuple(site for _, site in sites))
+    got = form or " and ".join(dict.fromkeys(map(_name, sites))) or "nothing"
+    return Mismatch(pattern.name, f"expected {expected}, got {got}", sites)
+
+
+def _ops_to_name(pattern: Pattern, is_common: bool) -> frozenset[Target]:
+    """Return which of its ops say best what `pattern` is, for a site of an op that it lacks or that `is_common`."""
+    ending = (pattern.needed_ops & pattern.terms[0].heads) - COMMON
+    if ending:  # no match is without it, and it is the one that a reader sees last
+        return ending
+    says_much = pattern.targets - COMMON
+    if is_common or not says_much:  # a common op may well be the one that is missing there
+        return pattern.targets
+    # An op of the pattern's own name is what it fuses: the others only stand around it.
+    return frozenset(target for target in says_much if name_of(target) == pattern.name) or says_much
 
 
 def _find_lacking(pattern: Pattern, state: GraphState) -> frozenset[Target]:
     """Return the ops that every match contains and the graph does not, less those that say nothing."""
-    needed = find_needed_ops(pattern.terms[0]) - COMMON
+    needed = pattern.needed_ops - COMMON
     return frozenset(target for target in needed if not state.by_target.get(target))
 
 

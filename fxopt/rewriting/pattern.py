@@ -39,6 +39,7 @@ from fxopt.rewriting.trees import (
     children_of,
     depth_of,
     describe,
+    find_needed_ops,
     items_of,
     names_in,
     walk,
@@ -233,6 +234,11 @@ class Pattern:
         )
 
     @functools.cached_property
+    def needed_ops(self) -> frozenset[Target]:
+        """The ops that every match contains, as the term of the first output has them."""
+        return find_needed_ops(self.terms[0])
+
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Every name that a match may have bound, those inside a `many` left out."""
         return tuple(sorted({name for term in self.terms for name in names_in(term)}))
@@ -263,14 +269,14 @@ def _find_mistake(root: Any) -> str:
     return ""
 
 
-def check_pattern_name(name: object, subject: str) -> None:
-    """Check what reports and `disable` are to call a pattern.
+def check_pattern_name(name: object, subject: str, nameless: str = "none") -> None:
+    """Check what reports and `disable` are to call a pattern; `nameless` is what was got where `name` is None.
 
     Raises:
-        FxoptError: no identifier.
+        FxoptError: `name` is no identifier.
     """
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        got = "none" if name is None else repr(name)
+        got = nameless if name is None else repr(name)
         raise FxoptError(
             f"{subject}: expected a name that is an identifier, got {got}\ngive name='my_pattern'"
         )

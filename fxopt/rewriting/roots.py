@@ -26,23 +26,6 @@ def find_rare_ops(term: Term, counts: Mapping[Target, int]) -> frozenset[Target]
     return None if best is None else best[1]
 
 
-def find_needed_ops(term: Term) -> frozenset[Target]:
-    """Return the ops that every match contains."""
-    return _needed_ops(term, {})
-
-
-def _needed_ops(term: Term, known: dict[int, frozenset[Target]]) -> frozenset[Target]:
-    if id(term) not in known:
-        below = [_needed_ops(child, known) for child in children_of(term)]
-        needed = frozenset({term.target}) if isinstance(term, Operation) else frozenset[Target]()
-        if isinstance(term, Either):
-            needed = frozenset[Target].intersection(*below) if below else needed
-        elif not isinstance(term, Many) or term.at_least:
-            needed = needed.union(*below)
-        known[id(term)] = needed
-    return known[id(term)]
-
-
 Cover = tuple[int, frozenset[Target]]
 
 

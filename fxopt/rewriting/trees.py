@@ -230,6 +230,23 @@ def _depth(term: Term, known: dict[int, int]) -> int:
     return known[id(term)]
 
 
+def find_needed_ops(term: Term) -> frozenset[Target]:
+    """Return the ops that every match contains."""
+    return _needed_ops(term, {})
+
+
+def _needed_ops(term: Term, known: dict[int, frozenset[Target]]) -> frozenset[Target]:
+    if id(term) not in known:
+        below = [_needed_ops(child, known) for child in children_of(term)]
+        needed = frozenset({term.target}) if isinstance(term, Operation) else frozenset[Target]()
+        if isinstance(term, Either):
+            needed = frozenset[Target].intersection(*below) if below else needed
+        elif not isinstance(term, Many) or term.at_least:
+            needed = needed.union(*below)
+        known[id(term)] = needed
+    return known[id(term)]
+
+
 def names_in(term: Term) -> Iterator[str]:
     """Yield the names that `term` binds in a match; the items of a `many` bind theirs in tuples of their own."""
     queue, seen = [term], {id(term)}

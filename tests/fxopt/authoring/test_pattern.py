@@ -211,11 +211,11 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: fxopt.pattern(functools.partial(growth), growth, [(X,)]),
-        rf"growth {PLACE}: expected a name .*, got none\ngive name='my_pattern'",
+        rf"growth {PLACE}: expected a name .*, got a function without one\ngive name='my_pattern'",
     ),
     (
         lambda: fxopt.pattern(Growth(), growth, [(X,)]),
-        rf"Growth {PLACE}: expected a name .*, got none",
+        rf"Growth {PLACE}: expected a name .*, got a function without one",
     ),
     (
         lambda: fxopt.pattern(growth, launching, [(X,)]),
