@@ -41,7 +41,7 @@ class Cache:
 
     def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
         """Return why a call has to keep the cache that the model builds unasked, or None."""
-        if not self._slots.suspects or self._is_told(kwargs):
+        if self._is_told(kwargs) or not self._slots.suspects:
             return None
         if not any(getattr(config, "use_cache", False) for config in self._configs()):
             return None

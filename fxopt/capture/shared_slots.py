@@ -33,9 +33,19 @@ class SharedSlots:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.suspects = find_suspects(model)
+        self._suspects = find_suspects(model)
+        self._layers = find_layers(model)
         self._shared: dict[Any, str | None] = {}
         """By kind of call, the path of a list of layers that share a slot, None where none do."""
+
+    @property
+    def suspects(self) -> dict[str, tuple[nn.Module, ...]]:
+        """The lists of layers that may share a slot, found anew where layers were put in or taken out since."""
+        if any(children_at(self._model, path) != layers for path, layers in self._layers.items()):
+            self._suspects = find_suspects(self._model)
+            self._layers = find_layers(self._model)
+            self._shared.clear()
+        return self._suspects
 
     @property
     def doubt(self) -> str:
@@ -125,15 +135,33 @@ def find_suspects(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     One that stands in a list twice is in it twice here.
     """
     suspects: dict[str, tuple[nn.Module, ...]] = {}
-    for module, path in walk(model).items():
-        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            continue
-        layers = tuple(
-            layer for layer in children_of(module).values() if layer is not None and _takes_cache(layer)
-        )
+    for path, children in find_layers(model).items():
+        layers = tuple(layer for layer in children if layer is not None and _takes_cache(layer))
         if len({(type(layer), _numbers_of(layer)) for layer in layers}) < len(layers):
             suspects[path] = layers
     return suspects
+
+
+def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module | None, ...]]:
+    """Return by path what the lists in `model` hold that have a layer which takes a cache."""
+    lists = {
+        path: tuple(children_of(module).values())
+        for module, path in walk(model).items()
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    }
+    return {
+        path: children
+        for path, children in lists.items()
+        if any(child is not None and _takes_cache(child) for child in children)
+    }
+
+
+def children_at(model: nn.Module, path: str) -> tuple[nn.Module | None, ...]:
+    """Return the modules right inside the one at `path`, none where there is none."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else children_of(module).get(name)
+    return () if module is None else tuple(children_of(module).values())
 
 
 def _takes_cache(layer: nn.Module) -> bool:

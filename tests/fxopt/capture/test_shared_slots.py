@@ -100,6 +100,25 @@ def test_layers_of_one_slot_train_as_in_stock(how, is_within, build, assert_step
     assert all("use_cache=False" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("how", ["appended", "module", "another list"])
+def test_layers_that_come_to_share_a_slot_after_optimize_train_as_in_stock(how, build, assert_steps_of_stock):
+    model = build()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    loss_of(model).backward()
+    assert fxopt.explain(model).fallbacks == ()
+    for each in (model, stock):
+        if how == "another list":
+            first = each.model.layers[0]
+            each.model.layers = nn.ModuleList([first, copy.deepcopy(first)])
+        else:
+            share(each, how)
+    assert differs_without_cache(stock)
+    assert_steps_of_stock(model, stock)
+    reasons = [each.reason for each in fxopt.explain(model).fallbacks if each.region == MODEL_REGION]
+    assert any("share a slot of the key/value cache and attend to" in reason for reason in reasons)
+
+
 @pytest.mark.parametrize("how", ["copy", "module"])
 @pytest.mark.parametrize("by", ["argument", "config"])
 @pytest.mark.parametrize("is_within", [False, True])
