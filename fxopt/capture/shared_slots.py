@@ -1,15 +1,17 @@
 """Layers that write to one slot of a key/value cache: the second attends to the first one's keys, in training too.
 
 Each layer is told its slot by a whole number that it keeps, which a copy of the layer keeps as well. Layers that are
-alike in all of theirs may share a slot, or have none; one call that runs stock shows which.
+alike in all of theirs may share a slot, or have none; calls that run stock show which.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 import sys
 import threading
@@ -28,23 +30,41 @@ SLOT = "a slot of the key/value cache"
 CURE = "pass use_cache=False, which is another result, to have such calls served"
 
 
+Pair = tuple[str, int, int]
+"""The path of a list and the places in it of two layers that may share a slot."""
+
+
+@dataclasses.dataclass
+class Shown:
+    """What calls of one kind have shown."""
+
+    unseen: set[Pair]
+    """The pairs of which no one call has run both layers: calls may drop layers at random."""
+    shared: str | None = None
+    """The path of a list of layers that share a slot."""
+    unread: str | None = None
+    """The type of a cache that cannot be looked into."""
+
+
 class SharedSlots:
-    """Whether calls of one model that build a cache have layers read it, by what the first call of each kind did."""
+    """Whether calls of one model that build a cache have layers read it, by what earlier calls of each kind did."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._suspects = find_suspects(model)
-        self._layers = find_layers(model)
-        self._shared: dict[Any, str | None] = {}
-        """By kind of call, the path of a list of layers that share a slot, None where none do."""
+        self._find()
+
+    def _find(self) -> None:
+        self._layers = find_layers(self._model)
+        self._suspects = find_suspects(self._model)
+        self._pairs = frozenset(find_pairs(self._suspects))
+        self._shown: dict[Any, Shown] = {}
+        """By kind of call."""
 
     @property
     def suspects(self) -> dict[str, tuple[nn.Module, ...]]:
         """The lists of layers that may share a slot, found anew where layers were put in or taken out since."""
         if any(children_at(self._model, path) != layers for path, layers in self._layers.items()):
-            self._suspects = find_suspects(self._model)
-            self._layers = find_layers(self._model)
-            self._shared.clear()
+            self._find()
         return self._suspects
 
     @property
@@ -57,13 +77,17 @@ class SharedSlots:
 
     def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
         """Return why a call that builds a cache runs stock and with it, or None."""
-        kind = self._kind_of(kwargs)
-        if kind not in self._shared:
-            return f"{self._named(*self.suspects)} may share {SLOT}, which this call shows; {CURE}"
-        path = self._shared[kind]
-        if path is None:
+        if not self.suspects:
             return None
-        return f"{self._named(path)} share {SLOT} and attend to each other's keys; {CURE}"
+        shown = self._shown_by(kwargs)
+        if shown.shared is not None:
+            return f"{self._named(shown.shared)} share {SLOT} and attend to each other's keys; {CURE}"
+        if shown.unseen:
+            why = "no call has shown yet whether they do"
+            if shown.unread is not None:
+                why = f"they are given {shown.unread}, expected a transformers.Cache to see whether they do"
+            return f"{self._named(*self.suspects)} may share {SLOT}: {why}; {CURE}"
+        return None
 
     def _named(self, *paths: str) -> str:
         return f"layers of {', '.join(path or 'the model' for path in paths)}"
@@ -71,20 +95,26 @@ class SharedSlots:
     @contextlib.contextmanager
     def watched(self, kwargs: dict[str, Any]) -> Iterator[None]:
         """See within the scope, which is one stock call with these arguments, whether a slot is written to twice."""
-        kind = self._kind_of(kwargs)
-        if kind in self._shared:
+        suspects, shown = self.suspects, self._shown_by(kwargs)
+        if shown.shared is not None or not shown.unseen:
             yield
             return
         watch = _Watch()
         with contextlib.ExitStack() as hooks:
-            for path, layers in self.suspects.items():
+            for path, layers in suspects.items():
                 for layer in set(layers):
                     hooks.enter_context(watch.hooked(path, layer))
             yield
-        if watch.shared:
-            self._shared[kind] = watch.shared[0]
-        elif not any(0 < watch.calls[path] < len(layers) for path, layers in self.suspects.items()):
-            self._shared[kind] = None  # no layer was dropped from this call
+        shown.shared, shown.unread = watch.shared, watch.unread
+        if watch.unread is None:
+            shown.unseen -= {
+                (path, first, second)
+                for path, first, second in shown.unseen
+                if watch.has_run(suspects[path][first], suspects[path][second])
+            }
+
+    def _shown_by(self, kwargs: dict[str, Any]) -> Shown:
+        return self._shown.setdefault(self._kind_of(kwargs), Shown(set(self._pairs)))
 
     def _kind_of(self, kwargs: dict[str, Any]) -> Any:
         """Return what tells apart calls in which layers may be given a cache from those in which they are not."""
@@ -97,15 +127,20 @@ class _Watch:
     """What the layers of one call, in one thread, do to a cache that they are given."""
 
     def __init__(self) -> None:
-        self.calls: collections.Counter[str] = collections.Counter()
-        self.shared: list[str] = []
+        self.shared: str | None = None
+        self.unread: str | None = None
+        self._calls: collections.Counter[nn.Module] = collections.Counter()
         self._thread = threading.get_ident()
         self._held: list[dict[Any, tuple[torch.Tensor, int]]] = []
+
+    def has_run(self, first: nn.Module, second: nn.Module) -> bool:
+        """Return whether both layers ran: one that stands at both places, twice."""
+        return self._calls[second] > (first is second) and self._calls[first] > 0
 
     @contextlib.contextmanager
     def hooked(self, path: str, layer: nn.Module) -> Iterator[None]:
         """Watch the calls of `layer` within the scope."""
-        before = layer.register_forward_pre_hook(functools.partial(self._enter, path), with_kwargs=True)
+        before = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
         after = layer.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True)
         try:
             yield
@@ -113,9 +148,10 @@ class _Watch:
             before.remove()
             after.remove()
 
-    def _enter(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == self._thread:
-            self.calls[path] += 1
+            self._calls[layer] += 1
+            self.unread = self.unread or _find_unread(layer, args, kwargs)
             self._held.append(_find_cached(args, kwargs))
 
     def _leave(
@@ -126,20 +162,30 @@ class _Watch:
             for place, (tensor, version) in held.items():
                 found = now.get(place)
                 if found is None or found[0] is not tensor or found[1] != version:
-                    self.shared.append(path)
+                    self.shared = path
 
 
 def find_suspects(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     """Return the lists in `model` of layers that take a cache and are not all told apart, with their paths.
 
-    One that stands in a list twice is in it twice here.
+    One that stands in a list twice is in it twice here. Not found are layers of one slot that differ in another whole
+    number (one renumbered in one place only), and those that stand in no list or in two.
     """
     suspects: dict[str, tuple[nn.Module, ...]] = {}
     for path, children in find_layers(model).items():
         layers = tuple(layer for layer in children if layer is not None and _takes_cache(layer))
-        if len({(type(layer), _numbers_of(layer)) for layer in layers}) < len(layers):
+        if len({_mark_of(layer) for layer in layers}) < len(layers):
             suspects[path] = layers
     return suspects
+
+
+def find_pairs(suspects: dict[str, tuple[nn.Module, ...]]) -> Iterator[Pair]:
+    """Yield the pairs of layers that are not told apart."""
+    for path, layers in suspects.items():
+        marks = [_mark_of(layer) for layer in layers]
+        for first, second in itertools.combinations(range(len(layers)), 2):
+            if marks[first] == marks[second]:
+                yield path, first, second
 
 
 def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module | None, ...]]:
@@ -165,11 +211,24 @@ def children_at(model: nn.Module, path: str) -> tuple[nn.Module | None, ...]:
 
 
 def _takes_cache(layer: nn.Module) -> bool:
-    """Return whether `layer` takes what earlier calls left, by any of the names that transformers has had for it."""
+    """Return whether `layer` takes keys of earlier calls: transformers has "past" in the names of such parameters.
+
+    What models of recurrences take by other names holds states and no keys.
+    """
+    return any("past" in name for name in _parameters_of(layer))
+
+
+def _parameters_of(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of the forward of `layer`, none where they cannot be read."""
     try:
-        return any("past" in name for name in inspect.signature(type(layer).forward).parameters)
+        return tuple(inspect.signature(type(layer).forward).parameters)[1:]
     except (TypeError, ValueError):
-        return False
+        return ()
+
+
+def _mark_of(layer: nn.Module) -> Any:
+    """Return what two layers of which neither is told another slot have in common."""
+    return type(layer), _numbers_of(layer)
 
 
 def _numbers_of(layer: nn.Module) -> frozenset[tuple[str, str, int]]:
@@ -190,9 +249,25 @@ def _numbers_of(layer: nn.Module) -> frozenset[tuple[str, str, int]]:
     )
 
 
+def _find_unread(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Return the type of a cache among the arguments that is none of transformers' (remote code's own, tuples)."""
+    given = {**dict(zip(_parameters_of(layer), args, strict=False)), **kwargs}
+    unread = (
+        value
+        for name, value in given.items()
+        if "past" in name and value is not None and not isinstance(value, _cache_class())
+    )
+    return next((type(value).__name__ for value in unread), None)
+
+
+def _cache_class() -> Any:
+    """Return transformers' class of caches; where transformers was not imported, no value is of it."""
+    return getattr(sys.modules.get("transformers"), "Cache", ())
+
+
 def _find_cached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, tuple[torch.Tensor, int]]:
     """Return by place the tensors, each with its version, that caches of transformers' hold among the arguments."""
-    kind: Any = getattr(sys.modules.get("transformers"), "Cache", ())
+    kind = _cache_class()
     found: dict[Any, tuple[torch.Tensor, int]] = {}
     seen: set[int] = set()
     queue: list[tuple[tuple[Any, ...], Any]] = [

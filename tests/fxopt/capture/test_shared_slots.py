@@ -132,7 +132,7 @@ def test_without_a_cache_layers_of_one_slot_are_served(how, by, is_within, build
     if by == "argument" and is_within:  # that the module hands it on is seen at a first call
         loss_of(model, **given)
         first = fxopt.explain(model).fallbacks
-        assert ["which this call shows" in each.reason for each in first] == [True]
+        assert ["no call has shown yet" in each.reason for each in first] == [True]
     else:
         first = ()
     assert_steps_of_stock(model, stock, **given)
@@ -251,18 +251,72 @@ class Adding(nn.Module):
         return self.inner(x) * self.weight
 
 
+def call_watched(slots: SharedSlots, layers: list[nn.Module], cache: Any) -> str:
+    """Call `layers` with `cache`, and return why later calls run stock, nothing where none do."""
+    x = torch.ones(2)
+    with slots.watched({}):
+        for layer in layers:
+            x = layer(x, past_key_values=cache)
+    return slots.find_obstacle({}) or ""
+
+
+def make_cache(kind: type = DynamicCache) -> Any:
+    cache = kind()
+    cache.sums = {}
+    return cache
+
+
 @pytest.mark.parametrize("place", [1, None])
 def test_writes_in_place_are_seen(place):
     model = nn.Sequential(Adding(place), Adding(place))
     slots = SharedSlots(model)
-    assert "may share" in str(slots.find_obstacle({}))
-    cache: Any = DynamicCache()
-    cache.sums = {}
+    assert "no call has shown yet" in str(slots.find_obstacle({}))
+    reason = call_watched(slots, list(model), make_cache())
+    assert ("attend to each other's keys" in reason) == (place is not None)
+
+
+def test_calls_that_drop_layers_settle_once_any_two_have_run_in_one_call():
+    model = nn.Sequential(*(Adding(None) for _ in range(3)))
+    first, second, third = model
+    slots = SharedSlots(model)
+    for layers in ([first], [second, third], [], [first, second]):
+        assert "no call has shown yet" in call_watched(slots, layers, make_cache())
+    assert call_watched(slots, [first, third], make_cache()) == ""
+
+
+def test_calls_that_drop_layers_show_two_of_one_slot_when_both_have_run():
+    model = nn.Sequential(*(Adding(1) for _ in range(2)))
+    first, second = model
+    slots = SharedSlots(model)
+    for layer in (first, second):
+        assert "no call has shown yet" in call_watched(slots, [layer], make_cache())
+    assert "attend to each other's keys" in call_watched(slots, [first, second], make_cache())
+
+
+def test_a_layer_that_stands_in_a_list_twice_has_to_run_twice():
+    layer = Adding(None)
+    model = nn.Sequential(layer, layer)
+    slots = SharedSlots(model)
+    assert "no call has shown yet" in call_watched(slots, [layer], make_cache())
+    assert call_watched(slots, [layer, layer], make_cache()) == ""
+
+
+class OwnCache:
+    """A cache as remote code has it."""
+
+
+@pytest.mark.parametrize("place", [1, None])
+def test_a_cache_of_another_kind_leaves_the_question_open(place):
+    model = nn.Sequential(Adding(place), Adding(place))
+    slots = SharedSlots(model)
+    assert "given OwnCache, expected a transformers.Cache" in call_watched(
+        slots, list(model), make_cache(OwnCache)
+    )
     x = torch.ones(2)
     with slots.watched({}):
         for layer in model:
-            x = layer(x, past_key_values=cache)
-    assert ("attend to each other's keys" in str(slots.find_obstacle({}))) == (place is not None)
+            layer(x, make_cache(OwnCache))
+    assert "given OwnCache" in str(slots.find_obstacle({}))
 
 
 def test_before_a_training_call_the_report_tells_what_one_will_show(build):
