@@ -52,7 +52,7 @@ def surveyed_on_small_inputs(
 
 @contextlib.contextmanager
 def _run(probe: Installation, model: nn.Module, example_inputs: dict[str, Any] | None) -> Generator[None]:
-    probe.cache.is_looking_only = True
+    probe.cache.look_only(example_inputs or {})
     probe.install()
     try:
         run_on_small_inputs(model, example_inputs)

@@ -15,7 +15,9 @@ from fxopt.capture.dispatch import accepts, takes_any
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.shared_slots import SharedSlots
 
-DECLINED = "training calls run with use_cache=False: a key/value cache is not read in training"
+DECLINED = (
+    "training calls run with use_cache=False: no layer reads from a key/value cache what another call left"
+)
 
 
 class Cache:
@@ -36,28 +38,35 @@ class Cache:
         self._is_taken = model in takers or is_adapted
         self._inner = inner
         self._slots = SharedSlots(model)
-        self.is_looking_only = False
-        """Whether no call trains anything: then layers are taken to have slots of their own, with a note."""
+        self._is_looking_only = False
 
-    def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
-        """Return why a call has to keep the cache that the model builds unasked, or None."""
-        if self._is_told(kwargs) or not self._slots.suspects:
+    def find_obstacle(self, kwargs: dict[str, Any], *, is_gathered: bool = False) -> str | None:
+        """Return why a call has to keep the cache that the model builds unasked, or None.
+
+        `is_gathered`: ranks gather the model's parameters in one order, as under ZeRO-3.
+        """
+        if self._is_looking_only or self._is_told(kwargs) or not self._slots.suspects or not self._is_built():
             return None
-        if not any(getattr(config, "use_cache", False) for config in self._configs()):
-            return None
-        if self.is_looking_only:
+        return self._slots.find_obstacle(kwargs, is_gathered=is_gathered)
+
+    def look_only(self, kwargs: dict[str, Any]) -> None:
+        """Take layers to have slots of their own from now on, as no call trains anything; calls have `kwargs`."""
+        self._is_looking_only = True
+        if not self._is_told(kwargs) and self._slots.suspects and self._is_built():
             self._ledger.note(self._slots.doubt)
-            return None
-        return self._slots.find_obstacle(kwargs)
 
     def watched(self, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Return a scope for a stock call: where it had to keep its cache, it shows whether later ones have to."""
-        is_kept = self.find_obstacle(kwargs) is not None
-        return self._slots.watched(kwargs) if is_kept else contextlib.nullcontext()
+        """Return a scope for a stock call that keeps its cache: it shows whether later ones have to."""
+        return self._slots.watched(kwargs)
 
     def declined(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return `kwargs` with the cache declined, unless the caller asked for one."""
-        if not self._is_taken or self._is_told(kwargs) or self._hangs_on_cache(kwargs):
+        """Return `kwargs` with the cache declined, unless the caller asked for one or the result hangs on it."""
+        if (
+            not self._is_taken
+            or self._is_told(kwargs)
+            or self.find_obstacle(kwargs) is not None
+            or self._hangs_on_positions(kwargs)
+        ):
             return kwargs
         self._ledger.note(DECLINED)
         return {**kwargs, "use_cache": False}
@@ -66,7 +75,12 @@ class Cache:
     def switched_off(self, kwargs: dict[str, Any]) -> Iterator[None]:
         """Have the models within this one build no cache within the scope, as far as their configs decide it."""
         building = [config.__dict__ for config in self._configs() if config.__dict__.get("use_cache")]
-        if self._is_taken or not building or self._hangs_on_cache(kwargs):
+        if (
+            self._is_taken
+            or not building
+            or self.find_obstacle(kwargs) is not None
+            or self._hangs_on_positions(kwargs)
+        ):
             yield
             return
         self._ledger.note(DECLINED)
@@ -79,6 +93,10 @@ class Cache:
             for fields, value in before:
                 fields["use_cache"] = value
 
+    def _is_built(self) -> bool:
+        """Return whether the configs have a cache built unasked."""
+        return any(getattr(config, "use_cache", False) for config in self._configs())
+
     def _configs(self) -> Iterable[Any]:
         """Return the configs of the models of transformers' within this one, or of itself, each once."""
         configs = (getattr(module, "config", None) for module in self._inner)
@@ -88,10 +106,8 @@ class Cache:
         """Return whether the caller says what to do about a cache."""
         return self._is_taken and ("use_cache" in kwargs or kwargs.get("past_key_values") is not None)
 
-    def _hangs_on_cache(self, kwargs: dict[str, Any]) -> bool:
-        """Return whether a call's result is another without a cache, which is noted."""
-        if self.find_obstacle(kwargs) is not None:
-            return True
+    def _hangs_on_positions(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether a call's positions make its result another without a cache, which is noted."""
         if self._counts_from_positions() or not is_packed(kwargs):
             return False
         self._ledger.note(

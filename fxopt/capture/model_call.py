@@ -57,6 +57,7 @@ from fxopt.capture.shortage import Shortage
 from fxopt.capture.stand_in import StandIns
 from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form
+from fxopt.capture.zero import Gathering
 from fxopt.report.records import MODEL_REGION
 
 
@@ -64,7 +65,8 @@ def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kw
     """Run `model`'s forward; Dynamo captures this frame, and what runs it uncaptured is counted."""
     if not torch.compiler.is_compiling():
         count_eager()
-    bool(model.training)  # what Dynamo reads it guards: logits are lazy in training only
+    # Read so that Dynamo guards it: a capture for training returns lazy logits and must not serve evaluation.
+    bool(model.training)
     return model.forward(*args, **kwargs)
 
 
@@ -123,15 +125,15 @@ class ModelCall:
         with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._trunk.is_running or self._meta_trunk.is_running:
                 return torch_modules.stock_call(model, *args, **kwargs)
-            kwargs = self._cache.declined(kwargs)
-            kept = self._cache.find_obstacle(kwargs)
-            reason = kept or self.find_obstacle(args, kwargs)
             gatherings = self._sharding.find_gatherings()
+            kept = self._cache.find_obstacle(kwargs, is_gathered=bool(gatherings))
+            kwargs = self._cache.declined(kwargs) if kept is None else kwargs
+            reason = kept or self.find_obstacle(args, kwargs)
             if reason is None and not self._lock.acquire(blocking=False):
                 reason = "another thread runs the model"
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
-                with self._cache.watched(kwargs):
+                with contextlib.nullcontext() if kept is None else self._cache.watched(kwargs):
                     return self._run_stock(gatherings, args, kwargs, is_cache_kept=kept is not None)
             self._owner = threading.get_ident()
             self.note_begin()
@@ -153,12 +155,22 @@ class ModelCall:
                 self._lock.release()
 
     def _run_stock(
-        self, gatherings: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_cache_kept: bool
+        self,
+        gatherings: list[Gathering],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        is_cache_kept: bool,
     ) -> Any:
-        if gatherings and is_cache_kept:  # on all ranks; the blocks' own checkpointing takes the cache away
+        """Run the model as stock does, but for the order in which ranks gather: that of ranks that serve the call."""
+        if gatherings and is_cache_kept:
+            # The blocks checkpoint themselves, as in stock: transformers then drops the cache. No rank serves such a
+            # call, so that all gather in this order.
             return call_model_gathered(self.model, gatherings, self._run_uncaptured, args, kwargs)
         if gatherings:
-            with self._checkpointing.taken_over():  # ranks that serve the call gather so too
+            # Other ranks may serve the call: the planner then takes over the blocks' checkpointing, which decides
+            # what is gathered again in backward, so it does here too.
+            with self._checkpointing.taken_over():
                 return call_model_gathered(self.model, gatherings, self._run_uncaptured, args, kwargs)
         forward = self._sharding.find_stock_forward()
         if forward is not None:

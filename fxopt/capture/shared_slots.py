@@ -75,8 +75,12 @@ class SharedSlots:
             f"run stock; {CURE}"
         )
 
-    def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
-        """Return why a call that builds a cache runs stock and with it, or None."""
+    def find_obstacle(self, kwargs: dict[str, Any], *, is_gathered: bool = False) -> str | None:
+        """Return why a call that builds a cache runs stock and with it, or None.
+
+        Where ranks gather parameters in one order (`is_gathered`), calls on all of them have to go one way, and what
+        the calls of one rank have shown is not known to the others.
+        """
         if not self.suspects:
             return None
         shown = self._shown_by(kwargs)
@@ -86,6 +90,9 @@ class SharedSlots:
             why = "no call has shown yet whether they do"
             if shown.unread is not None:
                 why = f"they are given {shown.unread}, expected a transformers.Cache to see whether they do"
+            return f"{self._named(*self.suspects)} may share {SLOT}: {why}; {CURE}"
+        if is_gathered:
+            why = "calls of other ranks, which gather parameters with this one, may show that they do"
             return f"{self._named(*self.suspects)} may share {SLOT}: {why}; {CURE}"
         return None
 

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import fxopt
+from fxopt.capture import model_call
+from fxopt.capture.engines import Sharding
 from fxopt.capture.shared_slots import SharedSlots, find_suspects
 from fxopt.coverage.shrink import tiny_config
 from fxopt.report.records import MODEL_REGION
@@ -208,6 +210,38 @@ def test_layers_without_a_slot_are_served_after_one_call(assert_steps_of_stock):
     assert not any("cache" in each.reason or "Cache" in each.reason for each in again)
 
 
+def test_ranks_that_gather_together_never_go_different_ways(monkeypatch):
+    """What one rank's calls have shown is not known to the others, which may have dropped other layers."""
+
+    def call_gathered(model: Any, outside: Any, run: Any, args: Any, kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    config = tiny_config("recurrent_gemma")
+    config.use_cache = True
+    model = AutoModelForCausalLM.from_config(config).train()
+    fxopt.optimize(model)
+    monkeypatch.setattr(Sharding, "find_gatherings", lambda self: ["the model"])
+    monkeypatch.setattr(model_call, "call_model_gathered", call_gathered)
+    for _ in range(3):
+        loss_of(model).backward()
+    fallbacks = fxopt.explain(model).fallbacks
+    reasons = {each.reason: each.count for each in fallbacks if each.region == MODEL_REGION}
+    assert sorted(reasons.values()) == [1, 2]
+    assert any("calls of other ranks, which gather parameters with this one" in reason for reason in reasons)
+    assert all("use_cache=False" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("how", ["copy", "module"])
+def test_a_cache_that_is_asked_for_is_kept(how, build, assert_steps_of_stock):
+    model = share(build(), how)
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    assert_steps_of_stock(model, stock, use_cache=True)
+    output = model(input_ids=IDS, labels=IDS, use_cache=True)
+    assert output.past_key_values.get_seq_length() > 0
+
+
 def test_blocks_that_share_weights_under_slots_of_their_own_train_as_in_stock(assert_steps_of_stock):
     torch.manual_seed(0)
     config = tiny_config("zamba2")
@@ -327,3 +361,7 @@ def test_before_a_training_call_the_report_tells_what_one_will_show(build):
     assert "model.layers" in note
     assert "use_cache=False" in note
     assert not any("share a slot" in note for note in fxopt.explain(build()).notes)
+    without = fxopt.explain(
+        share(build(), "copy"), example_inputs={"input_ids": IDS, "labels": IDS, "use_cache": False}
+    )
+    assert not any("share a slot" in note for note in without.notes)
