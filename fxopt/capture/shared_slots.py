@@ -107,7 +107,10 @@ class SharedSlots:
                 for layer in set(layers):
                     hooks.enter_context(watch.hooked(path, layer))
             yield
-        shown.shared, shown.unread = watch.shared, watch.unread
+        shown.shared = (
+            watch.shared if shown.shared is None else shown.shared
+        )  # another thread's call may have shown it
+        shown.unread = watch.unread
         if watch.unread is None:
             shown.unseen -= {
                 (path, first, second)
