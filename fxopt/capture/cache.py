@@ -78,6 +78,7 @@ class Cache:
         if (
             self._is_taken
             or not building
+            or self._is_told(kwargs)
             or self.find_obstacle(kwargs) is not None
             or self._hangs_on_positions(kwargs)
         ):
@@ -103,7 +104,9 @@ class Cache:
         return {id(config): config for config in configs if config}.values()
 
     def _is_told(self, kwargs: dict[str, Any]) -> bool:
-        """Return whether the caller says what to do about a cache."""
+        """Return whether the caller says what to do about a cache: in evaluation, whose results have one, always."""
+        if not self._model.training:
+            return True
         return self._is_taken and ("use_cache" in kwargs or kwargs.get("past_key_values") is not None)
 
     def _hangs_on_positions(self, kwargs: dict[str, Any]) -> bool:

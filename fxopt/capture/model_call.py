@@ -241,7 +241,8 @@ class ModelCall:
         return find_opaque(args, kwargs)
 
     def _form_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return form_of(args, kwargs), find_asked(walk(self.model, but=self.blocks), kwargs)
+        asked = find_asked(walk(self.model, but=self.blocks), kwargs)
+        return form_of(args, kwargs), asked, self.model.training
 
     def _capture_and_run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward compiled; where it cannot be captured with plain leaves, try leaves that hand on more."""

@@ -24,6 +24,8 @@ PLAIN_WORDS = (
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
 )
 """Torch's words for what a user would say otherwise: theirs follow, so that they can be looked up."""
+ADVICE = re.compile(r"\s*Consider annotating your code using torch\._check\*\(\)\.")
+"""What Dynamo puts before what it has to say."""
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -67,5 +69,6 @@ def _say(text: str, location: str) -> str:
     """Return the first sentence of `text` and its explanation, after plain words where there are some."""
     plain = next((words for pattern, words in PLAIN_WORDS if re.search(pattern, text, re.IGNORECASE)), "")
     explanation = first_sentence(text.partition("Explanation:")[2])
-    parts = [plain, *(ADDRESS.sub("", said) for said in (first_sentence(text), explanation))]
+    said = first_sentence(ADVICE.sub("", text, count=1))
+    parts = [plain, *(ADDRESS.sub("", sentence) for sentence in (said, explanation))]
     return "; ".join((*filter(None, parts), *([f"at {location}"] if location else [])))

@@ -257,6 +257,34 @@ def test_a_cache_object_in_training_runs_stock_and_is_counted(build, install):
     assert any("DynamicCache" in reason for _, reason in installation.ledger.fallbacks)
 
 
+class Decoder(nn.Module):
+    """A model within another, which hands its cache on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, past=None):
+        found = self.model(input_ids=ids, past_key_values=past)
+        return found.logits, found.past_key_values
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "within another"])
+def test_evaluation_with_gradients_has_the_cache_that_stock_has(within, twins):
+    """Who decodes by hand without no_grad hands it on; calls in training have none."""
+    model, stock = (Decoder(each).eval() for each in twins())
+    fxopt.optimize(model if within else model.model)
+    ids = torch.randint(1, 256, (1, 8), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for each in (model, stock):
+        _, past = each(ids)
+        logits.append(each(ids[:, :1], past)[0])
+    torch.testing.assert_close(*logits)
+    report = fxopt.explain(model if within else model.model)
+    assert any("DynamicCache" in fallback.reason for fallback in report.fallbacks)
+    assert model.train()(ids)[1] is None
+
+
 def test_a_call_with_a_cache_leaves_the_calls_without_one_served(twins, install, assert_same_step):
     model, stock = twins()
     installation = install(model)
