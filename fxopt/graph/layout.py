@@ -70,7 +70,8 @@ def _unflatten(node: fx.Node, editor: Editor) -> Form | None:
 def new_sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any, ...]:
     """Return the sizes of `dims` of `x`: ints where they are static, else nodes.
 
-    A symbol that is an input of the graph is read as such: a node that reads `x` would keep it alive.
+    A symbol that is an input of the graph is read as such, any other of the first tensor that has it: a node that reads
+    `x` would keep it alive, and be a reader of what a pattern takes away.
     """
     shape = shape_of(x) or ()
     sizes: list[Any] = []
@@ -79,9 +80,22 @@ def new_sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[A
         if not isinstance(size, int):
             given = editor.graph.find_nodes(op="placeholder")
             known = (item for item in given if same_size(item.meta.get("example_value"), size))
-            size = next(known, None) or editor.insert_before(node, "size", (x, dim), {}, size)
+            size = next(known, None) or editor.insert_before(
+                node, "size", _first_with(size, editor), {}, size
+            )
         sizes.append(size)
     return tuple(sizes)
+
+
+def _first_with(size: Any, editor: Editor) -> tuple[fx.Node, int]:
+    """Return the first tensor of the graph with a dim of this symbolic size, and which dim."""
+    return next(
+        (item, dim)
+        for item in editor.graph.nodes
+        if is_tensor(item)
+        for dim, other in enumerate(shape_of(item) or ())
+        if same_size(other, size)
+    )
 
 
 def _repeat(node: fx.Node, editor: Editor) -> Form | None:
