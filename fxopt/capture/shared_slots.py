@@ -50,7 +50,7 @@ class SharedSlots:
 
     def _find(self) -> None:
         self._layers = find_layers(self._model)
-        self._suspects = find_suspects(self._model)
+        self._suspects = find_suspects(self._layers)
         self._pairs = frozenset(find_pairs(self._suspects))
         self._shown: dict[Any, Shown] = {}
         """By kind of call."""
@@ -107,9 +107,8 @@ class SharedSlots:
                 for layer in set(layers):
                     hooks.enter_context(watch.hooked(path, layer))
             yield
-        shown.shared = (
-            watch.shared if shown.shared is None else shown.shared
-        )  # another thread's call may have shown it
+        if shown.shared is None:  # another thread's call may have shown it
+            shown.shared = watch.shared
         shown.unread = watch.unread
         if watch.unread is None:
             shown.unseen -= {
@@ -125,17 +124,17 @@ class SharedSlots:
         """Return what tells apart calls in which layers may be given a cache from those in which they are not."""
         given = frozenset(name for name, value in kwargs.items() if value is not None)
         is_checkpointed = any(vars(module).get(SWITCH) is True for module in walk(self._model))
-        return given, kwargs.get("use_cache"), self._model.training, is_checkpointed
+        return given, kwargs.get("use_cache"), is_checkpointed
 
 
-def find_suspects(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
-    """Return the lists in `model` of layers that take a cache and are not all told apart, with their paths.
+def find_suspects(lists: dict[str, tuple[nn.Module | None, ...]]) -> dict[str, tuple[nn.Module, ...]]:
+    """Return by path those of `lists` whose layers that take a cache are not all told apart, and these layers.
 
     One that stands in a list twice is in it twice here. Not found are layers of one slot that differ in another whole
     number (one renumbered in one place only), and those that stand in no list or in two.
     """
     suspects: dict[str, tuple[nn.Module, ...]] = {}
-    for path, children in find_layers(model).items():
+    for path, children in lists.items():
         layers = tuple(layer for layer in children if layer is not None and _takes_cache(layer))
         if len({_mark_of(layer) for layer in layers}) < len(layers):
             suspects[path] = layers

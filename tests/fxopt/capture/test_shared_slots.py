@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import fxopt
 from fxopt.capture import model_call
 from fxopt.capture.engines import Sharding
-from fxopt.capture.shared_slots import SharedSlots, find_suspects
+from fxopt.capture.shared_slots import SharedSlots, find_layers, find_suspects
 from fxopt.coverage.shrink import tiny_config
 from fxopt.report.records import MODEL_REGION
 
@@ -187,7 +187,7 @@ def test_evaluation_and_generation_are_left_alone(build):
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_layers_with_slots_of_their_own_are_served(arch, build, assert_steps_of_stock):
     model = build(arch)
-    assert not find_suspects(model)
+    assert not find_suspects(find_layers(model))
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
     assert_steps_of_stock(model, stock)
@@ -200,7 +200,7 @@ def test_layers_without_a_slot_are_served_after_one_call(assert_steps_of_stock):
     config = tiny_config("recurrent_gemma")
     config.use_cache = True
     model = AutoModelForCausalLM.from_config(config).train()
-    assert find_suspects(model).keys() == {"model.layers"}
+    assert find_suspects(find_layers(model)).keys() == {"model.layers"}
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
     loss_of(model).backward()
@@ -248,7 +248,7 @@ def test_blocks_that_share_weights_under_slots_of_their_own_train_as_in_stock(as
     config = tiny_config("zamba2")
     config.use_cache = True
     model = AutoModelForCausalLM.from_config(config).train()
-    assert not find_suspects(model)
+    assert not find_suspects(find_layers(model))
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
     assert_steps_of_stock(model, stock)
