@@ -35,6 +35,7 @@ from fxopt.capture.hooks import (
     place_of_hook,
 )
 from fxopt.capture.ledger import WITHOUT_GRADIENTS, Ledger, Way
+from fxopt.capture.modules import tensors_of
 from fxopt.capture.places import caller_line, forward_line, with_place
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
@@ -62,7 +63,7 @@ MakeBackend = Callable[[Mark | None, bool], Callable[..., Any]]
 
 
 class BlockCalls:
-    """Makes the calls of one stack's blocks; all blocks of a stack with one plan share their captures."""
+    """Makes the calls of one stack's blocks; those of one form with one plan share their captures."""
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class BlockCalls:
         )
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self._four_bits: dict[nn.Module, FourBitLayers] = {}
+        self._forms: dict[nn.Module, tuple[Any, ...]] = {}
         self.notes = Notes()
         self.note_end: Callable[[str], None] = lambda path: None
         """Called when a block has run."""
@@ -130,6 +132,7 @@ class BlockCalls:
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
             self._four_bits[block] = FourBitLayers(block)
+            self._forms[block] = _form_of(block)
         hooks = self._inner_hooks[block].find()
         if recorders:
             hooks = dataclasses.replace(hooks, recorders=recorders[0])
@@ -308,7 +311,7 @@ class BlockCalls:
             variant = self._planner.find_variant(path, self._asked[0])
         graphed = self._cuda_graphs.serve(args, kwargs, self._num_blocks)
         is_looping = type(block) in self._looping_classes
-        key = (variant, graphed, is_looping, _places_of(block, hooks.recorders))
+        key = (self._forms[block], variant, graphed, is_looping, _places_of(block, hooks.recorders))
         if key not in self._compiled:
             backend = self._make_backend(self._make_mark(variant), graphed)
             entry = turns_entry if is_looping else block_entry
@@ -332,6 +335,15 @@ class BlockCalls:
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(self.region, "Dynamo ran the block uncaptured")
+
+
+def _form_of(block: nn.Module) -> tuple[Any, ...]:
+    """Return what tells the frames of blocks apart that differ in size: their class, and their tensors' shapes.
+
+    Each is captured with sizes of its own. In one frame Dynamo would take what differs from one to the next, width and
+    height and channels alike, for sizes that change, and simplify products of quotients of them for minutes.
+    """
+    return type(block), tuple(map(zero.whole_shape, tensors_of(block)))
 
 
 def _places_of(block: nn.Module, recorders: tuple[Recorder, ...]) -> tuple[tuple[str, str, int], ...]:
