@@ -15,7 +15,7 @@ from fxopt.capture.lowering import Lowering
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
 from fxopt.graph.storage import UNKNOWN
-from fxopt.graph.torch_private import expression_of
+from fxopt.graph.torch_private import evaluate, expression_of
 from fxopt.graph.view import location_of, requires_grad, results_of
 
 
@@ -255,4 +255,4 @@ def _shapes_of(
 
 def _evaluate(size: torch.SymInt, known: dict[str, int]) -> int:
     expression = expression_of(size)
-    return int(expression.subs({symbol: known[str(symbol)] for symbol in expression.free_symbols}))
+    return int(evaluate(expression, {symbol: known[str(symbol)] for symbol in expression.free_symbols}))

@@ -7,9 +7,10 @@ fails in plain words when a torch version moves one of these.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -87,6 +88,30 @@ def conditions_on(size: Any) -> list[Any]:
     """Return what capture found to hold of `size` and all others that are not fixed, as sympy relations."""
     node: Any = getattr(size, "node", None)
     return [] if node is None else [guard.expr for guard in node.shape_env.guards]
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(expression: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    """Return the symbols of a sympy expression, and it as a function of a number for each."""
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+    from torch.utils._sympy import functions, printers
+
+    symbols = tuple(sorted(expression.free_symbols, key=str))
+    code = f"lambda {', '.join(map(str, symbols))}: {printers.PythonPrinter().doprint(expression)}"
+    return symbols, eval(code, {**vars(functions), **SYMPY_INTERP})
+
+
+def evaluate(expression: Any, numbers: Mapping[Any, int]) -> Any:
+    """Return what an expression or relation of sizes is with a number for each of its symbols.
+
+    It runs as Python, as Dynamo's guards do: substitution simplifies whatever divides anew, for seconds where sizes
+    are products of quotients.
+
+    Raises:
+        ZeroDivisionError: it is undefined there.
+    """
+    symbols, run = _compiled(expression)
+    return run(*(numbers[symbol] for symbol in symbols))
 
 
 def numbers_at_capture(size: Any) -> Mapping[Any, Any]:

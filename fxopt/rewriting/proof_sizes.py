@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.torch_private import conditions_on, expression_of, numbers_at_capture
+from fxopt.graph.torch_private import conditions_on, evaluate, expression_of, numbers_at_capture
 from fxopt.graph.view import is_tensor
 from fxopt.rewriting.pattern import Match
 
@@ -60,8 +60,7 @@ class Sizes:
         """Return the size that stands for `size`."""
         if isinstance(size, int):
             return self.numbers.get(size, self.classes.get(size, size))
-        expression = expression_of(size)
-        return int(expression.subs({symbol: self.symbols[symbol] for symbol in expression.free_symbols}))
+        return int(evaluate(expression_of(size), self.symbols))
 
     def of_shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
         """Return what stands for a shape: leading sizes shrunk, a plain last one only where that is wanted."""
@@ -175,7 +174,10 @@ def fits_conditions(match: Match, symbols: Symbols) -> bool:
     sizes = itertools.chain.from_iterable(map(_symbolic_sizes, _values(match)))
     conditions = conditions_on(next(sizes, None))
     relevant = (asked for asked in conditions if asked.free_symbols <= symbols.keys())
-    return not any(asked.subs(symbols) == False for asked in relevant)  # noqa: E712  # a relation of sympy's
+    try:
+        return all(evaluate(asked, symbols) for asked in relevant)
+    except ZeroDivisionError:
+        return False
 
 
 def extents_of(match: Match) -> tuple[tuple[int, ...], ...]:

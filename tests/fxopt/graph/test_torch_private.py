@@ -96,8 +96,30 @@ def test_a_branch_on_a_size_leaves_its_condition() -> None:
         "ShapeEnv.backed_var_to_val moved"
     )
     (asked,) = torch_private.conditions_on(rows)
-    assert asked.subs(dict.fromkeys(asked.free_symbols, 99)) == True, "ShapeEnv.guards moved"  # noqa: E712
-    assert asked.subs(dict.fromkeys(asked.free_symbols, 100)) == False, "ShapeEnv.guards moved"  # noqa: E712
+    assert torch_private.evaluate(asked, dict.fromkeys(asked.free_symbols, 99)) is True, (
+        "ShapeEnv.guards moved"
+    )
+    assert torch_private.evaluate(asked, dict.fromkeys(asked.free_symbols, 100)) is False, (
+        "ShapeEnv.guards moved"
+    )
+
+
+def test_sizes_evaluate_to_what_substitution_makes_of_them() -> None:
+    rows, columns = symbolic_sizes()
+    sizes = (
+        rows * columns // 4,
+        rows % columns,
+        torch.sym_max(rows, columns),
+        torch.sym_ite(rows < 9, rows, columns),
+    )
+    for size in sizes:
+        expression = torch_private.expression_of(size)
+        symbols = sorted(expression.free_symbols, key=str)
+        for numbers in ((11, 3), (8, 9), (64, 2)):
+            known = dict(zip(symbols, numbers, strict=False))
+            assert torch_private.evaluate(expression, known) == int(expression.subs(known)), (
+                "SYMPY_INTERP, PythonPrinter or the functions of torch.utils._sympy moved"
+            )
 
 
 def test_views_share_a_storage_also_among_stand_ins() -> None:
