@@ -168,8 +168,7 @@ def feeds_output_only(readers: Iterable[fx.Node]) -> bool:
 
 
 def describe_node(node: fx.Node) -> str:
-    """Return a node's name and op, as mismatches print them."""
+    """Return a node's op, as mismatches print it; its name stands in no source."""
     if node.op == "output":
         return "the graph's output"
-    name = name_of(node.target) if node.op == "call_function" else str(node.target)
-    return node.name if node.op == "placeholder" else f"{node.name} ({name})"
+    return name_of(node.target) if node.op == "call_function" else str(node.target)

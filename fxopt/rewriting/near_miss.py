@@ -61,8 +61,8 @@ def _ops_to_name(pattern: Pattern, is_common: bool) -> frozenset[Target]:
     says_much = pattern.targets - COMMON
     if is_common or not says_much:  # a common op may well be the one that is missing there
         return pattern.targets
-    # An op of the pattern's own name is what it fuses: the others only stand around it.
-    return frozenset(target for target in says_much if name_of(target) == pattern.name) or says_much
+    # An op that is called as the pattern is does it all: the others only stand around it, or spell it out.
+    return frozenset(target for target in says_much if name_of(target).endswith(pattern.name)) or says_much
 
 
 def _find_lacking(pattern: Pattern, state: GraphState) -> frozenset[Target]:

@@ -61,8 +61,9 @@ def find_anchors(gm: fx.GraphModule) -> tuple[Anchor, ...]:
 
     Kinds are "rms_norm" (a reciprocal root of a mean of squares), "layer_norm" (that of a value less its mean,
     with a bias after it, or torch's own), "rope" (a tensor whose items are turned in pairs), "attention"
-    (torch's own, or the softmax of a product of two values that weighs a third), "glu" (an activation times
-    another value, both from linear projections), "activation" (one between two projections, without a gate),
+    (torch's own, alone or with its projections, or the softmax of a product of two values that weighs a third),
+    "glu" (an activation times another value, both from linear projections), "activation" (one between two
+    projections, without a gate),
     "lora_linear" (a product of low rank added to a projection), "dequantize_4bit" (a product with a weight in four
     bits), "experts" (a sum of rows multiplied by matrices from a stack), "route" (the choice of which), and
     "cross_entropy", "linear_cross_entropy" where its logits come straight from one linear layer.

@@ -1,4 +1,4 @@
-"""Attention in a stock graph: torch's own, or a softmax of a product of two values that weighs a third."""
+"""Attention in a stock graph: torch's own, alone or with its projections, or a softmax that weighs values."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from fxopt.graph.anchors.stock import (
 
 SCORES = SCALING | ROUNDING | MOVING | {"tanh", "cat", "masked_fill", "where", "pow", "max"}
 WEIGHTS = SCALING | ROUNDING | MOVING
+READY = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
+"""The second, of `nn.MultiheadAttention`, projects and attends in one call."""
 LEAST_RANK = 3
 """Of what is multiplied: a product with a weight has one of two dims."""
 MAX_USERS = 16
@@ -24,7 +26,7 @@ MAX_USERS = 16
 def attention_kind(node: fx.Node) -> str:
     """Return "attention" if `node` is torch's attention or the softmax of a spelled-out one, else ""."""
     name = stock_name(node)
-    if name == "scaled_dot_product_attention":
+    if name in READY:
         return "attention"
     if name != "softmax" or not tensors_read(node):
         return ""

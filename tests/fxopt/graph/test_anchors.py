@@ -384,6 +384,14 @@ SITES = {
         (X, GATE, ONE),
         [],
     ),
+    "attention in one call with its projections": (
+        lambda x, g, u: F.multi_head_attention_forward(
+            *(x, x, x, 8, 2, torch.cat((g, u[:8])), None, None, None, False, 0.0, u[8:], None),
+            need_weights=False,
+        )[0],
+        (X, GATE, UP),
+        ["attention"],
+    ),
     "a gated attention": (attention, (X, GATE, UP), ["attention"]),
     "a masked attention of joined heads": (masked_attention, (X, GATE, UP), ["attention"]),
     "rotated": (rotated, (X, TABLE), ["rope"]),

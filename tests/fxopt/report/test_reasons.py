@@ -168,12 +168,38 @@ def test_the_pattern_of_the_form_itself_says_what_it_expected(
     assert " ".join(site.reason.removeprefix(f"{form}: ").split()) in " ".join(report.why_not(form).split())
 
 
+class Attending(nn.Module):
+    """A block whose attention is torch's module, which projects and attends in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended = self.attention(x, x, x, need_weights=False)[0]
+        return x + self.out(attended)
+
+
+def test_attention_in_one_call_with_its_projections_is_a_site_that_was_left() -> None:
+    report = report_on(nn.Sequential(Attending(), Attending()), torch.randn(2, 4, 8))
+    (site,) = report.sites
+    assert (site.pattern, site.status, site.count) == ("attention", "unmatched", 2)
+    assert site.location == line_of(Attending, "attended = ")
+    assert site.reason == "attention: expected scaled_dot_product_attention, got multi_head_attention_forward"
+    assert report.why_not("attention").startswith("attention: 0 of 2 sites rewritten\n")
+
+
+def test_an_error_names_no_line_where_none_is_known() -> None:
+    layers = (nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True) for _ in range(2))
+    inputs = {"input": torch.randn(2, 4, 8)}
+    with pytest.raises(fxopt.UnmatchedError, match=r"(?m)^at 0\.self_attn$"):
+        fxopt.optimize(nn.Sequential(*layers), strict=True, example_inputs=inputs)
+
+
 def test_a_reader_on_another_line_is_told_with_its_line() -> None:
     (site,) = report_on(Tower(read_gate), torch.randn(2, 4, 8)).sites
     assert site.location == line_of(read_gate, "out = ")
-    assert (
-        site.reason == f"glu: gate (silu) is also read by mean (mean), at {line_of(read_gate, 'gate.mean')}"
-    )
+    assert site.reason == f"glu: silu is also read by mean, at {line_of(read_gate, 'gate.mean')}"
 
 
 def test_a_form_whose_pattern_is_not_given_says_just_that() -> None:
@@ -313,7 +339,7 @@ def test_a_loss_without_its_head_says_who_reads_the_logits() -> None:
     report = report_on(Head(entropy), x, labels)
     site = loss_site(report)
     assert site.reason == (
-        "linear_cross_entropy: logits (linear) is also read by softmax (softmax), expected only the graph's output, "
+        "linear_cross_entropy: linear is also read by softmax, expected only the graph's output, "
         f"at {line_of(entropy, 'softmax')}"
     )
     told = " ".join(str(report).split())

@@ -92,7 +92,7 @@ def test_an_intermediate_read_elsewhere_refuses_the_match(builder: Any) -> None:
     gm = builder.finish(y, builder.call(torch.exp, root))
     assert apply(gm, NORM).rewrites == []
     miss = find_nearest_miss(gm, NORM, "rsqrt")
-    assert miss.reason == "rsqrt (rsqrt) is also read by exp (exp)"
+    assert miss.reason == "rsqrt is also read by exp"
     assert [node.name for node in miss.nodes] == ["rsqrt", "exp"]
 
 
@@ -137,7 +137,7 @@ def test_a_kept_value_that_is_computed_with_refuses(builder: Any) -> None:
     gm = builder.finish(builder.call(torch.tanh, e), builder.call(torch.sigmoid, e))
     assert apply(gm, KEPT, lazy=True).rewrites == []
     miss = find_nearest_miss(gm, KEPT, "exp")
-    assert miss.reason == "exp (exp) is also read by sigmoid (sigmoid), expected only the graph's output"
+    assert miss.reason == "exp is also read by sigmoid, expected only the graph's output"
 
 
 def test_a_cheap_kept_value_stays_anywhere(builder: Any) -> None:
