@@ -2,7 +2,8 @@
 
 Three runs: the stock arithmetic in float64 (the oracle; in float32 where an input is too large), the stock
 arithmetic in the model's dtype, and the replacement as it will run, on its device. Outputs and all gradients
-are compared by the relative norm ||a - oracle|| / ||oracle||; the replacement's error may be twice the
+are compared by the relative norm ||a - oracle|| / ||oracle||, what is zero but for the oracle's own rounding
+(a query's gradient with one key) by the norm of the largest of its sort; the replacement's error may be twice the
 stock's own, or one rounding of the dtype where stock has less. A second comparison with everything in
 float32 catches what rounding in a narrow dtype would hide. It has few tokens, the first as many as memory permits.
 """
@@ -48,6 +49,8 @@ FLOAT32_ERROR = 1e-5
 """What is allowed in float32 whatever stock's own error: sums in another order have some 1e-7 each.
 
 In the same runs the largest of 651 errors in float32 was 1.8e-7. The smallest planted error is 1e-3."""
+ZERO = 64
+"""What is smaller than the largest value of its sort by this many epsilons of the oracle's dtype is a zero there."""
 MOST_ORACLE_BYTES = 2**30
 """The most bytes of one input in float64; the oracle of a larger one is computed in float32."""
 PART = 1 << 24
@@ -56,12 +59,16 @@ PART = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far one value of the replacement, and of the stock run, is from the oracle, and what is allowed."""
+    """How far one value of the replacement, and of the stock run, is from the oracle, and what is allowed.
+
+    All in parts of the value's own norm; where `is_zero`, which has none, of the largest norm of its sort.
+    """
 
     name: str
     error: float
     stock_error: float
     allowed: float
+    is_zero: bool = False
 
     @property
     def excess(self) -> float:
@@ -155,7 +162,7 @@ def prove(match: Match, replacement: Replacement) -> tuple[Proof, tuple[tuple[in
         str(device),
         worst.error,
         worst.stock_error,
-        worst.name,
+        f"{worst.name}, a zero, so of the largest" if worst.is_zero else worst.name,
         compared,
         _shapes_of(few, many),
         reason,
@@ -241,9 +248,7 @@ def _compare(
         by_stock = _run(match, stock_run(match, many.sizes, None), many)
         by_new = _run(match, replacement_run(replacement, many.sizes, None), many)
     floor = max(ROUNDING * _coarsest_eps(match), FLOAT32_ERROR)
-    comparisons = [
-        _compare_value(name, by_new.get(name), by_stock[name], oracle[name], floor) for name in oracle
-    ]
+    comparisons = _compare_values(by_new, by_stock, oracle, floor)
     del by_stock, by_new
     if few is not many:
         oracle, oracle_dtype = _run_oracle(match, few)
@@ -254,11 +259,46 @@ def _compare(
     by_new = _run(match, replacement_run(replacement, few.sizes, torch.float32), few, wide)
     for drawn, written in zip((few, many), before, strict=True):
         _check_unchanged(drawn.inputs, written)
-    comparisons += [
-        _compare_value(f"{name} in float32", by_new.get(name), by_stock[name], oracle[name], FLOAT32_ERROR)
-        for name in oracle
-    ]
+    comparisons += _compare_values(by_new, by_stock, oracle, FLOAT32_ERROR, " in float32")
     return comparisons, oracle_dtype
+
+
+def _compare_values(
+    new: Mapping[str, torch.Tensor],
+    stock: Mapping[str, torch.Tensor],
+    oracle: Mapping[str, torch.Tensor],
+    floor: float,
+    suffix: str = "",
+) -> list[Comparison]:
+    norms = {name: _norm(value) for name, value in oracle.items()}
+    scales: dict[str, float] = {}
+    for name, norm in norms.items():
+        sort = name.split()[0]
+        scales[sort] = max(scales.get(sort, 0.0), norm)
+    comparisons: list[Comparison] = []
+    for name, exact in oracle.items():
+        compared = _compare_value(f"{name}{suffix}", new.get(name), stock[name], exact, floor)
+        comparisons.append(_in_parts_of(compared, exact.dtype, norms[name], scales[name.split()[0]]))
+    return comparisons
+
+
+def _in_parts_of(compared: Comparison, dtype: torch.dtype, norm: float, scale: float) -> Comparison:
+    """Return `compared` in parts of `scale` where its value, of `norm`, is a zero beside it; it judges the same."""
+    is_float = dtype.is_floating_point or dtype.is_complex
+    if not is_float or not scale or norm > ZERO * torch.finfo(dtype).eps * scale:
+        return compared
+    part = (norm or 1.0) / scale
+    error, stock_error, allowed = (
+        part * figure for figure in (compared.error, compared.stock_error, compared.allowed)
+    )
+    return Comparison(compared.name, error, stock_error, allowed, is_zero=True)
+
+
+def _norm(value: torch.Tensor) -> float:
+    if not (value.is_floating_point() or value.is_complex()):
+        return 0.0
+    parts = (part.abs().pow(2).sum() for part in _slices_of(value))
+    return sum(parts, torch.zeros((), device=value.device)).sqrt().item()
 
 
 def _run_oracle(match: Match, drawn: Drawn) -> tuple[dict[str, torch.Tensor], torch.dtype]:

@@ -14,7 +14,7 @@ from torch import fx
 from fxopt.graph import vocabulary
 from fxopt.report.records import Proof
 from fxopt.rewriting.pattern import Match, Pattern, call
-from fxopt.rewriting.proof import FLOAT32_ERROR, Prover, _compare_value
+from fxopt.rewriting.proof import FLOAT32_ERROR, Comparison, Prover, _compare_value, _compare_values
 from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
 from fxopt.rewriting.terms import cast, cross_entropy, linear, mean, number, reshape, rsqrt, tanh, tensor
 
@@ -86,6 +86,28 @@ def test_one_rule_allows_twice_stock_s_error_or_the_floor() -> None:
         assert allowed(0.0, floor) == floor
         assert allowed(floor, floor) == pytest.approx(2 * floor)
         assert allowed(floor / 4, floor) == floor
+
+
+def test_what_is_zero_in_exact_arithmetic_is_measured_by_the_largest_of_its_sort() -> None:
+    large = torch.full((4,), 2.0, dtype=torch.float64)
+    oracle = {"gradient of q": large * 1e-17, "gradient of v": large}
+
+    def compared(error: float) -> tuple[Comparison, Comparison]:
+        stock = {"gradient of q": large * 1e-7, "gradient of v": large}
+        new = {"gradient of q": large * error, "gradient of v": large}
+        of_q, of_v = _compare_values(new, stock, oracle, FLOAT32_ERROR)
+        assert (of_v.is_zero, of_v.error, of_v.allowed) == (False, 0.0, FLOAT32_ERROR)
+        return of_q, _compare_value(
+            "gradient of q", new["gradient of q"], stock["gradient of q"], large * 1e-17, 1e-5
+        )
+
+    for error in (0.0, 1e-7, 1.9e-7, 2.1e-7, 1e-5):
+        found, by_its_own_norm = compared(error)
+        assert found.is_zero
+        assert found.error == pytest.approx(error, abs=1e-16)
+        assert found.stock_error == pytest.approx(1e-7)
+        assert found.excess == pytest.approx(by_its_own_norm.excess)
+        assert (found.excess <= 1) == (error < 2e-7)
 
 
 def test_gradients_are_those_of_what_requires_them(builder: Any) -> None:
