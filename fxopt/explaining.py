@@ -23,7 +23,7 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     """Return the report of what fxopt did, or would do, to `model`; nothing is changed.
 
     On a model that has run optimized, this is what was done. Of a stock one, a copy of an optimized one too, the first
-    note says that it is. Where nothing was done yet, fxopt runs one forward pass in
+    line and a note say that it is. Where nothing was done yet, fxopt runs one forward pass in
     training mode on small inputs of its own (`input_ids` and `labels` of 2 x 16 tokens) or on
     `example_inputs`, keyword arguments of the model's forward. Works on the meta device.
 
@@ -45,7 +45,7 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     report = report_on_small_inputs(model, options, make_transform(options), example_inputs)
     if installation is not None:
         return report
-    return dataclasses.replace(report, notes=(STOCK, *report.notes))
+    return dataclasses.replace(report, stock=True, notes=(STOCK, *report.notes))
 
 
 def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:

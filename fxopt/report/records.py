@@ -222,8 +222,8 @@ class Report:
 
     `lowering` is what the compiled graphs run under, "inductor, plain" where these differ, and what was
     asked for where none is compiled yet; `patterns` are the names of those in use. `plans` say what the blocks save
-    for backward, each a record whose `str` is its table. `elsewhere` are the rewrites at no site. `measure` returns
-    the work of each graph, None where that is known.
+    for backward, each a record whose `str` is its table. `elsewhere` are the rewrites at no site. Of a `stock`
+    model all is what `fxopt.optimize` would do. `measure` returns the work of each graph, None where that is known.
     """
 
     model: str
@@ -239,6 +239,7 @@ class Report:
     patterns: tuple[str, ...] = ()
     plans: tuple[Plan, ...] = ()
     elsewhere: tuple[RewriteElsewhere, ...] = dataclasses.field(default=(), metadata=CAME_LATER)
+    stock: bool = dataclasses.field(default=False, metadata=CAME_LATER)
     measure: Measure | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def measured(self) -> Report:

@@ -90,11 +90,15 @@ def _render_headline(report: Report) -> list[str]:
 
 
 def _count_by_status(report: Report) -> str:
+    stock = "the model is stock: " if report.stock else ""
     if not report.sites:
-        return "no sites of the library's forms found" if report.elsewhere else "no sites found"
+        return (
+            f"{stock}no sites of the library's forms found" if report.elsewhere else f"{stock}no sites found"
+        )
     total = sum(site.count for site in report.sites)
     counts = {status: _count_sites(report.sites, status) for status in STATUSES}
-    parts = [f"{counts['rewritten']} of {total} sites rewritten"]
+    rewritten = f"{counts['rewritten']} of {total} sites"
+    parts = [f"{stock}fxopt.optimize would rewrite {rewritten}" if stock else f"{rewritten} rewritten"]
     parts += [f"{counts[status]} {status}" for status in STATUSES[1:] if counts[status]]
     return ", ".join(parts)
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 from fxopt.errors import UnknownNameError
-from fxopt.report.figures import distinct_misses
+from fxopt.report.figures import distinct_misses, unseen_regions
 from fxopt.report.records import MismatchRecord, Report, Site
 from fxopt.report.text import WIDTH, place_of, printable, times, wrap
 from fxopt.report.units import plural
@@ -45,11 +45,7 @@ def render_why_not(report: Report, name: str) -> str:
         head = "rewritten nowhere in the captured graphs"
     lines = [f"{name}: {head}"]
     if not left and not misses:
-        lines.append(
-            "nothing was left out"
-            if done or made
-            else "no site of this form is in the model, and nothing came near"
-        )
+        lines += wrap(_say_nothing_left(report, is_done=bool(done or made)))
     for site in left:
         miss = (
             next((miss for miss in misses if _is_at(miss, site)), None) if site.status != "refused" else None
@@ -68,6 +64,21 @@ def render_why_not(report: Report, name: str) -> str:
             *_render_miss(miss),
         ]
     return printable("\n".join(lines) + "\n")
+
+
+def _say_nothing_left(report: Report, is_done: bool) -> str:
+    """Return what is to be said where no site was left and nothing came near; of what no capture saw, nothing is."""
+    unseen = unseen_regions(report)
+    if not unseen:
+        return (
+            "nothing was left out"
+            if is_done
+            else "no site of this form is in the model, and nothing came near"
+        )
+    found = "nothing was left out of what was captured" if is_done else "no site of this form is known"
+    reasons = dict.fromkeys(region.reason for region in report.regions if region.unseen and region.reason)
+    told = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"{found}; whether what was not captured has one is not: {', '.join(unseen)}{told}"
 
 
 def _is_at(miss: MismatchRecord, site: Site) -> bool:

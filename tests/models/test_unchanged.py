@@ -57,7 +57,10 @@ def test_a_copy_is_a_stock_model_with_its_own_weights(twins, tools, duplicate):
     tools.run_step(twin, batch)
     after = tools.run_step(model, batch)
     assert torch.equal(before.loss, after.loss)
-    assert "the model is stock" in fxopt.explain(twin).notes[0]
+    told = fxopt.explain(twin)
+    assert "the model is stock" in told.notes[0]
+    assert str(told).splitlines()[1].startswith("the model is stock: fxopt.optimize would rewrite ")
+    assert "Stock model: sites that fxopt.optimize would rewrite" in told._repr_html_()
     assert not any("the model is stock" in note for note in fxopt.explain(model).notes)
     with pytest.raises(fxopt.FxoptError, match="is not optimized"):
         fxopt.restore(twin)

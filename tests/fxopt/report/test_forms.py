@@ -281,6 +281,26 @@ def test_why_not_shows_how_far_it_came_and_both_graphs() -> None:
         report.why_not(3)  # pyright: ignore[reportArgumentType]
 
 
+class NeverCalled(nn.Module):
+    """Reads the parts of its blocks, which run as no block does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(8)}) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["norm"](x)  # pyright: ignore[reportIndexIssue]
+        return x
+
+
+def test_why_not_claims_nothing_of_what_was_not_captured() -> None:
+    why = " ".join(fxopt.explain(NeverCalled(), {"x": torch.randn(2, 3, 8)}).why_not("layer_norm").split())
+    assert "no site of this form is in the model" not in why
+    assert "whether what was not captured has one is not: 2 of 2 blocks at layers.0, the tail" in why
+    assert "no block was called" in why
+
+
 def test_why_not_counts_the_rewrites_of_a_pattern_without_sites() -> None:
     mine = fxopt.pattern(
         lambda x: F.relu(x) ** 2,
