@@ -26,7 +26,8 @@ def backend(
 ) -> Callable[..., Any]:
     """Compile one graph for `torch.compile(model, backend="fxopt")`: the same passes, torch's own entry.
 
-    Torch does not tell a backend whether the model trains, so logits stay lazy wherever gradients are on.
+    Torch does not tell a backend whether the model trains, so logits stay lazy wherever gradients are on, in evaluation
+    mode too. There is no report of what it did: `fxopt.explain` of such a model is that of a stock one.
 
     Args:
         gm, example_inputs: a graph that Dynamo captured, and what it is called with.

@@ -48,7 +48,8 @@ def render_markdown(document: dict[str, Any], others: Mapping[str, dict[str, Any
     listed = _versions(document)
     parts = [
         "# Coverage",
-        f"Written by `make coverage` ({listed}). Each row is a tiny model of random weights, built from its config, "
+        f"Written by `make coverage` ({listed}): with other versions, as those that `constraints.txt` has `make setup` "
+        "install, figures may differ. Each row is a tiny model of random weights, built from its config, "
         "whose training step in fp32 on a CPU was compared with stock's: `error` is the largest relative error of "
         "the loss and of all gradients (beyond 1e-4 a float64 run decides which of the two is off, and stock's own "
         "distance to it is shown). A block that is not in one graph is captured in pieces around what hangs on values. "

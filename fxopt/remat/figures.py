@@ -10,7 +10,7 @@ from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.cost import Declarations
 from fxopt.remat.devices import BANDWIDTH_SHARE, Device
 from fxopt.remat.measured import ROOFLINES, Measured
-from fxopt.remat.step import NOT_SPREAD, Around, Spread, find_peak, simulate_step
+from fxopt.remat.step import NOT_SPREAD, UPDATE, Around, Spread, find_peak, simulate_step
 from fxopt.report.plan import Decision, Plan, Residual
 from fxopt.report.units import format_bytes
 
@@ -106,10 +106,18 @@ def _limit_asked_for(
         raise FxoptError(
             f"memory_budget: no plan fits, expected at least {format_bytes(smallest)} ({smallest} bytes), "
             f"got {format_bytes(limit)}\n"
-            f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state, the rest "
-            f"lives in the {peak_at}; a smaller batch or shorter sequences need less"
+            f"{format_bytes(facts.static_bytes)} of it are weights, buffers and the optimizer's state, "
+            f"{_say_rest(peak_at)}"
         )
     return limit, ""
+
+
+def _say_rest(peak_at: str) -> str:
+    if peak_at == UPDATE:
+        return (
+            "the rest are gradients and what the optimizer's step works on: neither hangs on the batch's size"
+        )
+    return f"the rest is needed in the {peak_at}; a smaller batch or shorter sequences need less"
 
 
 def without_update(goal: Goal, around: Around) -> Around:

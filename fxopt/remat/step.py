@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from fxopt.options import MOST_COPIED
 from fxopt.report.plan import Decision, Instant
 
+UPDATE = "optimizer"
+"""What the instant of the optimizer's step is called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Around:
@@ -129,7 +132,7 @@ def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: A
     if around.reduced_bytes:
         note("reduction", 0, landing, gradients, around.reduced_bytes)
     update = around.static_bytes + landing + around.gradient_bytes
-    instants.append(Instant("optimizer", update, moving_bytes=landing, gradient_bytes=around.gradient_bytes))
+    instants.append(Instant(UPDATE, update, moving_bytes=landing, gradient_bytes=around.gradient_bytes))
     return tuple(instants)
 
 

@@ -87,6 +87,24 @@ def test_a_budget_below_the_smallest_peak_names_that_peak():
     assert fxopt.plan(Stack(), smallest, INPUTS).peak_bytes <= smallest
 
 
+class WideBefore(Stack):
+    """What stands before the blocks is so wide that the peak of a step is in the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 4096)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.first(x)[..., :16])
+
+
+def test_of_a_peak_in_the_optimizer_no_smaller_batch_is_promised():
+    expected = "optimizer's state, the rest are gradients and what the optimizer's step works on"
+    with pytest.raises(fxopt.FxoptError, match=rf"no plan fits.*\n.*{expected}") as raised:
+        fxopt.plan(WideBefore(), 1024, {"x": torch.randn(1, 1, 16)})
+    assert "a smaller batch" not in str(raised.value)
+
+
 def test_a_share_is_one_of_the_device():
     from fxopt.planning import finish_plan
     from fxopt.remat.devices import DEVICES
