@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fxopt.errors import ProofError, UnmatchedError
 from fxopt.report.records import Report
-from fxopt.report.text import place_of
 
 
 def check_strictly(report: Report) -> None:
@@ -21,7 +20,7 @@ def check_strictly(report: Report) -> None:
                 "strict=False reports it and goes on"
             )
     for site in report.sites:
-        where = place_of(site.module, site.location)
+        where = f"at {site.module or '(the model itself)'}" + (f" ({site.location})" if site.location else "")
         if site.status == "refused" and site.proof is not None and not site.proof.passed:
             raise ProofError(
                 f"{site.pattern}: the proof failed, {site.reason}\n{where}\n"
