@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxopt
@@ -98,8 +99,14 @@ def test_a_forward_that_asks_for_an_unknown_value_is_told_about_its_masks():
 def test_what_blocks_collect_does_not_stand_in_the_way():
     config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=2, output_router_logits=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
         ids = torch.zeros(2, 32, dtype=torch.long)
+        try:
+            model(input_ids=ids, labels=ids)
+        except (RuntimeError, NotImplementedError) as error:
+            pytest.skip(
+                f"stock mixtral of transformers {transformers.__version__} cannot run without values: {error}"
+            )
     report = fxopt.explain(model, {"input_ids": ids, "labels": ids})
     assert {site.pattern for site in report.sites if site.status == "rewritten"} >= {"rms_norm", "rope"}
 

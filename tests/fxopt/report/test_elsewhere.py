@@ -78,7 +78,7 @@ def test_a_report_without_rewrites_has_none_elsewhere() -> None:
     bare = fxopt.explain(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), {"input": X})
     assert bare.elsewhere == ()
     assert "elsewhere" not in str(bare) + render_html(bare)
-    assert str(bare).splitlines()[1] == "no sites found"
+    assert str(bare).splitlines()[1] == "the model is stock: no sites found"
 
 
 def test_rewrites_at_sites_are_not_told_twice() -> None:

@@ -465,6 +465,7 @@ def count_instructions(run: Callable[[], Any]) -> int:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 traces instructions only where a frame asks before
     sys.settrace(enter)
     try:
         run()
