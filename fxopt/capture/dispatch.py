@@ -93,7 +93,9 @@ class BlockCalls:
         )
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self._four_bits: dict[nn.Module, FourBitLayers] = {}
-        self._forms: dict[nn.Module, tuple[Any, ...]] = {}
+        self._forms: dict[nn.Module, int] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        """The number of each form."""
         self.notes = Notes()
         self.note_end: Callable[[str], None] = lambda path: None
         """Called when a block has run."""
@@ -103,7 +105,7 @@ class BlockCalls:
 
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
-        """The frames that Dynamo has captured blocks in: one of each variant."""
+        """The frames that Dynamo has captured whole blocks in: one of each form and variant."""
         return tuple(self._compiled.values())
 
     def begin(self, path: str, block: nn.Module) -> Callable[..., Any]:
@@ -132,7 +134,7 @@ class BlockCalls:
         if block not in self._inner_hooks:
             self._inner_hooks[block] = InnerHooks(block)
             self._four_bits[block] = FourBitLayers(block)
-            self._forms[block] = _form_of(block)
+            self._forms[block] = self._numbers.setdefault(_form_of(block), len(self._numbers))
         hooks = self._inner_hooks[block].find()
         if recorders:
             hooks = dataclasses.replace(hooks, recorders=recorders[0])
@@ -304,7 +306,7 @@ class BlockCalls:
     def _find_compiled(
         self, path: str, block: nn.Module, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
-        """Return the frame of the variant that serves this call; each variant has captures of its own."""
+        """Return the frame that serves this call: each form, variant and way to run has captures of its own."""
         variant = None
         if self._planner is not None:
             self._asked[0] = call_of(args, kwargs, block in self._checkpointing.taken)
@@ -341,7 +343,8 @@ def _form_of(block: nn.Module) -> tuple[Any, ...]:
     """Return what tells the frames of blocks apart that differ in size: their class, and their tensors' shapes.
 
     Each is captured with sizes of its own. In one frame Dynamo would take what differs from one to the next, width and
-    height and channels alike, for sizes that change, and simplify products of quotients of them for minutes.
+    height and channels alike, for sizes that change, and simplify products of quotients of them for minutes. It is
+    that of a block's first call: where tensors come to differ later, captures of one frame tell them apart.
     """
     return type(block), tuple(map(zero.whole_shape, tensors_of(block)))
 

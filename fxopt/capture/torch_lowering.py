@@ -19,7 +19,7 @@ from fxopt.capture import joint_passes
 from fxopt.capture.caching import find_cacheable, source_digest
 from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
 from fxopt.capture.rehearsal import compile_kernels
-from fxopt.capture.unit_strides import say_unit_strides
+from fxopt.capture.unit_strides import spell_unit_dims
 from fxopt.graph.view import results_of
 
 
@@ -60,7 +60,7 @@ def plain_backend(
         _donate_nothing()
         return make_boxed_func(graph.forward)
 
-    say_unit_strides(gm)
+    spell_unit_dims(gm)
     held, leaving = held_by_model(gm), Leaving()
 
     def run_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:

@@ -16,30 +16,22 @@ from fxopt.graph.purity import is_active_dropout
 from fxopt.graph.sizes import EXAMPLE
 
 RESHAPES = frozenset({"reshape", "view"})
-RANDOM = frozenset({"bernoulli", "rand_like", "randn_like"})
+RANDOM = frozenset({"alpha_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like"})
 
 
-def say_unit_strides(gm: fx.GraphModule) -> None:
-    """Put behind each reshape of `gm` whose result will have other strides than its example a view that says which.
+def spell_unit_dims(gm: fx.GraphModule) -> None:
+    """Spell each reshape of `gm` whose stand-in has other strides than its result will: unit dims come in one by one.
 
-    Nothing is done where no random numbers are drawn, nor for sizes that change. The view changes nothing when it runs.
+    Of those steps stand-ins and kernels make the same. Nothing is done where `gm` draws no random numbers (`RANDOM`,
+    active dropout), nor for sizes that change.
     """
     if not any(map(_draws, gm.graph.nodes)):
         return
     is_changed = False
     for node in list(gm.graph.nodes):
-        is_reshape = node.target is vocabulary.reshape or op_name(node) in RESHAPES
-        strides = _strides_seen(node) if is_reshape else None
-        if strides is None:
-            continue
-        example = node.meta[EXAMPLE]
-        readers = tuple(node.users)
-        with gm.graph.inserting_after(node):
-            said = gm.graph.call_function(torch.as_strided, (node, tuple(example.shape), strides))
-        said.meta = {**node.meta, EXAMPLE: example.as_strided(example.shape, strides)}
-        for reader in readers:
-            reader.replace_input_with(node, said)
-        is_changed = True
+        if (node.target is vocabulary.reshape or op_name(node) in RESHAPES) and _is_misjudged(node):
+            _spell(gm.graph, node)
+            is_changed = True
     if is_changed:
         gm.recompile()
 
@@ -49,14 +41,44 @@ def _draws(node: fx.Node) -> bool:
     return is_active_dropout(node) if name == "dropout" else name in RANDOM
 
 
-def _strides_seen(node: fx.Node) -> tuple[int, ...] | None:
-    """Return the strides that torch's kernels give the result of a reshape where its example has others, else None."""
+def _is_misjudged(node: fx.Node) -> bool:
+    """Return whether the stand-in of a reshape has other strides than its result, and its spelling has those."""
     source: Any = node.all_input_nodes[0].meta.get(EXAMPLE)
     example: Any = node.meta.get(EXAMPLE)
     if not isinstance(source, Tensor) or not isinstance(example, Tensor) or 1 not in example.shape:
-        return None
+        return False
     if any(isinstance(size, torch.SymInt) for size in (*source.shape, *source.stride(), *example.shape)):
-        return None
+        return False
+    if source.dtype != example.dtype or source.numel() != example.numel():
+        return False
     form = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
     strides = form.reshape(example.shape).stride()
-    return None if strides == example.stride() else strides
+    spelled = form.reshape(_without_units(example.shape))
+    for dim in _unit_dims(example.shape):
+        spelled = spelled.unsqueeze(dim)
+    return strides != example.stride() and strides == spelled.stride()
+
+
+def _without_units(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _unit_dims(shape: torch.Size) -> tuple[int, ...]:
+    """Return where the dims of one item come in, the last one first."""
+    return tuple(len(_without_units(shape[:dim])) for dim in reversed(range(len(shape))) if shape[dim] == 1)
+
+
+def _spell(graph: fx.Graph, node: fx.Node) -> None:
+    source, shape = node.all_input_nodes[0], node.meta[EXAMPLE].shape
+    with graph.inserting_before(node):
+        made = _call(graph, node, torch.reshape, source, _without_units(shape))
+        for dim in _unit_dims(shape):
+            made = _call(graph, node, torch.unsqueeze, made, dim)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, spelled: fx.Node, function: Any, source: fx.Node, how: Any) -> fx.Node:
+    made = graph.call_function(function, (source, how))
+    made.meta = {**spelled.meta, EXAMPLE: function(source.meta[EXAMPLE], how)}
+    return made

@@ -90,6 +90,10 @@ def conditions_on(size: Any) -> list[Any]:
     return [] if node is None else [guard.expr for guard in node.shape_env.guards]
 
 
+def _substitute(expression: Any, symbols: tuple[Any, ...], *values: int) -> Any:
+    return expression.subs(dict(zip(symbols, values, strict=True)))
+
+
 @functools.lru_cache(maxsize=4096)
 def _compiled(expression: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
     """Return the symbols of a sympy expression, and it as a function of a number for each."""
@@ -97,7 +101,10 @@ def _compiled(expression: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
     from torch.utils._sympy import functions, printers
 
     symbols = tuple(sorted(expression.free_symbols, key=str))
-    code = f"lambda {', '.join(map(str, symbols))}: {printers.PythonPrinter().doprint(expression)}"
+    try:
+        code = f"lambda {', '.join(map(str, symbols))}: {printers.PythonPrinter().doprint(expression)}"
+    except (NotImplementedError, AssertionError):  # the printer does not know all that sympy has
+        return symbols, functools.partial(_substitute, expression, symbols)
     return symbols, eval(code, {**vars(functions), **SYMPY_INTERP})
 
 
@@ -111,7 +118,11 @@ def evaluate(expression: Any, numbers: Mapping[Any, int]) -> Any:
         ZeroDivisionError: it is undefined there.
     """
     symbols, run = _compiled(expression)
-    return run(*(numbers[symbol] for symbol in symbols))
+    values = [numbers[symbol] for symbol in symbols]
+    try:
+        return run(*values)
+    except NameError:  # infinities are printed by names that Python does not know
+        return _substitute(expression, symbols, *values)
 
 
 def numbers_at_capture(size: Any) -> Mapping[Any, Any]:

@@ -37,12 +37,13 @@ def render_why_not(report: Report, name: str) -> str:
     # A pattern of the user's own has no sites: the scans of the library do not know its form.
     made = 0 if sites else sum(rewrite.pattern == name for rewrite in report.rewrites)
     in_part = sum(site.count for site in left if site.status == "rewritten")
-    head = f"{done} of {sum(site.count for site in sites)} sites rewritten"
+    rewritten = "would be rewritten" if report.stock else "rewritten"
+    head = f"{done} of {sum(site.count for site in sites)} sites {rewritten}"
     head += f", {in_part} in part" if in_part else ""
     if made:
-        head = f"rewritten {made} time{'' if made == 1 else 's'} in the captured graphs"
+        head = f"{rewritten} {made} time{'' if made == 1 else 's'} in the captured graphs"
     elif misses and not sites:
-        head = "rewritten nowhere in the captured graphs"
+        head = f"{rewritten} nowhere in the captured graphs"
     lines = [f"{name}: {head}"]
     if not left and not misses:
         lines += wrap(_say_nothing_left(report, is_done=bool(done or made)))
@@ -76,9 +77,10 @@ def _say_nothing_left(report: Report, is_done: bool) -> str:
             else "no site of this form is in the model, and nothing came near"
         )
     found = "nothing was left out of what was captured" if is_done else "no site of this form is known"
+    found += "; whether there is one in what was not captured is not known"
     reasons = dict.fromkeys(region.reason for region in report.regions if region.unseen and region.reason)
     told = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{found}; whether what was not captured has one is not: {', '.join(unseen)}{told}"
+    return f"{found}: {', '.join(unseen)}{told}"
 
 
 def _is_at(miss: MismatchRecord, site: Site) -> bool:

@@ -168,7 +168,7 @@ def feeds_output_only(readers: Iterable[fx.Node]) -> bool:
 
 
 def describe_node(node: fx.Node) -> str:
-    """Return a node's op, as mismatches print it; its name stands in no source."""
+    """Return a node's op, as mismatches print it beside the line: canonical nodes may have names of no source."""
     if node.op == "output":
         return "the graph's output"
     return name_of(node.target) if node.op == "call_function" else str(node.target)

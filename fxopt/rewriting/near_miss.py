@@ -62,7 +62,13 @@ def _ops_to_name(pattern: Pattern, is_common: bool) -> frozenset[Target]:
     if is_common or not says_much:  # a common op may well be the one that is missing there
         return pattern.targets
     # An op that is called as the pattern is does it all: the others only stand around it, or spell it out.
-    return frozenset(target for target in says_much if name_of(target).endswith(pattern.name)) or says_much
+    return frozenset(target for target in says_much if _is_called(target, pattern.name)) or says_much
+
+
+def _is_called(target: Target, name: str) -> bool:
+    """Return whether an op is called `name`, or that in a longer form, as scaled_dot_product_attention is."""
+    called = name_of(target)
+    return called == name or called.endswith(f"_{name}")
 
 
 def _find_lacking(pattern: Pattern, state: GraphState) -> frozenset[Target]:

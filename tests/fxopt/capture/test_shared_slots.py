@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -64,6 +65,8 @@ def outcome_of(call: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> 
     try:
         return call(*args, **kwargs).tolist()
     except RuntimeError as error:
+        if not transformers.__version__.startswith("5.17."):
+            raise
         return str(error)
 
 

@@ -103,7 +103,7 @@ def test_what_blocks_collect_does_not_stand_in_the_way():
         ids = torch.zeros(2, 32, dtype=torch.long)
         try:
             model(input_ids=ids, labels=ids)
-        except (RuntimeError, NotImplementedError) as error:
+        except NotImplementedError as error:  # 5.17 counts by torch.bincount
             pytest.skip(
                 f"stock mixtral of transformers {transformers.__version__} cannot run without values: {error}"
             )

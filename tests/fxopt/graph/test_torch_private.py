@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import TruncToFloat
+from torch.utils._sympy.numbers import int_oo
 
 from fxopt.graph import torch_private
 from fxopt.graph.names import ATTRIBUTES, op_name
@@ -108,6 +112,7 @@ def test_sizes_evaluate_to_what_substitution_makes_of_them() -> None:
     rows, columns = symbolic_sizes()
     sizes = (
         rows * columns // 4,
+        (rows - columns) // 2,
         rows % columns,
         torch.sym_max(rows, columns),
         torch.sym_ite(rows < 9, rows, columns),
@@ -120,6 +125,13 @@ def test_sizes_evaluate_to_what_substitution_makes_of_them() -> None:
             assert torch_private.evaluate(expression, known) == int(expression.subs(known)), (
                 "SYMPY_INTERP, PythonPrinter or the functions of torch.utils._sympy moved"
             )
+
+
+@pytest.mark.parametrize("spell", [lambda s: 1 / s, lambda s: TruncToFloat(s / 4) + s, lambda s: s - int_oo])
+def test_what_torch_cannot_print_is_substituted(spell: Callable[[Any], Any]) -> None:
+    symbol = sympy.Symbol("s", integer=True, positive=True)
+    expression = spell(symbol)
+    assert torch_private.evaluate(expression, {symbol: 8}) == expression.subs({symbol: 8})
 
 
 def test_views_share_a_storage_also_among_stand_ins() -> None:

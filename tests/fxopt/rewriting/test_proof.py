@@ -110,6 +110,17 @@ def test_what_is_zero_in_exact_arithmetic_is_measured_by_the_largest_of_its_sort
         assert (found.excess <= 1) == (error < 2e-7)
 
 
+@pytest.mark.parametrize("far", [math.inf, 1e200])
+def test_what_is_infinite_measures_nothing_else(far: float) -> None:
+    """Nor does what is finite with a norm that is not."""
+    small, large = torch.full((4,), 2.0, dtype=torch.float64), torch.full((4,), far, dtype=torch.float64)
+    oracle = {"output 0": large, "output 1": small}
+    _, right = _compare_values(oracle, oracle, oracle, FLOAT32_ERROR)
+    _, wrong = _compare_values({**oracle, "output 1": 1.1 * small}, oracle, oracle, FLOAT32_ERROR)
+    assert (right.is_zero, right.excess <= 1) == (False, True)
+    assert (wrong.is_zero, wrong.excess <= 1) == (False, False)
+
+
 def test_gradients_are_those_of_what_requires_them(builder: Any) -> None:
     proof = proof_of(apply(norm_graph(builder, 2, 7, 8, grad=False), make(norm)))
     assert proof.compared == ("output 0", "output 0 in float32")
