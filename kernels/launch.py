@@ -60,7 +60,8 @@ class Declared:
     an H100 on single calls; None: what large matrix products reach. `rows`: the arguments whose rows (all dimensions
     but the last) it never mixes: called with some rows of these, it returns these rows of each result, or what they
     add to one that is a sum over rows. `launches`: the kernels that one call runs; None: one. `output`: takes the
-    number of a result as well, and returns the arguments of `<op>_output`, which computes it alone, or None.
+    number of a result as well, and returns the arguments of `<op>_output`, which computes it alone, or None. `labels`:
+    the arguments of whole numbers that name classes, so that none of them changes how much work there is.
     """
 
     workspace: Callable[..., int] | None = None
@@ -69,6 +70,7 @@ class Declared:
     rows: tuple[str, ...] = ()
     launches: Callable[..., int] | None = None
     output: Callable[..., tuple[Any, ...] | None] | None = None
+    labels: tuple[str, ...] = ()
 
 
 DECLARED: dict[torch._ops.OpOverload, Declared] = {}

@@ -51,6 +51,11 @@ class Declared(Protocol):
         """The arguments whose rows it never mixes: some of these give some of its results, or partial sums."""
         ...
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The arguments of whole numbers that change nothing about its work."""
+        ...
+
 
 Declarations = Mapping[Any, Declared]
 

@@ -71,7 +71,7 @@ class Measured:
         """Return the picoseconds of those nodes of a joint graph that were timed, now or before."""
         if self._timer is None:
             return {}
-        keys = {node: self._key_of(node) for node in graph.nodes if is_timed(node)}
+        keys = {node: self._key_of(node, declared) for node in graph.nodes if is_timed(node)}
         settled = {*self._known, *self._refused}
         missing = {key: node for node, key in keys.items() if key not in settled}
         if missing:
@@ -91,14 +91,16 @@ class Measured:
                 self._left.setdefault(self._refused[key], set()).add(registered_name(node.target))
         return found
 
-    def _key_of(self, node: fx.Node) -> str:
+    def _key_of(self, node: fx.Node, declared: Declarations) -> str:
         """Return what the time of `node` depends on; where it cannot be timed, that is noted."""
         try:
             key = key_of(node)
         except ValueError as error:  # a size that is known when it runs
             key = f"{node.target}: {error}"
             self._refused[key] = str(error)
-        if any(_decides_work(value) for source in node.all_input_nodes for value in _tensors(source)):
+        labels = _labels_of(node, declared)
+        sources = (source for source in node.all_input_nodes if source not in labels)
+        if any(_decides_work(value) for source in sources for value in _tensors(source)):
             self._refused[key] = HANGS
         return key
 
@@ -152,6 +154,15 @@ def _value(node: fx.Node) -> Any:
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return tensors_in(_value(node))
+
+
+def _labels_of(node: fx.Node, declared: Declarations) -> tuple[Any, ...]:
+    known = declared.get(node.target)
+    if known is None or not known.labels:
+        return ()
+    names = [argument.name for argument in schema_of(node.target).arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return tuple(given.get(name) for name in known.labels)
 
 
 def _decides_work(value: torch.Tensor) -> bool:

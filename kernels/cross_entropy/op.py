@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fxopt.kernels.cross_entropy.kernels import launch_backward, launch_forward
 from fxopt.kernels.cross_entropy.reference import plain_backward, plain_forward
-from fxopt.kernels.launch import can_launch, register_gradient, register_op, wide_dtype
+from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.row_loss import SHAPING_SCHEMA, Shaping, as_tensor, check_loss
 
 
@@ -37,6 +37,7 @@ _forward_op = register_op(
     plain=plain_forward,
     fused=_fused_forward,
     fake=_fake_forward,
+    declared=Declared(labels=("labels",)),
 )
 _backward_op = register_op(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, Tensor divisor, "
@@ -44,6 +45,7 @@ _backward_op = register_op(
     plain=plain_backward,
     fused=_fused_backward,
     fake=_fake_backward,
+    declared=Declared(labels=("labels",)),
 )
 
 

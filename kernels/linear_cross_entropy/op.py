@@ -172,7 +172,7 @@ _forward_op = register_op(
     fused=_fused_forward,
     fake=_fake_forward,
     flops=_flops,
-    declared=Declared(workspace=_workspace, moved=_moved),
+    declared=Declared(workspace=_workspace, moved=_moved, labels=("labels",)),
 )
 _backward_op = register_op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor divisor, Tensor? dh, Tensor? dweight, Tensor? dbias, "

@@ -14,7 +14,7 @@ import fxopt
 from fxopt import timing
 from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
-from fxopt.remat.measured import HANGS, HOST, Measured, Trial
+from fxopt.remat.measured import HOST, Measured, Trial
 from fxopt.remat.timings import Timing
 from fxopt.timing import (
     ELSEWHERE,
@@ -313,7 +313,7 @@ def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bi
     monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare: Measured(timer))
     model, inputs = make_adapted("cpu", width=64, tokens=32, four_bit=four_bit)
     plan = fxopt.plan(model, "min", inputs)
-    assert plan.rooflines == (f"fxopt::linear_cross_entropy: {HANGS}",), "only labels are no random values"
+    assert plan.rooflines == ()
     assert plan.measured_ms > len(seen) > 10, "equal calls are made once"
 
 

@@ -136,9 +136,10 @@ def test_an_op_whose_whole_numbers_decide_its_work_is_not_timed():
         )
 
     graph = graph_of(make)
-    assert measured.find_costs(graph, (), OTHER, launch.DECLARED) == {}
+    assert measured.find_costs(graph, (), OTHER, {}) == {}
     assert timer.trials == []
     assert measured.left == (f"fxopt::cross_entropy: {HANGS}",)
+    assert len(Measured(timer).find_costs(graph, (), OTHER, launch.DECLARED)) == 1, "labels decide nothing"
 
 
 def test_a_reason_is_told_and_not_asked_for_again(tmp_path):
