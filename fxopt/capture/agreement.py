@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fxopt.capture import torch_distributed, zero
+from fxopt.capture import torch_distributed, torch_dynamo, zero
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.planning import Planner
 from fxopt.errors import RanksDifferError
@@ -43,8 +43,11 @@ class Agreement:
         Raises:
             RanksDifferError: the options differ, or a rank did not come.
         """
-        if self._is_made or not dist.is_available() or not dist.is_initialized():
-            return
+        if not self._is_made and dist.is_available() and dist.is_initialized():
+            self._compare()
+
+    @torch_dynamo.untraced
+    def _compare(self) -> None:
         ranks = self._find_ranks()
         if not ranks:
             return
@@ -104,6 +107,11 @@ def compare(ranks: list[int], rank: int, mine: dict[str, str], limits: dict[str,
     verdict = _read(store, "verdict")
     text, least = (_absent(ranks[0], store), {}) if verdict is None else json.loads(verdict)
     if text:
+        store.set(f"{rank} has read", "")
+        if rank == ranks[0]:  # whose process may hold the store, and end with this error
+            for other in ranks:
+                if store.check([str(other)]):
+                    _read(store, f"{other} has read")
         raise RanksDifferError(text)
     return least
 

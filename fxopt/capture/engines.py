@@ -154,8 +154,14 @@ class Sharding:
     def find_obstacle(self) -> str | None:
         """Return why the tail cannot be run for how modules are sharded now, or None."""
         for module in walk(self._model, but=self._blocks):
-            if any(map(_is_emptied, torch_modules.own_parameters(module))) and say_kept(module):
+            own = torch_modules.own_parameters(module)
+            if any(map(_is_emptied, own)) and say_kept(module):
                 return say_kept(module)
+            if any(parameter.grad_fn is not None for parameter in own):
+                return (
+                    f"a weight of the {type(module).__name__} is computed while the model runs, as "
+                    "FullyShardedDataParallel, the first FSDP, has it: use fully_shard"
+                )
         for gathering in zero.find_gatherings(self._around):
             if gathering.has_parameters:
                 return (

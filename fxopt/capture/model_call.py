@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -68,6 +69,9 @@ def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kw
     # Read so that Dynamo guards it: a capture for training returns lazy logits and must not serve evaluation.
     bool(model.training)
     return model.forward(*args, **kwargs)
+
+
+log = logging.getLogger("fxopt")
 
 
 class ModelCall:
@@ -206,6 +210,8 @@ class ModelCall:
             output = self._run_uncaptured(*args, **kwargs)
             self.obstacles[self._form_of(args, kwargs)] = reason
             if MODEL_REGION not in self.ledger.served:
+                if not self.ledger.captures and MODEL_REGION not in self.ledger.refused:
+                    log.warning("the model runs as stock, slower and with more memory: %s", reason)
                 self.ledger.refused[MODEL_REGION] = reason
             self.ledger.count_fallback(MODEL_REGION, reason)
             for line in find_own_forwards(self.model):

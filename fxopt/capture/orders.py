@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxopt.capture import deepspeed_private, torch_distributed, torch_tensors, zero
+from fxopt.capture import deepspeed_private, torch_distributed, torch_dynamo, torch_tensors, zero
 from fxopt.capture.lazy import LazyLogits
 from fxopt.capture.ledger import NOT_CAPTURED, Ledger, Way
 from fxopt.errors import RanksDifferError
@@ -82,6 +82,7 @@ class GradientOrder:
             self._watch(output, ways)
         return output
 
+    @torch_dynamo.untraced
     def _judge(self) -> None:
         """Find the ranks to agree with, as soon as an engine trains the model: none where its order is its own."""
         if torch_distributed.num_ranks() < 2:

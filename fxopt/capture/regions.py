@@ -37,6 +37,7 @@ class Regions:
         )
 
 
+TORCHS_OWN = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type))
 MIN_SHARE = 0.05
 """A list that holds less than this share of the stacked parameters is not worth a region of its own."""
 
@@ -46,15 +47,18 @@ def find_regions(model: nn.Module) -> Regions:
 
     A list counts when it has at least two members, some two of the same class; a module list of one module made of
     others is one of several blocks that happens to have one. Lists inside a block (experts, heads) belong to that
-    block. Named modules count as a list where all are of one class and made of others. Where nothing repeats, each of
-    the outermost module lists counts. Single blocks that hold less than half of the parameters beside tables of the
-    vocabulary are no region: the whole model is.
+    block. Members that cannot be called (lists of a list, a layer's modules by name) are no blocks, nor are single
+    layers of torch's own in a module list, between which the model computes. Named modules count as a list where all
+    are of one class and made of others. Where nothing repeats, each of the outermost module lists counts. Single
+    blocks that hold less than half of the parameters beside tables of the vocabulary are no region: the whole model
+    is.
     """
     lists = [
         (path, module)
         for module, path in walk(model).items()
         if (isinstance(module, nn.ModuleList | nn.Sequential) or _is_of_blocks(module))
         and _num_parameters(module) > 0
+        and _are_called(module)
     ]
     counted = [(path, module) for path, module in lists if _repeats(module) or _is_of_one_block(module)]
     candidates = counted or [(path, module) for path, module in lists if isinstance(module, nn.ModuleList)]
@@ -72,6 +76,15 @@ def find_regions(model: nn.Module) -> Regions:
     if any(len(stack.blocks) > 1 for stack in stacks) or _hold_most(stacks, model):
         return Regions(tuple(stacks))
     return Regions(())
+
+
+def _are_called(module: nn.Module) -> bool:
+    """Return whether the members of a list can be called, and are more than single layers of torch's own."""
+    members = list(module.children())
+    if any(type(member).forward is nn.Module.forward for member in members):
+        return False
+    are_layers = all(type(member) in TORCHS_OWN and not any(member.children()) for member in members)
+    return isinstance(module, nn.Sequential) or not are_layers
 
 
 def _is_of_blocks(module: nn.Module) -> bool:

@@ -32,6 +32,12 @@ def check_example_inputs(example_inputs: object) -> None:
             f"example_inputs: expected a dict of the forward's keyword arguments, got {type(example_inputs).__name__}\n"
             "name each argument, e.g. {'input_ids': ids, 'labels': ids}"
         )
+    unnamed = next((name for name in example_inputs or () if not isinstance(name, str)), None)
+    if unnamed is not None:
+        raise FxoptError(
+            f"example_inputs: expected names of arguments as keys, got {unnamed!r}\n"
+            "name each argument, e.g. {'input_ids': ids, 'labels': ids}"
+        )
 
 
 def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
@@ -56,7 +62,7 @@ def run_on_small_inputs(model: nn.Module, example_inputs: dict[str, Any] | None)
         given = "small inputs" if example_inputs is None else "the inputs given"
         name = type(model).__name__
         cure = "pass example_inputs, a dict of keyword arguments the model's forward accepts"
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if any(parameter.is_meta for parameter in model.parameters()) and len(held) == 1:
             name, cure = f"{name}, without weights,", WITH_WEIGHTS
             error = find_cause(model, inputs) or error
         raise FxoptError(

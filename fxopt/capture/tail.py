@@ -49,7 +49,9 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
     nodes = list(captured.graph.nodes)
     leaf_nodes = [node for node in nodes if is_leaf(node)]
     if not leaf_nodes:
-        raise TailRefusal("no block was called")
+        raise TailRefusal(
+            "no block was called, as where they are skipped, wrapped after fxopt.optimize, or called by their forward"
+        )
     for module in captured.modules():
         if not isinstance(module, fx.GraphModule) or module is captured:
             continue

@@ -11,7 +11,7 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch._dynamo as dynamo
@@ -25,6 +25,8 @@ GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
 """How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
 
 _COPIES = itertools.count()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def isolate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,6 +47,12 @@ def isolate(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def untraced(method: Callable[P, R]) -> Callable[P, R]:
+    """Return `method` so that Dynamo runs it as it is: the user may have compiled what calls an optimized model."""
+    disable: Any = dynamo.disable
+    return disable(method)
 
 
 def compile_frame(

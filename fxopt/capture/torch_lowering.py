@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fxopt.capture import joint_passes
 from fxopt.capture.caching import find_cacheable, source_digest
+from fxopt.capture.mutation import mark_readers, numbers_of_mutated
 from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
 from fxopt.capture.rehearsal import compile_kernels
 from fxopt.capture.unit_strides import spell_unit_dims
@@ -61,13 +62,14 @@ def plain_backend(
         return make_boxed_func(graph.forward)
 
     spell_unit_dims(gm)
-    held, leaving = held_by_model(gm), Leaving()
+    held, mutated, leaving = held_by_model(gm), numbers_of_mutated(gm), Leaving()
 
     def run_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         leaving.read(graph.graph)
         return run_nodes(graph, inputs)
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        mark_readers(joint.graph, mutated)
         joint_passes.prepare_joint(joint.graph, mark, held)
         return default_partition(joint, joint_inputs, **options)
 
@@ -84,9 +86,10 @@ def trace_joint(
     from torch._functorch.partitioners import default_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    held = held_by_model(gm)
+    held, mutated = held_by_model(gm), numbers_of_mutated(gm)
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        mark_readers(joint.graph, mutated)
         joint_passes.prepare_joint(joint.graph, mark, held)
         return default_partition(joint, joint_inputs, **options)
 

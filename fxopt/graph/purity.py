@@ -87,6 +87,8 @@ PURE_OVERLOADS = frozenset(
 TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "shape", "dtype", "device", "ndim", "is_cuda"})
 WRITING = frozenset({"batch_norm", "instance_norm", "embedding", "embedding_bag", "rrelu"})
 """Ops that may write to an argument though their name does not say so."""
+NORMS_OF_BATCHES = frozenset({torch.nn.functional.batch_norm, torch.nn.functional.instance_norm})
+"""They write to their running statistics alone."""
 WRITING_WIDELY = ("_fused_", "_amp_")
 """How the names of in-place ops begin that write into more than their first argument."""
 RANDOM = frozenset({"scaled_dot_product_attention"})
@@ -165,6 +167,9 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     if "rewritten_by" in node.meta:
         return ()
+    if node.target in NORMS_OF_BATCHES:
+        written = (_argument(node, 1, "running_mean"), _argument(node, 2, "running_var"))
+        return _nodes_in(written)
     name = op_name(node)
     if is_inplace(node):
         if name.startswith(WRITING_WIDELY) or not (node.args or "input" in node.kwargs):
@@ -175,7 +180,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     )
     if is_functional or _says_it_writes_nothing(node):
         return ()
-    return tuple(node.all_input_nodes)
+    return _written_in_body(node) or tuple(node.all_input_nodes)
 
 
 def _says_it_writes_nothing(node: fx.Node) -> bool:
@@ -190,6 +195,23 @@ def _says_it_writes_nothing(node: fx.Node) -> bool:
         bodies = [body for body in held if isinstance(body, fx.GraphModule)]
         return bool(bodies) and not any(_writes_to_its_inputs(body.graph) for body in bodies)
     return False
+
+
+def _written_in_body(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the operands that the one body of a higher-order op writes to; none where that is not known."""
+    first = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else None
+    if not isinstance(first, fx.Node) or first.op != "get_attr":
+        return ()
+    body, given = getattr(node.graph.owning_module, str(first.target), None), node.args[1:]
+    inputs = body.graph.find_nodes(op="placeholder") if isinstance(body, fx.GraphModule) else []
+    if not isinstance(body, fx.GraphModule) or len(inputs) != len(given):
+        return ()
+    keys = [keys_of(written) for inner in body.graph.nodes for written in mutated_inputs(inner)]
+    if not all(keys) or UNKNOWN in frozenset[int]().union(*keys):
+        return ()
+    written = frozenset[int]().union(*keys)
+    pairs = zip(given, inputs, strict=True)
+    return _nodes_in([outer for outer, inner in pairs if not written.isdisjoint(keys_of(inner))])
 
 
 def _writes_to_its_inputs(body: fx.Graph) -> bool:

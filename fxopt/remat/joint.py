@@ -31,6 +31,8 @@ ROUNDING = 512
 INPUT = "input"
 CHUNK = "chunk"
 """Where the meta of a node that runs on some rows names the node that it was copied from."""
+WRITTEN = "reads_written"
+"""Where a node's meta says that it reads what the graph's caller writes to after forward: never computed again."""
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
 Cost = Callable[..., int]
@@ -228,7 +230,7 @@ def _recompute_cost(
         return None
     if node.target is operator.getitem or is_view(node, storages) or not storages[node]:
         return 0
-    if is_random(node):
+    if is_random(node) or WRITTEN in node.meta:
         return None
     return 0 if node in fused else cost(node)
 

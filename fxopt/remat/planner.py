@@ -85,7 +85,9 @@ class StepPlanner:
     def host_bytes(self) -> int:
         """The most that any plan carried out so far keeps on the host."""
         if self._host_bytes is None:  # it is asked for at each call of a block
-            taken = [(self._offered(goal), variants.numbers) for goal, variants in self._goals.items()]
+            taken = [
+                (self._offered(goal, chosen.forms), chosen.numbers) for goal, chosen in self._goals.items()
+            ]
             self._host_bytes = max((host_bytes_of(*choice) for choice in taken), default=0)
         return self._host_bytes
 
@@ -119,7 +121,9 @@ class StepPlanner:
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans carried out so far, in the order in which they were needed."""
-        return tuple(self._describe(goal, variants.numbers) for goal, variants in self._goals.items())
+        return tuple(
+            self._describe(goal, chosen.numbers, chosen.forms) for goal, chosen in self._goals.items()
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -146,7 +150,7 @@ class StepPlanner:
     def find_variant(self, path: str, call: Call) -> int | None:
         """Return the number of the variant that serves the block at `path`; None where nothing is planned."""
         tokens = self._follow(path, call)
-        goal = self._last = self._find_goal(call, tokens)
+        goal = self._last = self._find_goal(call, tokens) if tokens and call.tokens else None
         if goal is None:
             return None
         if goal not in self._goals and all(path in self._form_of for path in self._look().paths):
@@ -186,7 +190,7 @@ class StepPlanner:
         chosen = self._last and self._goals.get(self._last)
         if self._last is None or chosen is None:
             return "no plan"
-        return summarize_plan(self._describe(self._last, chosen.numbers))
+        return summarize_plan(self._describe(self._last, chosen.numbers, chosen.forms))
 
     def lower(self) -> str | None:
         """Make the plan for calls like the last one need less, and return its figures; None where none does."""
@@ -196,7 +200,7 @@ class StepPlanner:
         chosen = self._last and self._goals.get(self._last)
         if self._last is None or chosen is None or self._given is not None:
             return None
-        lowered = find_lower_goal(self._last, self._describe(self._last, chosen.numbers))
+        lowered = find_lower_goal(self._last, self._describe(self._last, chosen.numbers, chosen.forms))
         if lowered is None:
             return None
         del self._goals[self._last]
@@ -208,7 +212,7 @@ class StepPlanner:
     def _follow(self, path: str, call: Call) -> int:
         """Return the tokens of the model's call in which the block at `path` is called."""
         tokens = self._tokens.follow(path, call.tokens)
-        if self._tail_tokens is None:
+        if not self._tail_tokens:
             self._tail_tokens = tokens
         return tokens
 
@@ -249,17 +253,16 @@ class StepPlanner:
         if form is None:
             form = FROZEN
             self._menus.setdefault(form, frozen_menu(self._given))
-        if self._form_of.get(path) is form:
-            return
         self._form_of[path] = form
+        chosen = self._last and self._goals.get(self._last)
         place = self._look().paths.index(path)
-        for goal, variants in self._goals.items():
-            carried = self._variants.find_decision(variants.of_path[path], form)
-            number = 0 if form is FROZEN else carried
-            if number is not None:
-                variants.numbers = (*variants.numbers[:place], number, *variants.numbers[place + 1 :])
-                self._goals[goal] = variants
-                self._host_bytes = None
+        if chosen is None or chosen.forms[place] is form:
+            return
+        number = 0 if form is FROZEN else self._variants.find_decision(chosen.of_path[path], form)
+        if number is not None:
+            chosen.numbers = (*chosen.numbers[:place], number, *chosen.numbers[place + 1 :])
+            chosen.forms = (*chosen.forms[:place], form, *chosen.forms[place + 1 :])
+            self._host_bytes = None
 
     def begin_tail(self) -> None:
         """Forget what follows the blocks: it is being captured anew, piece by piece."""
@@ -294,20 +297,21 @@ class StepPlanner:
         of_path = {
             path: self._variants.find_variant(self._form_of[path], chosen[path]) for path in facts.paths
         }
-        self._goals[goal] = Chosen(numbers, of_path)
+        self._goals[goal] = Chosen(numbers, of_path, self._forms_now())
         self._host_bytes = None
 
     def _decide(self, goal: Goal, facts: Facts, current: str | None) -> tuple[int, ...]:
         before = self._goals.get(goal)
         menus: list[tuple[Decision, ...]] = []
         fixed: list[int | None] = []
-        for place, (path, offered) in enumerate(zip(facts.paths, self._offered(goal), strict=True)):
+        forms = self._forms_now()
+        for place, (path, offered) in enumerate(zip(facts.paths, self._offered(goal, forms), strict=True)):
             settled = None
             if self._given is not None:
                 menu, is_known = self._menus[self._form_of[path]], path in self._seen
                 settled = decided_number(self._given, menu, place, goal.tokens, is_known=is_known)
             elif before is not None and path in self._seen and path != current:
-                settled = before.numbers[place]
+                settled = before.numbers[place] if before.forms[place] is forms[place] else None
             menus.append(offered if settled is None else (offered[settled],))
             fixed.append(settled)
         around = self._around(goal, facts)
@@ -317,13 +321,16 @@ class StepPlanner:
         assert picked is not None, "the smallest plan does not fit in its own peak"
         return tuple(n if settled is None else settled for n, settled in zip(picked, fixed, strict=True))
 
-    def _offered(self, goal: Goal) -> list[tuple[Decision, ...]]:
-        """Return the menu of each block for the tokens of `goal`."""
+    def _forms_now(self) -> tuple[Any, ...]:
+        return tuple(self._form_of[path] for path in self._look().paths)
+
+    def _offered(self, goal: Goal, forms: tuple[Any, ...]) -> list[tuple[Decision, ...]]:
+        """Return the menu of each block, of its form among `forms`, for the tokens of `goal`."""
         offered: list[tuple[Decision, ...]] = []
         spread = self._look().spread
         sizes = Counter(path.rpartition(".")[0] for path in self._look().paths)  # of the stacks
         for place, path in enumerate(self._look().paths):
-            menu = self._menus[self._form_of[path]]
+            menu = self._menus[forms[place]]
             beside = spread.of(place)
             equal = sizes[path.rpartition(".")[0]]
             key = id(menu), goal.tokens, beside, equal
@@ -361,8 +368,10 @@ class StepPlanner:
             log.warning("%s", warning)
         return limit
 
-    def _describe(self, goal: Goal, numbers: tuple[int, ...], facts: Facts | None = None) -> Plan:
-        facts, menus = facts or self._look(), self._offered(goal)
+    def _describe(
+        self, goal: Goal, numbers: tuple[int, ...], forms: tuple[Any, ...], facts: Facts | None = None
+    ) -> Plan:
+        facts, menus = facts or self._look(), self._offered(goal, forms)
         around = self._around(goal, facts)
         candidates = self._candidates_of(menus)
         limit = self._limit(goal, facts, candidates, around)

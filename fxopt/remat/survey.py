@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import fx
 
+from fxopt.errors import FxoptError
 from fxopt.remat.budget import Budget
 from fxopt.remat.figures import Goal
 from fxopt.remat.planner import StepPlanner
@@ -27,11 +28,20 @@ class Survey(StepPlanner):
 
     def mark_block(self, path: str, variant: int, call: Call, graph: fx.Graph, held: frozenset[int]) -> str:
         """Read the joint graph of the block at `path`."""
-        self._read_block(path, call, graph, held)
+        if call.tokens:
+            self._read_block(path, call, graph, held)
         return ""
 
     def make_plan(self) -> Plan | None:
-        """Return the plan for what was seen, or None where a block was not captured."""
+        """Return the plan for what was seen, or None where a block was not captured.
+
+        Raises:
+            FxoptError: the blocks were given no tokens.
+        """
+        if not self._tokens.of_call:
+            raise FxoptError(
+                "example_inputs: expected at least one token, got none\ngive inputs as they are in training"
+            )
         if any(path not in self._form_of for path in self._look().paths):
             return None
         return self._plan_for(self._budget)
@@ -48,4 +58,4 @@ class Survey(StepPlanner):
         if not bounded:  # a curve goes on beyond what the device has
             facts = dataclasses.replace(facts, device=dataclasses.replace(facts.device, bounded=False))
         goal = Goal(self._tokens.of_call, budget)
-        return self._describe(goal, self._decide(goal, facts, None), facts)
+        return self._describe(goal, self._decide(goal, facts, None), self._forms_now(), facts)

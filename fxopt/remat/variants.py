@@ -8,10 +8,14 @@ from typing import Any
 
 @dataclasses.dataclass
 class Chosen:
-    """The plan of one goal while it is carried out: each block's decision, and the variant that serves it."""
+    """The plan of one goal while it is carried out: each block's decision, and the variant that serves it.
+
+    `numbers` count in the menus of `forms`: what captures made for other calls have come to be is another's matter.
+    """
 
     numbers: tuple[int, ...]
     of_path: dict[str, int]
+    forms: tuple[Any, ...]
 
 
 class Variants:

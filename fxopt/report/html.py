@@ -107,8 +107,8 @@ def save_html(report: Report, path: str | Path) -> None:
     text = render_html(report)
     try:
         Path(path).write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # halves of characters
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, TypeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise FxoptError(
             f"save_html: the file cannot be written ({reason}), expected a path in a folder that exists, "
             f"got {str(path)!r}"

@@ -25,7 +25,7 @@ def load_report(path: str | Path) -> Report:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some shells write a mark in front
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TypeError) as error:
         raise FxoptError(
             f"{path}: cannot be read: {error}\ngive a file written by fxopt report --json"
         ) from error

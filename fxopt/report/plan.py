@@ -159,7 +159,7 @@ class Plan:
             return _made(cls, data)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise FxoptError(
-                f"plan: expected the JSON text of a plan, got {text[:40]!r} ({type(error).__name__}: {error})\n"
+                f"plan: expected the JSON text of a plan, got {text!r:.40} ({type(error).__name__}: {error})\n"
                 "Plan.to_json() writes one"
             ) from error
 

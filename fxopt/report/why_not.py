@@ -74,7 +74,7 @@ def _say_nothing_left(report: Report, is_done: bool) -> str:
         return (
             "nothing was left out"
             if is_done
-            else "no site of this form is in the model, and nothing came near"
+            else "no site of this form is in the blocks or in what follows them, and nothing came near"
         )
     found = "nothing was left out of what was captured" if is_done else "no site of this form is known"
     found += "; whether there is one in what was not captured is not known"

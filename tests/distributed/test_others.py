@@ -208,3 +208,19 @@ def check_tensor_parallel(world, folder):
         assert answer["fallbacks"] == {REFUSED: 1, f"model.layers: capture failed: {SPREAD}": 2}
         assert answer["errors"]["stock"] <= BOUND
         assert answer["losses"]["before"] == pytest.approx(answer["losses"]["alone"], rel=1e-6)
+
+
+def test_an_engine_that_the_user_compiles_trains_as_stock(two):
+    for answer in two.run("compiled_around"):
+        assert answer["errors"]["stock"] <= BOUND
+
+
+@pytest.mark.parametrize("wraps_blocks", [False, True])
+@pytest.mark.parametrize("original", [False, True])
+def test_the_first_fsdp_trains_as_stock_with_the_reason(original, wraps_blocks, two):
+    for answer in two.run("first_fsdp", original=original, wraps_blocks=wraps_blocks):
+        assert answer["errors"]["stock"] <= BOUND
+        reasons = [reason for reason in answer["fallbacks"] if reason.startswith("(model)")]
+        assert len(reasons) == 1
+        if original:
+            assert "FullyShardedDataParallel, the first FSDP, has it: use fully_shard" in reasons[0]

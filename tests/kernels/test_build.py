@@ -30,6 +30,12 @@ KNOWN_STACK_BYTES_FROM_TRITON_3_8 = {
 }
 """What its compiler spills where the one before did not: a norm at rows of 16384, and attention with a mask
 of values and a softcap at once."""
+KNOWN_STACK_BYTES_BEFORE_TRITON_3_7 = {
+    **{("attention_backward_keys_kernel", arch, "float32"): 312 for arch in (80, 89, 90, 100)},
+    ("attention_delta_kernel", 100, "bfloat16"): 96,
+    ("extend_rows_kernel", 80, "bfloat16"): 168,
+}
+"""What its compiler spills where later ones do not: gradients of keys in fp32, and adapters of rank 256."""
 SLOW = pytest.mark.slow
 TARGETS = [
     pytest.param(75, "float16", marks=SLOW),
@@ -97,6 +103,8 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
 
 def most_stack_bytes(line: dict[str, Any]) -> int:
     major, minor, *_ = metadata.version("triton").split(".")
-    newer = KNOWN_STACK_BYTES_FROM_TRITON_3_8 if (int(major), int(minor)) >= (3, 8) else {}
-    known = KNOWN_STACK_BYTES | newer
+    version = int(major), int(minor)
+    newer = KNOWN_STACK_BYTES_FROM_TRITON_3_8 if version >= (3, 8) else {}
+    older = KNOWN_STACK_BYTES_BEFORE_TRITON_3_7 if version < (3, 7) else {}
+    known = KNOWN_STACK_BYTES | newer | older
     return known.get((line["kernel"], line["arch"], line["dtype"]), MOST_STACK_BYTES)

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases.models import DEVICE, find_blocks, gradients_of, largest_error, make_batch, make_model, report_of
+from cases.models import (
+    DEVICE,
+    find_blocks,
+    gradients_of,
+    largest_error,
+    make_batch,
+    make_model,
+    report_of,
+    wrap,
+)
 from torch import nn
 
 import fxopt
@@ -97,3 +106,44 @@ def planned_by_transformers(folder: str, heads: int) -> dict[str, Any]:
         if which == "before":
             report = report_of(model)
     return {"errors": {"stock": largest_error(found["before"], found["stock"])}, "losses": losses, **report}
+
+
+def compiled_around() -> dict[str, Any]:
+    """An optimized model whose engine the user compiles before the first step, as `torch_compile=True` of a Trainer."""
+    alone = make_model("llama")
+    batch = make_batch(dist.get_rank(), 2, 12)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for which in ("before", "stock"):
+        model = copy.deepcopy(alone)
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        torch.compile(wrap("ddp", model), backend="eager")(**batch).loss.backward()
+        found[which] = gradients_of(model)
+    return {"errors": {"stock": largest_error(found["before"], found["stock"])}}
+
+
+def first_fsdp(original: bool, wraps_blocks: bool) -> dict[str, Any]:
+    """`FullyShardedDataParallel` around a model that was optimized, and around one that was not."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    alone = make_model("llama")
+    batch = make_batch(dist.get_rank(), 2, 12)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for which in ("before", "stock"):
+        model = copy.deepcopy(alone)
+        policy = ModuleWrapPolicy({type(find_blocks(model)[0])}) if wraps_blocks else None
+        if which == "before":
+            model = fxopt.optimize(model, verify="off")
+        engine = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=original, device_id=DEVICE
+        )
+        trained = torch.optim.SGD(engine.parameters(), lr=0.1)
+        engine(**batch).loss.backward()
+        trained.step()
+        with FullyShardedDataParallel.summon_full_params(engine):
+            names = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in engine.named_parameters()}
+            found[which] = {name: parameter.detach().clone() for name, parameter in names.items()}
+        if which == "before":
+            report = report_of(model)
+    return {"errors": {"stock": largest_error(found["before"], found["stock"])}, **report}

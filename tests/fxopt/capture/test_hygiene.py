@@ -392,7 +392,7 @@ def test_a_block_that_fxopt_itself_fails_on_runs_as_stock_and_is_warned_of_once(
     class Plain(BreakingModel):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
 
     def fail(gm, *, region, lazy_outputs):
         if region == "blocks":

@@ -127,3 +127,88 @@ def test_an_argument_of_a_model_of_ones_own_is_left_alone_whatever_its_name() ->
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     assert not any("use_cache" in note for note in report.notes)
+
+
+class Spelled(nn.Module):
+    """Three layers of a norm and a gated unit, held and called as `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "lists of a list":
+            self.parts = nn.ModuleList(nn.ModuleList(Gated() for _ in range(2)) for _ in range(2))
+        elif how == "modules by name":
+            self.parts = nn.ModuleList(nn.ModuleDict(dict(Gated().named_children())) for _ in range(3))
+        elif how == "a list of each layer":
+            self.norms, self.ups, self.downs = (
+                nn.ModuleList(layers) for layers in zip(*(Gated().children() for _ in range(3)), strict=True)
+            )
+        elif how == "torch's blocks":
+            self.parts = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 16) for _ in range(3))
+        else:
+            self.parts = nn.ModuleList(Gated() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "lists of a list":
+            for part in self.parts:
+                for block in part:  # pyright: ignore[reportGeneralTypeIssues]
+                    x = block(x)
+        elif self.how == "modules by name":
+            for part in self.parts:
+                x = x + gated(x, *part.values())  # pyright: ignore
+        elif self.how == "a list of each layer":
+            for layers in zip(self.norms, self.ups, self.downs, strict=True):
+                x = x + gated(x, *layers)
+        else:
+            for part in self.parts:
+                x = part.forward(x) if self.how == "forward itself" else part(x)
+        return x.square().mean()
+
+
+def gated(x: torch.Tensor, norm: nn.Module, up: nn.Module, down: nn.Module) -> torch.Tensor:
+    gate, value = up(norm(x)).chunk(2, -1)
+    return down(torch.nn.functional.silu(gate) * value)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.Linear(16, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + gated(x, self.norm, self.up, self.down)
+
+
+@pytest.mark.parametrize(
+    ("how", "stacks", "count"),
+    [
+        ("lists of a list", ["parts.0", "parts.1"], 4),
+        ("modules by name", [], 3),
+        ("a list of each layer", [], 3),
+        ("torch's blocks", ["parts"], 0),
+    ],
+)
+def test_layers_are_found_however_they_are_held(how: str, stacks: list[str], count: int) -> None:
+    stock = Spelled(how)
+    model = copy.deepcopy(stock)
+    assert [stack.path for stack in find_regions(model).stacks] == stacks
+    if not count:
+        return
+    fxopt.optimize(model)
+    x = torch.randn(2, 3, WIDTH)
+    for each in (model, stock):
+        each(x).backward()
+    for own, other in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
+    report = fxopt.explain(model)
+    for pattern in ("layer_norm", "glu"):
+        assert sum(s.count for s in report.sites if (s.pattern, s.status) == (pattern, "rewritten")) == count
+    assert not report.fallbacks
+
+
+def test_a_model_of_which_nothing_is_captured_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = fxopt.optimize(Spelled("forward itself"))
+    for _ in range(2):
+        model(torch.randn(2, 3, WIDTH)).backward()
+    (told,) = [record.getMessage() for record in caplog.records if "runs as stock" in record.getMessage()]
+    assert "no block was called" in told

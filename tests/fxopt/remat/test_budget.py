@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fxopt
 from fxopt import planning
 from fxopt.capture.installation import find_installation
+from fxopt.errors import FxoptError
 from fxopt.options import Options
 from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import find_device
@@ -397,3 +400,96 @@ def test_blocks_that_train_after_all_are_planned_within_the_budget():
     assert plan.peak_bytes <= limit
     assert not fxopt.explain(model).fallbacks
     assert all(plan.decisions[number].saved_bytes for _, number in plan.layers)
+
+
+class Normed(nn.Module):
+    """A block that writes to its buffers, as vision and audio models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.nn.functional.gelu(self.norm(self.linear(x)))
+
+
+class Checkpointed(GradientCheckpointingLayer):
+    """The same as transformers would have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Normed()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+@pytest.mark.parametrize("budget", ["min", None, "checkpointed"])
+def test_blocks_that_write_to_their_buffers_train_as_stock(budget: Any) -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(*((Checkpointed if budget == "checkpointed" else Normed)() for _ in range(3)))
+    model = copy.deepcopy(stock)
+    fxopt.optimize(model, **({} if budget == "checkpointed" else {"memory_budget": budget}))
+    if budget == "checkpointed":
+        for block in model:
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+    for size in (4, 4, 6):
+        x = torch.randn(size, 16)
+        for each in (model, stock):
+            each.zero_grad()
+            each(x).square().mean().backward()
+        assert all(
+            torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), stock.parameters(), strict=True)
+        )
+        assert all(map(torch.equal, model.buffers(), stock.buffers()))
+    report = fxopt.explain(model)
+    assert not report.fallbacks
+    if budget in ("min", "checkpointed"):
+        assert {plan.budget for plan in report.plans} == {"min"}
+
+
+@pytest.mark.parametrize("budget", ["min", None])
+@pytest.mark.parametrize("sizes", [(3, 0, 3), (0, 3)])
+def test_a_batch_without_rows_has_no_plan(budget: Any, sizes: tuple[int, ...]) -> None:
+    stock = Stack(2).train()
+    model = copy.deepcopy(stock)
+    fxopt.optimize(model, memory_budget=budget)
+    for size in sizes:
+        x = torch.randn(size, 8, 16)
+        for each in (model, stock):
+            each.zero_grad()
+            each(x).nansum().backward()
+        assert all(
+            torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), stock.parameters(), strict=True)
+        )
+    report = fxopt.explain(model)
+    assert not report.fallbacks
+    assert [plan.tokens for plan in report.plans] == [24]
+    with pytest.raises(FxoptError, match="example_inputs: expected at least one token, got none"):
+        fxopt.plan(Stack(2), budget, {"x": torch.randn(0, 8, 16)})
+
+
+class Widening(nn.Module):
+    """A block whose number of values depends on the batch, so that captures of it have menus of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.up(x)
+        if x.shape[0] % 2:
+            inner = inner.exp().sin().tanh() * inner.cos()
+        return x + self.down(torch.nn.functional.gelu(inner))
+
+
+def test_plans_stay_what_they_were_when_blocks_are_captured_anew() -> None:
+    model = nn.Sequential(*(Widening() for _ in range(3)))
+    fxopt.optimize(model, memory_budget="min")
+    told: dict[int, str] = {}
+    for size in (3, 8, 25, 64):  # more than twice as many tokens each
+        model(torch.randn(size, 16)).square().mean().backward()
+        for plan in fxopt.explain(model).plans:
+            assert told.setdefault(plan.tokens, plan.to_json()) == plan.to_json()
+    assert sorted(told) == [3, 8, 25, 64]

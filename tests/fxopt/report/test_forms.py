@@ -286,11 +286,11 @@ class NeverCalled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(8)}) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8)) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = x + layer["norm"](x)  # pyright: ignore[reportIndexIssue]
+            x = x + layer[0](x)  # pyright: ignore[reportIndexIssue]
         return x
 
 
