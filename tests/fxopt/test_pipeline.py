@@ -660,7 +660,7 @@ def test_what_keeps_the_head_stock_is_told_by_the_models_own_line():
     class Dropping(nn.Module):
         def __init__(self):
             super().__init__()
-            self.units = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.units = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
 
         def forward(self, x):
             early = nn.functional.dropout(x, 0.5, self.training)
