@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo coverage check test test-slow test-deepspeed test-all test-gpu matrix bench clean
+.PHONY: help setup demo coverage check types gates test test-slow test-deepspeed test-all test-gpu matrix bench clean
 
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -43,7 +43,12 @@ coverage: setup ## Optimize a tiny model of every architecture, and write docs/c
 check: setup ## Lint, format, types, and the tests of the house's own rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs 2 types gates  # pyright runs on one core
+
+types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+gates: setup
 	$(PYTEST) -q -m "not slow and not gpu" $(GATES)
 
 test: check ## check, and every test that is not slow and needs no GPU

@@ -99,8 +99,15 @@ def assert_steps_of_stock() -> Any:
 @pytest.mark.parametrize(
     ("how", "is_within"),
     [
-        *((how, False) for how in ("copy", "all", "appended", "module", "attention", "numbered")),
-        *((how, True) for how in ("copy", "module")),
+        ("copy", False),
+        ("module", True),
+        *(
+            pytest.param(how, is_within, marks=pytest.mark.slow)
+            for how, is_within in (
+                *((how, False) for how in ("all", "appended", "module", "attention", "numbered")),
+                ("copy", True),
+            )
+        ),
     ],
 )
 def test_layers_of_one_slot_train_as_in_stock(how, is_within, build, assert_steps_of_stock):
@@ -135,7 +142,7 @@ def test_layers_that_come_to_share_a_slot_after_optimize_train_as_in_stock(how, 
 
 
 @pytest.mark.parametrize("how", ["copy", "module"])
-@pytest.mark.parametrize("by", ["argument", "config"])
+@pytest.mark.parametrize("by", ["argument", pytest.param("config", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_within", [False, True])
 def test_without_a_cache_layers_of_one_slot_are_served(how, by, is_within, build, assert_steps_of_stock):
     model = share(build(), how)
