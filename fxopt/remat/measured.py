@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxopt.graph.backward import find_backward
+from fxopt.graph.quantized import arguments_of
 from fxopt.graph.sizes import span_of
 from fxopt.graph.storage import key_of as storage_of
 from fxopt.graph.torch_private import registered_name, schema_of, size_seen
@@ -160,9 +161,8 @@ def _labels_of(node: fx.Node, declared: Declarations) -> tuple[Any, ...]:
     known = declared.get(node.target)
     if known is None or not known.labels:
         return ()
-    names = [argument.name for argument in schema_of(node.target).arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return tuple(given.get(name) for name in known.labels)
+    arguments = arguments_of(node)
+    return tuple(arguments[name] for name in known.labels)
 
 
 def _decides_work(value: torch.Tensor) -> bool:
