@@ -52,6 +52,18 @@ INTERPRETED_PROGRAMS = 3  # few, so that each program of a persistent grid does 
 
 
 @dataclasses.dataclass(frozen=True)
+class InPlace:
+    """A form of an op that writes to arguments of it, for where nobody reads these afterwards.
+
+    `op` takes the same arguments, its schema says which it writes to. `results` names the argument in which it leaves a
+    result, by that one's number; the others it returns, in order.
+    """
+
+    op: torch._ops.OpOverload
+    results: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
+
+
+@dataclasses.dataclass(frozen=True)
 class Declared:
     """What a plan has to know of an op beside its floating-point operations; functions take the op's arguments.
 
@@ -61,7 +73,8 @@ class Declared:
     but the last) it never mixes: called with some rows of these, it returns these rows of each result, or what they
     add to one that is a sum over rows. `launches`: the kernels that one call runs; None: one. `output`: takes the
     number of a result as well, and returns the arguments of `<op>_output`, which computes it alone, or None. `labels`:
-    the arguments of whole numbers that name classes, so that none of them changes how much work there is.
+    the arguments of whole numbers that name classes, so that none of them changes how much work there is. `in_place`:
+    its forms that write to arguments, the ones that need least memory first.
     """
 
     workspace: Callable[..., int] | None = None
@@ -71,6 +84,7 @@ class Declared:
     launches: Callable[..., int] | None = None
     output: Callable[..., tuple[Any, ...] | None] | None = None
     labels: tuple[str, ...] = ()
+    in_place: tuple[InPlace, ...] = ()
 
 
 DECLARED: dict[torch._ops.OpOverload, Declared] = {}

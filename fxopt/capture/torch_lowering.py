@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fxopt.capture import joint_passes
 from fxopt.capture.caching import find_cacheable, source_digest
+from fxopt.capture.in_place import write_in_place
 from fxopt.capture.mutation import mark_readers, numbers_of_mutated
 from fxopt.capture.planning import Leaving, Mark, held_by_model, with_offload
 from fxopt.capture.rehearsal import compile_kernels
@@ -173,6 +174,7 @@ def inductor_backend(
         "emulate_precision_casts": True,
         "unsafe_marked_cacheable_functions": find_cacheable(gm),
         "joint_custom_pre_pass": JointPasses(mark, held_by_model(gm)),
+        "post_grad_custom_post_pass": LastPasses(),
         "triton.cudagraphs": graphed,
     }
     if graphed:
@@ -205,6 +207,18 @@ class JointPasses(CustomGraphPass):
         and before torch 2.13 a graph compiled under bfloat16 came back under float16.
         """
         return f"fxopt.JointPasses {source_digest()} {self._casts} {self._plan}".encode()
+
+
+class LastPasses(CustomGraphPass):
+    """fxopt's passes over a forward or a backward graph, after which nothing may take it to be functional."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Run the passes over `graph`."""
+        write_in_place(graph)
+
+    def uuid(self) -> bytes:
+        """Return what Inductor's caches know these passes by."""
+        return f"fxopt.LastPasses {source_digest()}".encode()
 
 
 def _autocast_dtypes() -> dict[str, torch.dtype]:

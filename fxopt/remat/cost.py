@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,20 @@ ATTENTION = frozenset(
 """Torch's attention, whose keys may have fewer heads than its queries."""
 FUSIBLE = ("aten", "prims")
 """Namespaces whose pointwise ops Inductor computes within the kernel that reads them."""
+
+
+class InPlace(Protocol):
+    """A form of an op that leaves some of its results in arguments, which its schema says it writes to."""
+
+    @property
+    def op(self) -> Any:
+        """The form, which takes the arguments of the op."""
+        ...
+
+    @property
+    def results(self) -> dict[int, str]:
+        """The results that it leaves, by their numbers, and in which argument."""
+        ...
 
 
 class Declared(Protocol):
@@ -54,6 +68,11 @@ class Declared(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """The arguments of whole numbers that change nothing about its work."""
+        ...
+
+    @property
+    def in_place(self) -> Sequence[InPlace]:
+        """Its forms that write to arguments which nobody reads afterwards, the most frugal first."""
         ...
 
 
@@ -119,9 +138,9 @@ def _has_heads(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4
 
 
-def workspace_of(node: fx.Node, declared: Declarations) -> int:
-    """Return what the op of `node` says that it holds for itself while it runs, in bytes."""
-    known = declared.get(node.target)
+def workspace_of(node: fx.Node, declared: Declarations, op: Any = None) -> int:
+    """Return what the op of `node`, or another `op` of its arguments, holds for itself while it runs, in bytes."""
+    known = declared.get(node.target if op is None else op)
     return 0 if known is None or known.workspace is None else count(node, known.workspace)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxopt.graph.backward import find_backward
+from fxopt.graph.quantized import arguments_of
 from fxopt.graph.sizes import number_of
 from fxopt.graph.storage import key_of
 from fxopt.graph.torch_private import schema_of
@@ -40,6 +41,15 @@ Cost = Callable[..., int]
 
 
 @dataclasses.dataclass(frozen=True)
+class Overwriting:
+    """How a node may run in place: the storages that it writes to, those of the results left there, its workspace."""
+
+    taken: tuple[int, ...]
+    left: frozenset[int]
+    workspace: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Joint:
     """One joint graph: `forward` are its forward nodes in the order of `dag.values`, `backward` the others.
 
@@ -47,7 +57,7 @@ class Joint:
     what the block before made; `shared` those of other inputs, which all blocks read; `held` both these and the
     model's own, which live anyway. `passed_on` are those of the gradient of that input, which lives until the block
     before is done. `forward_cost` is the part of `compute_cost` that forward takes, `measured_cost` the part that was
-    timed, of the nodes `measured`.
+    timed, of the nodes `measured`. `overwriting` are the ways in which nodes may run in place, the most frugal first.
     """
 
     forward: tuple[fx.Node, ...]
@@ -63,6 +73,7 @@ class Joint:
     gradients: tuple[fx.Node, ...]
     fused: frozenset[fx.Node]
     workspaces: dict[fx.Node, int]
+    overwriting: dict[fx.Node, tuple[Overwriting, ...]]
     compute_cost: int
     forward_cost: int
     measured_cost: int
@@ -148,6 +159,11 @@ def read_joint(
         gradients,
         fused,
         {node: workspace_of(node, declared) for node in nodes if node.target in declared},
+        {
+            node: _overwritings(node, storages, declared)
+            for node in nodes
+            if fuses and node.target in declared
+        },
         sum(runs.values()),
         sum(runs.get(node, 0) for node in forward),
         sum(runs.get(node, 0) for node in timed),
@@ -155,6 +171,36 @@ def read_joint(
         tuple(_form(node) for number, node in enumerate(inputs) if number in held),
         device,
     )
+
+
+def _overwritings(
+    node: fx.Node, storages: dict[fx.Node, tuple[int, ...]], declared: Declarations
+) -> tuple[Overwriting, ...]:
+    """Return the ways in which `node` may run in place, where nobody reads later what it writes to."""
+    found: list[Overwriting] = []
+    for form in declared[node.target].in_place:
+        given = arguments_of(node)
+        written = [a.name for a in schema_of(form.op).arguments if a.alias_info and a.alias_info.is_write]
+        places = [given[name] for name in written if isinstance(given[name], fx.Node)]
+        read = [storage for item in given.values() if isinstance(item, fx.Node) for storage in storages[item]]
+        values: list[Any] = list(node.meta["val"])
+        left = [values[number] for number in form.results if isinstance(values[number], torch.Tensor)]
+        fits = all(_is_alike(values[number], given[name]) for number, name in form.results.items()) and len(
+            values
+        ) - len(form.results) == len(schema_of(form.op).returns)
+        taken = tuple(storage for place in places for storage in storages[place])
+        if places and fits and all(read.count(storage) == 1 for storage in taken):
+            workspace = workspace_of(node, declared, form.op)
+            found.append(Overwriting(taken, frozenset(map(key_of, left)), workspace))
+    return tuple(found)
+
+
+def _is_alike(value: Any, argument: Any) -> bool:
+    """Return whether a result may be left in an argument: both are tensors of one form, or neither is there."""
+    if not isinstance(value, torch.Tensor) or not isinstance(argument, fx.Node):
+        return value is None and argument is None
+    place = argument.meta["val"]
+    return _form(argument) == (tuple(map(number_of, value.shape)), value.dtype) and place.is_contiguous()
 
 
 def _labels_of(forward: list[fx.Node]) -> dict[fx.Node, str]:

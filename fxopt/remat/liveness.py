@@ -93,13 +93,20 @@ def _peak(
         if storage not in keep:
             dying.setdefault(number, []).append(storage)
     living = set(alive)
+    kept = joint.held.union(living)
     total = most = _sum(joint, living)
     for number, node in enumerate(order):
         if node.op == "call_function" and node not in inlined:
+            free = set(dying.get(number, ())) - kept
+            form = next(
+                (form for form in joint.overwriting.get(node, ()) if free.issuperset(form.taken)), None
+            )
+            workspace = joint.workspaces.get(node, 0) if form is None else form.workspace
             new = set(joint.storages[node]) - living - joint.held
             living |= new
             total += _sum(joint, new)
-            most = max(most, total + rounded(joint.workspaces.get(node, 0)))
+            left = 0 if form is None else _sum(joint, form.left)  # in memory that is counted already
+            most = max(most, total - left + rounded(workspace))
         gone = living.intersection(dying.get(number, ()))
         living -= gone
         total -= _sum(joint, gone)

@@ -10,7 +10,7 @@ are neither copied nor joined.
 Source: Shazeer 2020, "GLU Variants Improve Transformer"; transformers `LlamaMLP`, `Phi3MLP`, `GptOssExperts`.
 
 Saved for backward: gate and up, or the one tensor that holds both. Backward recomputes the activation, and
-writes its gradients to new tensors.
+writes its gradients to new tensors, or over what nobody reads afterwards (`in_place`).
 
 Numerics: all in fp32, rounded once at the end; stock models round act(gate) to their dtype before the product.
 NaN passes through clamps, and no gradient does where one cut something off, as in torch; where a

@@ -110,13 +110,20 @@ def new_output(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
 
 
 def new_gradients(
-    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *attributes: Any,
+    memory: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return fresh memory for the gradients that are needed; of one tensor that holds both, as the first."""
+    """Return memory for the gradients that are needed; of one tensor that holds both, as the first.
+
+    It is that of `memory`, fresh where that is None.
+    """
     *_, need_gate, need_up = attributes
-    if up is None:
-        return gate.new_empty(gate.shape), None
-    return (
-        gate.new_empty(gate.shape) if need_gate else None,
-        up.new_empty(up.shape) if need_up else None,
+    needed = (gate if need_gate or up is None else None, up if need_up else None)
+    dgate, dup = (
+        None if like is None else like.new_empty(like.shape) if place is None else place
+        for like, place in zip(needed, memory, strict=True)
     )
+    return dgate, dup

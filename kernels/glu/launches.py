@@ -76,15 +76,22 @@ def launch_forward(gate: Tensor, up: Tensor | None, *attributes: Any) -> Tensor:
 
 
 def launch_backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, *attributes: Any, y: Tensor | None = None
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *attributes: Any,
+    y: Tensor | None = None,
+    memory: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients that are needed, by the kernel; of one tensor that holds both, as the first.
 
-    y: contiguous memory that the unit itself is written to, or None.
+    y: contiguous memory that the unit itself is written to, or None. `memory`: contiguous memory that the gradients are
+    written to, None for new. All of it may be dy, gate or up: a program reads all of its block before it writes there,
+    and no other reads that.
     """
     *values, need_gate, need_up = attributes
     form = Form(*values).rounded(gate, up)
-    dgate, dup = new_gradients(dy, gate, up, *attributes)
+    dgate, dup = new_gradients(dy, gate, up, *attributes, memory=memory)
     if dy.numel() == 0:
         return dgate, dup
     gate_rows, up_rows, dy_rows = rows_of(form, gate, up, dy)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxopt.kernels.activations import check_activation
 from fxopt.kernels.glu.form import LAYOUTS, Form, new_gradients, new_output
+from fxopt.kernels.glu.in_place import register_in_place
 from fxopt.kernels.glu.launches import launch_backward, launch_forward
 from fxopt.kernels.glu.reference import plain_backward, plain_forward
 from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op
@@ -40,7 +41,7 @@ backward_op = register_op(
     plain=plain_backward,
     fused=_fused_backward,
     fake=new_gradients,
-    declared=Declared(rows=("dy", "gate", "up")),
+    declared=Declared(rows=("dy", "gate", "up"), in_place=register_in_place("glu_backward", ATTRIBUTES)),
 )
 
 
@@ -71,7 +72,9 @@ register_op(
     plain=_plain_backward_output,
     fused=_fused_backward_output,
     fake=_new_gradients_and_output,
-    declared=Declared(rows=("dy", "gate", "up")),
+    declared=Declared(
+        rows=("dy", "gate", "up"), in_place=register_in_place("glu_backward_output", ATTRIBUTES)
+    ),
 )
 
 

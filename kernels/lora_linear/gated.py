@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.kernels.glu.form import Form as Unit
 from fxopt.kernels.glu.op import ATTRIBUTES as UNIT_ATTRIBUTES
-from fxopt.kernels.launch import Declared, register_op
+from fxopt.kernels.launch import Declared, InPlace, register_op
 from fxopt.kernels.lora_linear.backward import Products, run_backward
 from fxopt.kernels.lora_linear.costs import (
     backward_flops,
@@ -91,6 +91,11 @@ def _run_apart(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> list[Te
 
 def _run_together(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> list[Tensor]:
     """Return the same, by one kernel for the unit and all narrow products of it where that moves less."""
+    return _run_over("", dy, gate, up, *arguments)
+
+
+def _run_over(written: str, dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> list[Tensor]:
+    """Return the same; dgate and dup may be written over the "unit", gate and up, or dup over "dy"."""
     call = _read(arguments)
     if not call.after.is_plain(dy.dtype, 1) or not call.before.is_plain(dy.dtype, 2):
         return _run_apart(dy, gate, up, *arguments)
@@ -110,7 +115,9 @@ def _run_together(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> list
     with torch.autocast(dy.device.type, enabled=False):
         write_product(value_outer, as_rows(call.dys[0]), call.after.b[0], call.after.scales[0])
         write_product(inner, as_rows(call.xs[0]), a.t())
-        dgate, dup, sums = launch_gated_products(dy_rows, gate_rows, up_rows, Unit(*call.unit[:-2]), narrow)
+        memory = {"": (None, None), "unit": (gate_rows, up_rows), "dy": (None, dy_rows)}[written]
+        unit = Unit(*call.unit[:-2])
+        dgate, dup, sums = launch_gated_products(dy_rows, gate_rows, up_rows, unit, narrow, memory)
     of_value = Products({0: value_outer}, {0: value_inner}, {0: sums[0].t().contiguous()})
     of_pair = Products({0: outer}, {0: inner}, sums={0: sums[1], 1: sums[2]})
     found = run_backward(call.dys, [dy], *call.after, of_value)
@@ -141,6 +148,14 @@ def _workspace(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
     return max(parts, after, before) + _num_bytes(gate, up)
 
 
+def _workspace_over_unit(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
+    return _workspace(dy, gate, up, *arguments) - _num_bytes(gate, up)
+
+
+def _workspace_over_dy(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
+    return _workspace(dy, gate, up, *arguments) - _num_bytes(up)
+
+
 def _moved(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
     """Return the bytes of the layers, with the unit's inputs in place of its value and gradients, and of the writes."""
     call = _read(arguments)
@@ -163,14 +178,52 @@ _LAYER = (
     "Tensor[] {0}_weights, Tensor?[] {0}_biases, Tensor[] {0}_a, Tensor[] {0}_b, Tensor?[] {0}_codes, "
     "str[] {0}_codings, int[] {0}_widths, int[] {0}_inputs, int[] {0}_owners, float[] {0}_scales, bool[] {0}_needs"
 )
+_LAYERS = (
+    f"{UNIT_ATTRIBUTES}, bool need_gate, bool need_up, Tensor[] dys, {_LAYER.format('after')}, Tensor[] before_xs, "
+    f"{_LAYER.format('before')}"
+)
+_RESULTS = 6
+"""Of the forms in place, whose results Inductor takes only one by one: of A and B of the layer after the unit, then of
+x, of A, and of B of both layers before it."""
+
+
+def _register_over(written: str, tensors: str, workspace: Any) -> InPlace:
+    """Register the form of the op that may write over what `written` names."""
+
+    def run_plain(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_run_apart(*arguments))
+
+    def run_fused(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_run_over(written, *arguments))
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_fake(*arguments))
+
+    results = ", ".join(["Tensor"] * _RESULTS)
+    op = register_op(
+        f"glu_layers_backward_over_{written}({tensors}, {_LAYERS}) -> ({results})",
+        plain=run_plain,
+        fused=run_fused,
+        fake=fake,
+        declared=Declared(workspace=workspace),
+    )
+    return InPlace(op)
+
+
 register_op(
-    f"glu_layers_backward(Tensor dy, Tensor gate, Tensor up, {UNIT_ATTRIBUTES}, bool need_gate, bool need_up, "
-    f"Tensor[] dys, {_LAYER.format('after')}, Tensor[] before_xs, {_LAYER.format('before')}) -> Tensor[]",
+    f"glu_layers_backward(Tensor dy, Tensor gate, Tensor up, {_LAYERS}) -> Tensor[]",
     plain=_run_apart,
     fused=_run_together,
     fake=_fake,
     flops=_flops,
     declared=Declared(
-        workspace=_workspace, moved=_moved, rows=("dy", "gate", "up", "dys", "before_xs"), launches=_launches
+        workspace=_workspace,
+        moved=_moved,
+        rows=("dy", "gate", "up", "dys", "before_xs"),
+        launches=_launches,
+        in_place=(
+            _register_over("unit", "Tensor dy, Tensor(a!) gate, Tensor(b!) up", _workspace_over_unit),
+            _register_over("dy", "Tensor(a!) dy, Tensor gate, Tensor up", _workspace_over_dy),
+        ),
     ),
 )

@@ -99,6 +99,8 @@ def gated_products_kernel(
     dy_row_stride,
     gate_row_stride,
     up_row_stride,
+    dgate_row_stride,
+    dup_row_stride,
     unit_factor_stride,
     unit_factor_rank_stride,
     gate_factor_stride,
@@ -147,8 +149,8 @@ def gated_products_kernel(
     p_dy += first_row * dy_row_stride
     p_gate += first_row * gate_row_stride
     p_up += first_row * up_row_stride
-    p_dgate += first_row * num_columns
-    p_dup += first_row * num_columns
+    p_dgate += first_row * dgate_row_stride
+    p_dup += first_row * dup_row_stride
     p_unit_sums += block * num_columns * unit_rank
     p_gate_sums += block * num_columns * gate_rank
     p_up_sums += block * num_columns * up_rank
@@ -177,9 +179,8 @@ def gated_products_kernel(
         b_unit_tile = (b_unit * scale).to(b_gate.dtype)
         b_dgate_tile = b_dgate.to(b_gate.dtype)
         b_dup_tile = b_dup.to(b_gate.dtype)
-        b_at = b_row * num_columns + b_column[None, :]
-        tl.store(p_dgate + b_at, b_dgate_tile, mask=b_mask)
-        tl.store(p_dup + b_at, b_dup_tile, mask=b_mask)
+        tl.store(p_dgate + b_row * dgate_row_stride + b_column[None, :], b_dgate_tile, mask=b_mask)
+        tl.store(p_dup + b_row * dup_row_stride + b_column[None, :], b_dup_tile, mask=b_mask)
         b_unit_outer = multiply_tile(
             b_unit_tile,
             b_unit_left,
@@ -264,14 +265,21 @@ def tile_of(capability: tuple[int, int], rank: int) -> dict[str, int]:
 
 
 def launch_gated_products(
-    dy: Tensor, gate: Tensor, up: Tensor, unit: Unit, narrow: list[Narrow]
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    unit: Unit,
+    narrow: list[Narrow],
+    memory: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the gradients of gate and up, and scale M^T L for M each of the unit, dgate and dup; write scale M F.
 
     dy, gate, up: [T, N], last strides 1; of `unit` the two lie apart; `narrow` are those of the unit, dgate and dup.
+    The gradients are written to `memory`, of the same form, which may be dy, gate or up: a program reads a tile of
+    these before it writes there, and no other reads that one. None: new memory.
     """
     num_rows, num_columns = dy.shape
-    dgate, dup = (dy.new_empty((num_rows, num_columns)) for _ in range(2))
+    dgate, dup = (dy.new_empty((num_rows, num_columns)) if place is None else place for place in memory)
     ranks = [item.factor.shape[1] for item in narrow]
     capability = torch.cuda.get_device_capability(dy.device) if dy.is_cuda else NO_GPU
     tile = tile_of(capability, max(ranks))
@@ -298,7 +306,7 @@ def launch_gated_products(
             num_columns,
             columns,
             *ranks,
-            *(rows.stride(0) for rows in (dy, gate, up)),
+            *(rows.stride(0) for rows in (dy, gate, up, dgate, dup)),
             *(stride for item in narrow for stride in item.factor.stride()),
             *(item.left.stride(0) for item in narrow),
             *unit.rounded(gate, up).numbers(),

@@ -135,6 +135,22 @@ def test_the_op_returns_what_the_three_ops_return(
         check(f"value {place}", value, stock, truth)
 
 
+@pytest.mark.parametrize("written", ["unit", "dy"])
+def test_gradients_are_written_over_what_the_kernel_has_read(
+    written: str, device: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(gated, "reads_gated_once", lambda *items: True)
+    given = arguments(130, 64, 96, (16, 16, 16), FP16, device)
+    before = [tensor.clone() for tensor in given[:3]]
+    found = gated._run_together(*given)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given[:3], before, strict=True))
+    over = gated._run_over(written, *given)
+    changed = [not torch.equal(tensor, copy) for tensor, copy in zip(given[:3], before, strict=True)]
+    assert changed == ([False, True, True] if written == "unit" else [True, False, False])
+    for place, (value, other) in enumerate(zip(over, found, strict=True)):
+        assert torch.equal(value, other), place
+
+
 def as_float(factors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [factor.float() for factor in factors]
 
@@ -165,9 +181,9 @@ def test_what_the_kernel_cannot_do_runs_apart(
 
 
 def test_the_op_is_registered_as_torch_wants_it(op_device: str, opcheck: Any) -> None:
-    opcheck(
-        torch.ops.fxopt.glu_layers_backward.default, tuple(arguments(6, 8, 12, (4, 4, 4), FP32, op_device))
-    )
+    for name in ("", "_over_unit", "_over_dy"):
+        op = getattr(torch.ops.fxopt, f"glu_layers_backward{name}").default
+        opcheck(op, tuple(arguments(6, 8, 12, (4, 4, 4), FP32, op_device)))
 
 
 @pytest.mark.gpu

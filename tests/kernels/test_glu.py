@@ -307,6 +307,53 @@ def test_nothing_is_copied_around_one_tensor(layout: str, op_device: str) -> Non
     assert [target for target in targets if any(word in target for word in moving)] == []
 
 
+FORMS = [
+    (op, over, layout, gate_first)
+    for op in ("glu_backward", "glu_backward_output")
+    for over in ("all", "dy")
+    for layout, gate_first in PLACES
+    # of one tensor the one gradient is as wide as two dy: there is nothing to leave in it
+    if layout == "split" or (op, over) != ("glu_backward", "dy")
+]
+
+
+@pytest.mark.parametrize(("op", "over", "layout", "gate_first"), FORMS)
+def test_forms_in_place_leave_the_same_results(
+    op: str, over: str, layout: str, gate_first: bool, op_device: str
+) -> None:
+    torch.manual_seed(0)
+    form = Form("silu", layout=layout, gate_first=gate_first, **LIMITS)
+    shape = (6, 64) if layout == "split" else (6, 128)
+    gate = torch.randn(shape, device=op_device)
+    up = torch.randn(shape, device=op_device) if layout == "split" else None
+    dy = torch.randn(6, 64, device=op_device)
+    attributes = (*form.astuple(), True, True)
+    stock = list(getattr(torch.ops.fxopt, op)(dy, gate, up, *attributes))
+    target = getattr(torch.ops.fxopt, f"{op}_over_{over}")
+    returned = target(dy, gate, up, *attributes)
+    left = {"all": [gate, up, dy], "dy": [None, dy, None] if op == "glu_backward" else [None, None, dy]}[over]
+    others = [] if returned is None else [returned] if isinstance(returned, torch.Tensor) else [*returned]
+    for value, place in zip(stock, left, strict=False):
+        found = others.pop(0) if place is None and over == "dy" else place
+        assert (found is None) == (value is None)
+        assert value is None or torch.equal(found, value)
+
+
+@pytest.mark.parametrize(("layout", "gate_first"), PLACES)
+def test_the_kernel_writes_over_what_it_has_read(layout: str, gate_first: bool, device: str) -> None:
+    torch.manual_seed(0)
+    attributes = (*Form("gelu", layout=layout, gate_first=gate_first).astuple(), True, True)
+    shape = (5, 1000) if layout == "split" else (5, 2000)
+    gate = torch.randn(shape, device=device)
+    up = torch.randn(shape, device=device) if layout == "split" else None
+    dy, y = (torch.randn(5, 1000, device=device) for _ in range(2))
+    stock = file.launch_backward(dy, gate, up, *attributes, y=y)
+    file.launch_backward(dy, gate, up, *attributes, y=dy, memory=(gate, up))
+    assert torch.equal(dy, y)
+    assert torch.equal(gate, stock[0])
+    assert up is None or torch.equal(up, stock[1])
+
+
 def test_second_derivatives_are_refused(op_device: str) -> None:
     gate, up = make((4, 24), torch.float32, op_device)
     (dgate,) = torch.autograd.grad(glu(gate, up, act="silu").sum(), [gate], create_graph=True)
