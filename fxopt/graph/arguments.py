@@ -48,8 +48,6 @@ def sizes_of(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     if len(rest) == 1 and isinstance(rest[0], list | tuple):
         rest = tuple(rest[0])
-    if len(rest) == 1 and isinstance(rest[0], fx.Node) and isinstance(value_of(rest[0]), torch.Size):
-        rest = tuple(value_of(rest[0]))
     return rest if rest and all(is_integer(item) for item in rest) else None
 
 

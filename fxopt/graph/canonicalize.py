@@ -15,7 +15,7 @@ from fxopt.graph.inplace import make_pure
 from fxopt.graph.purity import is_pure
 from fxopt.graph.quantized import unfold_quantized_products
 from fxopt.graph.sizes import settle_sizes
-from fxopt.graph.spelling import fold_constants, unify_spelling
+from fxopt.graph.spelling import fold_constants, spell_out_sizes, unify_spelling
 from fxopt.graph.switches import remove_idle_switches
 from fxopt.graph.view import find_subgraphs
 
@@ -56,6 +56,7 @@ def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
     editor = Editor(graph, Aliases(graph), prefix)
     unfold_quantized_products(gm, editor)
     name_grouped_products(editor)
+    spell_out_sizes(editor)
     unify_spelling(editor)
     remove_idle_detaches(editor)
     remove_returned_inputs(editor)

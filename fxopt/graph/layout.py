@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,23 +69,27 @@ def _unflatten(node: fx.Node, editor: Editor) -> Form | None:
 
 
 def new_sizes(node: fx.Node, x: fx.Node, dims: range, editor: Editor) -> tuple[Any, ...]:
-    """Return the sizes of `dims` of `x`: ints where they are static, else nodes.
+    """Return the sizes of `dims` of `x`, which `node` is to read: ints where they are static, else nodes."""
+    shape = shape_of(x) or ()
+    return spell_sizes(node, [shape[dim] for dim in dims], editor)
+
+
+def spell_sizes(node: fx.Node, sizes: Sequence[Any], editor: Editor) -> tuple[Any, ...]:
+    """Return sizes that `node` is to read: ints where they are static, else nodes.
 
     A symbol that is an input of the graph is read as such, any other of the first tensor that has it: a node that reads
-    `x` would keep it alive, and be a reader of what a pattern takes away.
+    another one would keep that alive, and be a reader of what a pattern takes away.
     """
-    shape = shape_of(x) or ()
-    sizes: list[Any] = []
-    for dim in dims:
-        size = shape[dim]
+    found: list[Any] = []
+    for size in sizes:
         if not isinstance(size, int):
             given = editor.graph.find_nodes(op="placeholder")
             known = (item for item in given if same_size(item.meta.get("example_value"), size))
             size = next(known, None) or editor.insert_before(
                 node, "size", _first_with(size, editor), {}, size
             )
-        sizes.append(size)
-    return tuple(sizes)
+        found.append(size)
+    return tuple(found)
 
 
 def _first_with(size: Any, editor: Editor) -> tuple[fx.Node, int]:

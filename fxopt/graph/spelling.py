@@ -32,6 +32,24 @@ def fold_constants(graph: fx.Graph) -> None:
             node.kwargs = fx.map_arg(node.kwargs, _constant_of)
 
 
+def spell_out_sizes(editor: Editor) -> None:
+    """Write sizes one by one where an op reads the whole shape of a tensor: a tuple, where some of it are symbolic."""
+    for node in editor.graph.nodes:
+        read = [source for source in node.all_input_nodes if _is_shape(source)]
+        if not read or not _computes_tensors(node):
+            continue
+        sizes: dict[fx.Node, Any] = {
+            source: layout.spell_sizes(node, source.meta["example_value"], editor) for source in read
+        }
+        node.args = fx.map_arg(node.args, lambda source, sizes=sizes: sizes.get(source, source))
+        node.kwargs = fx.map_arg(node.kwargs, lambda source, sizes=sizes: sizes.get(source, source))
+
+
+def _is_shape(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, tuple) and all(type(size) in (int, torch.SymInt) for size in value)  # pyright: ignore
+
+
 def unify_spelling(editor: Editor) -> None:
     """Rewrite each node whose spelling is known to its canonical form, in place; its name stays."""
     for node in editor.graph.nodes:

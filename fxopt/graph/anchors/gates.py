@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, fx
 
 from fxopt.graph.anchors.stock import (
@@ -12,12 +9,12 @@ from fxopt.graph.anchors.stock import (
     MOVING,
     POINTWISE,
     RESHAPING,
+    are_equal,
     is_projection,
     is_scalar,
     stock_name,
     tensors_read,
 )
-from fxopt.graph.torch_private import expression_of
 
 
 class Gates:
@@ -87,14 +84,6 @@ class Gates:
 def _are_large_alike(a: Tensor, b: Tensor) -> bool:
     if a.dim() != b.dim() or a.dim() == 0 or not (a.is_floating_point() and b.is_floating_point()):
         return False
-    if any(not _may_equal(left, right) for left, right in zip(a.shape, b.shape, strict=True)):
+    if any(not are_equal(left, right) for left, right in zip(a.shape, b.shape, strict=True)):
         return False
     return not (isinstance(a.shape[-1], int) and a.shape[-1] == 1)
-
-
-def _may_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return (
-        isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and expression_of(a) == expression_of(b)
-    )

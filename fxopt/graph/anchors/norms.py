@@ -15,8 +15,10 @@ from fxopt.graph.anchors.lengths import is_norm_by_length
 from fxopt.graph.anchors.stock import (
     MAX_CHAIN,
     MAX_DEPTH,
+    RESHAPING,
     ROUNDING,
     SCALING,
+    are_equal,
     dims_reduced,
     dividend_and_divisor,
     is_given,
@@ -101,12 +103,39 @@ def _is_mean_of_squares(node: fx.Node, reduces: Callable[[fx.Node], bool]) -> bo
         if name in ("pow", "square") and operands and stock_name(operands[0]) == "norm":
             is_square = name == "square" or _exponent(node) == 2
             return is_scaled and is_square and _is_euclidean(operands[0]) and reduces(operands[0])
+        if _is_sum_of_products(node):
+            return is_scaled and operands[0] is operands[1]
         large = [item for item in operands if not is_scalar(item)]
-        if name not in SCALING | ROUNDING or len(large) != 1:
+        if (name not in SCALING | ROUNDING and not _adds_dims(node)) or len(large) != 1:
             return False
         is_scaled = is_scaled or name in ("mul", "div")
         node = large[0]
     return False
+
+
+def _adds_dims(node: fx.Node) -> bool:
+    """Return whether `node` is what it reads with dims of one: a mean without `keepdim` is given its last one back."""
+    operands = tensors_read(node)
+    if stock_name(node) not in RESHAPING | {"getitem"} or not operands:
+        return False
+    shapes = [item.meta["example_value"].shape for item in (node, operands[0])]
+    after, before = ([size for size in shape if type(size) is not int or size != 1] for shape in shapes)
+    return (
+        len(shapes[0]) > len(shapes[1]) and len(after) == len(before) and all(map(are_equal, after, before))
+    )
+
+
+def _is_sum_of_products(node: fx.Node) -> bool:
+    """Return whether `node` is an einsum that multiplies two tensors of one form and sums over their last dim."""
+    if (
+        getattr(node.target, "__name__", "") != "einsum"
+        or len(node.args) != 3
+        or len(tensors_read(node)) != 2
+    ):
+        return False
+    read, _, left = str(node.args[0]).replace(" ", "").partition("->")
+    first, _, second = read.partition(",")
+    return first == second and left == first[:-1]
 
 
 def _is_square(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxopt.graph.torch_private import NN_FUNCTIONS, REGISTERED, registered_name
+from fxopt.graph.torch_private import NN_FUNCTIONS, REGISTERED, expression_of, registered_name
 
 NAMESPACES = (torch, torch.Tensor, torch.special, torch.linalg, NN_FUNCTIONS, F)
 RENAMED = {
@@ -191,3 +191,10 @@ def unrounded(node: fx.Node) -> fx.Node:
     while stock_name(node) in ROUNDING and tensors_read(node):
         node = tensors_read(node)[0]
     return node
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    """Return whether two sizes are known to be equal."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return expression_of(a) == expression_of(b)
+    return isinstance(a, int) and isinstance(b, int) and a == b

@@ -296,6 +296,27 @@ SITES = {
     "divided by power": (lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** 0.5, (X,), ["rms_norm"]),
     "sum of squares": (lambda x: x * torch.rsqrt(x.pow(2).sum(-1, True) / 8 + 1e-6), (X,), ["rms_norm"]),
     "divided by norm": (lambda x: x / (x.norm(2, dim=-1, keepdim=True) * 8**-0.5 + 1e-6), (X,), ["rms_norm"]),
+    "a dim given back": (
+        lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1)[..., None] + 1e-6) * w,
+        (X, W),
+        ["rms_norm"],
+    ),
+    "a dim given back, by view": (
+        lambda x: x / torch.sqrt(1e-6 + x.square().mean(2).view(2, 3, 1)),
+        (X,),
+        ["rms_norm"],
+    ),
+    "one of many means": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1)[:, :1, None] + 1e-6), (X,), []),
+    "squares by einsum": (
+        lambda x: x * torch.rsqrt(torch.einsum("btd, btd -> bt", x, x)[..., None] / 8 + 1e-6),
+        (X,),
+        ["rms_norm"],
+    ),
+    "no squares by einsum": (
+        lambda x: x * torch.rsqrt(torch.einsum("btd,btd->bt", x, x.abs())[..., None] / 8 + 1e-6),
+        (X,),
+        [],
+    ),
     "by its name": (lambda x, w: F.rms_norm(x, (8,), w, 1e-6), (X, W), ["rms_norm"]),
     "centred": (centred, (X, W), ["rms_norm"]),
     "one root for two outputs": (two_outputs, (X,), ["rms_norm"]),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxopt.graph import vocabulary
 from fxopt.graph.canonicalize import canonicalize
 from fxopt.graph.snapshot import snapshot
 
@@ -364,6 +365,19 @@ def test_symbolic_sizes_stay_symbolic(capture, canonical) -> None:
     x, y = torch.randn(5, 6, 4, requires_grad=True), torch.randn(5, 6, 4)
     gm = canonical(capture(function, x, y, dynamic=True))
     assert [node.op for node in gm.graph.nodes if node.op == "call_method" and node.target != "size"] == []
+
+
+def test_a_symbolic_shape_is_spelled_out_whether_it_is_read_whole_or_not(capture, canonical) -> None:
+    def function(x):
+        q = x.transpose(1, 2)
+        return (q * 2).reshape(q.shape), (q + 1).contiguous().view(q.size()), q.new_zeros(q.shape) + q
+
+    gm = canonical(capture(function, torch.randn(5, 6, 4, requires_grad=True), dynamic=True))
+    assert [
+        node.target for node in gm.graph.nodes if node.op == "call_method" and node.target != "size"
+    ] == []
+    shaped = gm.graph.find_nodes(op="call_function", target=vocabulary.reshape)
+    assert all(len(node.kwargs["shape"]) == 3 for node in shaped)
 
 
 def test_a_symbol_that_is_an_input_is_read_as_such(capture, canonical) -> None:
