@@ -36,6 +36,7 @@ from fxopt.capture.hooks import (
 )
 from fxopt.capture.ledger import WITHOUT_GRADIENTS, Ledger, Way
 from fxopt.capture.modules import tensors_of
+from fxopt.capture.pieces import or_as_captured
 from fxopt.capture.places import caller_line, forward_line, with_place
 from fxopt.capture.planning import Call, Mark, Planner, call_of
 from fxopt.capture.reasons import reason_of
@@ -86,11 +87,10 @@ class BlockCalls:
         self._num_blocks = num_blocks
         self._asked: list[Call] = [Call(1, False)]
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.pieces = (
-            torch_dynamo.compile_frame(block_entry, make_backend(None, False), fullgraph=False)
-            if partial
-            else None
-        )
+        self.pieces = None
+        if partial:
+            backend = or_as_captured(make_backend(None, False), ledger, region)
+            self.pieces = torch_dynamo.compile_frame(block_entry, backend, fullgraph=False)
         self._inner_hooks: dict[nn.Module, InnerHooks] = {}
         self._four_bits: dict[nn.Module, FourBitLayers] = {}
         self._forms: dict[nn.Module, int] = {}

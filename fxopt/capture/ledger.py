@@ -73,6 +73,8 @@ class Ledger:
     """How the block or model that ran last did."""
     _current: str = ""
     _pieces: list[Capture] = dataclasses.field(default_factory=list)
+    _stock_pieces: set[str] = dataclasses.field(default_factory=set[str])
+    """Why pieces of the call that began last ran as stock."""
 
     @property
     def current(self) -> str:
@@ -86,7 +88,7 @@ class Ledger:
 
     def begin(self, path: str) -> None:
         """Record that a call of the block or model at `path` begins: what serves it is the next captures that run."""
-        self._current, self._pieces = path, []
+        self._current, self._pieces, self._stock_pieces = path, [], set()
         self.way = NOT_CAPTURED
 
     @property
@@ -128,6 +130,12 @@ class Ledger:
         self.fallbacks[region, reason] += 1
         if region == MODEL_REGION:
             self.note_way(MODEL_REGION, Way(None, reason))
+
+    def count_stock_piece(self, region: str, reason: str) -> None:
+        """Count that the call that began last ran a piece as stock; pieces of one call for one reason are one."""
+        if reason not in self._stock_pieces:
+            self._stock_pieces.add(reason)
+            self.count_fallback(region, reason)
 
     def note(self, text: str) -> None:
         """Record something the user should know, once."""

@@ -22,6 +22,7 @@ from torch import nn
 from fxopt.capture import deepspeed_private, torch_distributed, torch_dynamo, torch_tensors, zero
 from fxopt.capture.lazy import LazyLogits
 from fxopt.capture.ledger import NOT_CAPTURED, Ledger, Way
+from fxopt.capture.modules import tensors_of
 from fxopt.errors import RanksDifferError
 from fxopt.report.records import MODEL_REGION
 
@@ -33,8 +34,11 @@ CURE = (
 
 
 def order_of(values: Sequence[Any], region: nn.Module) -> tuple[int, ...]:
-    """Return which parameters of `region` the inputs `values` of a graph are that get a gradient, by number."""
-    numbers = {id(parameter): number for number, parameter in enumerate(region.parameters())}
+    """Return which tensors of `region` the inputs `values` of a graph are that get a gradient, by number.
+
+    It is asked while the region runs: a `named_modules` of its own may change what it holds.
+    """
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors_of(region))}
     return tuple(numbers[id(value)] for value in values if id(value) in numbers and value.requires_grad)
 
 

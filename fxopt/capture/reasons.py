@@ -34,12 +34,21 @@ def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -
 
     `raised_in` are frames below those Dynamo knows of: it ends where fxopt runs a block on stand-ins.
     """
-    cause = torch_errors.root_cause(error)
     if torch_errors.is_of_backend(error):
-        text = f"{type(cause).__name__}: {cause}"
+        text = _name(error)
     else:
         text = str(torch_errors.telling(error)) or type(error).__name__
     return _say(text, location_in([*frames_told(error), *raised_in]))
+
+
+def reason_of_failure(error: BaseException) -> str:
+    """Return what an error says that was raised where a graph is compiled."""
+    return _say(_name(error), "")
+
+
+def _name(error: BaseException) -> str:
+    cause = torch_errors.root_cause(error)
+    return f"{type(cause).__name__}: {cause}"
 
 
 def reason_of_break(gm: fx.GraphModule) -> str:

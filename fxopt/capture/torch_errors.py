@@ -23,6 +23,14 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (
 """What Dynamo raises when it cannot capture, or lets through of the stand-in tensors it traces with; never an error of
 the user's own code at run time."""
 
+HANDLED_BY_DYNAMO: tuple[type[Exception], ...] = (
+    dynamo_exc.TorchDynamoException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+"""What Dynamo takes from what it gave a graph to for a word to itself: it begins again, or breaks the graph there."""
+
 
 def root_cause(error: BaseException) -> BaseException:
     """Return the innermost error that `error` wraps or was raised for."""

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxopt
-from fxopt.capture import torch_dynamo
+from fxopt.capture import torch_dynamo, torch_lowering
+from fxopt.capture.installation import Installation
+from fxopt.errors import FxoptError
 
 
 class Experts(nn.Module):
@@ -216,3 +218,93 @@ def test_a_layer_without_a_loop_is_not_captured_with_loops_again(monkeypatch: py
         model = fxopt.optimize(copy.deepcopy(stock))
         assert_trained_alike(model, stock, torch.randn(2, 5, 8))
         assert ("turns_entry" in entered) == (kind is Experts)
+
+
+class Counted(nn.Module):
+    """A layer that counts its calls, and whose graph breaks before its tanh."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        x = self.linear(x)
+        torch._dynamo.graph_break()
+        return x.tanh()
+
+
+def install_failing(model: nn.Module, error: Exception) -> Installation:
+    """Install capture in `model` so that `error` is raised for each graph with a tanh."""
+
+    def transform(gm: fx.GraphModule, *, region: str, lazy_outputs: bool) -> None:
+        if any(node.target == "tanh" for node in gm.graph.nodes):
+            raise error
+
+    installation = Installation(model, None, transform, torch_lowering.plain_backend, partial=True)
+    installation.install()
+    return installation
+
+
+def test_a_piece_that_cannot_be_compiled_runs_as_captured_and_what_ran_before_it_does_not_run_again() -> None:
+    torch.manual_seed(0)
+    model = Net(Counted).train()
+    stock = copy.deepcopy(model)
+    installation = install_failing(model, AssertionError("planted"))
+    for _ in range(2):
+        assert_trained_alike(model, stock, torch.randn(2, 5, 8))
+    told = {(record.region, record.reason): record.count for record in installation.ledger.fallback_records()}
+    assert told == {("layers", "a piece runs as stock: AssertionError: planted"): 6}
+    assert "layers" not in installation.ledger.refused
+
+
+def test_a_mistake_of_the_users_in_a_piece_is_raised() -> None:
+    model = Net(Counted).train()
+    install_failing(model, FxoptError("planted"))
+    with pytest.raises(FxoptError, match="planted"):
+        model(torch.randn(2, 5, 8))
+
+
+class BrokenLinear(nn.Linear):
+    """A linear layer whose graph breaks before it begins."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(input).tanh()
+
+
+class Doubling(nn.Module):
+    """A layer with twice its weight while it runs; asked for its modules it puts the weight back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = BrokenLinear(8, 8)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.put_back()
+        return super().named_modules(*args, **kwargs)
+
+    def put_back(self) -> None:
+        if "kept" in self.__dict__:
+            del self.linear.weight
+            self.linear.register_parameter("weight", self.__dict__.pop("kept"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.__dict__["kept"] = self.linear.weight
+        del self.linear.weight
+        self.linear.weight = weight * 2
+        x = self.linear(x)
+        self.put_back()
+        return x
+
+
+def test_a_block_is_not_asked_for_its_modules_while_its_pieces_are_captured() -> None:
+    torch.manual_seed(0)
+    model = Net(Doubling).train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for _ in range(2):
+        assert_trained_alike(model, stock, torch.randn(2, 5, 8))
