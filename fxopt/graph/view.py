@@ -40,6 +40,8 @@ GIVEN = "L['args'][0]"
 """What torch 2.14 calls a compiled module in its own frame, where others call it `L['self']`."""
 CHILDREN = re.compile(r"""(\.__dict__\[['"]_modules['"]\]|\._modules\b)""")
 """How Dynamo reaches a module in another: in two ways, the first where that one has a `__getattr__` of its own."""
+OWNER = re.compile(r"\.\w+\.__self__\b")
+"""How Dynamo reaches a module that it first met as the owner of a bound method: by that method, from itself."""
 SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]+)['"]?\]""")
 
 INLINED = frozenset(
@@ -150,6 +152,9 @@ def module_of(node: fx.Node) -> str:
     >>> node.meta["nn_module_stack"] = {"1": ("L['self'].__dict__['_modules']['base'].head", object)}
     >>> module_of(node)
     'base.head'
+    >>> node.meta["nn_module_stack"] = {"1": ("L['self'].model.named_parameters.__self__.norm", object)}
+    >>> module_of(node)
+    'model.norm'
     """
     return next(reversed(modules_of(node)), "")
 
@@ -161,7 +166,7 @@ def modules_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def _module_path(path: str) -> str:
-    path = SUBSCRIPT.sub(r".\1", CHILDREN.sub("", path.removeprefix(GIVEN)))
+    path = SUBSCRIPT.sub(r".\1", OWNER.sub("", CHILDREN.sub("", path.removeprefix(GIVEN))))
     parts = [part for part in path.split(".") if part]
     # A Dynamo path starts with "L" or "G" and the name of the local that holds the root.
     return ".".join(parts[2:] if parts and parts[0] in ("L", "G") else parts)

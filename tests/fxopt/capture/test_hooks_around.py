@@ -107,6 +107,40 @@ def test_adapters_whose_input_is_made_to_require_gradients_keep_their_tail(
     assert MODEL_REGION in {capture.region for capture in installation.ledger.captures}
 
 
+class AskedItsDtype(nn.Module):
+    """Blocks between two layers; the forward asks for the dtype as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.norm = nn.RMSNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = next(self.parameters()).dtype
+        x = self.before(x.to(dtype))
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x).square().mean()
+
+
+def test_a_model_that_asks_for_its_dtype_has_its_hooks_run_and_its_modules_named() -> None:
+    torch.manual_seed(0)
+    model = AskedItsDtype().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    x, losses = torch.randn(4, 8), []
+    for each in (model, stock):
+        each.before.register_forward_hook(lambda module, args, output: output.requires_grad_(True) * 2)
+        losses.append(each(x))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(model.before.weight.grad, stock.before.weight.grad)
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert [(site.pattern, site.module) for site in report.sites] == [("rms_norm", "norm")]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("use_reentrant", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_checkpointed_adapters_get_the_fused_head(build, use_reentrant) -> None:
