@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fxopt.graph.aliases import Aliases
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs
 from fxopt.graph.storage import UNKNOWN
 from fxopt.graph.torch_private import evaluate, expression_of
-from fxopt.graph.view import location_of, requires_grad, results_of
+from fxopt.graph.view import location_of, requires_grad, results_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,24 @@ def parts_of(gm: fx.GraphModule, segments: Segments) -> list[set[fx.Node]]:
     }
     parts: list[set[fx.Node]] = []
     for cut in segments.cuts:
-        parts.append({node for root in cut for node in _computed_ancestors(root) if node in rest})
+        ancestors = {node for root in cut for node in _computed_ancestors(root) if node in rest}
+        parts.append(_with_items(ancestors, rest))
         for node in parts[-1]:
             del rest[node]
     return [part for part in (*parts, set(rest)) if part]
+
+
+def _with_items(part: set[fx.Node], rest: Container[fx.Node]) -> set[fx.Node]:
+    """Return `part` with all items of the tuples in it that are in `rest`: what a part hands on are tensors."""
+    found, queue = set(part), list(part)
+    while queue:
+        node = queue.pop()
+        if not isinstance(value_of(node), tuple | list):
+            continue
+        items = {user for user in node.users if user.target is operator.getitem and user in rest} - found
+        found |= items
+        queue.extend(items)
+    return found
 
 
 def _is_read_on(node: Any, lazy: set[fx.Node]) -> bool:

@@ -44,6 +44,34 @@ class Model(nn.Module):
         return self.head(y), self.other_head(y)
 
 
+class HeadInTwo(nn.Module):
+    """Two blocks and a head whose result is taken apart; the loss is computed from the parts, which are returned too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for block in self.blocks:
+            x = block(x)
+        start, end = self.head(x).split(1, dim=-1)
+        start, end = start.squeeze(-1), end.squeeze(-1)
+        return start.square().mean() + end.exp().mean(), start, end
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_results_that_are_parts_of_one_value_are_served(install, assert_same_step, number):
+    torch.manual_seed(0)
+    model = HeadInTwo()
+    stock = copy.deepcopy(model)
+    installation = install(model)
+    x = torch.randn(4, 8)
+    assert_same_step(model, stock, lambda m: m(x)[number].square().sum())
+    assert_same_step(model, stock, lambda m: sum(result.sum() for result in m(x)))
+    assert not installation.ledger.fallbacks
+
+
 @pytest.mark.parametrize("read", ["main", "side", "both"])
 def test_parameters_behind_results_that_nothing_reads_keep_no_gradient(install, assert_same_step, read):
     torch.manual_seed(0)
