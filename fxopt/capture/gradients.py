@@ -1,7 +1,8 @@
-"""What a compiled graph's gradients owe to stock: None where nothing was read, and no second derivatives.
+"""What a compiled graph's gradients owe to stock: None where nothing was read, no second derivatives, none in part.
 
 AOTAutograd makes one autograd node of a graph and fills the gradient of an output that nothing read with
-zeros: every input that reaches such an output would get a gradient of zeros where stock leaves None.
+zeros: every input that reaches such an output would get a gradient of zeros where stock leaves None. An output that
+the graph itself computes from (the weights of attention, collected) gets the gradient of what reads it outside alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from fxopt.capture import torch_tensors
 from fxopt.capture.lowering import Lowering
 from fxopt.errors import FxoptError
 from fxopt.graph.purity import mutated_inputs
-from fxopt.graph.view import find_subgraphs, is_tensor, results_of, tensors_of
+from fxopt.graph.strides import before_layout
+from fxopt.graph.view import find_subgraphs, is_tensor, requires_grad, results_of, tensors_of
 
 Reach = dict[int, frozenset[int]]
 """By the number of an input: the numbers of the outputs that its gradient can come from."""
@@ -26,17 +28,18 @@ Reach = dict[int, frozenset[int]]
 def keep_stock_gradients(lower: Lowering, region: str) -> Lowering:
     """Return `lower` so that what it compiles has gradients of None where stock has None.
 
-    A second derivative, which AOTAutograd has none of, is an `FxoptError` that names `region`.
+    A second derivative, which AOTAutograd has none of, is an `FxoptError` that names `region`; so is `retain_grad()`
+    on an output whose gradient goes through the graph's inside too.
     """
 
     def lower_exactly(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        reach = find_partial_reach(gm)
+        reach, read_on = find_partial_reach(gm), find_read_on(gm)
         compiled = lower(gm, example_inputs)
 
         def run(*args: Any) -> Any:
             if not torch.is_grad_enabled():
                 return compiled(*args)
-            watch = Watch(region, reach)
+            watch = Watch(region, reach, read_on)
             outputs = compiled(*watch.enter(args))
             watch.watch(args, outputs)
             return outputs
@@ -75,6 +78,25 @@ def find_partial_reach(gm: fx.GraphModule) -> Reach:
     }
 
 
+def find_read_on(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Return the numbers of the outputs with a gradient from which `gm` computes others."""
+    return tuple(
+        number
+        for number, node in enumerate(results_of(gm))
+        if isinstance(node, fx.Node)
+        and node.op not in ("placeholder", "get_attr")
+        and requires_grad(node)
+        and _computes_others(before_layout(node), node)
+    )
+
+
+def _computes_others(node: fx.Node, result: fx.Node) -> bool:
+    """Return whether anything but its own `result` is computed from `node`."""
+    if node is result:
+        return any(user.op != "output" for user in node.users)
+    return len(node.users) > 1
+
+
 def _writes(gm: fx.GraphModule) -> bool:
     return any(
         node.op in ("call_function", "call_method") and bool(mutated_inputs(node)) for node in gm.graph.nodes
@@ -89,9 +111,10 @@ def _stops_gradients(node: fx.Node) -> bool:
 class Watch:
     """One call of a compiled graph: notes in the backward pass which outputs have a gradient."""
 
-    def __init__(self, region: str, reach: Reach) -> None:
+    def __init__(self, region: str, reach: Reach, read_on: tuple[int, ...] = ()) -> None:
         self.region = region
         self.reach = reach
+        self.read_on = read_on
         self.read: frozenset[int] | None = None
         self._numbers: dict[int, set[int]] = {}
         self._views: frozenset[int] = frozenset()
@@ -130,8 +153,11 @@ class Watch:
             return
         self._views = frozenset(views)
         find_node = weakref.ref(node)
+        finds_read_on = [weakref.ref(values[number]) for number in self.read_on]
 
         def before_backward(gradients: tuple[torch.Tensor | None, ...]) -> None:
+            if any(value.retains_grad for find in finds_read_on if (value := find()) is not None):
+                _refuse_retained(self.region)
             self.read = self._find_read(gradients)
             if torch.is_grad_enabled():
                 _refuse_second_derivatives(find_node(), self.region)
@@ -187,6 +213,15 @@ class NoSecondDerivatives(torch.autograd.Function):
             "are not implemented, expected one backward pass\n"
             "call fxopt.restore(model) before such a step; fxopt.optimize(model) puts everything back"
         )
+
+
+def _refuse_retained(region: str) -> None:
+    raise FxoptError(
+        f"{region}: retain_grad() on a value from inside a compiled region, collected or returned beside what is "
+        "computed from it (output_attentions=True), would miss the gradient through the region, expected a value that "
+        "regions begin or end with\n"
+        "call fxopt.restore(model) before such a step; fxopt.optimize(model) puts everything back"
+    )
 
 
 def _refuse_second_derivatives(node: Any, region: str) -> None:

@@ -179,11 +179,13 @@ def compile_model_graph(
     """Return a callable for the rewritten `gm`; outputs that a rewrite kept come back as `LazyLogits`.
 
     `example_inputs` are what Dynamo gave: a symbolic float among them is a tensor that AOTAutograd must be handed
-    itself, not its `example_value`.
+    itself, not its `example_value`. An input that is an output too comes back as it is, not as a view of it: who
+    retains its gradient means that of the tensor which the blocks were given.
     """
-    if not segments.lazy and not segments.cuts:
-        return lower(gm, example_inputs)
     lazy, results = set(segments.lazy), results_of(gm)
+    passes_on = any(isinstance(node, fx.Node) and node.op == "placeholder" for node in results)
+    if not lazy and not segments.cuts and not passes_on:
+        return lower(gm, example_inputs)
     placeholders = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
     given = dict(zip(placeholders, example_inputs, strict=True))
     pieces: list[tuple[Piece, Callable[..., Any]]] = []

@@ -16,6 +16,7 @@ from fxopt.graph.view import find_subgraphs, results_of
 from fxopt.graph.vocabulary import contiguous
 
 NOTE = "orders_in_memory"
+LAID_OUT = "laid_out_as_stock"
 Order = tuple[int, ...]
 """A result's dimensions, the one with the largest stride first."""
 
@@ -71,6 +72,13 @@ def find_order(value: Any) -> Order | None:
     return tuple(range(value.dim())) if by_stride == others else (*single, *by_stride)
 
 
+def before_layout(node: fx.Node) -> fx.Node:
+    """Return the node whose value `restore_orders` laid out as the result `node`; any other node as it is."""
+    while node.meta.get(LAID_OUT):
+        (node,) = node.all_input_nodes
+    return node
+
+
 def _find_touched(gm: fx.GraphModule) -> dict[fx.Node, bool]:
     """Return the nodes computed from what a rewrite made, and whether that was laid out unlike a dense tensor."""
     touched: dict[fx.Node, bool] = {}
@@ -100,6 +108,7 @@ def _lay_out(output: fx.Node, node: fx.Node, order: Order) -> fx.Node:
             made = output.graph.call_function(target, (node, *args))
         made.meta = dict(node.meta)
         made.meta.pop("rewritten_by", None)
+        made.meta[LAID_OUT] = True
         made.meta["example_value"] = target(value, *args)
         node = made
     return node

@@ -245,3 +245,45 @@ def test_what_a_model_of_ones_own_collects_from_its_parts_is_collected(device, t
     output = check(tools, model, stock, device)
     assert len(output.picks) == 6
     assert_all_rewritten(model)
+
+
+def retain_and_step(model: Any, batch: dict[str, Any], name: str) -> tuple[torch.Tensor | None, ...]:
+    """Return what gradients the values collected under `name` have kept after a step."""
+    output = model(**batch)
+    collected = output[name]
+    for value in collected:
+        value.retain_grad()
+    weights = torch.linspace(-1, 1, output.last_hidden_state.numel()).reshape(output.last_hidden_state.shape)
+    (output.last_hidden_state * weights).sum().backward()
+    return tuple(value.grad for value in collected)
+
+
+def test_hidden_states_retain_their_gradients(tools) -> None:
+    """They are what the blocks were given and returned, no views of these."""
+    torch.manual_seed(0)
+    stock = transformers.AutoModel.from_config(tiny_config("llama")).train()
+    model = fxopt.optimize(copy.deepcopy(stock))
+    batch = {"input_ids": torch.randint(0, 100, SHAPE), "output_hidden_states": True}
+    ours, theirs = (
+        retain_and_step(model, batch, "hidden_states"),
+        retain_and_step(stock, batch, "hidden_states"),
+    )
+    assert len(ours) == len(theirs) == 5
+    for gradient, reference in zip(ours, theirs, strict=True):
+        assert gradient is not None
+        assert reference is not None
+        assert tools.relative(gradient, reference) < 1e-5
+    assert_all_rewritten(model)
+
+
+def test_attentions_that_retain_their_gradients_are_refused_as_these_would_be_partial() -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(tiny_config("llama"), attn_implementation="eager").train()
+    fxopt.optimize(model)
+    batch = {"input_ids": torch.randint(0, 100, SHAPE), "output_attentions": True}
+    with pytest.raises(
+        fxopt.FxoptError, match=r"^layers: retain_grad\(\) on a value from inside a compiled region"
+    ):
+        retain_and_step(model, batch, "attentions")
+    fxopt.restore(model)
+    assert all(gradient is not None for gradient in retain_and_step(model, batch, "attentions"))

@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 
 class HeadInTwo(nn.Module):
-    """Two blocks and a head whose result is taken apart; the loss is computed from the parts, which are returned too."""
+    """Two blocks and a head whose result is taken apart; the loss is computed from the parts, returned too."""
 
     def __init__(self) -> None:
         super().__init__()
