@@ -21,6 +21,10 @@ PLAIN_WORDS = (
         r"op returned non-Tensor(.|\n)*call_block",
         "a block returns something else than a tensor or a tuple of tensors",
     ),
+    (
+        r"Missing `as_proxy\(\)`",
+        "a block is given an object that no graph can hold, as a key/value cache is (use_cache=False)",
+    ),
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
 )
 """Torch's words for what a user would say otherwise: theirs follow, so that they can be looked up."""

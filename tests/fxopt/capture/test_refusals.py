@@ -59,6 +59,19 @@ def test_a_broken_pass_raises_and_is_no_fallback(error: Exception) -> None:
     assert installation.ledger.fallback_records() == ()
 
 
+def test_a_cache_that_evaluation_builds_is_told_in_plain_words(build, install) -> None:
+    model = build().eval()
+    installation = install(model)
+    model(IDS).logits.sum().backward()
+    records = {record.region: record.reason for record in installation.ledger.fallback_records()}
+    assert (
+        "a block is given an object that no graph can hold, as a key/value cache is" in records[MODEL_REGION]
+    )
+    assert "past_key_values is a DynamicCache" in records["model.layers"]
+    model(IDS, use_cache=False).logits.sum().backward()
+    assert MODEL_REGION in installation.ledger.served
+
+
 def test_another_error_of_a_pass_is_told_by_its_type_and_text() -> None:
     model = Stack(*(nn.Tanh() for _ in range(3))).train()
 
