@@ -94,6 +94,7 @@ class CudaGraphs:
         """Return `lower` so that what it compiles is replayed, and what outlives a step leaves its memory."""
 
         def lower_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            torch_dynamo.expect_equal_blocks()
             before = torch_dynamo.num_unrecorded()
             compiled = lower(gm, example_inputs, graphed=True)
             if torch_dynamo.num_unrecorded() > before:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -154,3 +156,13 @@ def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:
 def num_unrecorded() -> int:
     """Return how many compiled graphs Inductor declined to record as CUDA graphs, in this process."""
     return dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+SLOW_PATH = "Unable to hit fast path of CUDAGraphs"
+"""How Inductor's warning begins that one compiled function runs again and again before any backward does."""
+
+
+@functools.cache
+def expect_equal_blocks() -> None:
+    """Have Inductor not warn of what is meant: equal blocks are one function, and all run before their backwards."""
+    warnings.filterwarnings("ignore", message=SLOW_PATH, category=UserWarning)

@@ -37,6 +37,13 @@ def test_dynamo_takes_a_patched_call_through_the_slot():
     )
 
 
+def test_inductors_warning_of_slow_replays_is_still_worded_so():
+    """It is a false alarm where blocks are equal, and `expect_equal_blocks` knows it by its text."""
+    from torch._inductor import cudagraph_trees
+
+    assert torch_dynamo.SLOW_PATH in inspect.getsource(cudagraph_trees), "Inductor warns in other words"
+
+
 def test_isolated_functions_keep_defaults_and_closures():
     y = 3
 
