@@ -26,11 +26,26 @@ PLAIN_WORDS = (
         "a block is given an object that no graph can hold, as a key/value cache is (use_cache=False)",
     ),
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
+    (
+        r"args/kwargs to proxy(?:.|\n)*UserDefinedObjectVariable\((\w+)\)",
+        r"a block is given an object of class \1, which no graph holds",
+    ),
+    (
+        r"when making fake tensor call",
+        "what is called fails on tensors without values, with which it is captured",
+    ),
 )
 """Torch's words for what a user would say otherwise: theirs follow, so that they can be looked up."""
 ADVICE = re.compile(r"\s*Consider annotating your code using torch\._check\*\(\)\.")
 """What Dynamo puts before what it has to say."""
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+FAILED_CALL = re.compile(
+    r"Dynamo failed to run FX node with fake tensors: .*?: got (\w+)\((['\"])(.*?)\2,?\)", re.DOTALL
+)
+"""An op's error in Dynamo's words: after the op and its arguments, sizes and all, as Python writes the error."""
+NOISE = re.compile(r" at 0x[0-9a-f]+| \(unhinted: [^\n]*?\)(?=\.|$)")
+"""Addresses, and an expression told a second time."""
+SYMBOL = re.compile(r"\b(zuf|zf|u)\d+\b")
+"""How torch writes a value that it does not know: with a number that differs from capture to capture."""
 
 
 def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -> str:
@@ -80,8 +95,18 @@ def frames_of(error: BaseException) -> list[tuple[str, int]]:
 
 def _say(text: str, location: str) -> str:
     """Return the first sentence of `text` and its explanation, after plain words where there are some."""
-    plain = next((words for pattern, words in PLAIN_WORDS if re.search(pattern, text, re.IGNORECASE)), "")
-    explanation = first_sentence(text.partition("Explanation:")[2])
-    said = first_sentence(ADVICE.sub("", text, count=1))
-    parts = [plain, *(ADDRESS.sub("", sentence) for sentence in (said, explanation))]
+    found = ((re.search(pattern, text, re.IGNORECASE), words) for pattern, words in PLAIN_WORDS)
+    plain = next((match.expand(words) for match, words in found if match is not None), "")
+    text = FAILED_CALL.sub(_error_of, ADVICE.sub("", text, count=1))
+    parts = (plain, *(_tidy(first_sentence(part)) for part in (text, text.partition("Explanation:")[2])))
     return "; ".join((*filter(None, parts), *([f"at {location}"] if location else [])))
+
+
+def _error_of(found: re.Match[str]) -> str:
+    told = found[3].replace(r"\n", "\n").replace(r"\'", "'").replace(r"\"", '"')
+    return f"{found[1]}: {told}"
+
+
+def _tidy(sentence: str) -> str:
+    """Return `sentence` as a clause that others follow: the same text for all captures that fail alike."""
+    return SYMBOL.sub("value", NOISE.sub("", sentence)).removesuffix(".")

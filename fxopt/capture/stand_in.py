@@ -10,6 +10,7 @@ from torch import nn
 from fxopt.capture import torch_modules, torch_stand_ins, zero
 from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gathered_dtype, say_kept
 from fxopt.capture.four_bits import FourBitLayers
+from fxopt.capture.given_lists import GivenLists, writable
 from fxopt.capture.hooks import hooks_hidden, is_not_recorder, is_users_hook
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.places import forward_line, with_place
@@ -47,8 +48,8 @@ class StandIns:
         """Return stand-ins of the form `block` returns for these stand-in arguments."""
         if self._running:
             return torch_modules.stock_call(block, *args, **kwargs)
-        args = tuple(dict(value) if isinstance(value, dict) else value for value in args)
-        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+        args = tuple(map(writable, args))
+        kwargs = {name: writable(value) for name, value in kwargs.items()}
         fakes: list[torch.Tensor] = []
         forms = _form_of((args, kwargs), fakes)
         mode = torch_stand_ins.fake_mode_of(fakes[0])
@@ -62,8 +63,10 @@ class StandIns:
         counts = count_collected(collected)
         key = (modules, forms, weights, block.training, id(mode), id(block) if mappings else None, counts)
         if mappings or key not in self._forms:
+            lists = GivenLists(args, kwargs)
             with zero.parameters_in_plain_dicts(block):
                 self._forms[key] = self._run(mode, block, args, kwargs, counts)
+            lists.check(block)
             self._note_put(block, mappings, before)
         output, added = tree_map_only(torch.Tensor, _like, self._forms[key])
         for name, values in added.items():
@@ -110,6 +113,7 @@ class StandIns:
             }
             FourBitLayers(block).restore_in(block, state)
             args, kwargs = cast_inputs(block, args, kwargs)
+            out, failure = None, None
             try:
                 with (
                     torch_stand_ins.real_tensors_allowed(mode),
@@ -123,11 +127,13 @@ class StandIns:
                     )
                     out = cast_output(block, out), added
             except Exception as error:
+                failure = error
+            if failure is not None:
                 _put_back(before)
                 with hooks_hidden(block.modules(), is_users_hook):
                     out = try_on_values(block, args, kwargs, counts)
                 if out is None:
-                    raise error from None
+                    raise failure
             changed = _find_change(before)
         except Exception as error:
             self.failed_in = frames_of(error)

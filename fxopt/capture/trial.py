@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules
+from fxopt.capture.given_lists import GivenLists
 from fxopt.capture.recorders import Counts, run_collecting
 from fxopt.graph.torch_private import (
     size_seen,
@@ -32,6 +33,9 @@ def try_on_values(
     The block runs on random values of the sizes at this call, its buffers and the random states put back. Each
     tensor it returns must have the same sizes for all values, and, where the capture is for more than the sizes
     at this call, those of a tensor it was given.
+
+    Raises:
+        TailRefusal: the block writes to a list that it is given.
     """
     results: list[Any] = []
     with unset_fake_temporarily(), torch.random.fork_rng(devices=_devices_of(block)):
@@ -40,6 +44,7 @@ def try_on_values(
             torch.manual_seed(seed)
             try:
                 real_args, real_kwargs = tree_map(_value_like, (args, kwargs))
+                lists = GivenLists(real_args, real_kwargs)
                 run = functools.partial(torch_modules.stock_call, block)
                 results.append(run_collecting(run, counts, real_args, real_kwargs))
             except Exception:  # what the block said on stand-ins is told
@@ -48,6 +53,7 @@ def try_on_values(
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
+            lists.check(block)
     if tree_map(_form, results[0]) != tree_map(_form, results[1]):
         return None
     given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]

@@ -256,7 +256,7 @@ def test_a_reason_of_several_lines_is_told_to_the_end_of_its_sentence() -> None:
     installation = Installation(model, None, transform, torch_lowering.plain_backend, partial=False)
     installation.install()
     model(IDS).backward()
-    told = "RuntimeError: a view was made without grad and is written to in place."
+    told = "RuntimeError: a view was made without grad and is written to in place"
     reasons = [fallback.reason for fallback in installation.ledger.fallback_records()]
     assert reasons
     assert all(told in reason and "While executing" not in reason for reason in reasons)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import inspect
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
+from fxopt.report.records import MODEL_REGION
 
 KEPT: list[torch.Tensor] = []
 
@@ -211,7 +213,9 @@ def test_blocks_that_share_tensors_in_a_mapping_are_captured_and_trained_as_in_s
     assert [region.status for region in report.regions] == ["captured", "captured"]
 
 
-@pytest.mark.parametrize("way", ["a mapping", "a list in a mapping", "a list"])
+@pytest.mark.parametrize(
+    "way", ["a mapping", "a list in a mapping", "a list", "a list, after a look at values"]
+)
 def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way: str) -> None:
     class Putting(nn.Module):
         def __init__(self) -> None:
@@ -220,6 +224,8 @@ def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way
 
         def forward(self, x: torch.Tensor, kept: Any) -> torch.Tensor:
             side = self.linear(x).pow(2).mean()
+            if way == "a list, after a look at values" and side.item() < 0:
+                raise ValueError(side)
             if way == "a mapping":
                 kept["side"] = side
             elif way == "a list in a mapping":
@@ -235,10 +241,10 @@ def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way
             self.head = nn.Linear(8, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            kept: Any = [] if way == "a list" else {"sides": []}
+            kept: Any = {"sides": []} if "mapping" in way else []
             for layer in self.layers:
                 x = layer(x, kept)
-            sides = kept if way == "a list" else kept["sides"]
+            sides = kept if isinstance(kept, list) else kept["sides"]
             extra = kept["side"] if way == "a mapping" else sum(sides)
             return self.head(x).pow(2).mean() + extra
 
@@ -246,8 +252,8 @@ def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way
     model = Reading().train()
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
-    x = torch.randn(2, 5, 8)
-    for _ in range(2):
+    for step in range(2):
+        x = torch.randn(2, 5 + step, 8)
         ours, theirs = model(x), stock(x)
         torch.testing.assert_close(ours, theirs)
         for each, loss in ((model, ours), (stock, theirs)):
@@ -255,7 +261,15 @@ def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way
             loss.backward()
         for mine, other in zip(model.parameters(), stock.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, other.grad)
-    assert fxopt.explain(model).fallbacks, "the tail was served although it reads what blocks put in"
+    report = fxopt.explain(model)
+    assert report.fallbacks, "the tail was served although it reads what blocks put in"
+    if way != "a mapping":
+        reasons = {fallback.reason for fallback in report.fallbacks if fallback.region == MODEL_REGION}
+        line = inspect.getsourcelines(Putting.forward)[1]
+        assert reasons == {
+            "what stands after the blocks was not captured: a block appends to a list that it is given, which the "
+            f"model may read after the blocks; at test_side_effects.py:{line}"
+        }
 
 
 def test_blocks_that_take_the_size_of_an_image_are_captured() -> None:

@@ -47,7 +47,7 @@ def test_a_sentence_of_a_backend_over_several_lines_is_told_whole():
     with pytest.raises(torch_errors.CAPTURE_ERRORS) as caught:
         compiled(torch.ones(2))
     told = " ".join(LONG.split())
-    assert f"RuntimeError: {told}." in " ".join(reason_of(caught.value).split())
+    assert f"RuntimeError: {told}" in " ".join(reason_of(caught.value).split())
     assert "Hint" not in reason_of(caught.value)
     assert " ".join(said_by(RuntimeError(LONG)).split()) == f"RuntimeError: {told}"
 
@@ -62,3 +62,52 @@ def test_sizes_that_hang_on_values_are_told_by_their_error():
         with pytest.raises(torch_errors.CAPTURE_ERRORS) as caught:
             compiled(torch.ones(2, dtype=torch.int64))
     assert torch_errors.cause_to_raise(caught.value) is None
+
+
+def reason_under(function: Callable[..., object], *args: object, **settings: bool) -> str:
+    with torch._dynamo.config.patch(**settings):
+        compiled = torch_dynamo.compile_frame(function, lambda gm, _: gm.forward, fullgraph=True)
+        with pytest.raises(torch_errors.CAPTURE_ERRORS) as caught:
+            compiled(*args)
+    return reason_of(caught.value)
+
+
+def test_a_value_that_is_not_known_has_the_same_name_in_all_captures():
+    def looks(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + 1 if y.sum().item() > 3.0 else x
+
+    def looks_later(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        unread = x.sum().item()
+        return x + unread if y.sum().item() > 3.0 else x
+
+    told = [
+        reason_under(each, torch.ones(2), torch.ones(2), capture_scalar_outputs=True).rpartition("; at ")[0]
+        for each in (looks, looks_later)
+    ]
+    assert told[0] == told[1]
+    assert told[0].startswith("what is computed depends on the values of a tensor; ")
+    assert "value > 3.0" in told[0]
+    assert "unhinted" not in told[0]
+    assert not told[0].endswith(".")
+
+
+class Held:
+    """What no graph takes."""
+
+
+def test_an_object_that_a_leaf_is_given_is_told_by_its_class():
+    leaf = torch_dynamo.mark_leaf(lambda x, held: x)
+    reason = reason_under(lambda x: leaf(x, Held()), torch.ones(2))
+    assert reason.startswith("a block is given an object of class Held, which no graph holds; ")
+
+
+def test_an_error_of_an_op_is_told_without_the_sizes_it_was_given():
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise TypeError("'one' is not \"two\". Never")
+
+    leaf = torch_dynamo.mark_leaf(fails)
+    told = {reason_under(lambda x: leaf(x), torch.ones(size)).rpartition("; at ")[0] for size in (2, 3)}
+    assert len(told) == 1
+    (text,) = told
+    assert text.endswith("; TypeError: 'one' is not \"two\"")
+    assert text.startswith("what is called fails on tensors without values, with which it is captured; ")
