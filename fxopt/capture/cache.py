@@ -18,6 +18,10 @@ from fxopt.capture.shared_slots import SharedSlots
 DECLINED = (
     "training calls run with use_cache=False: no layer reads from a key/value cache what another call left"
 )
+ASKED = (
+    "calls ask for a key/value cache (use_cache=True), which no graph holds: blocks that are given one run stock; in "
+    "training nothing reads it, and without use_cache=True they are served"
+)
 
 
 class Cache:
@@ -61,6 +65,8 @@ class Cache:
 
     def declined(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return `kwargs` with the cache declined, unless the caller asked for one or the result hangs on it."""
+        if self._model.training and self._is_taken and kwargs.get("use_cache") is True:
+            self._ledger.note(ASKED)
         if (
             not self._is_taken
             or self._is_told(kwargs)

@@ -133,11 +133,12 @@ class ModelCall:
             kept = self._cache.find_obstacle(kwargs, is_gathered=bool(gatherings))
             kwargs = self._cache.declined(kwargs) if kept is None else kwargs
             reason = kept or self.find_obstacle(args, kwargs)
+            around = self._cache.switched_off if kept is None else self._cache.watched
             if reason is None and not self._lock.acquire(blocking=False):
-                reason = "another thread runs the model"
+                reason, around = "another thread runs the model", contextlib.nullcontext
             if reason is not None:
                 self.ledger.count_fallback(MODEL_REGION, reason)
-                with contextlib.nullcontext() if kept is None else self._cache.watched(kwargs):
+                with around(kwargs):
                     return self._run_stock(gatherings, args, kwargs, is_cache_kept=kept is not None)
             self._owner = threading.get_ident()
             self.note_begin()

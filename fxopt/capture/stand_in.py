@@ -113,7 +113,8 @@ class StandIns:
             }
             FourBitLayers(block).restore_in(block, state)
             args, kwargs = cast_inputs(block, args, kwargs)
-            out, failure = None, None
+            out: Any = None
+            failure: Exception | None = None
             try:
                 with (
                     torch_stand_ins.real_tensors_allowed(mode),

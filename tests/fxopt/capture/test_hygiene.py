@@ -255,6 +255,7 @@ def test_a_cache_object_in_training_runs_stock_and_is_counted(build, install):
     out = model(input_ids=ids, labels=ids, use_cache=True)
     assert out.past_key_values is not None
     assert any("DynamicCache" in reason for _, reason in installation.ledger.fallbacks)
+    assert any("use_cache=True" in note for note in installation.ledger.notes)
 
 
 class Decoder(nn.Module):
@@ -492,3 +493,21 @@ def test_what_stands_in_torchs_place_is_what_stands_there_now(install, monkeypat
     monkeypatch.setattr(F, "linear", noting(later))
     model(torch.randn(4, 6)).backward()
     assert 6 in later
+
+
+def test_blocks_are_served_without_a_cache_in_every_call_of_a_model_that_looks_at_values(twins):
+    """Its tail is not captured, and its forward does not name the argument that declines the cache."""
+
+    class Looking(Wrapper):
+        def forward(self, input_ids, **batch):
+            loss = super().forward(input_ids, **batch)
+            return loss * 2 if loss.item() > 1e9 else loss
+
+    model, _ = twins()
+    looking = fxopt.optimize(Looking(model, opens=False).train())
+    ids = torch.randint(1, 256, (2, 12))
+    for _ in range(2):
+        looking(ids, labels=ids).backward()
+    report = fxopt.explain(looking)
+    assert [fallback.region for fallback in report.fallbacks] == [MODEL_REGION]
+    assert model.config.use_cache
