@@ -11,7 +11,7 @@ from fxopt.capture.installation import check_model, check_uncompiled, find_insta
 from fxopt.errors import FxoptError
 from fxopt.options import Options
 from fxopt.pipeline import ALL, make_transform
-from fxopt.probing import report_on_small_inputs
+from fxopt.probing import name_inputs, report_on_small_inputs
 from fxopt.report.figures import render_code
 from fxopt.report.records import Report
 from fxopt.reporting import build_report
@@ -25,7 +25,8 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     On a model that has run optimized, this is what was done. Of a stock one, a copy of an optimized one too, the first
     line and a note say that it is. Where nothing was done yet, fxopt runs one forward pass in
     training mode on small inputs of its own (`input_ids` and `labels` of 2 x 16 tokens) or on
-    `example_inputs`, keyword arguments of the model's forward. Works on the meta device.
+    `example_inputs`, keyword arguments of the model's forward, and a note says so; the report then counts no
+    fallbacks. Works on the meta device.
 
     Raises:
         FxoptError: not a module, or no inputs could be made for it.
@@ -43,9 +44,13 @@ def explain(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> R
     check_uncompiled(model)
     options = installation.options if installation is not None else Options(patterns=tuple(ALL))
     report = report_on_small_inputs(model, options, make_transform(options), example_inputs)
+    seen = f"read from one call on {name_inputs(example_inputs)}"
     if installation is not None:
-        return report
-    return dataclasses.replace(report, stock=True, notes=(STOCK, *report.notes))
+        calls = (
+            "not from training calls" if installation.ledger.has_run else "for there was no training call yet"
+        )
+        return dataclasses.replace(report, notes=(f"{seen}, {calls}", *report.notes))
+    return dataclasses.replace(report, stock=True, notes=(f"{STOCK}, {seen}", *report.notes))
 
 
 def trace(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> str:

@@ -32,7 +32,7 @@ from fxopt.remat.host import parse_host_memory
 from fxopt.report.plan import Plan
 from fxopt.report.records import Report
 from fxopt.report.units import format_bytes
-from fxopt.reporting import build_report
+from fxopt.reporting import build_probe_report
 from fxopt.surveying import options_for_plan, survey_model, surveyed
 
 log = logging.getLogger("fxopt")
@@ -94,7 +94,7 @@ def report_offline(setting: Setting) -> Report:
     try:
         with surveyed(model, options, _inputs_of(setting, model), device) as (survey, probe):
             plan = finish_plan(survey, probe.ledger)
-            report = build_report(probe)
+            report = build_probe_report(probe)
             return dataclasses.replace(report, plans=(plan,), notes=(*report.notes, *_misfit(plan, device)))
     except FxoptError as error:
         if setting.budget != "auto":

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxopt.capture.installation import Installation, Transform, slots_emptied
 from fxopt.capture.lowering import run_uncompiled
-from fxopt.capture.small_inputs import run_on_small_inputs
+from fxopt.capture.small_inputs import TOKENS, run_on_small_inputs
 from fxopt.capture.torch_lowering import trace_joint
 from fxopt.installing import new_installation
 from fxopt.options import Options
@@ -19,7 +19,7 @@ from fxopt.planning import check_inputs, make_survey
 from fxopt.remat.devices import Device
 from fxopt.remat.survey import Survey
 from fxopt.report.records import Report
-from fxopt.reporting import build_report
+from fxopt.reporting import build_probe_report
 
 
 def report_on_small_inputs(
@@ -29,7 +29,14 @@ def report_on_small_inputs(
     with slots_emptied(model):
         probe = new_installation(model, options, transform, run_uncompiled)
         with _run(probe, model, example_inputs):
-            return build_report(probe)
+            return build_probe_report(probe)
+
+
+def name_inputs(example_inputs: dict[str, Any] | None) -> str:
+    """Return what a look at a model was a call on."""
+    batch, length = TOKENS
+    own = f"small inputs of fxopt's own ({batch} x {length} tokens)"
+    return own if example_inputs is None else "the inputs given"
 
 
 @contextlib.contextmanager

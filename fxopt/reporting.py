@@ -67,6 +67,19 @@ def build_report(installation: Installation) -> Report:
     )
 
 
+def build_probe_report(probe: Installation) -> Report:
+    """Return the report of a look: what ran stock in it is no fallback of the user's calls, but a note."""
+    report = build_report(probe)
+    told = {region.reason for region in report.regions}
+    notes = tuple(
+        f"calls like the one looked at run the stock path in "
+        f"{'the model' if fallback.region == MODEL_REGION else fallback.region}: {fallback.reason}"
+        for fallback in report.fallbacks
+        if fallback.reason not in told
+    )
+    return dataclasses.replace(report, fallbacks=(), notes=(*notes, *report.notes))
+
+
 def _notes_on_slots(installation: Installation) -> tuple[str, ...]:
     """Return a line for each region that somebody else compiled after fxopt was installed."""
     return tuple(

@@ -246,6 +246,48 @@ def test_explain_before_the_first_step_runs_small_inputs_and_costs_no_later_capt
     assert (before.lowering, after.lowering) == ("auto", "plain"), "what was asked for, then what ran"
 
 
+class Dropping(nn.Module):
+    """Drops before its blocks what it reads after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, x):
+        early = nn.functional.dropout(x, 0.5, self.training)
+        for unit in self.units:
+            x = unit(early)
+        return x.square().mean() + early.sum()
+
+
+def test_what_explain_reads_from_a_call_of_its_own_is_noted_and_counts_no_fallback():
+    given = {"x": torch.randn(4, 8)}
+    model = Dropping()
+    on_given = "read from one call on the inputs given"
+    stock = fxopt.explain(model, given)
+    fxopt.optimize(model)
+    before = fxopt.explain(model, given)
+    for report in (stock, before):
+        assert report.fallbacks == ()
+        assert "it reads dropout" in report.regions[-1].reason
+    assert stock.notes[0].endswith(f", {on_given}")
+    assert before.notes[0] == f"{on_given}, for there was no training call yet"
+    model(**given).backward()
+    assert len(fxopt.explain(model).fallbacks) == 1
+    assert not any("read from one call" in note for note in fxopt.explain(model).notes)
+    assert fxopt.explain(model, given).notes[0] == f"{on_given}, not from training calls"
+    own = fxopt.explain(fxopt.optimize(llama())).notes[0]
+    assert own.startswith("read from one call on small inputs of fxopt's own (2 x 16 tokens), ")
+
+
+def test_what_ran_stock_in_a_look_is_noted_where_no_region_tells_it():
+    model = llama()
+    given = {"input_ids": IDS, "labels": IDS, "use_cache": True}
+    report = fxopt.explain(model, given)
+    assert report.fallbacks == ()
+    assert any("path in model.layers: past_key_values is a DynamicCache" in note for note in report.notes)
+
+
 def test_a_model_that_takes_no_input_ids_asks_for_inputs():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(fxopt.FxoptError, match="takes no input_ids, so fxopt cannot make inputs for it"):
@@ -657,17 +699,6 @@ def test_partial_tells_all_pieces_of_a_block_and_where_and_why_it_breaks():
 
 
 def test_what_keeps_the_head_stock_is_told_by_the_models_own_line():
-    class Dropping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.units = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
-
-        def forward(self, x):
-            early = nn.functional.dropout(x, 0.5, self.training)
-            for unit in self.units:
-                x = unit(early)
-            return x.square().mean() + early.sum()
-
     model = fxopt.optimize(Dropping())
     model(torch.randn(4, 8)).backward()
     (fallback,) = fxopt.explain(model).fallbacks
