@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
+COMPILED_AROUND = "torch.compile holds the model from outside: fxopt.optimize takes its place, and training calls run without it"
+
 
 class Slot:
     """The callable in the slot, and the way back to its installation."""
@@ -38,7 +40,34 @@ class Slot:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, or what only shares its attributes."""
+        if torch.compiler.is_dynamo_compiling() and not torch_dynamo.is_recorded():
+            if torch.is_grad_enabled():
+                return self._call_untraced(args, kwargs)
+            return torch_modules.stock_call(self._find_called(), *args, **kwargs)
         caller = find_caller(sys._getframe(1))
+        return self._call_for(caller, args, kwargs)
+
+    @torch_dynamo.untraced
+    def _call_untraced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call it while somebody else's Dynamo traces the call: nothing of fxopt is for that to see."""
+        self.installation.ledger.note(COMPILED_AROUND)
+        return self._call_for(self._find_caller_above(), args, kwargs)
+
+    @torch_dynamo.untraced
+    def _find_called(self) -> nn.Module:
+        return self._find_caller_above() or self.installation.model
+
+    def _find_caller_above(self) -> nn.Module | None:
+        """Return the module of the innermost call that came through this slot, or None."""
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = find_caller(frame)
+            if caller is not None and caller.__dict__.get(torch_modules.SLOT) is self:
+                return caller
+            frame = frame.f_back
+        return None
+
+    def _call_for(self, caller: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if caller is not None and caller is not self.installation.model:
             return torch_modules.stock_call(caller, *args, **kwargs)
         if torch_dynamo.is_recorded():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from fxopt.capture.slot import RECORDED
+from fxopt.capture.slot import COMPILED_AROUND, RECORDED
 
 IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -47,3 +49,54 @@ def test_a_trace_records_the_stock_model(install, assert_same_step):
     traced = torch.jit.trace(model, (x,))
     assert torch.equal(traced(x), model(x))
     assert RECORDED in installation.ledger.notes
+
+
+def test_a_model_compiled_from_outside_is_served_and_none_of_fxopts_frames_is_traced(
+    twins, install, assert_same_step
+):
+    model, stock = twins()
+    installation = install(model)
+    compiled = torch.compile(model, backend="eager")
+    torch._dynamo.utils.counters["graph_break"].clear()
+    torch._dynamo.utils.warn_once_cache.clear()
+    assert_same_step(
+        model, stock, lambda each: (compiled if each is model else each)(input_ids=IDS, labels=IDS).loss
+    )
+    breaks = list(torch._dynamo.utils.counters["graph_break"])
+    assert len(breaks) == 1
+    assert "torch.compiler.disable" in breaks[0]
+    assert not torch._dynamo.utils.warn_once_cache
+    assert next(iter(installation.ledger.notes)) == COMPILED_AROUND
+    assert not installation.ledger.fallbacks
+    assert len(installation.ledger.captures) == 2
+
+
+def test_without_gradients_a_model_compiled_from_outside_is_the_outsiders(twins, install):
+    model, stock = (each.eval() for each in twins())
+    installation = install(model)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def remember(gm: torch.fx.GraphModule, _: object):
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        logits = torch.compile(model, backend=remember)(input_ids=IDS).logits
+        assert torch.equal(logits, stock(input_ids=IDS).logits)
+    assert graphs
+    assert not installation.ledger.captures
+
+
+def test_a_shallow_copy_compiled_from_outside_runs_its_own_parameters(install):
+    model = nn.Sequential(*(Residual() for _ in range(3)))
+    install(model)
+    twin = copy.copy(model)
+    twin._modules = {name: copy.deepcopy(child) for name, child in model._modules.items()}
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    x = torch.randn(4, 8)
+    compiled = torch.compile(twin, backend="eager")
+    assert torch.equal(compiled(x), x)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), x)
