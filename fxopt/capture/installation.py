@@ -34,6 +34,7 @@ from fxopt.capture.planning import Mark, Planner, note_held, with_mark
 from fxopt.capture.reasons import reason_of_break
 from fxopt.capture.recorders import collect_outputs
 from fxopt.capture.regions import Regions, find_regions
+from fxopt.capture.scores import find_outside_loss
 from fxopt.capture.segments import compile_model_graph, find_segments
 from fxopt.capture.sharing import share_mappings
 from fxopt.capture.shortage import Shortage
@@ -254,6 +255,9 @@ class Installation:
         assert self.model_call is not None
         tail = cut_tail(gm, is_leaf)
         check_spread([example_inputs[index] for index in tail.placeholders])
+        outside = find_outside_loss(tail.graph, self.model) if self.model.training else ""
+        if outside:
+            self.ledger.note(outside)
         progress = self.ledger.progress
         progress.show(AFTER_BLOCKS, "rewriting and proving")
         outcome = self._transform(tail.graph, region=MODEL_REGION, lazy_outputs=self.model.training)

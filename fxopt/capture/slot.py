@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 RECORDED = "torch.export and torch.jit.trace were given the stock model: what they record is not rewritten"
 
-COMPILED_AROUND = "torch.compile holds the model from outside: fxopt.optimize takes its place, and training calls run without it"
+COMPILED_AROUND = (
+    "torch.compile holds the model from outside, which is not needed: fxopt.optimize compiles it, and training calls "
+    "run without the other"
+)
 
 
 class Slot:
