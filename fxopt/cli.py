@@ -32,7 +32,9 @@ app = typer.Typer(
 Source = Annotated[
     str | None, typer.Argument(help="A folder with a config.json, or a name on the Hugging Face hub.")
 ]
-Arch = Annotated[str | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")]
+Archs = Annotated[
+    list[str] | None, typer.Option(metavar="MODEL_TYPE", help="A model type with its default config.")
+]
 Budget = Annotated[
     str, typer.Option(help='Bytes, a size like "12GiB", a share of the device, min, auto or none.')
 ]
@@ -108,7 +110,7 @@ def demo(
 @app.command()
 def report(
     source: Source = None,
-    arch: Arch = None,
+    arch: Archs = None,
     fields: Fields = None,
     budget: Budget = "auto",
     batch: Batch = 1,
@@ -120,12 +122,14 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write one HTML file instead of printing.")] = None,
 ) -> None:
     """Print what fxopt would do to a model and plan for it, from its config alone: no weights are loaded."""
-    _check_source("report", source, arch)
+    model_type = _check_source("report", source, arch or ())
     if html is not None:
         _check_writable(html)
     from fxopt.offline import Setting, report_offline
 
-    setting = Setting(source, arch, budget, batch, seq, lora, device, four_bit, fields=tuple(fields or ()))
+    setting = Setting(
+        source, model_type, budget, batch, seq, lora, device, four_bit, fields=tuple(fields or ())
+    )
     found = report_offline(setting)
     if html is not None:
         _write(html, found.save_html)
@@ -139,14 +143,14 @@ def report(
 @app.command()
 def trace(
     source: Source = None,
-    arch: Arch = None,
+    arch: Archs = None,
     fields: Fields = None,
 ) -> None:
     """Print the canonical graph of each distinct block, as patterns see it, as Python that runs."""
-    _check_source("trace", source, arch)
+    model_type = _check_source("trace", source, arch or ())
     from fxopt.offline import trace_offline
 
-    print(trace_offline(source, arch, fields or ()), end="")
+    print(trace_offline(source, model_type, fields or ()), end="")
 
 
 @app.command()
@@ -222,7 +226,7 @@ def new_pattern(
 @app.command()
 def plan(
     source: Source = None,
-    arch: Arch = None,
+    arch: Archs = None,
     fields: Fields = None,
     budget: Budget = "auto",
     batch: Batch = 1,
@@ -240,11 +244,11 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Plan what a model's blocks save for backward and compute again, from its config alone."""
-    _check_source("plan", source, arch)
+    model_type = _check_source("plan", source, arch or ())
     from fxopt.offline import Setting, plan_offline, render_curve
 
     chosen = tuple(fields or ())
-    setting = Setting(source, arch, budget, batch, seq, lora, device, four_bit, host_memory, chosen)
+    setting = Setting(source, model_type, budget, batch, seq, lora, device, four_bit, host_memory, chosen)
     found, curve = plan_offline(setting, out)
     if json:
         print(found.to_json())
@@ -285,13 +289,19 @@ def coverage(
         raise typer.Exit(1)
 
 
-def _check_source(command: str, source: str | None, arch: str | None) -> None:
-    if (source is None) == (arch is None):
-        got = "neither" if arch is None else f"both, {source!r} and --arch {arch}"
+def _check_source(command: str, source: str | None, archs: Sequence[str]) -> str | None:
+    """Return the model type that is asked for, None where a source is.
+
+    Raises:
+        FxoptError: not exactly one model is named.
+    """
+    named = [*([] if source is None else [repr(source)]), *(f"--arch {arch}" for arch in archs)]
+    if len(named) != 1:
         raise FxoptError(
-            f"{command}: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, got {got}\n"
-            f"try fxopt {command} --arch llama"
+            f"{command}: which model is not clear, expected a path or hub name, or --arch MODEL_TYPE, "
+            f"got {' and '.join(named) or 'neither'}\ntry fxopt {command} --arch {archs[0] if archs else 'llama'}"
         )
+    return archs[0] if archs else None
 
 
 def _check_writable(path: Path) -> None:

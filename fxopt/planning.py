@@ -178,6 +178,7 @@ def facts_of(
         uncounted=sharded.uncounted,
         measured=ROOFLINES if named is not None else find_measured(place, _spare_of(options, static, device)),
         replayed=_is_replayed(options, lowering, place, named),
+        is_assumed=named is not None,
     )
 
 

@@ -89,7 +89,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("diff", "/no/a.json", "/no/b.json"), "/no/a.json: cannot be read: .*\ngive a file"),
         (("bisect", "/no/script.py"), "/no/script.py: no such Python file\ngive"),
         (("report",), "expected a path or hub name, or --arch MODEL_TYPE, got neither\ntry"),
-        (("report", "x", "--arch", "llama"), "got both, 'x' and --arch llama\ntry"),
+        (("report", "x", "--arch", "llama"), "got 'x' and --arch llama\ntry"),
+        (
+            ("report", "--arch", "qwen2", "--arch", "llama"),
+            "got --arch qwen2 and --arch llama\ntry fxopt report --arch qwen2",
+        ),
         (("report", "--arch", "t5"), "t5: transformers has no causal language model .*, expected .*\nchoose"),
         (("report", "/no/such/model"), "/no/such/model: no such folder or file"),
         (("report", "nobody/nothing"), "nobody/nothing: no model config found under this hub name"),

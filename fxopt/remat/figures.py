@@ -29,7 +29,7 @@ class Facts:
     `free_bytes` is how much may be allocated in all, None where nobody limits it; `host_bytes` how much may wait on the
     host, where that `host_is_asked` for by somebody or not; `spread` what an engine adds that shards the parameters,
     `uncounted` why that is not known; `measured` knows what ops take on the device; whether blocks are `replayed` as
-    CUDA graphs.
+    CUDA graphs, and whether the device `is_assumed`: not the one that the model is on.
     """
 
     model: str
@@ -48,6 +48,7 @@ class Facts:
     measured: Measured = ROOFLINES
     uncounted: str = ""
     replayed: bool = False
+    is_assumed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _limit_asked_for(
         if facts.free_bytes is None or facts.free_bytes >= smallest:
             return facts.free_bytes, ""
         free, needed = map(format_bytes, (facts.free_bytes, smallest))
-        return smallest, f"memory_budget='auto': {free} are free, the smallest step needs {needed}"
+        place = f"on an assumed {device.name} " if facts.is_assumed else ""
+        return smallest, f"memory_budget='auto': {place}{free} are free, the smallest step needs {needed}"
     assert not isinstance(budget, str)
     limit = int(budget * device.memory_bytes) if isinstance(budget, float) else budget
     if limit > device.memory_bytes and device.bounded:

@@ -139,7 +139,8 @@ def test_what_an_automatic_budget_lacks_is_said_once(caplog):
     small = dataclasses.replace(DEVICES[0], memory_bytes=1000)
     with caplog.at_level(logging.WARNING, logger="fxopt"):
         plan = finish_plan(*survey_model(Stack(), options_for_plan("auto"), INPUTS, small))
-    said = f"970 B are free, the smallest step needs {format_bytes(plan.smallest_bytes)}"
+    needed = format_bytes(plan.smallest_bytes)
+    said = f"memory_budget='auto': on an assumed H100 970 B are free, the smallest step needs {needed}"
     assert [said in record.message for record in caplog.records] == [True]
 
 
