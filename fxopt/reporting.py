@@ -182,6 +182,9 @@ def _region(
         breaks = (ledger.broken[region],)
     there = [path for path in paths if path not in lost or not installation.is_taken_out(path)]
     unseen = [path for path in there if path in lost or path not in ledger.served]
+    if there and not refused and not any(path in ledger.served for path in there):
+        counted = {reason: count for (where, reason), count in ledger.fallbacks.items() if where == region}
+        refused = max(counted, key=counted.__getitem__, default="")
     return RegionRecord(
         kind=kind,
         module="" if kind == "model" else paths[0],

@@ -252,7 +252,7 @@ class BlockCalls:
         if torch_modules.has_global_hooks():
             return "hooks for all modules are registered"
         if hooks.live is not None:
-            hooked = f"a hook sits on the {type(hooks.live).__name__} inside"
+            hooked = f"a hook sits on the {type(hooks.live).__name__} inside: calls of this block run stock"
             return say_kept(hooks.live) or with_place(hooked, place_of_hook(block, hooks.live))
         return find_opaque(args, kwargs)
 

@@ -89,7 +89,10 @@ def place_of_hook(root: nn.Module, module: nn.Module) -> str:
 
 def hooked_inside(block: nn.Module, module: nn.Module) -> str:
     """Return why a model with a hook on `module`, a block or inside one, runs to its end as in stock."""
-    reason = f"a hook sits on a {type(module).__name__} of a block and may keep what the forward reads"
+    reason = (
+        f"a hook sits on a {type(module).__name__} of a block and may keep what the forward reads: the "
+        "calls run stock around the compiled blocks"
+    )
     return with_place(reason, place_of_hook(block, module))
 
 

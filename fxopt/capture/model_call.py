@@ -404,7 +404,10 @@ class ModelCall:
             living = [module for find_module in modules if (module := find_module()) is not None]
             for module in this._show_hooks():
                 if module not in before:
-                    reason = f"a hook sits on the {type(module).__name__}, which does not run before the blocks only"
+                    reason = (
+                        f"a hook sits on the {type(module).__name__}, which does not run before the blocks only: "
+                        "the calls run stock around the compiled blocks"
+                    )
                     raise TailMismatch(with_place(reason, place_of_hook(this.model, module)))
             this.ledger.hooked = ""
             if on_meta:

@@ -187,7 +187,8 @@ class GraphRecord:
 class RegionRecord:
     """One thing fxopt compiles: `kind` "block" or "model", `module` the first path, `count` its copies.
 
-    `status` is "captured", "stock" (with `reason`), or "pending" before the first step. `breaks` says for each
+    `status` is "captured", "stock" (with `reason`: where it may be captured, why no call was served so far), or
+    "pending" before the first step. `breaks` says for each
     place where its graph breaks into pieces why and where, `guards` under which conditions its captures hold. Of
     its copies `unseen` were served by no capture, or replaced since: what sites they have is not known.
     """

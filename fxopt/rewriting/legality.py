@@ -81,9 +81,11 @@ def judge(
         if node in outputs or not outside:
             continue
         policy = bindings.nodes[node]
-        reader = f"{describe_node(node)} is also read by {describe_node(outside[0])}"
+        read_by = find_reader(outside)
+        told = "returned" if read_by.op == "output" else f"read by {describe_node(read_by)}"
+        reader = f"{describe_node(node)} is also {told}"
         if policy is None or policy.policy == "refuse":
-            return Mismatch(pattern.name, reader, (node, outside[0]), progress, True, True)
+            return Mismatch(pattern.name, reader, (node, read_by), progress, True, True)
         if policy.policy == "export":
             exports[policy.name] = node
         elif policy.cheap or (lazy_outputs and feeds_output_only(outside)):
@@ -91,7 +93,7 @@ def judge(
         else:
             needed = "only the graph's output" if lazy_outputs else "no reader outside (nothing is lazy here)"
             return Mismatch(
-                pattern.name, f"{reader}, expected {needed}", (node, outside[0]), progress, True, True
+                pattern.name, f"{reader}, expected {needed}", (node, read_by), progress, True, True
             )
     for node in reversed(nodes):
         if any(user in kept for user in node.users):
@@ -165,6 +167,23 @@ def feeds_output_only(readers: Iterable[fx.Node]) -> bool:
         queue.extend(user for user in node.users if user not in seen)
         seen.update(dict.fromkeys(node.users))
     return True
+
+
+def find_reader(readers: Iterable[fx.Node]) -> fx.Node:
+    """Return the first of `readers` that is no layout or cast, or that follows one; the graph's output comes last."""
+    seen: dict[fx.Node, None] = dict.fromkeys(readers)
+    queue = list(seen)
+    found = queue[0]
+    while queue:
+        node = queue.pop(0)
+        if node.op == "output":
+            found = node
+            continue
+        if node.target not in LAYOUT:
+            return node
+        queue.extend(user for user in node.users if user not in seen)
+        seen.update(dict.fromkeys(node.users))
+    return found
 
 
 def describe_node(node: fx.Node) -> str:

@@ -15,7 +15,10 @@ def test_an_order_that_differs_is_refused_on_all_ranks_before_a_gradient_is_hand
         assert text.startswith(
             "gradients: ranks differ in how model.layers.1 runs, expected the same on every rank, since DeepSpeed "
         )
-        assert "got captured on rank 0 and stock (a hook sits on the LlamaMLP inside; at mlp (" in text
+        assert (
+            "got captured on rank 0 and stock (a hook sits on the LlamaMLP inside: calls of this block run "
+            "stock; at mlp (" in text
+        )
         assert ")) on rank 1" in text
         assert CURE in text
 
@@ -29,7 +32,9 @@ def test_a_block_that_runs_stock_on_all_ranks_is_in_one_order(two):
         (count,) = (
             count
             for told, count in answer["fallbacks"].items()
-            if told.startswith("model.layers: a hook sits on the LlamaMLP inside; at mlp (")
+            if told.startswith(
+                "model.layers: a hook sits on the LlamaMLP inside: calls of this block run stock; at mlp ("
+            )
         )
         assert count == 1
 

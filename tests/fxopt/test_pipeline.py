@@ -282,10 +282,15 @@ def test_what_explain_reads_from_a_call_of_its_own_is_noted_and_counts_no_fallba
 
 def test_what_ran_stock_in_a_look_is_noted_where_no_region_tells_it():
     model = llama()
-    given = {"input_ids": IDS, "labels": IDS, "use_cache": True}
+    given = {"input_ids": IDS, "labels": IDS}
+    report = fxopt.explain(model, {**given, "use_cache": True})
+    assert report.fallbacks == ()
+    assert report.regions[0].reason.startswith("past_key_values is a DynamicCache")
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     report = fxopt.explain(model, given)
     assert report.fallbacks == ()
-    assert any("path in model.layers: past_key_values is a DynamicCache" in note for note in report.notes)
+    assert report.regions[0].reason == ""
+    assert any("path in model.layers: a hook sits on the LlamaMLP" in note for note in report.notes)
 
 
 def test_a_model_that_takes_no_input_ids_asks_for_inputs():

@@ -154,7 +154,7 @@ def test_attentions_leave_attention_as_it_is_and_the_report_says_why(tools) -> N
     assert report.fallbacks == ()
     left = {site.pattern: site.reason for site in report.sites if site.status != "rewritten"}
     assert set(left) == {"attention"}
-    assert "is also read by" in left["attention"]
+    assert left["attention"].startswith("attention: softmax is also returned")
 
 
 class Picker(nn.Module):

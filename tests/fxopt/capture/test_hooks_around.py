@@ -177,7 +177,10 @@ def test_a_hook_on_the_head_added_later_is_obeyed_and_counted(
         handle = each.get_output_embeddings().register_forward_hook(lambda module, args, output: output * 2)
     assert_same_step(model, stock)
     (reason,) = reasons_of(installation)
-    assert reason.startswith("a hook sits on the Linear, which does not run before the blocks only; at ")
+    assert reason.startswith(
+        "a hook sits on the Linear, which does not run before the blocks only: "
+        "the calls run stock around the compiled blocks; at "
+    )
     handle.remove()
 
 
@@ -194,5 +197,8 @@ def test_a_hook_on_a_module_that_computes_nothing_is_obeyed(install, place, earl
         each.get_submodule(place).register_forward_hook(lambda module, args, output: output + 1)
     assert torch.equal(model(ids), stock(ids))
     (reason,) = reasons_of(installation)
-    told = "a hook sits on the Identity, which does not run before the blocks only; at "
+    told = (
+        "a hook sits on the Identity, which does not run before the blocks only: "
+        "the calls run stock around the compiled blocks; at "
+    )
     assert reason.startswith(f"{told}{place} (test_hooks_around.py:")

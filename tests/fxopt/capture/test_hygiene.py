@@ -116,7 +116,9 @@ def test_a_hook_added_inside_after_capture_fires_and_is_counted(twins, install, 
     assert seen == ["forward"]
     reasons = {reason for region, reason in installation.ledger.fallbacks}
     assert any(
-        reason.startswith("a hook sits on the Linear inside; at mlp.gate_proj (test_hygiene.py:")
+        reason.startswith(
+            "a hook sits on the Linear inside: calls of this block run stock; at mlp.gate_proj (test_hygiene.py:"
+        )
         for reason in reasons
     )
     handle.remove()

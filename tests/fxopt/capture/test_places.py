@@ -91,9 +91,29 @@ def test_a_hook_is_told_with_its_module_and_its_own_line() -> None:
     step(model)
     place = f"inner.0 (test_places.py:{hook.__code__.co_firstlineno})"
     assert reasons_of(model) == {
-        "layers": f"a hook sits on the Linear inside; at {place}",
-        "(model)": f"a hook sits on a Linear of a block and may keep what the forward reads; at {place}",
+        "layers": f"a hook sits on the Linear inside: calls of this block run stock; at {place}",
+        "(model)": "a hook sits on a Linear of a block and may keep what the forward reads: "
+        f"the calls run stock around the compiled blocks; at {place}",
     }
+
+
+def test_a_region_whose_calls_all_ran_stock_is_listed_as_stock_with_the_reason_until_one_is_served() -> None:
+    model = fxopt.optimize(Tower())
+    handle = model.layers[1].inner[0].register_forward_hook(lambda *_: None)
+    step(model)
+    blocks, tail = fxopt.explain(model).regions
+    assert (blocks.status, blocks.reason) == ("captured", "")
+    assert (tail.status, tail.reason) == ("stock", reasons_of(model)["(model)"])
+    handle.remove()
+    step(model)
+    assert [(region.status, region.reason) for region in fxopt.explain(model).regions] == [
+        ("captured", "")
+    ] * 2
+    model = fxopt.optimize(Tower())
+    model.box = Box()
+    step(model)
+    blocks = fxopt.explain(model).regions[0]
+    assert (blocks.status, blocks.reason) == ("stock", reasons_of(model)["layers"])
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,9 @@ def test_a_users_hook_is_told_from_the_engines(engine):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
     fallbacks = find_installation(model).ledger.fallbacks
     assert {reason.partition("; at ")[0] for _, reason in fallbacks} == {
-        "a hook sits on the LlamaMLP inside",
-        "a hook sits on a LlamaMLP of a block and may keep what the forward reads",
+        "a hook sits on the LlamaMLP inside: calls of this block run stock",
+        "a hook sits on a LlamaMLP of a block and may keep what the forward reads: "
+        "the calls run stock around the compiled blocks",
     }
 
 

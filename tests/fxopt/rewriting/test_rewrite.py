@@ -96,6 +96,17 @@ def test_an_intermediate_read_elsewhere_refuses_the_match(builder: Any) -> None:
     assert [node.name for node in miss.nodes] == ["rsqrt", "exp"]
 
 
+@pytest.mark.parametrize(("target", "told"), [(torch.exp, "read by exp"), (None, "returned")])
+def test_a_reader_is_found_behind_casts_and_views(builder: Any, target: Any, told: str) -> None:
+    x, w = builder.input("x", 2, 8), builder.input("w", 8)
+    y = builder.norm(x, w)
+    root = next(node for node in builder.graph.nodes if node.target is torch.rsqrt)
+    moved = builder.call(vocabulary.reshape, builder.call(vocabulary.contiguous, root), (2, 1, 1))
+    gm = builder.finish(y, moved if target is None else builder.call(target, moved))
+    assert apply(gm, NORM).rewrites == []
+    assert find_nearest_miss(gm, NORM, "rsqrt").reason == f"rsqrt is also {told}"
+
+
 KEPT = Pattern("kept", lambda: tanh(keep(exp(tensor("x")))), replace=lambda m: call(torch.sin, m["x"]))
 CHEAP = Pattern(
     "cheap", lambda: tanh(keep(exp(tensor("x")), cheap=True)), replace=lambda m: call(torch.sin, m["x"])
