@@ -144,6 +144,12 @@ def facts_of(
     own = [parameter for parameter in model.parameters() if id(parameter) not in sharded.tensors]
     place = find_device(model)
     device = named or device_of(place)
+    find_model = weakref.ref(model)
+
+    def owned() -> list[torch.Tensor]:
+        living = find_model()
+        return [] if living is None else tensors_of(living)
+
     trained = sum(_num_bytes(parameter) for parameter in own if parameter.requires_grad)
     held = held_bytes(model, but=sharded.tensors) + sharded.held_bytes
     static = held + OPTIMIZER_STATES * (trained + sharded.trained_bytes) + find_bucket_bytes(own)
@@ -176,7 +182,9 @@ def facts_of(
         host_is_asked=options.max_host_memory is not None or options.plan is not None,
         spread=sharded.spread,
         uncounted=sharded.uncounted,
-        measured=ROOFLINES if named is not None else find_measured(place, _spare_of(options, static, device)),
+        measured=ROOFLINES
+        if named is not None
+        else find_measured(place, _spare_of(options, static, device), owned),
         replayed=_is_replayed(options, lowering, place, named),
         is_assumed=named is not None,
     )

@@ -48,17 +48,23 @@ LOADS = 3
 """How often the load grows before an op is given up that the host launches too slowly."""
 
 
-def find_measured(place: torch.device, spare: int | None = None) -> Measured:
+Tensors = Callable[[], Sequence[torch.Tensor]]
+"""Gives the tensors of a model."""
+
+
+def find_measured(place: torch.device, spare: int | None = None, owned: Tensors = tuple) -> Measured:
     """Return what is known, or can be timed, of ops on `place`; ranks of one group time nothing, lest plans differ.
 
-    `spare` is what a step may hold beside what lives all the time, None where nothing limits it.
+    `spare` is what a step may hold beside what lives all the time, None where nothing limits it; `owned` gives the
+    model's own tensors.
     """
     if place.type != "cuda":
         return ROOFLINES
     if torch_distributed.num_ranks() > 1:
         return Measured(without=RANKS)
     return Measured(
-        OpTimer(place, spare=spare), cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json"
+        OpTimer(place, spare=spare, owned=owned),
+        cache_folder() / "fxopt" / f"timings-{environment_of(place)}.json",
     )
 
 
@@ -90,10 +96,11 @@ class OpTimer:
         clock: Callable[[torch.device], Clock] | None = None,
         room: Callable[[torch.device, int], int] | None = None,
         spare: int | None = None,
+        owned: Tensors = tuple,
     ) -> None:
         self._place = place if place.type != "cuda" else torch.device("cuda", place.index or 0)
         self._make_clock, self._room = clock or GpuClock, room or find_room
-        self._spare = spare
+        self._spare, self._owned = spare, owned
         self._left_s = LIMIT_S
 
     def __call__(self, trials: Sequence[Trial], in_step: int) -> list[Timing | str]:
@@ -112,15 +119,19 @@ class OpTimer:
             torch.random.fork_rng(places),  # pyright: ignore[reportUnknownMemberType]
         ):
             room = self._room(self._place, in_step) - GpuClock.BYTES
-            fitting = [trial.node for trial in trials if trial.bytes <= room and self._is_there(trial.node)]
-            if not fitting or self._left_s <= 0:
-                return [self._find_obstacle(trial, room) or NO_TIME for trial in trials]
-            self._compile([node for node in fitting if is_ours(node)])
+            stock = Stock(self._owned(), self._place)
+            found = [self._find_obstacle(trial, stock, room) for trial in trials]
+            fitting = [trial for trial, obstacle in zip(trials, found, strict=True) if not obstacle]
+            if not fitting:
+                return [obstacle or NO_TIME for obstacle in found]
+            self._compile([trial for trial in fitting if is_ours(trial.node)], stock)
             clock = self._make_clock(self._place)
-            return [self._find_obstacle(trial, room) or self._time(trial, clock) for trial in trials]
+            return [
+                self._find_obstacle(trial, stock, room) or self._time(trial, stock, clock) for trial in trials
+            ]
 
-    def _find_obstacle(self, trial: Trial, room: int) -> str:
-        if trial.bytes > room:
+    def _find_obstacle(self, trial: Trial, stock: Stock, room: int) -> str:
+        if trial.bytes - stock.spared_by(trial) > room:
             return NO_MEMORY
         if not self._is_there(trial.node):
             return ELSEWHERE
@@ -134,19 +145,20 @@ class OpTimer:
             for value in itertools.chain.from_iterable(sources)
         )
 
-    def _compile(self, nodes: list[fx.Node]) -> None:
-        """Compile side by side what `nodes` will launch."""
+    def _compile(self, trials: list[Trial], stock: Stock) -> None:
+        """Compile side by side what `trials` will launch."""
         with compiled_ahead(self._place) as is_needed:
-            for node in nodes if is_needed else []:
+            for trial in trials if is_needed else []:
                 try:
-                    call_of(node)()
+                    call_of(trial, stock)()
                 except Exception as error:  # the timing meets it again
-                    log.debug("%s was not compiled ahead: %s: %s", node.target, type(error).__name__, error)
+                    name = trial.node.target
+                    log.debug("%s was not compiled ahead: %s: %s", name, type(error).__name__, error)
 
-    def _time(self, trial: Trial, clock: Clock) -> Timing | str:
+    def _time(self, trial: Trial, stock: Stock, clock: Clock) -> Timing | str:
         found: list[Timing | str] = []
         try:
-            call = call_of(trial.node)
+            call = call_of(trial, stock)
 
             def run() -> None:
                 found.append(clock(call))
@@ -180,15 +192,13 @@ class GpuClock:
     itself and 1.70 ms within a step.
     """
 
-    BYTES = 3 * LOAD_ROWS**2 * 2
+    BYTES = 2 * LOAD_ROWS**2 * 2
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
         with torch.cuda.device(place):
-            self._rows = [
-                torch.randn(LOAD_ROWS, LOAD_ROWS, device=place, dtype=torch.bfloat16) for _ in range(2)
-            ]
-            self._out = torch.empty_like(self._rows[0])
+            self._rows = torch.randn(LOAD_ROWS, LOAD_ROWS, device=place, dtype=torch.bfloat16)
+            self._out = torch.empty_like(self._rows)
             self._load(10)
             begin, end = _events()
             begin.record()
@@ -228,7 +238,7 @@ class GpuClock:
 
     def _load(self, times: float) -> None:
         for _ in range(math.ceil(times)):
-            torch.mm(*self._rows, out=self._out)
+            torch.mm(self._rows, self._rows, out=self._out)
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -245,10 +255,49 @@ def find_room(place: torch.device, in_step: int) -> int:
     return min(free, max(torch.cuda.max_memory_allocated(place) - allocated, in_step))
 
 
-def call_of(node: fx.Node) -> Callable[[], Any]:
-    """Return a call of the op of `node` on random values of the forms that it will get."""
-    target: Any = node.target
-    args, kwargs = fx.map_arg(node.args, make_value), fx.map_arg(node.kwargs, make_value)
+class Stock:
+    """The model's own tensors on one device: what an op reads of them need not be made for a timing."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], place: torch.device) -> None:
+        plain = (tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter))
+        there = (tensor.detach() for tensor in plain if tensor.device == place and tensor.is_contiguous())
+        self._tensors = sorted(there, key=torch.Tensor.numel)
+
+    def serve(self, trial: Trial) -> dict[fx.Node, torch.Tensor]:
+        """Return a value for each of the trial's own operands that one of the tensors can be, none of them twice."""
+        left = list(self._tensors)
+        found: dict[fx.Node, torch.Tensor] = {}
+        for node in sorted(trial.own):
+            value = node.meta["val"]
+            if not isinstance(value, torch.Tensor):
+                continue
+            needed = span_of(value)
+            fit = (n for n, each in enumerate(left) if each.dtype == value.dtype and each.numel() >= needed)
+            place = next(fit, None)
+            if place is not None:
+                source = left.pop(place)
+                found[node] = make_seen(
+                    value,
+                    lambda _, sizes, strides, source=source: source.as_strided(
+                        sizes, strides, source.storage_offset()
+                    ),
+                )
+        return found
+
+    def spared_by(self, trial: Trial) -> int:
+        """Return the bytes of the operands that are served."""
+        return sum(span_of(value) * value.element_size() for value in self.serve(trial).values())
+
+
+def call_of(trial: Trial, stock: Stock) -> Callable[[], Any]:
+    """Return a call of the trial's op on values of the forms that it will get: the model's own, the others random."""
+    target: Any = trial.node.target
+    served = stock.serve(trial)
+
+    def value_of(node: fx.Node) -> Any:
+        return served[node] if node in served else make_value(node)
+
+    args, kwargs = fx.map_arg(trial.node.args, value_of), fx.map_arg(trial.node.kwargs, value_of)
     return lambda: target(*args, **kwargs)
 
 

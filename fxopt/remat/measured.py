@@ -41,11 +41,15 @@ RANKS = "ranks that train one model have to plan alike"
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A node to be timed, the bytes of all that it reads, writes and holds, and whether backward runs it."""
+    """A node to be timed, the bytes of all that it reads, writes and holds, and whether backward runs it.
+
+    `own` are those of the nodes that it reads whose values lie in the model's own tensors.
+    """
 
     node: fx.Node
     bytes: int
     in_backward: bool
+    own: frozenset[fx.Node] = frozenset()
 
 
 Timer = Callable[[Sequence[Trial], int], Iterable[Timing | str]]
@@ -81,7 +85,10 @@ class Measured:
             in_step = max(_num_bytes(node, declared, own) for node in graph.nodes)
             backward = find_backward(list(graph.nodes))
             ordered = sorted(missing.items(), key=lambda item: -cost_of(item[1], device, declared))
-            trials = [Trial(node, _num_bytes(node, declared), node in backward) for _, node in ordered]
+            trials = [
+                Trial(node, _num_bytes(node, declared), node in backward, _held_by(node, own))
+                for _, node in ordered
+            ]
             self._note([key for key, _ in ordered], self._timer(trials, in_step))
         found: dict[fx.Node, int] = {}
         for node, key in keys.items():
@@ -173,6 +180,15 @@ def _decides_work(value: torch.Tensor) -> bool:
     if value.is_floating_point() or value.dtype in (torch.bool, torch.uint8, torch.uint64):
         return False
     return value.ndim > 0 and 0 not in value.shape
+
+
+def _held_by(node: fx.Node, storages: Collection[int]) -> frozenset[fx.Node]:
+    """Return which of the nodes that `node` reads lie in `storages`."""
+    return frozenset(
+        source
+        for source in node.all_input_nodes
+        if _tensors(source) and all(storage_of(value) in storages for value in _tensors(source))
+    )
 
 
 def _num_bytes(node: fx.Node, declared: Declarations, without: Collection[int] = ()) -> int:

@@ -127,6 +127,44 @@ def test_what_needs_more_than_there_is_room_for_is_not_run():
     assert len(seen) == 1
 
 
+def test_of_the_models_own_tensors_none_is_made_and_none_serves_twice():
+    graph = fx.Graph()
+    with FakeTensorMode():
+        values = [torch.empty(8, 8) for _ in range(3)]
+        rows, weight, other = (graph.placeholder(name) for name in "xwv")
+        for node, value in zip((rows, weight, other), values, strict=True):
+            node.meta["val"] = value
+        turned = graph.call_function(torch.ops.aten.t.default, (weight,))
+        turned.meta["val"] = values[1].t()
+        product = graph.call_function(torch.ops.aten.addmm.default, (other, rows, turned))
+        product.meta["val"] = torch.empty(8, 8)
+    own = torch.nn.Parameter(torch.full((8, 8), 2.0)), torch.full((9, 8), 3.0)
+    small, double = torch.ones(4), torch.ones(100, dtype=torch.float64)
+    seen = []
+
+    def clock(call):
+        seen.append(call())
+        return Timing(1.0)
+
+    need = 4 * 8 * 8 * 4
+    for tensors, room, expected in (
+        ((*own, small, double), need // 2, Timing(1.0)),
+        (own[:1], need // 2, NO_MEMORY),
+        (own[:1], need * 3 // 4, Timing(1.0)),
+    ):
+        timer = OpTimer(
+            CPU,
+            lambda place: clock,
+            lambda place, n, room=room: room + GpuClock.BYTES,
+            owned=lambda tensors=tensors: tensors,
+        )
+        trial = Trial(product, need, False, frozenset({turned, other}))
+        assert timer([trial], 0) == [expected]
+    assert len(seen) == 2
+    assert (own[0] == 2).all()
+    assert not seen[0].requires_grad
+
+
 @pytest.mark.parametrize(("spare", "most"), [(None, 1000), (0, 500), (700, 700), (5000, 1000)])
 def test_where_memory_is_spared_an_op_of_more_than_half_of_the_steps_is_not_run(spare, most):
     asked = []
@@ -310,7 +348,7 @@ def make_adapted(device, *, width, tokens, four_bit):
 @pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bit):
     timer, seen = fake_timer(ms=1.0, room=10**9)
-    monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare: Measured(timer))
+    monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare, owned: Measured(timer))
     model, inputs = make_adapted("cpu", width=64, tokens=32, four_bit=four_bit)
     plan = fxopt.plan(model, "min", inputs)
     assert plan.rooflines == ()

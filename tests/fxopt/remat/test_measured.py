@@ -217,7 +217,7 @@ def test_a_plan_says_how_much_of_its_time_was_measured(monkeypatch, tmp_path):
     assert stock.rooflines == ()
     assert "0% of the step from ops timed on this device" in str(stock)
     monkeypatch.setattr(
-        "fxopt.planning.find_measured", lambda place, spare: Measured(FakeTimer(), tmp_path / "t.json")
+        "fxopt.planning.find_measured", lambda place, spare, owned: Measured(FakeTimer(), tmp_path / "t.json")
     )
     plan = fxopt.plan(model, None, INPUTS)
     products = 3 * 3 - 1  # the first block's input needs no gradient
@@ -235,7 +235,7 @@ def test_a_plan_says_how_much_of_its_time_was_measured(monkeypatch, tmp_path):
 
 def test_a_plan_names_what_was_not_timed(monkeypatch):
     monkeypatch.setattr(
-        "fxopt.planning.find_measured", lambda place, spare: Measured(FakeTimer("no time is left"))
+        "fxopt.planning.find_measured", lambda place, spare, owned: Measured(FakeTimer("no time is left"))
     )
     plan = fxopt.plan(make_model(), None, INPUTS)
     assert plan.rooflines == ("aten::mm: no time is left",)
@@ -244,7 +244,7 @@ def test_a_plan_names_what_was_not_timed(monkeypatch):
 
 def test_a_named_device_costs_its_roofline(monkeypatch):
     monkeypatch.setattr(
-        "fxopt.planning.find_measured", lambda place, spare: pytest.fail("nothing of it is here")
+        "fxopt.planning.find_measured", lambda place, spare, owned: pytest.fail("nothing of it is here")
     )
     model = make_model()
     assert facts_of(model, ("0", "1", "2"), Options(()), DEVICES[0]).measured is ROOFLINES
