@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings, zero
+from fxopt.capture import torch_dynamo, torch_errors, torch_modes, torch_modules, torch_settings, zero
 from fxopt.capture.checkpointing import Checkpointing, is_checkpointed
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.engines import find_kept, say_kept
@@ -251,6 +251,9 @@ class BlockCalls:
             return "Dynamo is switched off"
         if torch_modules.has_global_hooks():
             return "hooks for all modules are registered"
+        mode = torch_modes.find_mode()
+        if mode is not None:
+            return mode
         if hooks.live is not None:
             hooked = f"a hook sits on the {type(hooks.live).__name__} inside: calls of this block run stock"
             return say_kept(hooks.live) or with_place(hooked, place_of_hook(block, hooks.live))

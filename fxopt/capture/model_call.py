@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors, torch_modules, torch_settings
+from fxopt.capture import torch_dynamo, torch_errors, torch_modes, torch_modules, torch_settings
 from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
 from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
@@ -239,6 +239,9 @@ class ModelCall:
             return "Dynamo is switched off"
         if torch_modules.has_global_hooks():
             return "hooks for all modules are registered"
+        mode = torch_modes.find_mode()
+        if mode is not None:
+            return mode
         hooked = next((block for block in self.blocks if has_own_hooks(block)), None)
         if hooked is not None:
             return hooked_inside(hooked, hooked)
