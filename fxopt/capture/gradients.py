@@ -153,6 +153,9 @@ class Watch:
             return
         self._views = frozenset(views)
         find_node = weakref.ref(node)
+        # Only what is no leaf: it needs no memory here, and leaves are known to the node.
+        inner = [v for v in args if isinstance(v, torch.Tensor) and v.requires_grad and not v.is_leaf]
+        sources: Any = Sources.apply(*inner) if inner else None
         finds_read_on = [weakref.ref(values[number]) for number in self.read_on]
 
         def before_backward(gradients: tuple[torch.Tensor | None, ...]) -> None:
@@ -160,7 +163,7 @@ class Watch:
                 _refuse_retained(self.region)
             self.read = self._find_read(gradients)
             if torch.is_grad_enabled():
-                _refuse_second_derivatives(find_node(), self.region)
+                _refuse_second_derivatives(find_node(), self.region, sources)
 
         node.register_prehook(before_backward)
 
@@ -196,14 +199,30 @@ class Entry(torch.autograd.Function):
         return None, None, *kept
 
 
-class NoSecondDerivatives(torch.autograd.Function):
-    """Gradients as they are; differentiating them is an error."""
+class Sources(torch.autograd.Function):
+    """An empty tensor that autograd holds to be computed from all inputs; it keeps none of them."""
 
     @staticmethod
-    def forward(ctx: Any, region: str, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Return `gradients`."""
+    def forward(ctx: Any, *values: torch.Tensor) -> torch.Tensor:
+        """Return it."""
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        """Return nothing: what has it among its inputs has raised."""
+        raise AssertionError("a gradient has passed what has no second derivatives")
+
+
+class NoSecondDerivatives(torch.autograd.Function):
+    """Gradients as they are; differentiating them is an error, by whatever they are computed from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, region: str, num_gradients: int, *values: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the first `num_gradients` of `values`; the others are what they are computed from."""
         ctx.region = region
-        return tuple(None if value is None else value.view_as(value) for value in gradients)
+        return tuple(None if value is None else value.view_as(value) for value in values[:num_gradients])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -224,8 +243,15 @@ def _refuse_retained(region: str) -> None:
     )
 
 
-def _refuse_second_derivatives(node: Any, region: str) -> None:
-    """Replace what `node` is about to return by gradients that say so when they are differentiated."""
+def _refuse_second_derivatives(node: Any, region: str, sources: torch.Tensor | None) -> None:
+    """Replace what `node` is about to return by gradients that say so when they are differentiated.
+
+    They are a function of its leaves and `sources`: what autograd thinks independent of these would be given a
+    derivative of zeros, or none.
+    """
+    leaves = [
+        leaf for source, _ in node.next_functions if (leaf := getattr(source, "variable", None)) is not None
+    ]
 
     def after_backward(grad_inputs: tuple[torch.Tensor | None, ...], _: Any) -> Any:
         handle.remove()
@@ -234,6 +260,6 @@ def _refuse_second_derivatives(node: Any, region: str) -> None:
             value.detach().requires_grad_() if value is not None and value.is_floating_point() else value
             for value in grad_inputs
         ]
-        return NoSecondDerivatives.apply(region, *differentiable)
+        return NoSecondDerivatives.apply(region, len(differentiable), *differentiable, *leaves, sources)
 
     handle = node.register_hook(after_backward)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from fxopt.capture.gradients import find_partial_reach
+from fxopt.capture.gradients import Sources, find_partial_reach
 from fxopt.errors import FxoptError
 
 
@@ -167,3 +168,32 @@ def test_a_second_derivative_says_which_region_has_none_and_what_to_do(twins, in
     with pytest.raises(FxoptError, match=r"model\.?\w*: second derivatives .*\n.*fxopt\.restore\(model\)"):
         penalty.backward()
     assert_same_step(model, stock)
+
+
+@pytest.mark.parametrize(
+    "by", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight", ""]
+)
+def test_a_second_derivative_by_one_tensor_says_so_too(twins, install, by: str):
+    model, stock = twins(attn_implementation="eager")
+    install(model)
+    ids = torch.randint(1, 256, (2, 16))
+    asked = []
+    for each in (model, stock):
+        embedded = each.get_input_embeddings()(ids) if by else torch.randn(2, 16, 64).requires_grad_()
+        loss = each(inputs_embeds=embedded, labels=ids).loss
+        gradients = torch.autograd.grad(loss, (each.lm_head.weight, embedded), create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        asked.append((penalty, [each.get_parameter(by) if by else embedded]))
+    assert all(value.any() for value in torch.autograd.grad(*asked[1], retain_graph=True)), "stock has one"
+    with pytest.raises(FxoptError, match="second derivatives through a compiled region"):
+        torch.autograd.grad(*asked[0], allow_unused=True)
+
+
+def test_what_a_gradient_is_computed_from_is_known_without_keeping_it() -> None:
+    value = torch.randn(3, requires_grad=True) * 2
+    find = weakref.ref(value)
+    sources = Sources.apply(value)
+    del value
+    assert find() is None
+    assert sources.requires_grad
+    assert sources.numel() == 0
