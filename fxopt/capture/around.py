@@ -25,21 +25,25 @@ def find_trunk_modules(model: nn.Module, tail: Tail) -> frozenset[nn.Module]:
     """Return the modules whose calls the captured model holds before its last block, and `tail` does not."""
     captured = tail.calls[-1].graph.nodes
     trunk = itertools.takewhile(lambda node: node is not tail.calls[-1], captured)
-    named = {path: module for module, path in walk(model).items()}
-    paths = _modules_called(trunk) - _modules_called(tail.graph.graph.nodes)
-    return frozenset(named[path] for path in paths if path in named)
+    named = dict(model.named_modules(remove_duplicate=False))
+    before, after = _modules_called(named, trunk), _modules_called(named, tail.graph.graph.nodes)
+    return frozenset(before) - frozenset(after)
 
 
-def _modules_called(nodes: Iterable[fx.Node]) -> set[str]:
-    """Return the paths of the modules that compute `nodes`; a placeholder stands where it was first read."""
-    return {path for node in nodes if node.op != "placeholder" for path in modules_of(node)}
+def _modules_called(named: dict[str, nn.Module], nodes: Iterable[fx.Node]) -> tuple[nn.Module, ...]:
+    """Return the modules that compute `nodes`, first called first, by whichever of their names they were called.
+
+    A placeholder stands where it was first read.
+    """
+    computed = (node for node in nodes if node.op != "placeholder")
+    paths = dict.fromkeys(path for node in computed for path in modules_of(node))
+    return tuple(dict.fromkeys(named[path] for path in paths if path in named))
 
 
 def find_tail_modules(
     model: nn.Module, blocks: frozenset[nn.Module], tail: fx.GraphModule
 ) -> tuple[nn.Module, ...]:
     """Return the modules whose calls the tail holds, in their order, `model` itself and its blocks left out."""
-    named = {path: module for module, path in walk(model, but=blocks).items() if path}
-    called = (node for node in tail.graph.nodes if node.op != "placeholder")
-    paths = dict.fromkeys(path for node in called for path in modules_of(node))
-    return tuple(named[path] for path in paths if path in named)
+    around = walk(model, but=blocks)
+    called = _modules_called(dict(model.named_modules(remove_duplicate=False)), tail.graph.nodes)
+    return tuple(module for module in called if module in around and module is not model)

@@ -184,6 +184,33 @@ def test_a_hook_on_the_head_added_later_is_obeyed_and_counted(
     handle.remove()
 
 
+class WithTwoNames(WithIdentities):
+    """The same, where the model calls its embedding, and again after the blocks if asked, by a second name."""
+
+    def __init__(self, *, is_called_after: bool) -> None:
+        super().__init__()
+        self.given, self.is_called_after = self.table, is_called_after
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.given(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x + self.table(input_ids) if self.is_called_after else x)
+
+
+@pytest.mark.parametrize("is_called_after", [False, True])
+def test_a_module_of_two_names_stands_where_it_is_called_by_either(install, is_called_after: bool) -> None:
+    torch.manual_seed(0)
+    model, ids = WithTwoNames(is_called_after=is_called_after), torch.randint(0, 32, (2, 5))
+    stock = copy.deepcopy(model)
+    installation = install(model)
+    for each in (model, stock):
+        each.table.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(model(ids), stock(ids))
+    told = ["a hook sits on the Embedding, which does not run before the blocks only"]
+    assert [reason.split(";")[0] for reason in reasons_of(installation)] == (told if is_called_after else [])
+
+
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("early", [False, True])
 def test_a_hook_on_a_module_that_computes_nothing_is_obeyed(install, place, early) -> None:
