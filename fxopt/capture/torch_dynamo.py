@@ -141,8 +141,11 @@ def _is_given_mapping(item: Any) -> bool:
 
 
 def is_recorded() -> bool:
-    """Return whether `torch.export` or `torch.jit.trace` is recording what runs right now."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    """Return whether `torch.export` or `torch.jit.trace` is recording what runs right now.
+
+    The flag is read and not `is_exporting()`, which Dynamo of torch 2.11 takes to be true wherever it traces.
+    """
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:

@@ -166,3 +166,17 @@ def test_graphs_that_inductor_does_not_record_are_counted():
 
     source = inspect.getsource(cudagraph_utils)
     assert 'counters["inductor"]["cudagraph_skips"] += 1' in source, "Inductor counts them elsewhere"
+
+
+def test_what_dynamo_traces_is_recorded_only_where_it_exports():
+    seen: list[bool] = []
+
+    class Seeing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch_dynamo.is_recorded())
+            return x + 1
+
+    x = torch.ones(2)
+    torch.compile(Seeing(), backend="eager")(x)
+    torch.export.export(Seeing(), (x,), strict=False)
+    assert seen == [False, True], "torch.compiler._is_exporting_flag moved"
