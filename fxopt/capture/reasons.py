@@ -22,14 +22,14 @@ PLAIN_WORDS = (
         "a block returns something else than a tensor or a tuple of tensors",
     ),
     (
+        r"Missing `as_proxy\(\)`(?:.|\n)*UserDefinedObjectVariable\((\w+)\)",
+        r"a block is given an object that no graph can hold, as a key/value cache is (use_cache=False): a \1",
+    ),
+    (
         r"Missing `as_proxy\(\)`",
         "a block is given an object that no graph can hold, as a key/value cache is (use_cache=False)",
     ),
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
-    (
-        r"args/kwargs to proxy(?:.|\n)*UserDefinedObjectVariable\((\w+)\)",
-        r"a block is given an object of class \1, which no graph holds",
-    ),
     (
         r"when making fake tensor call",
         "what is called fails on tensors without values, with which it is captured",
