@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch._dynamo as dynamo
 from torch._C._dynamo import eval_frame
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.dicts import ConstDictVariable
@@ -119,7 +120,8 @@ def changes_python_state(but: object = None) -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 
     To be asked by a backend, while Dynamo calls it. `but` does not count, nor do mappings among its arguments: what is
-    put into these is seen where the model is captured. Nor do modes, which `with` leaves as they were.
+    put into these is seen where the model is captured. Nor do modes, which `with` leaves as they were, nor empty
+    mappings that are emptied.
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     new = (AttributeMutationNew, ValueMutationNew)
@@ -128,6 +130,7 @@ def changes_python_state(but: object = None) -> bool:
         and not isinstance(item.mutation_type, new)
         and effects.is_modified(item)
         and not _is_given_mapping(item)
+        and not _is_still_empty(item)
         for identity, item in effects.id_to_variable.items()
         if identity != id(but)
     )
@@ -138,6 +141,14 @@ def _is_given_mapping(item: Any) -> bool:
         return False
     name = item.source.name() if callable(item.source.name) else item.source.name
     return GIVEN.fullmatch(name) is not None
+
+
+def _is_still_empty(item: Any) -> bool:
+    """Return whether a mapping was empty and is; Dynamo, which lets one be emptied that is not, then guards it."""
+    if not isinstance(item, ConstDictVariable) or item.original_items or item.items or item.source is None:
+        return False
+    install_guard(item.source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+    return True
 
 
 def is_recorded() -> bool:

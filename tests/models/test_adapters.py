@@ -93,9 +93,7 @@ CASES = {
         adapters=LAYERS,
         joins=0,
     ),
-    "dora": Case(
-        options={"use_dora": True}, adapters=0, joins=0, reason="startswith|keeps values in Python objects"
-    ),
+    "dora": Case(options={"use_dora": True}, adapters=0, joins=0),
     "nf4, dora": Case(
         base=in_four_bits(),
         options={"use_dora": True},

@@ -123,6 +123,28 @@ def test_a_backend_can_tell_whether_the_captured_frame_changes_python_objects():
     assert told == [False, True, False]
 
 
+def test_an_empty_mapping_that_is_emptied_has_not_changed():
+    """Moved if this fails: what Dynamo's translator keeps of mappings, or that it guards whether they are empty."""
+    told: list[bool] = []
+    kept: dict[str, torch.Tensor] = {}
+
+    def note(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        told.append(torch_dynamo.changes_python_state())
+        return gm.forward
+
+    def empties(x: torch.Tensor) -> torch.Tensor:
+        kept.clear()
+        return x + 1
+
+    compiled = torch_dynamo.compile_frame(empties, note, fullgraph=True)
+    compiled(torch.ones(2))
+    assert told == [False]
+    kept["before"] = torch.ones(2)
+    compiled(torch.ones(2))
+    assert told == [False, True]
+    assert not kept
+
+
 def test_where_a_graph_breaks_is_read_off_its_first_piece():
     found: list[tuple[str, list[str]] | None] = []
 
