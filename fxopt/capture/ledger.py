@@ -116,10 +116,13 @@ class Ledger:
         capture = Capture(region, number, outcome, broken, order)
         self.captures.append(capture)
         if number + 1 == MANY:
+            pieces = [c.broken for c in self.captures if c.region == region and c.broken]
+            cause = "what its forward reads in Python differs from call to call or from layer to layer, a counter say; "
+            if pieces:
+                cause = f"{len(pieces)} of these are pieces that its forward breaks into ({pieces[0]}); "
             text = (
-                f"{region or 'the model'}: captured {MANY} times, which takes a second or more each: what its forward "
-                "reads in Python differs from call to call or from layer to layer, a counter say; "
-                "TORCH_LOGS=recompiles tells what"
+                f"{region or 'the model'}: captured {MANY} times, which takes a second or more each: {cause}"
+                f"TORCH_LOGS={'graph_breaks,' * bool(pieces)}recompiles tells what"
             )
             log.warning("%s", text)
             self.note(text)

@@ -23,3 +23,13 @@ def test_a_region_that_is_captured_again_and_again_is_told_of_once(caplog: pytes
     assert note.startswith(f"layers: captured {MANY} times")
     assert "TORCH_LOGS=recompiles" in note
     assert [record.getMessage() for record in caplog.records] == [note]
+
+
+def test_many_captures_of_pieces_are_told_as_pieces() -> None:
+    ledger = Ledger()
+    for number in range(MANY):
+        ledger.add_capture("layers", None, broken="it prints; at a.py:3" if number % 2 else "")
+    (note,) = ledger.notes
+    assert f"{MANY // 2} of these are pieces that its forward breaks into (it prints; at a.py:3)" in note
+    assert note.endswith("TORCH_LOGS=graph_breaks,recompiles tells what")
+    assert "a counter" not in note
