@@ -68,7 +68,7 @@ class Cache:
         if self._model.training and self._is_taken and kwargs.get("use_cache") is True:
             self._ledger.note(ASKED)
         if (
-            not self._is_taken
+            not self._takes_now()
             or self._is_told(kwargs)
             or self.find_obstacle(kwargs) is not None
             or self._hangs_on_positions(kwargs)
@@ -82,7 +82,7 @@ class Cache:
         """Have the models within this one build no cache within the scope, as far as their configs decide it."""
         building = [config.__dict__ for config in self._configs() if config.__dict__.get("use_cache")]
         if (
-            self._is_taken
+            self._takes_now()
             or not building
             or self._is_told(kwargs)
             or self.find_obstacle(kwargs) is not None
@@ -99,6 +99,11 @@ class Cache:
         finally:
             for fields, value in before:
                 fields["use_cache"] = value
+
+    def _takes_now(self) -> bool:
+        """Return whether the model takes `use_cache`, and so does what stands in for its forward right now."""
+        forward = self._model.__dict__.get("forward")
+        return self._is_taken and (forward is None or accepts(forward, "use_cache"))
 
     def _is_built(self) -> bool:
         """Return whether the configs have a cache built unasked."""
