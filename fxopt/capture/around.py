@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from fxopt.capture.modules import walk
+from fxopt.capture.modules import modules_by_path, walk
 from fxopt.capture.tail import Tail
 from fxopt.graph.view import modules_of
 
@@ -25,7 +25,7 @@ def find_trunk_modules(model: nn.Module, tail: Tail) -> frozenset[nn.Module]:
     """Return the modules whose calls the captured model holds before its last block, and `tail` does not."""
     captured = tail.calls[-1].graph.nodes
     trunk = itertools.takewhile(lambda node: node is not tail.calls[-1], captured)
-    named = dict(model.named_modules(remove_duplicate=False))
+    named = modules_by_path(model)
     before, after = _modules_called(named, trunk), _modules_called(named, tail.graph.graph.nodes)
     return frozenset(before) - frozenset(after)
 
@@ -45,5 +45,5 @@ def find_tail_modules(
 ) -> tuple[nn.Module, ...]:
     """Return the modules whose calls the tail holds, in their order, `model` itself and its blocks left out."""
     around = walk(model, but=blocks)
-    called = _modules_called(dict(model.named_modules(remove_duplicate=False)), tail.graph.nodes)
+    called = _modules_called(modules_by_path(model), tail.graph.nodes)
     return tuple(module for module in called if module in around and module is not model)
