@@ -207,7 +207,10 @@ def test_a_module_of_two_names_stands_where_it_is_called_by_either(install, is_c
     for each in (model, stock):
         each.table.register_forward_hook(lambda module, args, output: output + 1)
     assert torch.equal(model(ids), stock(ids))
-    told = ["a hook sits on the Embedding, which does not run before the blocks only"]
+    told = [
+        "a hook sits on the Embedding, which does not run before the blocks only: "
+        "the calls run stock around the compiled blocks"
+    ]
     assert [reason.split(";")[0] for reason in reasons_of(installation)] == (told if is_called_after else [])
 
 
