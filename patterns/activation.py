@@ -220,7 +220,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
         yield f"{act.__name__} alone", (function, (x, first, second)), reason
     yield "normed", (normed, (x, first, second)), "gelu is read by layer_norm, with which a compiler fuses it"
     yield "of an input", (unprojected, (x, first)), "expected the result of a projection"
-    yield "escaping", (escaping, (x, first, second)), "is also read by the graph's output"
+    yield "escaping", (escaping, (x, first, second)), "is also returned"
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

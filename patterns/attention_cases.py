@@ -231,7 +231,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield "dropout", (dropped, (q, k, v)), "dropped with p = 0.1"
     yield "dropout of the weights", (dropped_weights, (q, k, v)), "dropped with p = 0.1"
     yield "a trained bias", (biased, (q, k, v, bias)), "requires a gradient"
-    yield "the weights are returned", (escaping, (q, k, v)), "is also read by the graph's output"
+    yield "the weights are returned", (escaping, (q, k, v)), "is also returned"
     yield "softmax over queries", (over_queries, (q, k, v)), "expected -1, got -2"
 
 

@@ -223,7 +223,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
 
         return _ordered(gate)(x, *others), seen[0]
 
-    yield "the first product is read elsewhere", (escaping, inputs), "is also read by the graph's output"
+    yield "the first product is read elsewhere", (escaping, inputs), "is also returned"
 
 
 def mutations(device: torch.device) -> Iterator[tuple[str, Example]]:

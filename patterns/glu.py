@@ -321,7 +321,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield (
         "the activation is read elsewhere",
         (escaping, (gate, up)),
-        "silu is also read by the graph's output",
+        "silu is also returned",
     )
     yield (
         "summed",

@@ -155,7 +155,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
     yield "not centred", (uncentred, (x, w, b)), "expected sub"
     yield "an unbiased variance", (unbiased, (x, w, b)), "expected 0, got 1"
     yield "eps outside the root", (outside, (x, w, b)), "under sqrt: expected add, got mean"
-    yield "the centred value is read elsewhere", (read_elsewhere, (x, w, b)), "is also read by"
+    yield "the centred value is read elsewhere", (read_elsewhere, (x, w, b)), "is also returned"
     yield "two dims", (lambda x: F.layer_norm(x, (5, 63)), (x,)), "several dims"
 
 

@@ -256,7 +256,7 @@ def near_misses(device: torch.device) -> Iterator[tuple[str, Example, str]]:
             lambda q, k, c, s: escaping(q, k, c[:, :, None], s[:, :, None]),
             (q, k, cos, sin),
         ),
-        "is also read by the graph's output",
+        "is also returned",
     )
     yield "tables by head", (_both(per_head), (q, k, cos, sin)), "expected that of cos"
     yield "unequal parts", (_both(thirds), (q, k, cos, sin)), "expected halves"
