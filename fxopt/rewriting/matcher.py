@@ -193,7 +193,8 @@ def _is_plain(item: Any) -> bool:
 
 def _match_either(term: Either, value: Any, bindings: Bindings, trace: Trace) -> Iterator[Bindings]:
     alternatives: list[Iterator[Bindings]] = []
-    for tag, option in term.options:
+    looks_ahead = trace.known is not None and isinstance(value, fx.Node)
+    for tag, option in term.options_of(value) if looks_ahead else term.options:
         if trace.known is not None and not could_match(option, value, trace.known):
             continue
         if not term.name:

@@ -20,6 +20,7 @@ from fxopt.rewriting.trees import (
     Named,
     Number,
     Operation,
+    Target,
     Tensor,
     Term,
     items_of,
@@ -44,7 +45,7 @@ def could_match(term: Any, value: Any, known: Known) -> bool:
                 if isinstance(term, Operation):
                     known[key] = _could_call(term, value, known)
                 else:
-                    known[key] = any(could_match(option, value, known) for _, option in term.options)
+                    known[key] = any(could_match(o, value, known) for _, o in term.options_of(value))
             return known[key]
         case Escaping() | Named() | Also():
             return could_match(term.term, value, known)
@@ -61,7 +62,9 @@ def could_match(term: Any, value: Any, known: Known) -> bool:
 
 
 def _could_call(term: Operation, node: fx.Node, known: Known) -> bool:
-    if node.op != "call_function" or (term.condition is not None and not term.condition(node)):
+    if node.op != "call_function" or not _could_read(term, node):
+        return False
+    if term.condition is not None and not term.condition(node):
         return False
     attributes, operands, wrong = pair_arguments(term, node)
     if wrong:
@@ -74,6 +77,19 @@ def _could_call(term: Operation, node: fx.Node, known: Known) -> bool:
         return False
     (_, a, left), (_, b, right) = operands
     return could_match(a, right, known) and could_match(b, left, known)
+
+
+def _could_read(term: Operation, node: fx.Node) -> bool:
+    """Return whether what `node` reads calls ops that the operands of `term` may: the cheapest look, taken first."""
+    if all(map(_could_head, term.heads_of_args, node.args)):
+        return True
+    if term.target not in COMMUTATIVE or len(term.args) != 2:
+        return False
+    return all(map(_could_head, reversed(term.heads_of_args), node.args))
+
+
+def _could_head(heads: frozenset[Target], value: Any) -> bool:
+    return not heads or not isinstance(value, fx.Node) or value.target in heads
 
 
 def _could_list(terms: tuple[Any, ...], value: Any, known: Known) -> bool:

@@ -101,6 +101,11 @@ class Operation(Term):
     condition: Callable[[torch.fx.Node], bool] | None = None
     expected: str = ""
 
+    @functools.cached_property
+    def heads_of_args(self) -> tuple[frozenset[Target], ...]:
+        """The `heads` of each argument, empty where it may be anything."""
+        return tuple(arg.heads if isinstance(arg, Term) else frozenset[Target]() for arg in self.args)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Either(Term):
@@ -108,6 +113,19 @@ class Either(Term):
 
     options: tuple[tuple[Any, Term], ...]
     name: str = ""
+
+    def options_of(self, node: torch.fx.Node) -> tuple[tuple[Any, Term], ...]:
+        """Return the alternatives that the op which `node` calls leaves open."""
+        target: Any = node.target
+        if target not in self._by_target:
+            self._by_target[target] = tuple(
+                (tag, option) for tag, option in self.options if not option.heads or target in option.heads
+            )
+        return self._by_target[target]
+
+    @functools.cached_property
+    def _by_target(self) -> dict[Target, tuple[tuple[Any, Term], ...]]:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
