@@ -75,7 +75,8 @@ def find_sites(model, dynamic, caplog):
     return told[-1]
 
 
-@pytest.mark.parametrize("arch", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_dynamic_sizes_find_the_same_sites_in_one_graph(arch, caplog):
     torch.manual_seed(0)
     caplog.set_level("INFO", logger="fxopt")

@@ -36,16 +36,15 @@ KNOWN_STACK_BYTES_BEFORE_TRITON_3_7 = {
     ("extend_rows_kernel", 80, "bfloat16"): 168,
 }
 """What its compiler spills where later ones do not: gradients of keys in fp32, and adapters of rank 256."""
-SLOW = pytest.mark.slow
 TARGETS = [
-    pytest.param(75, "float16", marks=SLOW),
-    (90, "bfloat16"),
-    pytest.param(75, "float32", marks=SLOW),
-    *(pytest.param(arch, "bfloat16", marks=SLOW) for arch in (80, 89, 100)),
-    *(pytest.param(arch, "float32", marks=SLOW) for arch in (80, 89, 90, 100)),
+    (75, "float16"),
+    (75, "float32"),
+    *((arch, "bfloat16") for arch in (80, 89, 90, 100)),
+    *((arch, "float32") for arch in (80, 89, 90, 100)),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype"), TARGETS)
 def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

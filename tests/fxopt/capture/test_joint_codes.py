@@ -100,6 +100,7 @@ def test_a_weight_decoded_to_another_dtype_is_left() -> None:
         graph.erase_node(node)
 
 
+@pytest.mark.slow
 def test_inductor_reads_the_codes_where_they_lie() -> None:
     """Codes took the place of a decoded weight, whose layout Inductor would otherwise make a copy of them in."""
     packed = torch.randint(0, 256, (sum(WIDTHS) * IN_WIDTH // 2, 1), dtype=torch.uint8)

@@ -485,22 +485,23 @@ def count_instructions(run: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize(
-    ("num_nodes", "limit"), [(500, 1.5), pytest.param(1_000, 3.0, marks=pytest.mark.slow)]
-)
-def test_the_work_grows_with_the_graph_and_no_faster(builder: Any, num_nodes: int, limit: float) -> None:
-    """Ten times the nodes are at most twelve times the steps, and done within `limit` seconds."""
-    few, few_done = seconds(builder, num_nodes)
-    many, many_done = seconds(builder, 10 * num_nodes)
-    for size, result in ((num_nodes, few_done), (10 * num_nodes, many_done)):
+@pytest.mark.parametrize("num_nodes", [200, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_the_work_grows_with_the_graph_and_no_faster(builder: Any, num_nodes: int) -> None:
+    """Ten times the nodes are at most twelve times the steps."""
+    few, many = (seconds(builder, size)[1] for size in (num_nodes, 10 * num_nodes))
+    for size, result in ((num_nodes, few), (10 * num_nodes, many)):
         assert len(result.rewrites) == pytest.approx(size / 15, rel=0.1)
         assert result.num_sweeps == 2
-    assert many_done.num_steps <= 12 * few_done.num_steps
-    times = [many]
-    # Others' work can only stretch the time, so the best counts.
-    while min(times) >= limit and len(times) < 6:
-        times.append(seconds(builder, 10 * num_nodes)[0])
-    assert min(times) < limit, (few, times)
+    assert many.num_steps <= 12 * few.num_steps
+
+
+@pytest.mark.slow
+def test_ten_thousand_nodes_take_less_than_three_seconds(builder: Any) -> None:
+    """Others' work can only stretch the time, so the best of six counts."""
+    times = [seconds(builder, 10_000)[0]]
+    while min(times) >= 3.0 and len(times) < 6:
+        times.append(seconds(builder, 10_000)[0])
+    assert min(times) < 3.0, times
 
 
 @pytest.mark.slow
