@@ -74,7 +74,8 @@ class Declared:
     add to one that is a sum over rows. `launches`: the kernels that one call runs; None: one. `output`: takes the
     number of a result as well, and returns the arguments of `<op>_output`, which computes it alone, or None. `labels`:
     the arguments of whole numbers that name classes, so that none of them changes how much work there is. `in_place`:
-    its forms that write to arguments, the ones that need least memory first.
+    its forms that write to arguments, the ones that need least memory first. `known`: the op that copies rows of its
+    result for an argument of this name: given the first ones, it computes the others alone.
     """
 
     workspace: Callable[..., int] | None = None
@@ -85,6 +86,7 @@ class Declared:
     output: Callable[..., tuple[Any, ...] | None] | None = None
     labels: tuple[str, ...] = ()
     in_place: tuple[InPlace, ...] = ()
+    known: torch._ops.OpOverload | None = None
 
 
 DECLARED: dict[torch._ops.OpOverload, Declared] = {}

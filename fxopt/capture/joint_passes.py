@@ -130,16 +130,21 @@ def _replay(node: fx.Node, replays: Replays) -> fx.Node | None:
     new: fx.Node | None = None
     if node.target is operator.getitem:
         new = _replay_output(node, replays)
-    elif _is_layout(node) and len(node.all_input_nodes) == 1:
-        source = _replay(node.all_input_nodes[0], replays)
+    elif _is_layout(node) and len(tensors := _tensors_read_by(node)) == 1:
+        source = _replay(tensors[0], replays)
         if source is not None:
             with node.graph.inserting_after(_later(source, node)):
-                new = node.graph.node_copy(node, lambda _: source)
+                new = node.graph.node_copy(node, lambda item: source if item is tensors[0] else item)
             new.meta = dict(node.meta)
     if new is not None:
         _must_recompute(new)
         replays[node] = new
     return new
+
+
+def _tensors_read_by(node: fx.Node) -> list[fx.Node]:
+    """Return what `node` reads, sizes left out."""
+    return [item for item in node.all_input_nodes if not isinstance(item.meta.get("val"), torch.SymInt)]
 
 
 def _later(a: fx.Node, b: fx.Node) -> fx.Node:
@@ -212,15 +217,15 @@ def _is_read_by(packet: Any, node: fx.Node) -> bool:
 def _read_again(node: fx.Node, replays: Replays) -> fx.Node:
     """Return `node` computed again; where no op is declared that could, a wider cast of what it was cast from."""
     new = _replay(node, replays)
-    if new is not None or not _is_layout(node) or len(node.all_input_nodes) != 1:
+    if new is not None or not _is_layout(node) or len(_tensors_read_by(node)) != 1:
         return new or node
-    (source,) = node.all_input_nodes
+    (source,) = _tensors_read_by(node)
     value, wide = source.meta["val"], node.meta["val"]
     if value.numel() * value.element_size() > wide.numel() * wide.element_size():
         return node
     again = _read_again(source, replays)
     with node.graph.inserting_after(_later(again, node)):
-        new = node.graph.node_copy(node, lambda _: again)
+        new = node.graph.node_copy(node, lambda item: again if item is source else item)
     new.meta = dict(node.meta)
     _must_recompute(new)
     replays[node] = new

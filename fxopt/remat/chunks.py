@@ -16,13 +16,12 @@ from torch import Tensor, fx
 
 from fxopt.graph.edit import move_behind
 from fxopt.remat.cost import Declarations
-from fxopt.remat.joint import CHUNK
+from fxopt.remat.joint import CHUNK, PROVENANCE
 from fxopt.remat.regions import Region, find_regions
 from fxopt.remat.rows import COLUMNS, SUM, Kind, Rows, is_shaped
 
 MULTIPLE = 128
 """Chunks begin at such rows, so that all lie in memory as the first does."""
-PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "partitioner_tag", "seq_nr", "from_node")
 aten = torch.ops.aten
 
 

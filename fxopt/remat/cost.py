@@ -71,6 +71,11 @@ class Declared(Protocol):
         ...
 
     @property
+    def known(self) -> Any:
+        """The op that copies the first rows of its result for an argument `known`, or None."""
+        ...
+
+    @property
     def in_place(self) -> Sequence[InPlace]:
         """Its forms that write to arguments which nobody reads afterwards, the most frugal first."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from fxopt.errors import FxoptError
 from fxopt.remat.decide import Menu, find_choice
 from fxopt.remat.figures import Facts
 from fxopt.remat.menu import Choice
+from fxopt.remat.parts import label_of_rows
 from fxopt.remat.step import NOTHING_BESIDE
 from fxopt.remat.views import Views
 from fxopt.report.plan import Decision, Plan, Residual
@@ -36,17 +38,36 @@ def menu_of(given: Plan, views: Views, tokens: int, facts: Facts) -> Menu:
         )
     spread = facts.spread
     in_parts = any(beside != NOTHING_BESIDE for beside in (*spread.blocks, spread.tail))
+    asked = given.decisions
+    if tokens < given.tokens:
+        asked = tuple(d if views.find_view(d) is not None else as_whole(d) for d in asked)
     found = [
-        (decision, _find_choice(views, decision, given.tokens, tokens, whole_gradients=not in_parts))
-        for decision in given.decisions
+        _find_choice(views, decision, given.tokens, tokens, whole_gradients=not in_parts)
+        for decision in asked
     ]
-    fitting = [(decision, choice) for decision, choice in found if not isinstance(choice, str)]
+    fitting = [
+        (number, decision, choice)
+        for number, (decision, choice) in enumerate(zip(asked, found, strict=True))
+        if not isinstance(choice, str)
+    ]
     if not fitting:
-        missing = next(choice for _, choice in found if isinstance(choice, str))
+        missing = next(choice for choice in found if isinstance(choice, str))
         raise FxoptError(f"plan: made for another model or lowering, expected for a block {missing}\n{CURE}")
-    decisions = tuple(views.decide(choice, decision) for decision, choice in fitting)
-    numbers = {given.decisions.index(decision): place for place, (decision, _) in enumerate(fitting)}
-    return Menu(tuple(choice for _, choice in fitting), decisions, tokens, numbers)
+    decisions = tuple(views.decide(choice, decision) for _, decision, choice in fitting)
+    numbers = {number: place for place, (number, *_) in enumerate(fitting)}
+    return Menu(tuple(choice for *_, choice in fitting), decisions, tokens, numbers)
+
+
+def as_whole(decision: Decision) -> Decision:
+    """Return `decision` for a graph of too few rows, or of any number of them, to run in chunks or to keep some."""
+    gone = tuple(r for r in decision.offloaded if r.op != label_of_rows(decision.part_of))
+    return dataclasses.replace(decision, chunks=1, part_of="", sixteenths=0, offloaded=gone)
+
+
+def follows(menu: Menu, given: Plan) -> bool:
+    """Return whether the decisions of `menu` divide what those of `given` do."""
+    pairs = ((given.decisions[number], menu.decisions[place]) for number, place in menu.numbers.items())
+    return all((a.chunks, a.sixteenths) == (b.chunks, b.sixteenths) for a, b in pairs)
 
 
 def frozen_menu(given: Plan | None) -> Menu:
@@ -60,10 +81,11 @@ def _find_choice(
     views: Views, decision: Decision, planned_tokens: int, tokens: int, *, whole_gradients: bool
 ) -> Choice | str:
     """Return the choice that carries `decision` out, or what was expected for it and what the block has instead."""
-    joint = views.joint_of(decision)
-    if joint is None:
-        return f"what it can do, got {decision.chunks} chunks"
-    choice = find_choice(joint, decision)
+    view = views.find_view(decision)
+    if view is None:
+        asked = f"rows of {decision.part_of}" if decision.part_of else f"{decision.chunks} chunks"
+        return f"what it can do, got {asked}"
+    choice = find_choice(view.joint, decision)
     if isinstance(choice, str):
         return f"values of its own, got {choice}, which it does not compute"
     made = views.decide(choice, decision)

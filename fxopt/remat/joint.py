@@ -34,8 +34,12 @@ CHUNK = "chunk"
 """Where the meta of a node that runs on some rows names the node that it was copied from."""
 WRITTEN = "reads_written"
 """Where a node's meta says that it reads what the graph's caller writes to after forward: never computed again."""
+PART = "part_of"
+"""Where the meta of a node that takes some rows of a value for backward has the name of that value's, and its own."""
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "partitioner_tag", "seq_nr", "from_node")
+"""What the meta of a node that a plan adds has of the one that it is made for."""
 Cost = Callable[..., int]
 """Takes a node, and what its kernel reads where these are not its operands; gives picoseconds."""
 
@@ -207,9 +211,14 @@ def _labels_of(forward: list[fx.Node]) -> dict[fx.Node, str]:
     """Return names that another capture of the same block gives the same values."""
     counts: Counter[str] = Counter()
     labels: dict[fx.Node, str] = {}
+    by_name = {node.name: node for node in forward}
     for node in forward:
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             labels[node] = f"{labels[node.args[0]]}.{node.args[1]}"
+            continue
+        source, part = node.meta.get(PART) or (node.meta.get(REPLAYS, ""), "again")
+        if source in by_name:
+            labels[node] = f"{labels[by_name[source]]}/{part}"
             continue
         name = INPUT if node.op == "placeholder" else _name_of(node)
         if CHUNK in node.meta:  # so that names elsewhere are those of the graph without chunks

@@ -55,6 +55,19 @@ def wait_of(joint: Joint, choice: Choice) -> int:
     return max(0, transfer - joint.forward_cost) + max(0, transfer - backward)
 
 
+def spare_for(joint: Joint, choice: Choice, place: int, shares: int) -> int:
+    """Return how many of so many equal shares of a value, that is computed again, could leave too and nobody waits.
+
+    What leaves is not computed again, so there is less to hide it behind.
+    """
+    value = joint.dag.values[place]
+    transfer = _transfer_cost(joint, choice.offloaded)
+    backward = joint.compute_cost - joint.forward_cost + choice.cost
+    moved = (value.bytes or 0) / (joint.device.link * LINK_SHARE) * PICOSECONDS
+    most = (joint.forward_cost - transfer) / moved, (backward - transfer) / (moved + (value.cost or 0))
+    return max(0, min(shares - 1, int(min(most) * shares)))
+
+
 def _transfer_cost(joint: Joint, places: frozenset[int]) -> int:
     rate = joint.device.link * LINK_SHARE
     return int(joint.dag.bytes_of(places) / rate * PICOSECONDS) + joint.device.launch_ps * len(places)

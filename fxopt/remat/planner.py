@@ -34,7 +34,7 @@ from fxopt.remat.figures import (
     scale_decision,
     without_update,
 )
-from fxopt.remat.given import FROZEN, decided_number, frozen_menu, menu_of
+from fxopt.remat.given import FROZEN, decided_number, follows, frozen_menu, menu_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.offload import hides_host
 from fxopt.remat.step import Around, Beside, copy_shared, spread_decision
@@ -47,6 +47,10 @@ from fxopt.report.plan_table import summarize_plan
 log = logging.getLogger("fxopt")
 
 
+WHOLE = (
+    "the plan that was given is for {planned} tokens a call: in calls of {tokens} blocks run whole that run in "
+    "chunks there, or keep some rows of a value"
+)
 USABLE = 7 / 8
 """How much of the host's memory plans count on: pieces do not fill the chunks they are cut from."""
 
@@ -72,6 +76,7 @@ class StepPlanner:
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
+        self._differing: dict[str, None] = {}
         self._host_bytes: int | None = 0
         self._is_short = False
         """Whether calls for which nobody asked a plan have one, since without it one did not fit."""
@@ -127,8 +132,9 @@ class StepPlanner:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the plans carried out so far do not count, and why."""
-        return (self._facts.uncounted,) if self._goals and self._facts and self._facts.uncounted else ()
+        """What the plans carried out so far do not count, and why, and where a given one was not followed."""
+        uncounted = self._facts.uncounted if self._goals and self._facts else ""
+        return (*([uncounted] if uncounted else []), *self._differing)
 
     def is_asked(self, *, checkpointed: bool) -> bool:
         """Return whether calls are planned: under "auto" those that ask for the least memory, or have not fitted."""
@@ -183,7 +189,8 @@ class StepPlanner:
         assert not isinstance(choice, str), f"{choice} is in no graph of its own form"
         apply_choice(graph, joint, choice)
         kept, gone = ([residual.op for residual in part] for part in (decision.saved, decision.offloaded))
-        return f"{decision.chunks} {kept} {gone}"  # what is gone changes what backward may write to
+        # What is gone changes what backward may write to.
+        return f"{decision.chunks} {decision.sixteenths} {kept} {gone}"
 
     def describe_last(self) -> str:
         """Return the figures of the plan of the last call, in one line."""
@@ -225,11 +232,13 @@ class StepPlanner:
         if form not in self._menus:
             given, tokens = self._given, self._tokens.of_call
             offloads = facts.host_bytes > 0 and (facts.host_is_asked or hides_host(views.whole))
-            self._menus[form] = (
-                views.add_chunks(make_menu(views.whole, tokens, offloads=offloads))
-                if given is None
-                else menu_of(given, views, tokens, facts)
-            )
+            if given is None:
+                menu = views.add_chunks(views.add_parts(make_menu(views.whole, tokens, offloads=offloads)))
+            else:
+                menu = menu_of(given, views, tokens, facts)
+                if not follows(menu, given):
+                    self._differing.setdefault(WHOLE.format(planned=given.tokens, tokens=tokens))
+            self._menus[form] = menu
         self._form_of[path] = form
         self._seen.add(path)
         return views, form

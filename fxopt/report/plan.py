@@ -11,7 +11,7 @@ from typing import Any
 
 from fxopt.errors import FxoptError
 
-FORMAT = 4
+FORMAT = 5
 PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -25,9 +25,10 @@ PLAIN: dict[str, tuple[type, ...]] = {
 class Residual:
     """One value of a block that the backward pass needs.
 
-    `op` names what computes it and its number among the block's calls of that op; `bytes` is what saving it keeps
-    alive, `recompute_ms` what computing it again takes, `location` the line of the model's source. `shared` is an
-    input that all blocks read: it lives once.
+    `op` names what computes it and its number among the block's calls of that op: "/again" behind it where that is an
+    op of its own in backward, "/rows" where it is some rows of that value. `bytes` is what saving it keeps alive,
+    `recompute_ms` what computing it again takes, `location` the line of the model's source. `shared` is an input that
+    all blocks read: it lives once.
     """
 
     op: str
@@ -47,8 +48,9 @@ class Decision:
     `backward_bytes` are the most that lives at an instant of the block's own run, `gradient_bytes` the gradients of
     its parameters. `recompute_ms` comes on top of `compute_ms`, forward and backward, and so does `wait_ms` where
     transfers take longer than what runs meanwhile. In `chunks` of its tokens, one after the other, runs the part of the
-    block with the widest values, which takes `chunk_ms` more. Of all these `measured_ms` are of ops that
-    were timed on the device.
+    block with the widest values, which takes `chunk_ms` more. Of the value `part_of`, so many `sixteenths` of its rows
+    are among what is saved or offloaded, and the others are computed again. Of all these `measured_ms` are of
+    ops that were timed on the device.
     """
 
     saved: tuple[Residual, ...]
@@ -64,6 +66,8 @@ class Decision:
     wait_ms: float = 0.0
     chunks: int = 1
     chunk_ms: float = 0.0
+    part_of: str = ""
+    sixteenths: int = 0
     measured_ms: float = 0.0
 
     @property

@@ -74,6 +74,9 @@ def _render_decision(paths: list[str], decision: Decision) -> list[str]:
         lines.append(
             f"  runs its widest part in {decision.chunks} chunks of tokens, {decision.chunk_ms:.2f} ms more"
         )
+    if decision.part_of:
+        again = 16 - decision.sixteenths
+        lines.append(f"  computes {again} of 16 rows of {decision.part_of} again, the others are kept")
     parts = (
         ("saved", decision.saved),
         ("offloaded", decision.offloaded),

@@ -84,8 +84,12 @@ def extended_forward(
     a: Tensor,
     b: list[Tensor],
     form: Form,
+    out: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return the results of the layers with the adapters that read x, those of inputs of their own left out."""
+    """Return the results of the layers with the adapters that read x, those of inputs of their own left out.
+
+    That of a single layer may be written to `out`.
+    """
     in_width, rank = x.shape[1], a.shape[0]
     adapters = adapters_of_x(form, b)
     longer = x.new_empty((x.shape[0], in_width + padded(rank)))
@@ -100,13 +104,15 @@ def extended_forward(
         left, right = (
             (longer, _extended_weight(weight, mine, longer.shape[1])) if mine else (x, weight.dense())
         )
-        results.append(multiply(left, right, bias))
+        results.append(multiply(left, right, bias, out))
     return results
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x weight^T + bias."""
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return x weight^T + bias, written to `out` where that is given."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _runs_of_scale(adapters: Sequence[tuple[int, slice, float, Tensor]]) -> Iterator[tuple[slice, float]]:

@@ -1,7 +1,8 @@
 """The result of one of several layers alone, for a backward pass that reads it and saved the others, or none.
 
 It reads what the layer reads and no other layer's weight. Adapters' inner products are those of all layers on plain
-torch, so that no bit changes; on a GPU those of the layer alone.
+torch, so that no bit changes; on a GPU those of the layer alone. Where the result's first rows are known, only the
+others are computed, next to a copy of these.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.lora_linear.costs import forward_flops, forward_launches, forward_moved, forward_workspace
 from fxopt.kernels.lora_linear.extended import extended_forward, extends_forward, multiply
-from fxopt.kernels.lora_linear.form import CODE_TENSORS, Form, read_weights
+from fxopt.kernels.lora_linear.form import CODE_TENSORS, Form, Weight, read_weights
 from fxopt.kernels.lora_linear.products import add_product, as_rows, inner_product
 
 
@@ -64,61 +65,98 @@ def run_output(
     widths: list[int],
     scales: list[float],
     out_dtype: torch.dtype,
+    *,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """Return the layer's result. `b` ends with the factors of its adapters, as many as `scales`; others come before."""
-    (x,), (bias,) = xs, biases
+    """Return the layer's result. `b` ends with the factors of its adapters, as many as `scales`; others come before.
+
+    `known`: [T', N] in `out_dtype`, the first of the result's rows, all dimensions but the last counted as one.
+    """
+    (x,), (width,) = xs, widths
+    rows = as_rows(x)
+    num_known = 0 if known is None else known.shape[0]
+    result = rows.new_empty((rows.shape[0], width), dtype=out_dtype)
+    if known is not None:
+        result[:num_known].copy_(known)
+    with torch.autocast(x.device.type, enabled=False):
+        (layer,) = read_weights(x, weights, codes, codings, widths)
+        _write(result[num_known:], rows[num_known:], layer, biases[0], a[0], b, scales)
+    return result.view(*x.shape[:-1], width)
+
+
+def _write(
+    out: Tensor,
+    rows: Tensor,
+    layer: Weight,
+    bias: Tensor | None,
+    a: Tensor,
+    b: list[Tensor],
+    scales: list[float],
+) -> None:
+    """Write the layer's result for `rows` to `out`."""
     stops = [0]
     for factor in b:
         stops.append(stops[-1] + factor.shape[1])
     first = len(b) - len(scales)
     mine = b[first:]
-    form = Form((0,) * len(mine), (0,) * len(mine), tuple(scales), out_dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = as_rows(x)
-        (layer,) = read_weights(x, weights, codes, codings, widths)
-        own = a[0][stops[first] : stops[-1]]
-        if extends_forward(rows, [layer], own, mine, form):
-            (result,) = extended_forward(rows, [layer], biases, own, mine, form)
-        else:
-            result = multiply(rows, layer.dense(), bias).to(out_dtype)
-            inner = inner_product(rows, a[0]) if mine else None
-            for number, (factor, scale) in enumerate(zip(mine, scales, strict=True), first):
-                assert inner is not None
-                add_product(result, inner[:, stops[number] : stops[number + 1]], factor.t(), scale)
-    return result.view(*x.shape[:-1], result.shape[-1])
+    form = Form((0,) * len(mine), (0,) * len(mine), tuple(scales), out.dtype)
+    own = a[stops[first] : stops[-1]]
+    if extends_forward(rows, [layer], own, mine, form):
+        extended_forward(rows, [layer], [bias], own, mine, form, out)
+        return
+    weight = layer.dense()
+    if weight.dtype == out.dtype:
+        multiply(rows, weight, bias, out)
+    else:
+        out.copy_(multiply(rows, weight, bias))
+    inner = inner_product(rows, a) if mine else None
+    for number, (factor, scale) in enumerate(zip(mine, scales, strict=True), first):
+        assert inner is not None
+        add_product(out, inner[:, stops[number] : stops[number + 1]], factor.t(), scale)
 
 
-def fake_output(xs: list[Tensor], *arguments: Any) -> Tensor:
+def copy_rows(y: Tensor) -> Tensor:
+    """Return a copy of rows of a result, [T', N], that is kept for `known`.
+
+    An op of its own: of rows that lie side by side Inductor takes `aten.clone` away, and all of the result is kept.
+    """
+    return y.clone(memory_format=torch.contiguous_format)
+
+
+def fake_output(xs: list[Tensor], *arguments: Any, known: Tensor | None = None) -> Tensor:
     """Return fresh memory for the result."""
-    (width,), dtype = arguments[6], arguments[-1]
+    (width,), dtype = arguments[6], arguments[8]
     return xs[0].new_empty((*xs[0].shape[:-1], width), dtype=dtype)
 
 
-def output_flops(*arguments: Any) -> int:
+def output_flops(*arguments: Any, known: Tensor | None = None) -> int:
     """Count the products with the weight and with both factors of each adapter."""
-    return forward_flops(*_whole(*arguments))
+    return forward_flops(*_whole(known, *arguments))
 
 
-def output_workspace(*arguments: Any) -> int:
+def output_workspace(*arguments: Any, known: Tensor | None = None) -> int:
     """Return the bytes of longer rows and the weight beside them, or of one that is decoded."""
-    return forward_workspace(*_whole(*arguments))
+    return forward_workspace(*_whole(known, *arguments))
 
 
-def output_moved(*arguments: Any) -> int:
-    """Return the bytes of decoding, of reading x for the adapters, and of longer rows or of sums."""
-    return forward_moved(*_whole(*arguments))
+def output_moved(*arguments: Any, known: Tensor | None = None) -> int:
+    """Return the bytes of decoding, of reading x for the adapters, of longer rows or of sums, and of copying."""
+    copied = 0 if known is None else 2 * known.numel() * known.element_size()
+    return forward_moved(*_whole(known, *arguments)) + copied
 
 
-def output_launches(*arguments: Any) -> int:
-    """Return the kernels of one layer's forward."""
-    return forward_launches(*_whole(*arguments))
+def output_launches(*arguments: Any, known: Tensor | None = None) -> int:
+    """Return the kernels of one layer's forward, and of the copy."""
+    return forward_launches(*_whole(known, *arguments)) + (known is not None)
 
 
-def _whole(*arguments: Any) -> tuple[Any, ...]:
-    """Return the arguments of a `lora_linear` of this layer alone."""
+def _whole(known: Tensor | None, *arguments: Any) -> tuple[Any, ...]:
+    """Return the arguments of a `lora_linear` of this layer alone, for the rows that are not known."""
     *lists, scales, out_dtype = arguments
     a, b = lists[3], lists[4]
     mine = b[len(b) - len(scales) :]
     rank = sum(factor.shape[1] for factor in mine)
     lists[3:5] = [a[0][:rank]], mine
+    if known is not None:
+        lists[0] = [as_rows(lists[0][0])[known.shape[0] :]]
     return (*lists, [0] * len(mine), [0] * len(mine), scales, out_dtype)

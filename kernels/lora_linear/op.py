@@ -2,7 +2,8 @@
 
 The ops also take four-bit weights as they are stored: `weights[j]` then holds packed codes, `codings[j]` their type and
 block size, and `codes` four tensors of each layer. A compiled graph is told so where it decodes a weight for these
-ops alone; `widths` are the layers' output widths. `fxopt::lora_linear_output` computes one layer's result alone.
+ops alone; `widths` are the layers' output widths. `fxopt::lora_linear_output` computes one layer's result alone,
+or the rows of it behind those that are `known`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fxopt.kernels.lora_linear.form import CODE_TENSORS, Form, split_lists
 from fxopt.kernels.lora_linear.forward import run_forward
 from fxopt.kernels.lora_linear.one_output import (
     arguments_of,
+    copy_rows,
     fake_output,
     output_flops,
     output_launches,
@@ -80,13 +82,22 @@ _forward_op = register_op(
         output=arguments_of,
     ),
 )
+_known_op = register_op(
+    "lora_linear_known(Tensor y) -> Tensor", plain=copy_rows, fused=copy_rows, fake=copy_rows
+)
 register_op(
-    f"lora_linear_output({_TENSORS}, float[] scales, ScalarType out_dtype) -> Tensor",
+    f"lora_linear_output({_TENSORS}, float[] scales, ScalarType out_dtype, *, Tensor? known=None) -> Tensor",
     plain=run_output,
     fused=run_output,
     fake=fake_output,
     flops=output_flops,
-    declared=Declared(workspace=output_workspace, moved=output_moved, rows=("xs",), launches=output_launches),
+    declared=Declared(
+        workspace=output_workspace,
+        moved=output_moved,
+        rows=("xs",),
+        launches=output_launches,
+        known=_known_op,
+    ),
 )
 _backward_op = register_op(
     f"lora_linear_backward(Tensor[] dys, {_TENSORS}, {_ATTRIBUTES}, bool[] needs) -> Tensor[]",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxopt.kernels.lora_linear import extended
-from fxopt.kernels.lora_linear.one_output import arguments_of, output_flops
+from fxopt.kernels.lora_linear.one_output import arguments_of, output_flops, output_launches, output_moved
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WIDTHS = (24, 16, 8)
@@ -55,12 +55,36 @@ def test_one_layers_result(
         assert error <= (0 if exact else 2 * torch.finfo(dtypes[0]).eps)
 
 
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (BF16, FP32)], ids=["fp32", "bf16", "mixed"])
+@pytest.mark.parametrize("longer", [True, False])
+@pytest.mark.parametrize("place", [0, 1])
+def test_only_the_rows_that_are_not_known_are_computed(
+    place: int, dtypes: Any, longer: bool, op_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extended, "is_extensible", lambda x: longer)
+    monkeypatch.setattr(extended, "moves_less", lambda copied, added: longer)
+    found = arguments_of(place, *arguments(ADAPTERS["one each"], *dtypes, op_device))
+    assert found is not None
+    whole = torch.ops.fxopt.lora_linear_output(*found)
+    known = torch.randn(5, WIDTHS[place], device=op_device).to(whole.dtype)
+    result = torch.ops.fxopt.lora_linear_output(*found, known=known)
+    assert (result.shape, result.dtype) == (whole.shape, whole.dtype)
+    rows, expected = result.flatten(0, 1), whole.flatten(0, 1)
+    assert torch.equal(rows[:5], known)
+    error = (rows[5:].float() - expected[5:].float()).norm() / expected[5:].float().norm()
+    assert error <= 2 * torch.finfo(dtypes[0]).eps
+
+
 def test_it_counts_and_reads_one_layer() -> None:
     given = arguments(ADAPTERS["one each"], FP32, FP32, "cpu")
     found = arguments_of(1, *given)
     assert found is not None
     assert [weight is given[1][1] for weight in found[1]] == [True]
     assert output_flops(*found) == 2 * 21 * (64 * 16 + 4 * 64 + 16 * 4)
+    known = torch.empty(5, 16)
+    assert output_flops(*found, known=known) == 2 * 16 * (64 * 16 + 4 * 64 + 16 * 4)
+    assert output_moved(*found, known=known) < output_moved(*found) + 2 * known.nbytes
+    assert output_launches(*found, known=known) == output_launches(*found) + 1
 
 
 def test_a_layer_with_an_input_of_its_own_or_adapters_apart_is_not_computed_alone() -> None:
@@ -75,3 +99,5 @@ def test_a_layer_with_an_input_of_its_own_or_adapters_apart_is_not_computed_alon
 def test_the_op_is_registered_as_torch_wants_it(op_device: str, opcheck: Any) -> None:
     found = arguments_of(1, *arguments(ADAPTERS["one each"], FP32, FP32, op_device))
     opcheck(torch.ops.fxopt.lora_linear_output.default, found)
+    known = torch.randn(5, WIDTHS[1], device=op_device)
+    opcheck(torch.ops.fxopt.lora_linear_output.default, found, kwargs={"known": known})

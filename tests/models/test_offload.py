@@ -185,7 +185,7 @@ def test_inductor_saves_the_same_values_elsewhere(tools):
     batch = batch_of(tools)
     gradients = []
     for options in ({}, {"memory_budget": "min", "max_host_memory": HOST}):
-        model = make(tools)
+        model = make(tools, adapted=True)
         fxopt.optimize(model, lowering="inductor", **options)
         step = tools.run_step(model, batch)
         gradients.append(step.gradients)

@@ -247,8 +247,8 @@ def test_what_is_no_plan_is_refused():
         fxopt.optimize(Stack(), plan=plan, memory_budget="min")
     with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
         fxopt.Plan.from_json("no plan")
-    with pytest.raises(fxopt.FxoptError, match="expected format 4 of a plan, got 99"):
-        fxopt.Plan.from_json(plan.to_json().replace('"format": 4', '"format": 99'))
+    with pytest.raises(fxopt.FxoptError, match="expected format 5 of a plan, got 99"):
+        fxopt.Plan.from_json(plan.to_json().replace('"format": 5', '"format": 99'))
 
 
 def test_inputs_on_another_device_are_refused():
