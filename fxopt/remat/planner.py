@@ -233,7 +233,7 @@ class StepPlanner:
             given, tokens = self._given, self._tokens.of_call
             offloads = facts.host_bytes > 0 and (facts.host_is_asked or hides_host(views.whole))
             if given is None:
-                menu = views.add_chunks(views.add_parts(make_menu(views.whole, tokens, offloads=offloads)))
+                menu = views.add_parts(views.add_chunks(make_menu(views.whole, tokens, offloads=offloads)))
             else:
                 menu = menu_of(given, views, tokens, facts)
                 if not follows(menu, given):

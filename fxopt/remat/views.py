@@ -134,7 +134,7 @@ class Views:
         )
 
     def add_chunks(self, menu: Menu) -> Menu:
-        """Return `menu` with what each decision needs that computes wide values again, if it does so in chunks."""
+        """Return `menu`, of the whole, with what each decision needs that computes wide values again, in chunks."""
         found = list(zip(menu.choices, menu.decisions, strict=True))
         for choice, decision in list(found):
             needed = _working_bytes(decision)
@@ -151,8 +151,7 @@ class Views:
         return _sorted(found, menu.tokens)
 
     def add_parts(self, menu: Menu) -> Menu:
-        """Return `menu` with decisions that leave more to the host: of a value computed again, all rows that no block
-        waits for."""
+        """Return `menu` with decisions that leave more to the host: rows of a value computed again, without a wait."""
         found = list(zip(menu.choices, menu.decisions, strict=True))
         for choice, decision in list(found):
             if choice.offloaded and decision.chunks == 1:
