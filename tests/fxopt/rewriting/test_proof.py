@@ -13,8 +13,9 @@ from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.report.records import Proof
+from fxopt.rewriting.comparison import Comparison, compare_value, compare_values
 from fxopt.rewriting.pattern import Match, Pattern, call
-from fxopt.rewriting.proof import FLOAT32_ERROR, Comparison, Prover, _compare_value, _compare_values
+from fxopt.rewriting.proof import FLOAT32_ERROR, Prover
 from fxopt.rewriting.rewrite import MatchContext, RewriteResult, apply_patterns
 from fxopt.rewriting.terms import cast, cross_entropy, linear, mean, number, reshape, rsqrt, tanh, tensor
 
@@ -80,7 +81,7 @@ def test_one_rule_allows_twice_stock_s_error_or_the_floor() -> None:
 
     def allowed(stock_error: float, floor: float) -> float:
         stock = oracle * (1 + stock_error)
-        return _compare_value("y", oracle.clone(), stock, oracle, floor).allowed
+        return compare_value("y", oracle.clone(), stock, oracle, floor).allowed
 
     for floor in (FLOAT32_ERROR, 0.004, 0.0005):
         assert allowed(0.0, floor) == floor
@@ -95,9 +96,9 @@ def test_what_is_zero_in_exact_arithmetic_is_measured_by_the_largest_of_its_sort
     def compared(error: float) -> tuple[Comparison, Comparison]:
         stock = {"gradient of q": large * 1e-7, "gradient of v": large}
         new = {"gradient of q": large * error, "gradient of v": large}
-        of_q, of_v = _compare_values(new, stock, oracle, FLOAT32_ERROR)
+        of_q, of_v = compare_values(new, stock, oracle, FLOAT32_ERROR)
         assert (of_v.is_zero, of_v.error, of_v.allowed) == (False, 0.0, FLOAT32_ERROR)
-        return of_q, _compare_value(
+        return of_q, compare_value(
             "gradient of q", new["gradient of q"], stock["gradient of q"], large * 1e-17, 1e-5
         )
 
@@ -115,8 +116,8 @@ def test_what_is_infinite_measures_nothing_else(far: float) -> None:
     """Nor does what is finite with a norm that is not."""
     small, large = torch.full((4,), 2.0, dtype=torch.float64), torch.full((4,), far, dtype=torch.float64)
     oracle = {"output 0": large, "output 1": small}
-    _, right = _compare_values(oracle, oracle, oracle, FLOAT32_ERROR)
-    _, wrong = _compare_values({**oracle, "output 1": 1.1 * small}, oracle, oracle, FLOAT32_ERROR)
+    _, right = compare_values(oracle, oracle, oracle, FLOAT32_ERROR)
+    _, wrong = compare_values({**oracle, "output 1": 1.1 * small}, oracle, oracle, FLOAT32_ERROR)
     assert (right.is_zero, right.excess <= 1) == (False, True)
     assert (wrong.is_zero, wrong.excess <= 1) == (False, False)
 
