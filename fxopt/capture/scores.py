@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import fx, nn
@@ -20,7 +20,7 @@ def find_outside_loss(tail: fx.GraphModule, model: nn.Module) -> str:
     rows = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     if any(_shape(node) == () for node in returned):
         return ""
-    scores = [node for node in returned if (_shape(node) or (0,))[-1] in rows and _is_projected(node, rows)]
+    scores = [node for node in returned if _has_classes(node, rows) and _is_projected(node, rows)]
     if not scores:
         return ""
     return (
@@ -38,12 +38,18 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["example_value"].shape)
 
 
-def _is_projected(node: fx.Node, rows: Iterable[int]) -> bool:
+def _has_classes(node: fx.Node, rows: Collection[int]) -> bool:
+    """Return whether the last size of a value is one of `rows`; a size that changes is none."""
+    last = (_shape(node) or (0,))[-1]
+    return type(last) is int and last in rows
+
+
+def _is_projected(node: fx.Node, rows: Collection[int]) -> bool:
     """Return whether a linear layer of as many classes as one of `rows` is among what `node` is computed from."""
     queue, seen = [node], {node}
     while queue:
         current = queue.pop()
-        if op_name(current) == "linear" and _shape(current)[-1] in rows:
+        if op_name(current) == "linear" and _has_classes(current, rows):
             return True
         queue += [source for source in current.all_input_nodes if source not in seen]
         seen.update(current.all_input_nodes)

@@ -65,9 +65,10 @@ class StandIns:
         if mappings or key not in self._forms:
             lists = GivenLists(args, kwargs)
             with zero.parameters_in_plain_dicts(block):
-                self._forms[key] = self._run(mode, block, args, kwargs, counts)
+                found = self._run(mode, block, args, kwargs, counts)
             lists.check(block)
             self._note_put(block, mappings, before)
+            self._forms[key] = found
         output, added = tree_map_only(torch.Tensor, _like, self._forms[key])
         for name, values in added.items():
             collected[name].extend(values)

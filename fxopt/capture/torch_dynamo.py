@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import re
 import types
@@ -176,7 +175,6 @@ SLOW_PATH = "Unable to hit fast path of CUDAGraphs"
 """How Inductor's warning begins that one compiled function runs again and again before any backward does."""
 
 
-@functools.cache
 def expect_equal_blocks() -> None:
     """Have Inductor not warn of what is meant: equal blocks are one function, and all run before their backwards."""
     warnings.filterwarnings("ignore", message=SLOW_PATH, category=UserWarning)

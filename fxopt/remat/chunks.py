@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxopt.graph.edit import move_behind
 from fxopt.remat.cost import Declarations
-from fxopt.remat.joint import CHUNK, PROVENANCE
+from fxopt.remat.joint import CHUNK, COPIED_META
 from fxopt.remat.regions import Region, find_regions
 from fxopt.remat.rows import COLUMNS, SUM, Kind, Rows, is_shaped
 
@@ -184,7 +184,7 @@ class _Division:
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node) -> fx.Node:
         """Return a node inserted here, with its value, where the model's code says that `like` is."""
         new = self.graph.call_function(target, args, kwargs)
-        new.meta = {key: like.meta[key] for key in PROVENANCE if key in like.meta}
+        new.meta = {key: like.meta[key] for key in COPIED_META if key in like.meta}
         values = fx.map_arg((args, kwargs), lambda item: item.meta["val"])
         try:
             new.meta["val"] = target(*values[0], **values[1])

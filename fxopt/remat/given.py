@@ -39,7 +39,7 @@ def menu_of(given: Plan, views: Views, tokens: int, facts: Facts) -> Menu:
     spread = facts.spread
     in_parts = any(beside != NOTHING_BESIDE for beside in (*spread.blocks, spread.tail))
     asked = given.decisions
-    if tokens < given.tokens:
+    if tokens < given.tokens or views.is_of_any_length:
         asked = tuple(d if views.find_view(d) is not None else as_whole(d) for d in asked)
     found = [
         _find_choice(views, decision, given.tokens, tokens, whole_gradients=not in_parts)

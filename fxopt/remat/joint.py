@@ -38,7 +38,7 @@ PART = "part_of"
 """Where the meta of a node that takes some rows of a value for backward has the name of that value's, and its own."""
 REPLAYS = "replays"
 """Where a node's meta names the forward node whose value it computes again."""
-PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "partitioner_tag", "seq_nr", "from_node")
+COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "partitioner_tag", "seq_nr", "from_node")
 """What the meta of a node that a plan adds has of the one that it is made for."""
 Cost = Callable[..., int]
 """Takes a node, and what its kernel reads where these are not its operands; gives picoseconds."""
@@ -186,12 +186,18 @@ def _overwritings(
         given = arguments_of(node)
         written = [a.name for a in schema_of(form.op).arguments if a.alias_info and a.alias_info.is_write]
         places = [given[name] for name in written if isinstance(given[name], fx.Node)]
-        read = [storage for item in given.values() if isinstance(item, fx.Node) for storage in storages[item]]
+        sources: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), sources.append)
+        read = [storage for source in sources for storage in storages[source]]
         values: list[Any] = list(node.meta["val"])
         left = [values[number] for number in form.results if isinstance(values[number], torch.Tensor)]
-        fits = all(_is_alike(values[number], given[name]) for number, name in form.results.items()) and len(
-            values
-        ) - len(form.results) == len(schema_of(form.op).returns)
+        returned = [value for number, value in enumerate(values) if number not in form.results]
+        is_complete = len(returned) == len(schema_of(form.op).returns) and all(
+            isinstance(value, torch.Tensor) for value in returned
+        )
+        fits = is_complete and all(
+            _is_alike(values[number], given[name]) for number, name in form.results.items()
+        )
         taken = tuple(storage for place in places for storage in storages[place])
         if places and fits and all(read.count(storage) == 1 for storage in taken):
             workspace = workspace_of(node, declared, form.op)

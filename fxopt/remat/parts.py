@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.remat.cost import Declarations
-from fxopt.remat.joint import PART, PROVENANCE, REPLAYS, Joint
+from fxopt.remat.joint import COPIED_META, PART, REPLAYS, Joint
+from fxopt.report.plan import SHARES
 
 KNOWN, ROWS = "known", "rows"
-SHARES = 16
-"""Rows are kept by sixteenths: a plan holds for other lengths too."""
 aten = torch.ops.aten
 
 
@@ -52,7 +51,11 @@ def num_rows_of(node: fx.Node) -> int:
 
 
 def keep_rows(graph: fx.Graph, replay: fx.Node, share: int, declared: Declarations) -> None:
-    """Let `replay` be handed so many sixteenths of the rows of the value that it computes again."""
+    """Let `replay` be handed so many sixteenths of the rows of the value that it computes again.
+
+    That value lies densely in memory, [*, N] of T rows; [T * share // 16, N] of it are copied. `replay` says what it
+    computes again (`REPLAYS`), and its op declares what copies the rows.
+    """
     name = replay.meta[REPLAYS]
     source = next(node for node in graph.nodes if node.name == name)
     value: Tensor = source.meta["val"]
@@ -64,7 +67,7 @@ def keep_rows(graph: fx.Graph, replay: fx.Node, share: int, declared: Declaratio
     with graph.inserting_after(some):
         kept = graph.call_function(_copies_of(replay, declared), (some,))
     for node, part in ((flat, "flat"), (some, "some"), (kept, ROWS)):
-        node.meta = {key: source.meta[key] for key in PROVENANCE if key in source.meta}
+        node.meta = {key: source.meta[key] for key in COPIED_META if key in source.meta}
         target: Any = node.target
         node.meta["val"] = target(*fx.map_arg(node.args, lambda item: item.meta["val"]))
         node.meta[PART] = (name, part)

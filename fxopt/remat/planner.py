@@ -48,8 +48,8 @@ log = logging.getLogger("fxopt")
 
 
 WHOLE = (
-    "the plan that was given is for {planned} tokens a call: in calls of {tokens} blocks run whole that run in "
-    "chunks there, or keep some rows of a value"
+    "the plan that was given is for {planned} tokens a call: in shorter calls, and where lengths change, blocks run "
+    "whole that run in chunks there or keep some rows of a value"
 )
 USABLE = 7 / 8
 """How much of the host's memory plans count on: pieces do not fill the chunks they are cut from."""
@@ -237,7 +237,7 @@ class StepPlanner:
             else:
                 menu = menu_of(given, views, tokens, facts)
                 if not follows(menu, given):
-                    self._differing.setdefault(WHOLE.format(planned=given.tokens, tokens=tokens))
+                    self._differing.setdefault(WHOLE.format(planned=given.tokens))
             self._menus[form] = menu
         self._form_of[path] = form
         self._seen.add(path)

@@ -7,17 +7,18 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import fx
 
 from fxopt.remat.chunks import NotDivisible, divide
-from fxopt.remat.cost import Declarations
+from fxopt.remat.cost import Declarations, tensors_in
 from fxopt.remat.decide import MS, Menu, make_decision
 from fxopt.remat.joint import Joint
 from fxopt.remat.menu import Choice, make_choice
 from fxopt.remat.offload import spare_for, wait_of
-from fxopt.remat.parts import SHARES, find_divisible, keep_rows, label_of_rows, num_rows_of
+from fxopt.remat.parts import find_divisible, keep_rows, label_of_rows, num_rows_of
 from fxopt.remat.regions import find_regions
-from fxopt.report.plan import Decision
+from fxopt.report.plan import SHARES, Decision
 
 log = logging.getLogger("fxopt")
 COUNTS = (4, 16)
@@ -60,6 +61,11 @@ class Views:
         self.counts = tuple(count for count in COUNTS if num_rows >= count * SMALLEST)
         """Into how many chunks the graph may be divided."""
         self._replays = find_divisible(self.whole, declared)
+        values = (value for node in graph.nodes for value in tensors_in(node.meta.get("val")))
+        self.is_of_any_length = any(
+            isinstance(size, torch.SymInt) for value in values for size in value.shape
+        )
+        """Whether sizes are known only when it runs."""
 
     @property
     def key(self) -> object:
@@ -175,6 +181,11 @@ class Views:
             view = self.find_view(asked)
             if view is None:
                 return None
+            again_here = view.joint.forward[view.places[again[label]]]
+            if (again_here in view.joint.measured) != (
+                self.whole.forward[again[label]] in self.whole.measured
+            ):
+                return None  # a time and an estimate are not to be compared
             part = next(
                 place
                 for place, value in enumerate(view.joint.dag.values)

@@ -12,6 +12,8 @@ from typing import Any
 from fxopt.errors import FxoptError
 
 FORMAT = 5
+SHARES = 16
+"""Of a value kept in part, rows are kept by sixteenths: a plan holds for other lengths too."""
 PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxopt.report.memory import describe_budget, find_holdings, find_peak, find_saved, readable_budget
-from fxopt.report.plan import Decision, Plan
+from fxopt.report.plan import SHARES, Decision, Plan
 from fxopt.report.units import format_bytes
 
 SHOWN = 12
@@ -75,8 +75,10 @@ def _render_decision(paths: list[str], decision: Decision) -> list[str]:
             f"  runs its widest part in {decision.chunks} chunks of tokens, {decision.chunk_ms:.2f} ms more"
         )
     if decision.part_of:
-        again = 16 - decision.sixteenths
-        lines.append(f"  computes {again} of 16 rows of {decision.part_of} again, the others are kept")
+        again = SHARES - decision.sixteenths
+        lines.append(
+            f"  computes {again}/{SHARES} of the rows of {decision.part_of} again, the others are kept"
+        )
     parts = (
         ("saved", decision.saved),
         ("offloaded", decision.offloaded),

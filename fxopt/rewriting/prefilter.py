@@ -81,15 +81,17 @@ def _could_call(term: Operation, node: fx.Node, known: Known) -> bool:
 
 def _could_read(term: Operation, node: fx.Node) -> bool:
     """Return whether what `node` reads calls ops that the operands of `term` may: the cheapest look, taken first."""
-    if all(map(_could_head, term.heads_of_args, node.args)):
+    heads = term.heads_of_args
+    if _could_head(heads, node.args):
         return True
-    if term.target not in COMMUTATIVE or len(term.args) != 2:
-        return False
-    return all(map(_could_head, reversed(term.heads_of_args), node.args))
+    return term.target in COMMUTATIVE and len(heads) == 2 and _could_head(heads[::-1], node.args)
 
 
-def _could_head(heads: frozenset[Target], value: Any) -> bool:
-    return not heads or not isinstance(value, fx.Node) or value.target in heads
+def _could_head(heads: tuple[frozenset[Target], ...], values: tuple[Any, ...]) -> bool:
+    for expected, value in zip(heads, values, strict=False):
+        if expected and isinstance(value, fx.Node) and value.target not in expected:
+            return False
+    return True
 
 
 def _could_list(terms: tuple[Any, ...], value: Any, known: Known) -> bool:

@@ -23,6 +23,7 @@ from fxopt.kernels.lora_linear.costs import (
     backward_moved,
     backward_workspace,
 )
+from fxopt.kernels.lora_linear.extend import SIXTEEN_BITS
 from fxopt.kernels.lora_linear.form import split_lists
 from fxopt.kernels.lora_linear.gated_products import (
     Narrow,
@@ -30,6 +31,7 @@ from fxopt.kernels.lora_linear.gated_products import (
     launch_gated_products,
     reads_gated_once,
 )
+from fxopt.kernels.lora_linear.one_read import LEAST_BYTES, MOST_RANK
 from fxopt.kernels.lora_linear.op import fake_backward
 from fxopt.kernels.lora_linear.products import as_rows, write_product
 
@@ -55,13 +57,16 @@ class Layer(NamedTuple):
     needs: list[bool]
 
     def is_plain(self, dtype: torch.dtype, num_layers: int) -> bool:
-        """Return whether each layer has one adapter, of x, whose gradients are needed, and all is in `dtype`."""
+        """Return whether each layer has one adapter, of x, whose gradients are needed, and all is in `dtype`.
+
+        A weight that trains reads the unit's value, which is never in memory then.
+        """
         if len(self.a) != 1 or self.inputs != [0] * num_layers or self.owners != list(range(num_layers)):
             return False
-        *_, need_a, need_b = split_lists(self.needs, 1, num_layers)
+        _, need_weights, _, need_a, need_b = split_lists(self.needs, 1, num_layers)
         stored = (weight for weight, coding in zip(self.weights, self.codings, strict=True) if not coding)
         is_narrow = all(tensor.dtype == dtype for tensor in (*stored, *self.a, *self.b))
-        return is_narrow and all((*need_a, *need_b))
+        return is_narrow and all((*need_a, *need_b)) and not any(need_weights)
 
 
 class Call(NamedTuple):
@@ -141,19 +146,32 @@ def _flops(dy: Any, gate: Any, up: Any, *arguments: Any) -> int:
 def _workspace(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
     """Return the bytes of both gradients, and of the parts of the sums or what comes after them."""
     call = _read(arguments)
-    ranks = [factor.shape[1] for factor in (*call.after.b, *call.before.b)]
-    parts = sum(gated_parts_bytes(as_rows(dy), rank) for rank in ranks)
     after = backward_workspace(call.dys, [dy], *call.after)
     before = backward_workspace([gate, up], call.xs, *call.before)
+    if not _suits(dy, call):
+        return max(after, before) + _num_bytes(gate, up, gate)  # the value as well
+    ranks = [factor.shape[1] for factor in (*call.after.b, *call.before.b)]
+    parts = sum(gated_parts_bytes(as_rows(dy), rank) for rank in ranks)
     return max(parts, after, before) + _num_bytes(gate, up)
 
 
+def _suits(dy: Tensor, call: Call) -> bool:
+    """Return whether one kernel does all on a GPU, as far as dtypes and sizes tell: else nothing is written over."""
+    ranks = [factor.shape[1] for factor in (*call.after.b, *call.before.b)]
+    is_plain = call.after.is_plain(dy.dtype, 1) and call.before.is_plain(dy.dtype, 2)
+    return is_plain and max(ranks) <= MOST_RANK and dy.dtype in SIXTEEN_BITS and _num_bytes(dy) >= LEAST_BYTES
+
+
 def _workspace_over_unit(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
-    return _workspace(dy, gate, up, *arguments) - _num_bytes(gate, up)
+    """Return the bytes of the same with dgate and dup written over gate and up."""
+    spared = _num_bytes(gate, up) if _suits(dy, _read(arguments)) else 0
+    return _workspace(dy, gate, up, *arguments) - spared
 
 
 def _workspace_over_dy(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:
-    return _workspace(dy, gate, up, *arguments) - _num_bytes(up)
+    """Return the bytes of the same with dup written over dy."""
+    spared = _num_bytes(up) if _suits(dy, _read(arguments)) else 0
+    return _workspace(dy, gate, up, *arguments) - spared
 
 
 def _moved(dy: Tensor, gate: Tensor, up: Tensor, *arguments: Any) -> int:

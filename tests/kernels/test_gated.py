@@ -151,6 +151,18 @@ def test_gradients_are_written_over_what_the_kernel_has_read(
         assert torch.equal(value, other), place
 
 
+@pytest.mark.parametrize("rank", [16, 64])
+def test_memory_is_spared_only_where_one_kernel_does_all(rank: int) -> None:
+    given = arguments(8192, 3584, 18944, (rank, rank, rank), BF16, "meta")
+    wide = given[1].nbytes
+    plain, over_unit, over_dy = (
+        workspace(*given)
+        for workspace in (gated._workspace, gated._workspace_over_unit, gated._workspace_over_dy)
+    )
+    assert (plain - over_unit, plain - over_dy) == ((2 * wide, wide) if rank == 16 else (0, 0))
+    assert plain >= (2 if rank == 16 else 3) * wide
+
+
 def as_float(factors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [factor.float() for factor in factors]
 
@@ -161,6 +173,7 @@ def as_float(factors: list[torch.Tensor]) -> list[torch.Tensor]:
         pytest.param(dict.fromkeys(("after_a", "after_b"), as_float), id="an adapter of another dtype"),
         pytest.param({"before_owners": lambda _: [1, 0]}, id="adapters in another order"),
         pytest.param({"before_needs": lambda needs: [*needs[:-1], False]}, id="a frozen adapter"),
+        pytest.param({"after_needs": lambda needs: [needs[0], True, *needs[2:]]}, id="a trained layer"),
         pytest.param({}, id="few tokens"),
     ],
 )

@@ -58,3 +58,20 @@ def test_scores_are_told_by_their_number_and_projection(install, head, is_noted)
     installation = install(model)
     model(IDS).square().mean().backward()
     assert bool(notes_of(installation)) == is_noted
+
+
+class Ends(nn.Module):
+    """Two scores a token, as a head of answers has them: the tokens are the last dimension of each result."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x[..., 0], x[..., 1]
+
+
+def test_results_whose_last_size_changes_are_no_scores(install):
+    model = Plain(Ends()).train()
+    installation = install(model)
+    for length in (16, 12, 20):
+        start, end = model(IDS[:, :1].expand(2, length))
+        (start.square().mean() + end.mean()).backward()
+    assert notes_of(installation) == []
+    assert installation.ledger.fallbacks == {}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fxopt.kernels.launch import DECLARED
+from fxopt.kernels.lora_linear import gated
 from fxopt.remat.devices import DEVICES
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.liveness import simulate
@@ -38,8 +39,9 @@ def spared_by(joint: Joint) -> list[int]:
 
 @pytest.mark.parametrize(("name", "at_most"), [("adapted", 2), ("dense", 3)])
 def test_what_is_computed_again_is_written_over_and_what_is_saved_is_not(
-    name: str, at_most: int, read: Any
+    name: str, at_most: int, read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gated, "_suits", lambda *_: True)  # as with wide values in 16 bits
     spared = spared_by(read(name))
     assert spared[0] == WIDE  # gate and up are saved: over the gradient of the unit
     assert WIDE < spared[-1] <= at_most * WIDE
