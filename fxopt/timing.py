@@ -123,7 +123,7 @@ class OpTimer:
             found = [self._find_obstacle(trial, stock, room) for trial in trials]
             fitting = [trial for trial, obstacle in zip(trials, found, strict=True) if not obstacle]
             if not fitting:
-                return [obstacle or NO_TIME for obstacle in found]
+                return [*found]
             self._compile([trial for trial in fitting if is_ours(trial.node)], stock)
             clock = self._make_clock(self._place)
             return [

@@ -14,10 +14,15 @@ PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy whose nodes have names and meta of their own, over the same attributes."""
-    graph, copies = fx.Graph(), {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(gm, graph)
+    return fx.GraphModule(gm, copy_nodes(gm.graph)[0])
+
+
+def copy_nodes(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a copy of `graph`, and which of its nodes is the copy of which."""
+    copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        copies[node] = copied.node_copy(node, copies.__getitem__)
+    return copied, copies
 
 
 def move_behind(node: fx.Node) -> None:

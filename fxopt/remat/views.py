@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from fxopt.graph.edit import copy_nodes
 from fxopt.remat.chunks import NotDivisible, divide
 from fxopt.remat.cost import Declarations, tensors_in
 from fxopt.remat.decide import MS, Menu, make_decision
@@ -82,9 +83,7 @@ class Views:
     def _make_view(self, decision: Decision) -> View | None:
         if decision.chunks == 1 and not decision.part_of:
             return View(self.whole, {place: place for place in range(len(self.whole.forward))})
-        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in self._graph.nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph, copies = copy_nodes(self._graph)
         try:
             replaced = self._change(graph, decision, copies.__getitem__)
         except NotDivisible as error:
