@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from fxopt.capture.modules import tensors_of
+from fxopt.capture.mutation import storage_of
+from fxopt.graph.storage import UNKNOWN
 
 OFFLOAD = "offload"
 """Where the meta of a saved value says that it leaves for the host; the planner tags it in the joint graph."""
@@ -26,11 +28,15 @@ class Leaving:
         self.numbers: frozenset[int] = frozenset()
 
     def read(self, graph: fx.Graph) -> None:
-        """Read the tags of a forward graph that was split from a joint one: its results, then what it saves."""
+        """Read the tags of a forward graph that was split from a joint one: its results, then what it saves.
+
+        Torch saves a view in place of the value that is tagged where backward reads nothing but the view.
+        """
         outputs: list[Any] = list(graph.output_node().args[0])  # pyright: ignore
         saved = [node for node in outputs if _is_saved_by_autograd(node)]
+        gone = {storage_of(node) for node in graph.nodes if node.meta.get(OFFLOAD)} - {None, UNKNOWN}
         self.numbers = frozenset(
-            number for number, node in enumerate(reversed(saved)) if node.meta.get(OFFLOAD)
+            number for number, node in enumerate(reversed(saved)) if storage_of(node) in gone
         )
 
 
