@@ -106,11 +106,13 @@ class OpTimer:
     def __call__(self, trials: Sequence[Trial], in_step: int) -> list[Timing | str]:
         """Return of each trial what it takes, or why it was not timed; an op of the step needs `in_step` bytes.
 
-        Under a plan that has to spare memory its widest ops may run on a part of the tokens: it is not timed here what
-        needs more than half of that, unless there is room.
+        Of a step that may hold what it likes no op is too large: beside the largest one it holds what blocks save,
+        which is more than the clock does. Under a plan that has to spare memory its widest ops may run on a part of the
+        tokens: it is not timed here what needs more than half of that, unless there is room.
         """
+        allowed = in_step + GpuClock.BYTES
         if self._spare is not None:
-            in_step = min(in_step, max(in_step // 2, self._spare))
+            allowed = min(allowed, max(in_step // 2, self._spare))
         places = [self._place.index or 0] if self._place.type == "cuda" else []
         with (
             unset_fake_temporarily(),
@@ -118,7 +120,7 @@ class OpTimer:
             torch.autocast(self._place.type, enabled=False),
             torch.random.fork_rng(places),  # pyright: ignore[reportUnknownMemberType]
         ):
-            room = self._room(self._place, in_step) - GpuClock.BYTES
+            room = self._room(self._place, allowed) - GpuClock.BYTES
             stock = Stock(self._owned(), self._place)
             found = [self._find_obstacle(trial, stock, room) for trial in trials]
             fitting = [trial for trial, obstacle in zip(trials, found, strict=True) if not obstacle]
@@ -245,14 +247,14 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def find_room(place: torch.device, in_step: int) -> int:
+def find_room(place: torch.device, allowed: int) -> int:
     """Return how many bytes may be allocated now: what is free, and what never shows in torch's recorded peak.
 
-    That peak is at least what is recorded already, and what one op of the step needs beside what is allocated now.
+    That peak is at least what is recorded already, and what a step may hold: `allowed` beside what is allocated now.
     """
     allocated = torch.cuda.memory_allocated(place)
     free = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place) - allocated
-    return min(free, max(torch.cuda.max_memory_allocated(place) - allocated, in_step))
+    return min(free, max(torch.cuda.max_memory_allocated(place) - allocated, allowed))
 
 
 class Stock:
