@@ -9,6 +9,7 @@ from fxopt.remat.budget import Budget
 from fxopt.remat.choice import Candidates, find_smallest
 from fxopt.remat.cost import Declarations
 from fxopt.remat.devices import BANDWIDTH_SHARE, Device
+from fxopt.remat.launching import idle_ms_of
 from fxopt.remat.measured import ROOFLINES, Measured
 from fxopt.remat.step import NOT_SPREAD, UPDATE, Around, Spread, find_peak, simulate_step
 from fxopt.report.plan import Decision, Plan, Residual
@@ -147,6 +148,8 @@ def make_plan(
     wait_ms = sum(decision.wait_ms for decision in taken)
     update_ms = update_ms_of(facts.trained_bytes, facts.device)
     compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
+    busy_ms = compute_ms + recompute_ms + wait_ms + update_ms
+    idle_ms = idle_ms_of(busy_ms, taken, facts.device)
     if limit is not None and goal.budget == "min" and goal.ceiling is None:
         limit = max(limit, peak.bytes)  # it is of the blocks alone, whatever the optimizer needs
     return Plan(
@@ -164,10 +167,11 @@ def make_plan(
         smallest_bytes=smallest,
         peak_bytes=peak.bytes,
         peak_at=peak.name,
-        step_ms=compute_ms + recompute_ms + wait_ms + update_ms,
+        step_ms=busy_ms + idle_ms,
         recompute_ms=recompute_ms,
         wait_ms=wait_ms,
         update_ms=update_ms,
+        idle_ms=idle_ms,
         measured_ms=sum(decision.measured_ms for decision in (*taken, *around.tail)),
         rooflines=facts.measured.left,
         after=around.tail,

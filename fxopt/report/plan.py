@@ -11,7 +11,7 @@ from typing import Any
 
 from fxopt.errors import FxoptError
 
-FORMAT = 5
+FORMAT = 6
 SHARES = 16
 """Of a value kept in part, rows are kept by sixteenths: a plan holds for other lengths too."""
 PLAIN: dict[str, tuple[type, ...]] = {
@@ -102,9 +102,10 @@ class Plan:
     `budget` is what was asked for, `limit_bytes` what it came to (None: no limit). `layers` gives each block, by its
     path, the number of its decision. `static_bytes` live all the time: weights, buffers, the optimizer's state.
     `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
-    not planned; `update_ms` of `step_ms` are the optimizer's; `timeline` is the simulated step. `residual_bytes` stay
-    on the device, `host_bytes` on the host. `measured_ms` of `step_ms` are of ops that were timed on the device, the
-    rest are estimates from its datasheet; of these, `rooflines` are ops that are timed elsewhere, with the reasons.
+    not planned; `update_ms` of `step_ms` are the optimizer's, and for `idle_ms` a GPU waits for launches; `timeline` is
+    the simulated step. `residual_bytes` stay on the device, `host_bytes` on the host. `measured_ms` of `step_ms` are of
+    ops that were timed on the device, the rest are estimates from its datasheet; of these, `rooflines` are ops that are
+    timed elsewhere, with the reasons.
     """
 
     model: str
@@ -123,6 +124,7 @@ class Plan:
     recompute_ms: float
     wait_ms: float = 0.0
     update_ms: float = 0.0
+    idle_ms: float = 0.0
     measured_ms: float = 0.0
     rooflines: tuple[str, ...] = ()
     after: tuple[Decision, ...] = ()

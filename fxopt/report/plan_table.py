@@ -18,9 +18,10 @@ def render_plan(plan: Plan) -> str:
         describe_budget(plan),
         f"peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
         f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again"
-        + (f", {plan.wait_ms:.1f} ms waiting for the host" if plan.wait_ms else "")
-        + f", {plan.update_ms:.1f} ms the optimizer's",
-        f"{plan.measured_share:.0%} of the step from ops timed on this device, the rest from its datasheet",
+        + (f", {plan.wait_ms:.1f} ms waiting for the host's memory" if plan.wait_ms else "")
+        + f", {plan.update_ms:.1f} ms the optimizer's"
+        + (f", {plan.idle_ms:.1f} ms waiting for launches" if plan.idle_ms else ""),
+        f"{plan.measured_share:.0%} of the step from ops timed on this device, the rest by estimate",
         *(f"  by datasheet: {reason}" for reason in plan.rooflines),
         f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
         "are weights, buffers and the optimizer's state",

@@ -24,6 +24,7 @@ from fxopt.remat.budget import check_budget
 from fxopt.remat.devices import find_device
 from fxopt.remat.given import find_difference
 from fxopt.remat.offload import HOST_PS, hides_host
+from fxopt.report.plan import FORMAT
 from fxopt.report.records import MODEL_REGION
 from fxopt.report.units import format_bytes
 
@@ -247,8 +248,8 @@ def test_what_is_no_plan_is_refused():
         fxopt.optimize(Stack(), plan=plan, memory_budget="min")
     with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
         fxopt.Plan.from_json("no plan")
-    with pytest.raises(fxopt.FxoptError, match="expected format 5 of a plan, got 99"):
-        fxopt.Plan.from_json(plan.to_json().replace('"format": 5', '"format": 99'))
+    with pytest.raises(fxopt.FxoptError, match=f"expected format {FORMAT} of a plan, got 99"):
+        fxopt.Plan.from_json(plan.to_json().replace(f'"format": {FORMAT}', '"format": 99'))
 
 
 def test_inputs_on_another_device_are_refused():
