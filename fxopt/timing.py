@@ -44,6 +44,10 @@ LOAD_MS, WARM_MS = 5.0, 100.0
 """For how long products hold the GPU up before each op that is timed, and before the first one."""
 LONG_MS = 50.0
 """An op that runs so long needs no load, and no second look."""
+SHORT_MS = 2.0
+"""Below it, what the host takes to launch an op would tell more of its time than the GPU does."""
+COPIED = 16 * 2**20
+"""What operands of an op may come to that are made for it though the model has them, as scales of 4-bit weights."""
 LOADS = 3
 """How often the load grows before an op is given up that the host launches too slowly."""
 
@@ -110,7 +114,7 @@ class OpTimer:
         which is more than the clock does. Under a plan that has to spare memory its widest ops may run on a part of the
         tokens: it is not timed here what needs more than half of that, unless there is room.
         """
-        allowed = in_step + GpuClock.BYTES
+        allowed = in_step + GpuClock.BYTES + COPIED
         if self._spare is not None:
             allowed = min(allowed, max(in_step // 2, self._spare))
         places = [self._place.index or 0] if self._place.type == "cuda" else []
@@ -225,6 +229,7 @@ class GpuClock:
             alone_ms = begin.elapsed_time(end)
             if alone_ms > max(LONG_MS, 2 * host_ms):
                 return Timing(alone_ms)
+            found = alone_ms
             for tries in range(1, LOADS + 1):
                 self._load(max(LOAD_MS, 2**tries * ROUNDS * host_ms) / self._load_ms)
                 events = [_events() for _ in range(ROUNDS)]
@@ -234,9 +239,12 @@ class GpuClock:
                     end.record()
                 was_ahead = not events[0][0].query()
                 torch.cuda.synchronize(self._place)
+                found = statistics.median(begin.elapsed_time(end) for begin, end in events)
                 if was_ahead:
-                    return Timing(statistics.median(begin.elapsed_time(end) for begin, end in events))
-            return HOST
+                    return Timing(found)
+            return (
+                Timing(found) if alone_ms >= SHORT_MS else HOST
+            )  # it waits for the GPU itself, in a step too
 
     def _load(self, times: float) -> None:
         for _ in range(math.ceil(times)):

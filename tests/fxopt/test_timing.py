@@ -17,6 +17,7 @@ from fxopt.remat.devices import find_device
 from fxopt.remat.measured import HOST, Measured, Trial
 from fxopt.remat.timings import Timing
 from fxopt.timing import (
+    COPIED,
     ELSEWHERE,
     LIMIT_S,
     LOAD_MS,
@@ -165,7 +166,7 @@ def test_of_the_models_own_tensors_none_is_made_and_none_serves_twice():
     assert not seen[0].requires_grad
 
 
-WITH_CLOCK = 1000 + GpuClock.BYTES
+WITH_CLOCK = 1000 + GpuClock.BYTES + COPIED
 
 
 @pytest.mark.parametrize(("spare", "most"), [(None, WITH_CLOCK), (0, 500), (700, 700), (2**40, WITH_CLOCK)])
@@ -257,6 +258,18 @@ def test_what_the_host_launches_too_slowly_is_not_timed():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_alone")
+def test_what_waits_for_the_gpu_itself_is_timed_where_it_runs_long_enough():
+    def run() -> None:
+        torch.cuda._sleep(20_000_000)  # cycles: 10 ms at 2 GHz
+        torch.cuda.synchronize()
+
+    found = GpuClock(torch.device("cuda", 0))(run)
+    assert isinstance(found, Timing), found
+    assert 5 < found.ms < 30
+
+
+@pytest.mark.gpu
 def test_what_runs_for_long_runs_twice():
     calls = []
 
@@ -291,7 +304,7 @@ def test_timing_leaves_no_memory_no_random_state_and_no_peak():
         assert isinstance(results[1], Timing), results[1]
     assert torch.cuda.memory_allocated() == allocated
     small_bytes = 4 * 512  # the node whose backward pass an op runs in, and its gradient
-    assert torch.cuda.max_memory_allocated() <= allocated + in_step + GpuClock.BYTES + small_bytes
+    assert torch.cuda.max_memory_allocated() <= allocated + in_step + GpuClock.BYTES + COPIED + small_bytes
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert find_room(place, 2**60) <= torch.cuda.get_device_properties(place).total_memory
 

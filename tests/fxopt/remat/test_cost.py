@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 import fxopt
 from fxopt.remat.cost import flops_of
 from fxopt.remat.devices import BANDWIDTH_SHARE, OTHER
+from fxopt.remat.figures import UPDATE_SHARE
 from fxopt.remat.joint import read_joint
 
 BYTES = 4 * 64 * 1024
@@ -67,7 +68,7 @@ def test_a_step_ends_with_the_optimizers():
     inputs = {"input": torch.randn(8, 64)}
     plan = fxopt.plan(model, None, inputs)
     trained = 3 * 64 * 64 * 4
-    assert plan.update_ms == pytest.approx(7 * trained * BYTE_PS * 1e-9)
+    assert plan.update_ms == pytest.approx(7 * trained / (OTHER.bandwidth * UPDATE_SHARE) * 1e3)
     rest = [plan.decisions[number].compute_ms for _, number in plan.layers] + [
         d.compute_ms for d in plan.after
     ]
