@@ -116,7 +116,8 @@ def render_page(folder: Path) -> str:
         "",
         "Models have real width and random weights, and train in bf16 autocast with AdamW. Each prediction was on",
         "the disk before its plan ran. It is made from the graphs, what single ops took on this GPU, and the datasheet",
-        "for the rest; no measured step or block feeds it. Peaks are torch's `max_memory_allocated`, times the median",
+        "for the rest; what a step waits for launches, and what AdamW reaches of the memory's speed, was measured with",
+        "a model that is in no table. Peaks are torch's `max_memory_allocated`, times the median",
         "of steps, ratios what was measured over what was predicted. The floor is a step's products and attention",
         "alone (`benchmarks/floors.py`).",
     ]

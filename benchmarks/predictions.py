@@ -9,11 +9,13 @@ Each model and mode has a process of its own, and takes some of the sixteen.
 
 Of each plan the prediction is on the disk, in `<model>-<mode>.jsonl`, before the model is given it; it is made from
 the graphs, what single ops took on this GPU, and for the rest the datasheet and what single products, copies and
-calls of attention reached of it on an H100; never from a step or a block. Then some steps run in bf16 autocast with
-AdamW: `peak_bytes` is `torch.cuda.max_memory_allocated` over them, from the second on; the first one compiles.
-`step_ms` is the median; `floor` is the step's products and attention alone (`benchmarks/floors.py`). While one process
-measures, the others stand still. `phases` tell of one more step where the most was allocated. `result.json` is kept as
-`benchmarks/results/predictions_<gpu>.json`, of which `python -m benchmarks.prediction_page` makes docs/predictions.md.
+calls of attention reached of it on an H100; of steps, what one waits for launches and what AdamW reaches of the
+memory's speed, from a model that is none of these; never from a step or a block of theirs. Then some steps run in bf16
+autocast with AdamW: `peak_bytes` is `torch.cuda.max_memory_allocated` over them, from the second on; the first one
+compiles. `step_ms` is the median; `floor` is the step's products and attention alone (`benchmarks/floors.py`). While
+one process measures, the others stand still. `phases` tell of one more step where the most was allocated.
+`result.json` is kept as `benchmarks/results/predictions_<gpu>.json`, of which `python -m benchmarks.prediction_page`
+makes docs/predictions.md.
 On a CPU the peak is what torch's profiler saw allocated, beyond what lives all the time.
 """
 
