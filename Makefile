@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo coverage check types gates test test-slow test-deepspeed test-all test-gpu matrix bench clean
+.PHONY: help setup demo coverage check types gates test test-slow test-deepspeed test-all test-exhaustive test-gpu matrix bench clean
 
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -52,15 +52,18 @@ gates: setup
 	$(PYTEST) -q -m "not slow and not gpu" $(GATES)
 
 test: check ## check, and every test that is not slow and needs no GPU
-	$(PYTEST) -m "not slow and not gpu" $(GATES:%=--ignore=%) $(ARGS)
+	$(PYTEST) -m "not slow and not exhaustive and not gpu" $(GATES:%=--ignore=%) $(ARGS)
 
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu and not deepspeed" $(ARGS)
+	$(PYTEST) -m "slow and not exhaustive and not gpu and not deepspeed" $(ARGS)
 
 test-deepspeed: setup build/deepspeed ## The slow tests of DeepSpeed, which is at hand for them alone
-	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "deepspeed and not gpu" tests/distributed $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "deepspeed and not exhaustive and not gpu" tests/distributed $(ARGS)
 
 test-all: test test-slow test-deepspeed ## test, and the slow tests
+
+test-exhaustive: setup build/deepspeed ## Further combinations of what the slow tests hold apart
+	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "exhaustive and not gpu" $(ARGS)
 
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
