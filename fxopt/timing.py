@@ -23,12 +23,12 @@ from fxopt.capture import torch_distributed
 from fxopt.capture.caching import source_digest
 from fxopt.capture.joint_codes import is_ours
 from fxopt.capture.torch_lowering import cache_folder
-from fxopt.graph.sizes import make_seen, span_of
 from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead, run_as_backward
 from fxopt.remat.cost import tensors_in
 from fxopt.remat.measured import HOST, RANKS, ROOFLINES, Measured, Trial
 from fxopt.remat.timings import Timing
+from fxopt.timed_values import OwnTensors, call_of
 
 log = logging.getLogger("fxopt")
 CPU = torch.device("cpu")
@@ -125,19 +125,19 @@ class OpTimer:
             torch.random.fork_rng(places),  # pyright: ignore[reportUnknownMemberType]
         ):
             room = self._room(self._place, allowed) - GpuClock.BYTES
-            stock = Stock(self._owned(), self._place)
-            found = [self._find_obstacle(trial, stock, room) for trial in trials]
+            own = OwnTensors(self._owned(), self._place)
+            found = [self._find_obstacle(trial, own, room) for trial in trials]
             fitting = [trial for trial, obstacle in zip(trials, found, strict=True) if not obstacle]
             if not fitting:
                 return [*found]
-            self._compile([trial for trial in fitting if is_ours(trial.node)], stock)
+            self._compile([trial for trial in fitting if is_ours(trial.node)], own)
             clock = self._make_clock(self._place)
             return [
-                self._find_obstacle(trial, stock, room) or self._time(trial, stock, clock) for trial in trials
+                self._find_obstacle(trial, own, room) or self._time(trial, own, clock) for trial in trials
             ]
 
-    def _find_obstacle(self, trial: Trial, stock: Stock, room: int) -> str:
-        if trial.bytes - stock.spared_by(trial) > room:
+    def _find_obstacle(self, trial: Trial, own: OwnTensors, room: int) -> str:
+        if trial.bytes - own.spared_by(trial) > room:
             return NO_MEMORY
         if not self._is_there(trial.node):
             return ELSEWHERE
@@ -151,20 +151,20 @@ class OpTimer:
             for value in itertools.chain.from_iterable(sources)
         )
 
-    def _compile(self, trials: list[Trial], stock: Stock) -> None:
+    def _compile(self, trials: list[Trial], own: OwnTensors) -> None:
         """Compile side by side what `trials` will launch."""
         with compiled_ahead(self._place) as is_needed:
             for trial in trials if is_needed else []:
                 try:
-                    call_of(trial, stock)()
+                    call_of(trial, own)()
                 except Exception as error:  # the timing meets it again
                     name = trial.node.target
                     log.debug("%s was not compiled ahead: %s: %s", name, type(error).__name__, error)
 
-    def _time(self, trial: Trial, stock: Stock, clock: Clock) -> Timing | str:
+    def _time(self, trial: Trial, own: OwnTensors, clock: Clock) -> Timing | str:
         found: list[Timing | str] = []
         try:
-            call = call_of(trial, stock)
+            call = call_of(trial, own)
 
             def run() -> None:
                 found.append(clock(call))
@@ -263,68 +263,3 @@ def find_room(place: torch.device, allowed: int) -> int:
     allocated = torch.cuda.memory_allocated(place)
     free = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place) - allocated
     return min(free, max(torch.cuda.max_memory_allocated(place) - allocated, allowed))
-
-
-class Stock:
-    """The model's own tensors on one device: what an op reads of them need not be made for a timing."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], place: torch.device) -> None:
-        plain = (tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter))
-        there = (tensor.detach() for tensor in plain if tensor.device == place and tensor.is_contiguous())
-        self._tensors = sorted(there, key=torch.Tensor.numel)
-
-    def serve(self, trial: Trial) -> dict[fx.Node, torch.Tensor]:
-        """Return a value for each of the trial's own operands that one of the tensors can be, none of them twice."""
-        left = list(self._tensors)
-        found: dict[fx.Node, torch.Tensor] = {}
-        for node in sorted(trial.own):
-            value = node.meta["val"]
-            if not isinstance(value, torch.Tensor):
-                continue
-            needed = span_of(value)
-            fit = (n for n, each in enumerate(left) if each.dtype == value.dtype and each.numel() >= needed)
-            place = next(fit, None)
-            if place is not None:
-                source = left.pop(place)
-                found[node] = make_seen(
-                    value,
-                    lambda _, sizes, strides, source=source: source.as_strided(
-                        sizes, strides, source.storage_offset()
-                    ),
-                )
-        return found
-
-    def spared_by(self, trial: Trial) -> int:
-        """Return the bytes of the operands that are served."""
-        return sum(span_of(value) * value.element_size() for value in self.serve(trial).values())
-
-
-def call_of(trial: Trial, stock: Stock) -> Callable[[], Any]:
-    """Return a call of the trial's op on values of the forms that it will get: the model's own, the others random."""
-    target: Any = trial.node.target
-    served = stock.serve(trial)
-
-    def value_of(node: fx.Node) -> Any:
-        return served[node] if node in served else make_value(node)
-
-    args, kwargs = fx.map_arg(trial.node.args, value_of), fx.map_arg(trial.node.kwargs, value_of)
-    return lambda: target(*args, **kwargs)
-
-
-def make_value(node: fx.Node) -> Any:
-    """Return a value of the form that `node` will have, its items random.
-
-    All bytes are valid codes, masks hide nothing, and other whole numbers, seeds of random generators, are zero.
-    """
-
-    def make(value: torch.Tensor, sizes: list[int], strides: list[int]) -> torch.Tensor:
-        flat = torch.empty(span_of(value), dtype=value.dtype, device=value.device)
-        if value.is_floating_point():
-            flat.normal_()
-        elif value.dtype == torch.uint8:
-            flat.random_()
-        else:
-            flat.fill_(value.dtype == torch.bool)
-        return flat.as_strided(sizes, strides)
-
-    return make_seen(node.meta["val"], make)

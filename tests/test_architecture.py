@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "remat": {"graph", "options", "errors", RECORDS, UNITS, *PLAN},
     "sites": {"rewriting", "graph", RECORDS},
     "reporting": {"capture", RECORDS},
-    "timing": {"capture", "graph", "remat", "kernels.launcher"},
+    "timed_values": {"graph", "remat"},
+    "timing": {"timed_values", "capture", "graph", "remat", "kernels.launcher"},
     "spreading": {"capture", "remat"},
     "planning": {
         "spreading",
@@ -147,6 +148,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "remat": {"torch", "networkx", "numpy"},
     "sites": {"torch"},
     "reporting": set(),
+    "timed_values": {"torch"},
     "timing": {"torch"},
     "spreading": {"torch"},
     "planning": {"torch"},

@@ -16,6 +16,7 @@ from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
 from fxopt.remat.measured import HOST, Measured, Trial
 from fxopt.remat.timings import Timing
+from fxopt.timed_values import make_value
 from fxopt.timing import (
     COPIED,
     ELSEWHERE,
@@ -28,7 +29,6 @@ from fxopt.timing import (
     GpuClock,
     OpTimer,
     find_room,
-    make_value,
 )
 
 aten = torch.ops.aten
