@@ -52,6 +52,7 @@ def test_an_op_that_does_not_agree_is_refused_with_figures(kernels: Any) -> None
     assert re.fullmatch(r"output 0: error [45]\.\d+e-02, eager has 2\.\d+e-03", found), found
 
 
+@pytest.mark.slow
 def test_red_or_missing_tests_refuse(kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tests" / "kernels"
     folder.mkdir(parents=True)

@@ -51,9 +51,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (("demo", "--arch", "lama"), "unknown model type 'lama'.* llama"),
-        (
+        pytest.param(
             ("demo", "--arch", "llama4"),
             r"llama4: the smallest model .* has 10\d,\d+ M parameters, expected at most 25 M.*\nchoose another",
+            marks=pytest.mark.slow,
         ),
         (("plan", "--arch", "llama", "--4bit"), "--4bit: four-bit weights are not trained"),
         (("plan", "--arch", "llama", "--host-memory", "much"), "--host-memory: expected bytes"),
@@ -144,6 +145,7 @@ def test_a_folder_without_a_config_is_said_plainly(
     assert "no model config found there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_of_a_folder_and_of_a_model_type_are_equal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +187,7 @@ def test_demo_holds_at_full_length_and_with_other_options(options: tuple[str, ..
     assert run("demo", *options, "--out", tmp_path / "curves.png") == 0
 
 
+@pytest.mark.slow
 def test_demo_fails_when_the_optimized_model_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

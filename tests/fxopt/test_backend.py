@@ -76,7 +76,7 @@ def find_sites(model, dynamic, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", [pytest.param("llama", marks=pytest.mark.exhaustive), "gemma2"])
 def test_dynamic_sizes_find_the_same_sites_in_one_graph(arch, caplog):
     torch.manual_seed(0)
     caplog.set_level("INFO", logger="fxopt")

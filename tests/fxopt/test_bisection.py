@@ -47,7 +47,11 @@ def quiet(line: str) -> None:
 
 @pytest.mark.parametrize(
     "guilty",
-    [*(pytest.param({name}, marks=pytest.mark.slow) for name in ("glu", "layer_norm")), {"glu", "rms_norm"}],
+    [
+        {"glu"},
+        pytest.param({"glu", "rms_norm"}, marks=pytest.mark.slow),
+        pytest.param({"layer_norm"}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_the_culprits_are_found_and_none_can_be_left_out(guilty: set[str]) -> None:
     model = make_model()
@@ -75,6 +79,7 @@ class Apart(Block):
         return self.last(self.down(F.silu(self.gate(h)) * self.up(h)))
 
 
+@pytest.mark.slow
 def test_no_set_of_rewrites_is_tried_twice() -> None:
     lines: list[str] = []
     tried: list[frozenset[str]] = []
@@ -133,6 +138,7 @@ def test_mistakes_are_told() -> None:
         fxopt.bisect(make_model(), check, on_progress=quiet)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_for_having_run_before_blames_nothing() -> None:
     runs: list[int] = []
 

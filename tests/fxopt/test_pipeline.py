@@ -44,6 +44,25 @@ def llama(layers: int = 2, **overrides):
     return AutoModelForCausalLM.from_config(config).train()
 
 
+class Gated(nn.Module):
+    """A norm and what a gate lets through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate, self.up = nn.RMSNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return x + nn.functional.silu(self.gate(h)) * self.up(h)
+
+
+def gated() -> nn.Module:
+    return nn.Sequential(Gated(), Gated())
+
+
+GATED: Any = {"input": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))}
+
+
 def slots(model: nn.Module) -> int:
     return sum("_compiled_call_impl" in module.__dict__ for module in model.modules())
 
@@ -167,6 +186,7 @@ def test_example_inputs_that_are_no_dict_are_refused_though_nothing_reads_them_y
     assert slots(model) == 0
 
 
+@pytest.mark.slow
 def test_blocks_put_in_since_are_trained_right_and_optimizing_again_makes_regions_of_them(caplog):
     model, stock = fxopt.optimize(llama()), llama()
     assert_steps_as(model, stock)
@@ -337,7 +357,7 @@ def test_a_planted_error_in_the_op_is_refused_with_figures(monkeypatch):
     assert not site.proof.passed
     assert site.proof.error > 1e-3
     with pytest.raises(fxopt.ProofError, match="glu: the proof failed"):
-        fxopt.optimize(llama(), strict=True)
+        fxopt.optimize(gated(), strict=True, example_inputs=GATED)
 
 
 def test_strict_raises_where_a_known_form_is_left_unmatched():
@@ -348,9 +368,9 @@ def test_strict_raises_where_a_known_form_is_left_unmatched():
         fxopt.optimize(model, strict=True, disable=("glu",))
     assert slots(model) == 0
     fxopt.optimize(llama(), strict=True)
-    optimized = fxopt.optimize(llama())
+    optimized = fxopt.optimize(gated())
     with pytest.raises(fxopt.UnmatchedError):
-        fxopt.optimize(optimized, strict=True, disable=("glu",))
+        fxopt.optimize(optimized, strict=True, disable=("glu",), example_inputs=GATED)
     assert slots(optimized) > 0, "a strict failure left the model less optimized than it was"
 
 
@@ -443,7 +463,9 @@ def count_calls(run: Callable[[], Any]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layers", "growth"), [(16, 1.15), (64, 1.5)])
+@pytest.mark.parametrize(
+    ("layers", "growth"), [pytest.param(16, 1.15, marks=pytest.mark.exhaustive), (64, 1.5)]
+)
 def test_cost_grows_with_distinct_blocks_not_layers(layers, growth, monkeypatch):
     """Equal layers cost no capture and no pass of their own, and little else.
 
@@ -517,8 +539,8 @@ def assert_steps_as(model: nn.Module, stock: nn.Module) -> None:
     "path",
     [
         "",
-        "model.layers.1",
-        *(pytest.param(path, marks=pytest.mark.slow) for path in ("model.layers.0", "model.layers.0.mlp")),
+        *(pytest.param(path, marks=pytest.mark.slow) for path in ("model.layers.1", "model.layers.0.mlp")),
+        pytest.param("model.layers.0", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_the_user_compiles_after_optimize_runs_is_told_and_survives_restore(path, caplog):
@@ -545,7 +567,7 @@ def glus(report: fxopt.Report) -> int:
     return sum(site.count for site in report.sites if site.pattern == "glu")
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_block_that_was_replaced_since_has_no_sites(place):
     model = fxopt.optimize(llama(), patterns=("glu", "linear_cross_entropy"))
     step(model)
@@ -571,7 +593,7 @@ def test_a_block_that_was_replaced_since_has_no_sites(place):
     assert not any("replaced" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2))])
 def test_a_block_that_was_taken_out_since_has_no_sites(place):
     model = fxopt.optimize(llama(3), patterns=("glu", "linear_cross_entropy"))
     step(model)
@@ -632,6 +654,7 @@ def test_adapters_put_on_an_optimized_model_train_as_on_a_stock_one(caplog):
     assert slots(adapted) == 0
 
 
+@pytest.mark.slow
 def test_a_model_taken_out_of_its_adapters_is_restored_and_optimized(caplog):
     adapted, stock = fxopt.optimize(with_adapters(llama())), with_adapters(llama())
     assert_steps_as(adapted, stock)
@@ -650,7 +673,10 @@ def test_a_model_taken_out_of_its_adapters_is_restored_and_optimized(caplog):
     assert slots(merged) == 0
 
 
-@pytest.mark.parametrize("kinds", [("rms_norm", "attention"), ("rope", "linear_cross_entropy")])
+@pytest.mark.parametrize(
+    "kinds",
+    [("rms_norm", "attention"), pytest.param(("rope", "linear_cross_entropy"), marks=pytest.mark.slow)],
+)
 def test_a_disabled_pattern_is_the_reason_of_its_sites(kinds):
     disable = (*kinds, "cross_entropy") if "linear_cross_entropy" in kinds else kinds
     model = fxopt.optimize(llama(), disable=disable)
@@ -735,9 +761,10 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
             raise RuntimeError("no compiler")
 
         monkeypatch.setattr(pipeline.Prover, "rehearse", fail if fails else count)
-        return fxopt.explain(llama())
+        return fxopt.explain(gated(), GATED)
 
     without = report_of()
+    assert {rewrite.pattern for rewrite in without.rewrites} == {"rms_norm", "glu"}
     assert not rehearsed
     monkeypatch.setattr(compiled, "find_gpu", lambda gm: torch.device("cuda"))
     assert report_of().sites == without.sites
@@ -751,7 +778,7 @@ def test_a_rehearsal_leaves_the_graph_alone_and_its_failure_to_the_rewriting(
     assert "a rehearsal of the rewrites failed: RuntimeError: no compiler" in caplog.text
 
 
-@pytest.mark.parametrize("disable", [(), ("linear_cross_entropy",)])
+@pytest.mark.parametrize("disable", [(), pytest.param(("linear_cross_entropy",), marks=pytest.mark.slow)])
 def test_a_label_that_is_no_class_is_an_error_of_the_type_that_stock_raises(disable):
     model = fxopt.optimize(llama(), disable=disable)
     step(model)

@@ -361,7 +361,8 @@ def make_adapted(device, *, width, tokens, four_bit):
     return model, {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_every_op_of_an_adapted_llama_runs_on_random_values(monkeypatch, four_bit):
     timer, seen = fake_timer(ms=1.0, room=10**9)
     monkeypatch.setattr("fxopt.planning.find_measured", lambda place, spare, owned: Measured(timer))

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, below at the latest
 
 from fxopt.graph.names import op_name
-from fxopt.kernels import launch
+from fxopt.kernels import launch, layer_norm, rms_norm
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 FLOOR_EPS = {"cpu": 1.0, "cuda": 0.5}
@@ -58,6 +58,14 @@ def _interpreter_cannot_loop() -> bool:
         return [int(part) for part in version.split(".")[:2]]
 
     return numbers(metadata.version("triton")) < [3, 7] and numbers(numpy.__version__) >= [2, 4]
+
+
+@pytest.fixture
+def wide_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, let a program of a norm's last sums take 16 times as many columns: those of long rows cost the most."""
+    if device == "cpu":
+        for module in (layer_norm.launches, rms_norm.launches):
+            monkeypatch.setattr(module, "SUM_COLUMNS", 256)
 
 
 @pytest.fixture(scope="session")

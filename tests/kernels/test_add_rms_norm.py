@@ -100,6 +100,7 @@ def compare(inputs: Values, form: dict[str, Any], check: Any, *, with_dh: bool =
         check(name, value, stock, truth, dtype)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize("width", [1, 63, 1000, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_widths(width: int, dtype: torch.dtype, device: str, check: Any) -> None:
@@ -113,11 +114,13 @@ def test_forms(name: str, dtype: torch.dtype, with_dh: bool, device: str, check:
     compare(make((7, 63), dtype, device, weight=with_dh), FORMS[name], check, with_dh=with_dh)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize("name", [pytest.param("granite", marks=pytest.mark.slow), "centred"])
 def test_rows_longer_than_a_tile(name: str, device: str, check: Any) -> None:
     compare(make((4, MOST_TILE_COLUMNS + 3), torch.bfloat16, device), FORMS[name], check)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize(
     "num_rows",
     [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7)), pytest.param(300, marks=pytest.mark.gpu)],

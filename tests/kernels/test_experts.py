@@ -15,7 +15,6 @@ from fxopt.kernels.experts.reference import plain_down_backward, plain_up_backwa
 from fxopt.kernels.glu import Form
 
 # The interpreter multiplies the bits of bfloat16 tiles as integers.
-DTYPES = (torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu))
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 CLAMPED = {"alpha": 1.702, "gate_limit": 0.7, "up_limit": 0.6, "up_offset": 1.0}
 FORMS: dict[str, dict[str, Any]] = {
@@ -36,7 +35,7 @@ def make_inputs(
     device: str,
     dtype: torch.dtype,
     *,
-    num_tokens: int = 37,
+    num_tokens: int = 13,
     num_choices: int = 2,
     num_experts: int = 5,
     width: int = 48,
@@ -135,8 +134,25 @@ def check_kernels(
         check(name, value, stock, oracle, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("packed", torch.float32),
+        ("up first", torch.float16),
+        ("interleaved", torch.float16),
+        ("interleaved, up first", torch.float32),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                ("packed", torch.float16),
+                ("up first", torch.float32),
+                ("interleaved", torch.float32),
+                ("interleaved, up first", torch.float16),
+            )
+        ),
+        *(pytest.param(form, torch.bfloat16, marks=pytest.mark.gpu) for form in FORMS),
+    ],
+)
 def test_kernels_agree_with_the_reference(
     check: Any, gradients: Any, device: str, form: str, dtype: torch.dtype
 ) -> None:
@@ -147,7 +163,6 @@ def test_kernels_agree_with_the_reference(
     "sizes",
     [
         {"num_tokens": 1, "num_choices": 1, "num_experts": 1},
-        {"num_tokens": 300, "num_choices": 1, "num_experts": 3, "width": 63, "inner": 33},
         pytest.param(
             {"num_tokens": 20, "num_choices": 4, "num_experts": 40, "width": 130, "inner": 129},
             marks=pytest.mark.slow,
@@ -163,6 +178,20 @@ def test_kernels_agree_with_the_reference(
     ids=str,
 )
 def test_kernels_agree_at_other_sizes(check: Any, gradients: Any, device: str, sizes: dict[str, Any]) -> None:
+    check_kernels(check, gradients, device, HALF, FORMS["packed"], **sizes)
+
+
+def test_kernels_agree_where_experts_have_several_tiles_of_rows(
+    check: Any, gradients: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that belong to one expert, the last one short, and then to another; smaller ones in the interpreter."""
+    num_tokens = 300
+    if device == "cpu":
+        num_tokens = 42
+        monkeypatch.setattr(launches, "SUM_ROWS", 8)
+        monkeypatch.setitem(launches.HALF_TILE, "BLOCK_ROWS", 8)
+        monkeypatch.setitem(launches.HALF_GRADIENT_TILE, "BLOCK_ROWS", 8)
+    sizes = {"num_tokens": num_tokens, "num_choices": 1, "num_experts": 3, "width": 63, "inner": 33}
     check_kernels(check, gradients, device, HALF, FORMS["packed"], **sizes)
 
 
@@ -206,7 +235,7 @@ def test_gradients_that_are_not_needed_are_not_computed(op_device: str) -> None:
 
 
 def test_a_gradient_lies_in_memory_as_its_weight(device: str) -> None:
-    arguments, ids = make_inputs(device, HALF)
+    arguments, ids = make_inputs(device, HALF, num_tokens=5)
     detached = [None if value is None else value.detach() for value in arguments]
     _, found = by_kernels(ids, FORMS["packed"], detached, torch.ones_like(detached[0]))
     assert found[2].stride() == arguments[2].stride()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -42,18 +43,26 @@ def expected(given: Any, unit: Unit, scales: Any, dtype: torch.dtype) -> list[to
     return [dgate, dup, *outer, *(scale * (matrix.t() @ left) for matrix, _, left, scale in narrow)]
 
 
-@pytest.mark.parametrize(
-    "unit", UNITS, ids=lambda unit: unit.act + "-clamped" * (unit.gate_limit is not None)
-)
-@pytest.mark.parametrize(
-    ("rows", "columns", "ranks", "dtype"),
-    [
-        pytest.param(150, 200, (16, 16, 16), FP16, id="fp16"),
-        pytest.param(1, 63, (8, 16, 32), FP16, id="one row"),
-        pytest.param(130, 1000, (4, 16, 20), FP32, id="fp32"),
-        pytest.param(4096, 1000, (16, 16, 16), BF16, id="bf16"),
-    ],
-)
+def cases_of_units() -> list[Any]:
+    """Return every size and unit; in fp32 only what is plain and what is clamped where not exhaustive."""
+    sizes = {
+        "fp16": (150, 200, (16, 16, 16), FP16),
+        "one row": (1, 63, (8, 16, 32), FP16),
+        "fp32": (130, 300, (4, 16, 20), FP32),
+        "bf16": (4096, 1000, (16, 16, 16), BF16),
+    }
+    return [
+        pytest.param(
+            *size,
+            unit,
+            id=f"{name}-{unit.act}" + "-clamped" * (unit.gate_limit is not None),
+            marks=[pytest.mark.exhaustive] * (name == "fp32" and unit not in (PLAIN, CLAMPED)),
+        )
+        for (name, size), unit in itertools.product(sizes.items(), UNITS)
+    ]
+
+
+@pytest.mark.parametrize(("rows", "columns", "ranks", "dtype", "unit"), cases_of_units())
 def test_gradients_and_narrow_products_by_one_kernel(
     rows: int,
     columns: int,

@@ -53,6 +53,7 @@ def compare(
         check(name, value, stock, truth, x.dtype)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize("width", [1, 63, 1000, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_widths(width: int, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
@@ -68,6 +69,7 @@ def test_with_and_without_weight_and_bias(
     compare(make((7, 63), dtype, device, weight=weight, bias=bias), check, gradients)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize(
     ("width", "frozen"),
     [
@@ -91,6 +93,7 @@ def test_long_rows(width: int, frozen: tuple[int, ...], device: str, check: Any,
     compare(inputs, check, gradients)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize(
     ("num_rows", "width"),
     [

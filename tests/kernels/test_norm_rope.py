@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -18,11 +19,17 @@ from fxopt.kernels.rope import rope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCH, TOKENS = 2, 5
+FEW_TOKENS = 2  # for norms over all heads, of which a tile holds one token: programs still walk several tiles
+SIZES = (2, 16, 80, 128, 256)
+PARTS = ((0, 4), (12, 4), (0, 14), (0, 16))
 PAIRS = {
     "half": dict(pairing="half", out_pairing="half"),
     "interleaved": dict(pairing="interleaved", out_pairing="interleaved"),
     "apart": dict(pairing="interleaved", out_pairing="half"),
 }
+
+
+exhaustive = pytest.mark.exhaustive
 
 
 def make(
@@ -71,40 +78,59 @@ def compare(tensors: list[torch.Tensor], form: Form, check: Any, gradients: Any)
             check(name, ours, theirs, right)
 
 
-@pytest.mark.parametrize("size", [2, 16, 80, 128, 256])
-@pytest.mark.parametrize(
-    ("per_head", "dtype"),
-    [
-        *((True, dtype) for dtype in DTYPES),
-        *(pytest.param(False, dtype, marks=pytest.mark.slow) for dtype in DTYPES[:-1]),
-        (False, DTYPES[-1]),
-    ],
-    ids=str,
-)
+def cases_of_sizes() -> list[Any]:
+    """Return every size, norm and dtype: one dtype of each size and norm, by turns, where not exhaustive."""
+    return [
+        pytest.param(
+            size, per_head, dtype, marks=[exhaustive] * ((size_at + dtype_at + per_head) % len(DTYPES) != 1)
+        )
+        for (size_at, size), per_head, (dtype_at, dtype) in itertools.product(
+            enumerate(SIZES), (True, False), enumerate(DTYPES)
+        )
+    ]
+
+
+@pytest.mark.parametrize(("size", "per_head", "dtype"), cases_of_sizes(), ids=str)
 def test_sizes(
     size: int, dtype: torch.dtype, per_head: bool, device: str, check: Any, gradients: Any
 ) -> None:
-    tensors = make((3, 1), size, size, dtype, device, per_head)
+    tokens = TOKENS if per_head else FEW_TOKENS
+    tensors = make((3, 1), size, size, dtype, device, per_head, tokens)
     compare(tensors, form_of(size, dtype, per_head=per_head), check, gradients)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (28, 4), (32, 8), (5, 3), (40, 40)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        (1, 1),
+        (12, 4),
+        (5, 3),
+        *(pytest.param(heads, marks=pytest.mark.slow) for heads in ((28, 4), (40, 40))),
+        pytest.param((32, 8), marks=exhaustive),
+    ],
+)
 def test_numbers_of_heads(heads: tuple[int, int], device: str, check: Any, gradients: Any) -> None:
-    tensors = make(heads, 128, 128, torch.bfloat16, device, tokens=9)
+    tokens = 9 if device == "cuda" else 5  # of the tiles in backward the last is short either way
+    tensors = make(heads, 128, 128, torch.bfloat16, device, tokens=tokens)
     compare(tensors, form_of(128, torch.bfloat16), check, gradients)
 
 
-@pytest.mark.parametrize("pairs", PAIRS)
-@pytest.mark.parametrize(("start", "length"), [(0, 4), (12, 4), (0, 14), (0, 16)])
-@pytest.mark.parametrize(
-    ("per_head", "per_pair"),
-    [
-        (True, True),
-        pytest.param(True, False, marks=pytest.mark.slow),
-        pytest.param(False, True, marks=pytest.mark.slow),
-        (False, False),
-    ],
-)
+def cases_of_parts() -> list[Any]:
+    """Return every pairing, part, norm and table: one pairing of each of the rest, by turns, where not exhaustive.
+
+    Slow are norms by head with a table of all items, and norms over all heads with one of an item per pair.
+    """
+    cases: list[Any] = []
+    for (at, pairs), (part_at, part), per_head, per_pair in itertools.product(
+        enumerate(PAIRS), enumerate(PARTS), (True, False), (True, False)
+    ):
+        is_next = (at + part_at + 2 * per_head + per_pair) % len(PAIRS) == 0
+        marks = [] if per_head == per_pair else [pytest.mark.slow]
+        cases.append(pytest.param(pairs, *part, per_head, per_pair, marks=marks if is_next else [exhaustive]))
+    return cases
+
+
+@pytest.mark.parametrize(("pairs", "start", "length", "per_head", "per_pair"), cases_of_parts())
 def test_parts(
     pairs: str,
     start: int,
@@ -115,15 +141,29 @@ def test_parts(
     check: Any,
     gradients: Any,
 ) -> None:
-    tensors = make((4, 2), 16, length // 2 if per_pair else length, torch.float32, device, per_head)
+    items, tokens = length // 2 if per_pair else length, TOKENS if per_head else FEW_TOKENS
+    tensors = make((4, 2), 16, items, torch.float32, device, per_head, tokens)
     form = form_of(16, torch.float32, start=start, length=length, sign=-1, per_head=per_head, **PAIRS[pairs])
     compare(tensors, form, check, gradients)
 
 
-@pytest.mark.parametrize("cast_first", [True, False])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("has_weight", [True, False])
-@pytest.mark.parametrize("norm_dtype", [torch.bfloat16, torch.float32])
+def cases_of_norms() -> list[Any]:
+    """Return every form of the norm; any three of its options are in all their combinations without exhaustive."""
+    return [
+        pytest.param(
+            cast_first,
+            offset,
+            has_weight,
+            norm_dtype,
+            marks=[exhaustive] * ((cast_first + int(offset) + has_weight + norm_dtype.itemsize // 2) % 2),
+        )
+        for cast_first, offset, has_weight, norm_dtype in itertools.product(
+            (True, False), (0.0, 1.0), (True, False), (torch.bfloat16, torch.float32)
+        )
+    ]
+
+
+@pytest.mark.parametrize(("cast_first", "offset", "has_weight", "norm_dtype"), cases_of_norms())
 def test_forms_of_the_norm(
     cast_first: bool,
     offset: float,
@@ -155,8 +195,18 @@ def test_forward_rounds_as_the_two_ops_do(dtype: torch.dtype, per_head: bool, de
         torch.testing.assert_close(y, exact, rtol=2 * eps, atol=2 * eps)
 
 
-@pytest.mark.parametrize("layout", ["heads_first", "packed", "column_stride"])
-@pytest.mark.parametrize("head_major", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "head_major"),
+    [
+        ("heads_first", True),
+        ("packed", False),
+        ("column_stride", True),
+        *(
+            pytest.param(*case, marks=exhaustive)  # that of q; that of k is the other
+            for case in (("heads_first", False), ("packed", True), ("column_stride", False))
+        ),
+    ],
+)
 def test_strides(layout: str, head_major: bool, device: str, check: Any, gradients: Any) -> None:
     def lay_out(heads: int) -> torch.Tensor:
         base = torch.randn(BATCH, 6, TOKENS, 64, device=device)

@@ -83,6 +83,7 @@ def compare(
         check(name, value, eager_value, exact_value, x.dtype)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize("width", [1, 63, 1000, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_widths(width: int, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
@@ -104,6 +105,7 @@ def test_groups(name: str, device: str, check: Any, gradients: Any) -> None:
     compare(make((70, 3 * 40), form, torch.bfloat16, device), form, check, gradients)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize(
     "name",
     [
@@ -155,6 +157,7 @@ def test_strides(layout: str, device: str, check: Any, gradients: Any) -> None:
     compare([x, weight, gate], form, check, gradients, dy)
 
 
+@pytest.mark.usefixtures("wide_sums")
 @pytest.mark.parametrize(
     ("name", "width", "dtype"),
     [

@@ -77,7 +77,16 @@ def test_sizes(size: int, dtype: torch.dtype, form: str, device: str, check: Any
     compare(tensors, attributes(size, dtype, **FORMS[form]), check, gradients)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (28, 4), (32, 8), (5, 3), (64, 64)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        (1, 1),
+        (28, 4),
+        (5, 3),
+        pytest.param((32, 8), marks=pytest.mark.exhaustive),
+        pytest.param((64, 64), marks=pytest.mark.slow),
+    ],
+)
 def test_numbers_of_heads(heads: tuple[int, int], device: str, check: Any, gradients: Any) -> None:
     tensors = make(heads, 128, 128, torch.bfloat16, device)
     compare(tensors, attributes(128, torch.bfloat16), check, gradients)

@@ -359,6 +359,7 @@ def test_the_reach_over_model_types_is_told(tmp_path: Path, capsys: pytest.Captu
     assert "2/2" in progress
 
 
+@pytest.mark.slow
 def test_a_model_that_ends_its_process_or_is_unknown_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

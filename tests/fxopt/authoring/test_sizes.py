@@ -69,9 +69,9 @@ class Block(nn.Module):
     ("replacement", "sizes", "rewritten"),
     [
         (first_tile, (2, 3, 500), (2, 3)),  # the second is a symbol, guarded to be at most 64
-        (first_tile, (500, 300), ()),
+        pytest.param(first_tile, (500, 300), (), marks=pytest.mark.slow),
         (of_tile, (2, 3), (2,)),  # nothing asks for the size
-        (up_to_5000, (2, 3, 5001), (2, 3)),
+        pytest.param(up_to_5000, (2, 3, 5001), (2, 3), marks=pytest.mark.slow),
         (beyond_5000, (2, 3, 5001), (5001,)),
     ],
 )

@@ -171,7 +171,12 @@ def test_a_second_derivative_says_which_region_has_none_and_what_to_do(twins, in
 
 
 @pytest.mark.parametrize(
-    "by", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight", ""]
+    "by",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "",
+        *(pytest.param(by, marks=pytest.mark.slow) for by in ("lm_head.weight", "model.embed_tokens.weight")),
+    ],
 )
 def test_a_second_derivative_by_one_tensor_says_so_too(twins, install, by: str):
     model, stock = twins(attn_implementation="eager")

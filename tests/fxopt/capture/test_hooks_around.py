@@ -93,7 +93,7 @@ def test_hooks_before_the_blocks_change_what_these_get(build, install, assert_sa
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_whose_input_is_made_to_require_gradients_keep_their_tail(
     build, install, assert_same_step, tied
 ) -> None:
@@ -164,7 +164,7 @@ def test_checkpointed_adapters_get_the_fused_head(build, use_reentrant) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("has_adapters", [False, True])
+@pytest.mark.parametrize("has_adapters", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_hook_on_the_head_added_later_is_obeyed_and_counted(
     build, install, assert_same_step, has_adapters
 ) -> None:

@@ -74,6 +74,7 @@ def test_forms_beyond_the_limit_run_stock_and_are_counted_with_the_reason(
     assert len(installation.ledger.captures) <= 2 * torch_settings.RECOMPILE_LIMIT
 
 
+@pytest.mark.slow
 def test_a_second_identical_model_makes_captures_of_its_own(build, install):
     first, second = build(), build()
     installations = [install(first), install(second)]
@@ -240,10 +241,40 @@ def test_num_items_as_an_int_settles_after_two_captures(twins, install, assert_s
     assert not installation.ledger.fallbacks
 
 
-def test_changing_shapes_settle_on_dynamic_captures(twins, install, assert_same_step):
+class Embedded(nn.Module):
+    """Blocks after an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(256, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+SHAPES = ((2, 16), (3, 24), (4, 40), (5, 33), (2, 17))
+
+
+def test_changing_shapes_settle_on_dynamic_captures(install, assert_same_step):
+    model = Embedded()
+    stock = copy.deepcopy(model)
+    installation = install(model)
+    for shape in SHAPES:
+        ids = torch.randint(1, 256, shape)
+        assert_same_step(model, stock, lambda m, ids=ids: m(ids))
+    assert [c.region for c in installation.ledger.captures].count("blocks") <= 2
+    assert not installation.ledger.fallbacks
+
+
+@pytest.mark.slow
+def test_changing_shapes_of_a_language_model_settle_on_dynamic_captures(twins, install, assert_same_step):
     model, stock = twins()
     installation = install(model)
-    for shape in ((2, 16), (3, 24), (4, 40), (5, 33), (2, 17)):
+    for shape in SHAPES:
         ids = torch.randint(1, 256, shape)
         assert_same_step(model, stock, lambda m, ids=ids: m(input_ids=ids, labels=ids).loss)
     assert [c.region for c in installation.ledger.captures].count("model.layers") <= 2
@@ -272,7 +303,9 @@ class Decoder(nn.Module):
         return found.logits, found.past_key_values
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["alone", "within another"])
+@pytest.mark.parametrize(
+    "within", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "within another"]
+)
 def test_evaluation_with_gradients_has_the_cache_that_stock_has(within, twins):
     """Who decodes by hand without no_grad hands it on; calls in training have none."""
     model, stock = (Decoder(each).eval() for each in twins())
@@ -288,6 +321,7 @@ def test_evaluation_with_gradients_has_the_cache_that_stock_has(within, twins):
     assert model.train()(ids)[1] is None
 
 
+@pytest.mark.slow
 def test_a_call_with_a_cache_leaves_the_calls_without_one_served(twins, install, assert_same_step):
     model, stock = twins()
     installation = install(model)

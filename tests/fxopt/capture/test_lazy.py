@@ -224,7 +224,9 @@ def test_reading_after_an_optimizer_step_says_so(lazy_twins):
         out.logits.sum()
 
 
-@pytest.mark.parametrize("is_trained", [False, True], ids=["new", "trained before"])
+@pytest.mark.parametrize(
+    "is_trained", [pytest.param(False, marks=pytest.mark.slow), True], ids=["new", "trained before"]
+)
 def test_evaluation_and_no_grad_give_plain_tensors(is_trained, twins):
     """A capture for training does not serve evaluation, though neither head nor loss reads the mode."""
     model, stock = make_lazy_twins(twins)
@@ -239,6 +241,7 @@ def test_evaluation_and_no_grad_give_plain_tensors(is_trained, twins):
         assert type(model(input_ids=IDS, labels=IDS).logits) is torch.Tensor
 
 
+@pytest.mark.slow
 def test_shapes_follow_the_call_under_dynamic_captures(twins):
     model, stock = make_lazy_twins(twins)
     for shape in ((2, 16), (3, 24), (4, 33)):
@@ -277,7 +280,7 @@ def test_a_gradient_with_respect_to_logits_of_a_loss_on_them_is_stocks(lazy_twin
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("mode", ["eval", "head not rewritten"])
+@pytest.mark.parametrize("mode", ["eval", pytest.param("head not rewritten", marks=pytest.mark.slow)])
 def test_logits_that_are_computed_carry_the_losss_gradient(twins, install, mode):
     model, stock = twins()
     install(model)

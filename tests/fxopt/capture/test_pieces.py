@@ -110,6 +110,7 @@ class Unseen(nn.Linear):
         return super().forward(input).tanh()
 
 
+@pytest.mark.slow
 def test_breaks_are_told_where_other_blocks_of_the_region_stay_stock() -> None:
     model = Net(Experts)
     model.layers[2] = Unseen()
@@ -154,7 +155,7 @@ def test_with_partial_off_such_a_block_stays_stock() -> None:
     assert "test_pieces.py:" in report.regions[0].reason
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_a_block_whose_results_sizes_hang_on_values_keeps_the_tail_stock(scale: float) -> None:
     torch.manual_seed(0)
     model = Net(Shortened).train()
@@ -203,6 +204,7 @@ class Branching(nn.Module):
         return self.linear(x) if x.sum() > -1e9 else x
 
 
+@pytest.mark.slow
 def test_a_layer_without_a_loop_is_not_captured_with_loops_again(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[str] = []
     compile_frame = torch_dynamo.compile_frame

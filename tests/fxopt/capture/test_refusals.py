@@ -59,6 +59,7 @@ def test_a_broken_pass_raises_and_is_no_fallback(error: Exception) -> None:
     assert installation.ledger.fallback_records() == ()
 
 
+@pytest.mark.slow
 def test_a_cache_that_evaluation_builds_is_told_in_plain_words(build, install) -> None:
     model = build().eval()
     installation = install(model)

@@ -122,7 +122,14 @@ def test_layers_of_one_slot_train_as_in_stock(how, is_within, build, assert_step
     assert all("use_cache=False" in reason for reason in reasons)
 
 
-@pytest.mark.parametrize("how", ["appended", "module", "another list"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "appended",
+        pytest.param("module", marks=pytest.mark.exhaustive),
+        pytest.param("another list", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_come_to_share_a_slot_after_optimize_train_as_in_stock(how, build, assert_steps_of_stock):
     model = build()
     stock = copy.deepcopy(model)
@@ -141,9 +148,24 @@ def test_layers_that_come_to_share_a_slot_after_optimize_train_as_in_stock(how, 
     assert any("share a slot of the key/value cache and attend to" in reason for reason in reasons)
 
 
-@pytest.mark.parametrize("how", ["copy", "module"])
-@pytest.mark.parametrize("by", ["argument", pytest.param("config", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("is_within", [False, True])
+@pytest.mark.parametrize(
+    ("how", "by", "is_within"),
+    [
+        ("copy", "argument", True),
+        ("module", "argument", False),
+        pytest.param("copy", "config", False, marks=pytest.mark.slow),
+        pytest.param("module", "config", True, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                ("copy", "argument", False),
+                ("module", "argument", True),
+                ("copy", "config", True),
+                ("module", "config", False),
+            )
+        ),
+    ],
+)
 def test_without_a_cache_layers_of_one_slot_are_served(how, by, is_within, build, assert_steps_of_stock):
     model = share(build(), how)
     given = {"use_cache": False} if by == "argument" else {}
@@ -165,7 +187,14 @@ def test_without_a_cache_layers_of_one_slot_are_served(how, by, is_within, build
 
 @pytest.mark.parametrize(
     ("reentrant", "how", "is_within"),
-    [(False, "copy", False), (True, "module", False), (False, "module", True), (True, "copy", True)],
+    [
+        (True, "module", False),
+        pytest.param(False, "copy", True, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in ((False, "copy", False), (True, "copy", True), (False, "module", True))
+        ),
+    ],
 )
 def test_layers_of_one_slot_train_as_in_stock_whether_checkpointed_or_not(
     reentrant, how, is_within, build, assert_steps_of_stock
@@ -203,7 +232,7 @@ def test_evaluation_and_generation_are_left_alone(build):
     assert outcome_of(model.generate, IDS, **given) == outcome_of(stock.generate, IDS, **given)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"])
 def test_layers_with_slots_of_their_own_are_served(arch, build, assert_steps_of_stock):
     model = build(arch)
     assert not find_suspects(find_layers(model))
@@ -213,6 +242,7 @@ def test_layers_with_slots_of_their_own_are_served(arch, build, assert_steps_of_
     assert fxopt.explain(model).fallbacks == ()
 
 
+@pytest.mark.slow
 def test_layers_without_a_slot_are_served_after_one_call(assert_steps_of_stock):
     """Layers of recurrences have no number that tells them apart, and put nothing into the cache."""
     torch.manual_seed(0)
@@ -252,7 +282,7 @@ def test_ranks_that_gather_together_never_go_different_ways(monkeypatch):
     assert all("use_cache=False" in reason for reason in reasons)
 
 
-@pytest.mark.parametrize("how", ["copy", "module"])
+@pytest.mark.parametrize("how", [pytest.param("copy", marks=pytest.mark.slow), "module"])
 def test_a_cache_that_is_asked_for_is_kept(how, build, assert_steps_of_stock):
     model = share(build(), how)
     stock = copy.deepcopy(model)
@@ -262,6 +292,7 @@ def test_a_cache_that_is_asked_for_is_kept(how, build, assert_steps_of_stock):
     assert output.past_key_values.get_seq_length() > 0
 
 
+@pytest.mark.slow
 def test_blocks_that_share_weights_under_slots_of_their_own_train_as_in_stock(assert_steps_of_stock):
     torch.manual_seed(0)
     config = tiny_config("zamba2")

@@ -182,7 +182,7 @@ class Sharing(nn.Module):
         return x + F.relu(shared["keys"])
 
 
-@pytest.mark.parametrize("mapping", [dict, collections.UserDict])
+@pytest.mark.parametrize("mapping", [dict, pytest.param(collections.UserDict, marks=pytest.mark.slow)])
 def test_blocks_that_share_tensors_in_a_mapping_are_captured_and_trained_as_in_stock(mapping: type) -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -214,7 +214,15 @@ def test_blocks_that_share_tensors_in_a_mapping_are_captured_and_trained_as_in_s
 
 
 @pytest.mark.parametrize(
-    "way", ["a mapping", "a list in a mapping", "a list", "a list, after a look at values"]
+    "way",
+    [
+        "a mapping",
+        "a list",
+        *(
+            pytest.param(way, marks=pytest.mark.slow)
+            for way in ("a list in a mapping", "a list, after a look at values")
+        ),
+    ],
 )
 def test_what_blocks_put_into_their_arguments_is_read_after_them_as_in_stock(way: str) -> None:
     class Putting(nn.Module):

@@ -13,7 +13,9 @@ from fxopt.capture.slot import COMPILED_AROUND, RECORDED
 IDS = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("strict", "training"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("strict", "training"), [(False, True), pytest.param(True, False, marks=pytest.mark.slow)]
+)
 def test_export_records_the_stock_model(twins, install, strict, training):
     model, stock = twins()
     installation = install(model)
@@ -71,6 +73,7 @@ def test_a_model_compiled_from_outside_is_served_and_none_of_fxopts_frames_is_tr
     assert len(installation.ledger.captures) == 2
 
 
+@pytest.mark.slow
 def test_without_gradients_a_model_compiled_from_outside_is_the_outsiders(twins, install):
     model, stock = (each.eval() for each in twins())
     installation = install(model)

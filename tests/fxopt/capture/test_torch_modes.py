@@ -65,8 +65,18 @@ def test_modes_are_seen_while_they_last(name: str) -> None:
     assert seen, f"torch runs {name} otherwise"
 
 
-@pytest.mark.parametrize("is_warm", [True, False])
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(
+    ("name", "is_warm"),
+    [
+        ("TorchDispatchMode", False),
+        (r"torch\.func", True),
+        pytest.param("forward_ad", False, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (("TorchDispatchMode", True), (r"torch\.func", False), ("forward_ad", True))
+        ),
+    ],
+)
 def test_calls_under_a_mode_are_stocks_and_later_ones_are_served(
     twins, install, assert_same_step, name: str, is_warm: bool
 ) -> None:

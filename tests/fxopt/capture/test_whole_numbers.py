@@ -32,9 +32,9 @@ def plan_on(device, model_type, **fields):
 @pytest.mark.parametrize(
     ("model_type", "fields", "has_mask"),
     [
-        ("qwen2", {}, False),
         ("mistral", {"sliding_window": 8}, True),
         pytest.param("mistral", {"sliding_window": None}, False, marks=pytest.mark.slow),
+        pytest.param("qwen2", {}, False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_plan_without_weights_is_that_of_the_model_with_weights(model_type, fields, has_mask):

@@ -114,7 +114,7 @@ def step(model):
     return loss.detach(), whole, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_blocks_and_head_are_rewritten_where_hooks_gather_each_module(order, engine):
     stock = LlamaForCausalLM(LlamaConfig(**TINY)).train()
     model = copy.deepcopy(stock)
@@ -195,6 +195,7 @@ def test_a_linear_that_somebody_put_in_the_place_of_torchs_is_back_after_a_call(
     assert "linear_cross_entropy" in {site.op for site in fxopt.explain(model).sites}
 
 
+@pytest.mark.slow
 def test_a_model_of_its_own_is_served_where_deepspeed_has_put_its_linear_for_another(monkeypatch):
     """DeepSpeed puts it there for the length of the process."""
     linear = types.ModuleType(deepspeed_private.LINEAR)

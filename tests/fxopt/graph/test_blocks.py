@@ -57,6 +57,8 @@ BLOCKS = {
     "starcoder2": {"layer_norm": 2, "rope": 2, "attention": 1, "activation": 1},
     "stablelm": {"layer_norm": 2, "rope": 2, "attention": 1, "glu": 1},
 }
+SLOW = ("qwen2", "olmo2", "gpt_oss", "starcoder2", "stablelm")
+"""They take longest, or are made of what others here are made of."""
 
 
 def capture_block(
@@ -84,7 +86,9 @@ def build(kind: str, **extra: Any) -> Any:
     return model.bfloat16() if experts else model  # grouped products are bfloat16 only under fake tensors
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in BLOCKS]
+)
 def test_a_block_keeps_its_bits_and_its_anchors_are_counted(kind, canonical) -> None:
     model, captured = build(kind), []
     layers = model.get_decoder().layers
@@ -162,6 +166,7 @@ def test_a_whole_model_with_its_loss(capture, canonical) -> None:
     canonical(captured)
 
 
+@pytest.mark.slow
 def test_logits_that_are_capped_come_from_a_linear(capture, canonical) -> None:
     ids = torch.randint(3, 97, (2, 6))
     captured = capture(build("gemma2"), input_ids=ids, labels=ids, use_cache=False)

@@ -491,5 +491,5 @@ def test_cost_is_linear() -> None:
     # A machine with other work may stretch one of the two, but never makes quadratic look linear.
     ratios: list[float] = []
     while len(ratios) < 5 and min(ratios, default=100.0) > 12:
-        ratios.append(seconds(5_000) / seconds(500))
+        ratios.append(seconds(3_000) / seconds(300))
     assert min(ratios) <= 12, ratios

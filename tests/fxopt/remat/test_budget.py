@@ -52,6 +52,12 @@ class Stack(nn.Module):
 INPUTS = {"x": torch.randn(32, 8, 16)}
 
 
+@pytest.fixture(scope="module")
+def least() -> fxopt.Plan:
+    """Return the plan of a stack for `INPUTS` that needs the least memory."""
+    return fxopt.plan(Stack(), "min", INPUTS)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -78,8 +84,8 @@ def test_malformed_budgets_are_refused_before_anything_happens(given):
         fxopt.plan(Stack(), given, INPUTS)
 
 
-def test_a_budget_below_the_smallest_peak_names_that_peak():
-    smallest = fxopt.plan(Stack(), "min", INPUTS).smallest_bytes
+def test_a_budget_below_the_smallest_peak_names_that_peak(least):
+    smallest = least.smallest_bytes
     with pytest.raises(
         fxopt.FxoptError,
         match=rf"expected at least .*\({smallest} bytes\), got .*\n.*weights.* in the (back|for)ward of parts\.\d;",
@@ -145,25 +151,30 @@ def test_what_an_automatic_budget_lacks_is_said_once(caplog):
     assert [said in record.message for record in caplog.records] == [True]
 
 
-def test_a_plan_for_another_model_or_shape_names_the_difference():
-    plan = fxopt.plan(Stack(), "min", INPUTS)
+def test_a_plan_for_another_model_or_shape_names_the_difference(least):
     with pytest.raises(fxopt.FxoptError, match="expected 2 blocks of Stack, got 3 of Stack"):
-        fxopt.optimize(Stack(2), plan=plan)(**INPUTS)
+        fxopt.optimize(Stack(2), plan=least)(**INPUTS)
     with pytest.raises(fxopt.FxoptError, match="expected at most 256 tokens a call, got 512"):
-        fxopt.optimize(Stack(), plan=plan)(torch.randn(64, 8, 16))
+        fxopt.optimize(Stack(), plan=least)(torch.randn(64, 8, 16))
     odd = dataclasses.replace(
-        plan,
+        least,
         decisions=tuple(
             dataclasses.replace(d, saved=tuple(dataclasses.replace(r, op="aten.conv#0") for r in d.saved))
-            for d in plan.decisions
+            for d in least.decisions
         ),
     )
     with pytest.raises(fxopt.FxoptError, match=r"got aten\.conv#0, which it does not compute"):
         fxopt.optimize(Stack(), plan=odd)(**INPUTS)
 
 
-@pytest.mark.parametrize("inner", [32, 96])
-@pytest.mark.parametrize("budget", ["min", None])
+@pytest.mark.parametrize(
+    ("budget", "inner"),
+    [
+        ("min", 32),
+        (None, 96),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("min", 96), (None, 32))),
+    ],
+)
 def test_a_plan_for_blocks_of_another_width_names_the_value(budget, inner):
     plan = fxopt.plan(Stack(), budget, INPUTS)
     with pytest.raises(fxopt.FxoptError, match=rf"another model.* of 64 items a token, got {inner}"):
@@ -187,8 +198,8 @@ def test_a_plan_that_more_would_be_saved_or_trained_under_than_it_says_is_refuse
     assert find_difference(made, more, 256, 256, whole_gradients=False) == ""
 
 
-def test_a_plan_serves_another_batch_and_fewer_tokens():
-    model = fxopt.optimize(Stack(), plan=fxopt.plan(Stack(), "min", INPUTS))
+def test_a_plan_serves_another_batch_and_fewer_tokens(least):
+    model = fxopt.optimize(Stack(), plan=least)
     for shape in ((8, 32, 16), (3, 8, 16)):
         model(torch.randn(shape)).backward()
     assert fxopt.explain(model).fallbacks == ()
@@ -203,14 +214,21 @@ def test_a_plan_serves_another_batch_and_fewer_tokens():
         ("peak_bytes", True, "peak_bytes is True"),
     ],
 )
-def test_a_plan_whose_text_was_damaged_is_refused_when_it_is_read(name, value, said):
-    data = json.loads(fxopt.plan(Stack(), "min", INPUTS).to_json())
+def test_a_plan_whose_text_was_damaged_is_refused_when_it_is_read(name, value, said, least):
+    data = json.loads(least.to_json())
     with pytest.raises(fxopt.FxoptError, match=rf"expected the JSON text of a plan.*{said}"):
         fxopt.Plan.from_json(json.dumps({**data, name: value}))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("budget", ["min", None])
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [
+        ("min", 2),
+        (None, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("min", 3), (None, 1))),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("min", 1), (None, 2))),
+    ],
+)
 def test_blocks_before_all_that_trains_save_nothing_and_are_planned(budget, count):
     def make() -> Stack:
         torch.manual_seed(0)
@@ -240,16 +258,15 @@ def test_blocks_before_all_that_trains_save_nothing_and_are_planned(budget, coun
             assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_no_plan_is_refused():
+def test_what_is_no_plan_is_refused(least):
     with pytest.raises(fxopt.FxoptError, match=r"plan: expected what fxopt\.plan returns, got dict"):
         fxopt.optimize(Stack(), plan={})  # pyright: ignore
-    plan = fxopt.plan(Stack(), "min", INPUTS)
     with pytest.raises(fxopt.FxoptError, match="memory_budget: expected none beside a plan"):
-        fxopt.optimize(Stack(), plan=plan, memory_budget="min")
+        fxopt.optimize(Stack(), plan=least, memory_budget="min")
     with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
         fxopt.Plan.from_json("no plan")
     with pytest.raises(fxopt.FxoptError, match=f"expected format {FORMAT} of a plan, got 99"):
-        fxopt.Plan.from_json(plan.to_json().replace(f'"format": {FORMAT}', '"format": 99'))
+        fxopt.Plan.from_json(least.to_json().replace(f'"format": {FORMAT}', '"format": 99'))
 
 
 def test_inputs_on_another_device_are_refused():
@@ -309,8 +326,8 @@ def test_unasked_a_block_offloads_only_where_it_runs_longer_than_the_host_launch
     found = []
     for hides in (False, True):
         monkeypatch.setattr("fxopt.remat.planner.hides_host", lambda joint, hides=hides: hides)
-        found.append(fxopt.plan(Stack(8), "min", inputs).host_bytes > 0)
-        found.append(fxopt.plan(Stack(8), "min", inputs, max_host_memory="64MiB").host_bytes > 0)
+        found.append(fxopt.plan(Stack(4), "min", inputs).host_bytes > 0)
+        found.append(fxopt.plan(Stack(4), "min", inputs, max_host_memory="64MiB").host_bytes > 0)
     assert found == [False, True, True, True]
 
 
@@ -341,6 +358,7 @@ class TwoStacks(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
 def test_stacks_with_token_counts_of_their_own_have_one_plan():
     model, inputs = TwoStacks(), {"x": torch.randn(32, 8, 16)}
     plan = fxopt.plan(model, None, inputs)
@@ -357,6 +375,7 @@ def test_stacks_with_token_counts_of_their_own_have_one_plan():
         assert second == 2 * first
 
 
+@pytest.mark.slow
 def test_a_tail_captured_again_is_counted_once():
     model = Stack()
     fxopt.optimize(model, memory_budget=None)
@@ -379,7 +398,7 @@ def test_a_value_on_the_host_tells_a_graph_apart_from_one_that_keeps_it():
     told: dict[Any, list[str]] = {0: [], "64MiB": []}
     inputs = {"x": torch.randn(256, 16, 16)}
     for host, texts in told.items():
-        model = fxopt.optimize(Stack(8), memory_budget="min", max_host_memory=host)
+        model = fxopt.optimize(Stack(4), memory_budget="min", max_host_memory=host)
         planner = find_installation(model).planner
         mark = planner.mark_block
         planner.mark_block = lambda *args, mark=mark, texts=texts: texts.append(mark(*args)) or texts[-1]
@@ -426,7 +445,7 @@ class Checkpointed(GradientCheckpointingLayer):
         return self.block(x)
 
 
-@pytest.mark.parametrize("budget", ["min", None, "checkpointed"])
+@pytest.mark.parametrize("budget", ["min", pytest.param(None, marks=pytest.mark.slow), "checkpointed"])
 def test_blocks_that_write_to_their_buffers_train_as_stock(budget: Any) -> None:
     torch.manual_seed(0)
     stock = nn.Sequential(*((Checkpointed if budget == "checkpointed" else Normed)() for _ in range(3)))
@@ -451,8 +470,14 @@ def test_blocks_that_write_to_their_buffers_train_as_stock(budget: Any) -> None:
         assert {plan.budget for plan in report.plans} == {"min"}
 
 
-@pytest.mark.parametrize("budget", ["min", None])
-@pytest.mark.parametrize("sizes", [(3, 0, 3), (0, 3)])
+@pytest.mark.parametrize(
+    ("sizes", "budget"),
+    [
+        ((3, 0, 3), "min"),
+        pytest.param((0, 3), None, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (((3, 0, 3), None), ((0, 3), "min"))),
+    ],
+)
 def test_a_batch_without_rows_has_no_plan(budget: Any, sizes: tuple[int, ...]) -> None:
     stock = Stack(2).train()
     model = copy.deepcopy(stock)
@@ -486,6 +511,7 @@ class Widening(nn.Module):
         return x + self.down(torch.nn.functional.gelu(inner))
 
 
+@pytest.mark.slow
 def test_plans_stay_what_they_were_when_blocks_are_captured_anew() -> None:
     model = nn.Sequential(*(Widening() for _ in range(3)))
     fxopt.optimize(model, memory_budget="min")

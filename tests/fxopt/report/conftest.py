@@ -84,6 +84,6 @@ def report_of() -> Callable[[str], Report]:
 @pytest.fixture(scope="session")
 def hostile() -> Report:
     """Return a report with a plan in which every text is a piece of HTML that would run a script."""
-    found = evil(explained("gemma2"))
+    found = evil(explained("llama"))
     assert isinstance(found, Report)
     return found

@@ -13,7 +13,12 @@ import pytest
 from fxopt.report.records import Report
 from fxopt.report.units import format_bytes
 
-NAMES = ("gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3_moe", "qlora")))
+OTHERS = ("gemma2", "qwen3_moe", "qlora")
+NAMES = (
+    pytest.param("llama", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS),
+)
+DRAWN = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 
 OVERLAPS = """() => {
   const found = [];
@@ -94,6 +99,7 @@ def count(page: Any, selector: str) -> int:
     return page.locator(selector).count()
 
 
+@pytest.mark.parametrize("page", DRAWN, indirect=True)
 def test_everything_is_drawn_and_nothing_overlaps(page: Any) -> None:
     for place in range(count(page, "#graph option")):
         page.select_option("#graph", str(place))
@@ -369,6 +375,7 @@ def test_print_shows_the_whole_graph_and_all_code(page: Any) -> None:
     assert count(page, ".strip") == 0
 
 
+@pytest.mark.slow
 def test_links_in_a_notebook_stay_in_their_frame(
     browser: Any, report_of: Callable[[str], Report], tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ from fxopt.report.text import WIDTH
 from fxopt.report.units import format_bytes
 
 Explained = Callable[[str], Report]
-SLOW = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "qlora"))
+SLOW = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen3_moe", "qlora"))
 
 
 def test_the_file_is_self_contained_and_small(report_of: Explained, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_no_text_steers_the_terminal(tmp_path: Path) -> None:
 
 
 def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
-    report = report_of("gemma2")
+    report = report_of("llama")
     text = render_html(report)
     for site in report.sites:
         assert site.location in text
@@ -77,7 +77,7 @@ def test_html_holds_what_the_text_holds(report_of: Explained) -> None:
     assert "def block(" in text
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", *SLOW])
+@pytest.mark.parametrize("name", ["llama", *SLOW])
 def test_text_fits_its_columns(report_of: Explained, name: str) -> None:
     assert max(map(len, str(report_of(name)).splitlines())) <= WIDTH == 100
 
@@ -143,7 +143,7 @@ def test_a_notebook_shows_it(report_of: Explained) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", *SLOW])
+@pytest.mark.parametrize("name", ["llama", *SLOW])
 def test_json_comes_back_whole(report_of: Explained, name: str) -> None:
     report = report_of(name)
     again = parse_report(report.to_json())
@@ -222,7 +222,7 @@ def test_the_page_names_every_field() -> None:
     assert sorted(name for name in names if f"`{name}`" not in page) == []
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", *SLOW])
+@pytest.mark.parametrize("name", ["llama", *SLOW])
 def test_alignment_is_by_provenance(report_of: Explained, name: str) -> None:
     for graph in report_of(name).graphs:
         aligned = align(graph)
@@ -323,7 +323,7 @@ def test_why_not_counts_the_rewrites_of_a_pattern_without_sites() -> None:
     assert report.why_not("mine") == "mine: rewritten 1 time in the captured graphs\nnothing was left out\n"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", SLOW[0]])
+@pytest.mark.parametrize("name", ["llama", *SLOW[:2]])
 def test_code_of_graphs_runs(report_of: Explained, name: str) -> None:
     for graph in report_of(name).graphs:
         namespace: dict[str, object] = {}
@@ -431,6 +431,7 @@ def test_the_command_writes_html(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_noted() -> None:
     report = report_offline(Setting(None, "gpt2", "auto", batch=256, seq=1024, lora=False, device="L4"))
     assert len(report.plans) == 1
@@ -439,6 +440,7 @@ def test_a_step_that_does_not_fit_is_noted() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_step_that_the_model_does_not_take_is_noted_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     report = report_offline(Setting(None, "bert", "auto", batch=1, seq=600, lora=False, device="H100"))
     assert report.plans == ()
@@ -472,6 +474,7 @@ def test_a_budget_is_told_in_words(report_of: Explained, asked: str, limit: int 
     assert words in render_html(dataclasses.replace(report_of("llama"), plans=(made,)))
 
 
+@pytest.mark.slow
 def test_without_a_length_a_step_is_one_that_the_model_takes() -> None:
     setting = Setting(None, "bert", "auto", batch=1, seq=None, lora=False, device="H100")
     (plan,) = report_offline(setting).plans

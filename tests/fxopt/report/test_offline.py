@@ -64,6 +64,7 @@ def test_a_model_that_asks_for_values_is_reported_by_a_small_one(asking: str) ->
         report_offline(setting(asking, *fields, budget="min"))
 
 
+@pytest.mark.slow
 def test_what_a_config_lacks_is_told_with_how_to_give_it() -> None:
     fields = (
         "num_hidden_layers=1",
@@ -166,6 +167,7 @@ def test_a_negative_number_that_counts_nothing_is_a_value() -> None:
     assert config.pad_token_id == -1
 
 
+@pytest.mark.slow
 def test_what_fails_for_its_sizes_is_not_reported_by_a_small_model_that_runs() -> None:
     sizes = ("num_hidden_layers=2", "hidden_size=96", "num_attention_heads=6", "intermediate_size=96")
     with pytest.raises(FxoptError, match=r"without weights, failed on small inputs .*: The size of tensor"):
