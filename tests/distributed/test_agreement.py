@@ -29,7 +29,10 @@ def test_other_devices_on_one_rank_are_named_on_all(two):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "text"),
-    [("ddp", "process group has not been initialized"), ("fsdp2", "environment variable RANK expected")],
+    [
+        ("ddp", "process group has not been initialized"),
+        pytest.param("fsdp2", "environment variable RANK expected", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_without_a_process_group_an_engine_says_so_and_the_model_trains_on(engine, text, new_world):
     """Before a group is initialized, and after it was taken down, a model is one process's: nothing is compared."""
@@ -46,6 +49,7 @@ def test_options_are_compared_between_replicas_of_shards(four):
     assert all("'glu' on rank 3" in answer["text"] for answer in answers)
 
 
+@pytest.mark.slow
 def test_options_are_compared_in_each_group_of_ranks_anew(two):
     for number in range(2):
         options = {"1": {"verify": "off"}} if number else {}
@@ -71,7 +75,7 @@ def test_a_rank_that_was_not_optimized_is_named(new_world):
     "engine",
     [
         "ddp",
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.exhaustive),
         pytest.param("zero", marks=pytest.mark.deepspeed),
         pytest.param("zero, several buckets", marks=pytest.mark.deepspeed),
     ],

@@ -15,7 +15,7 @@ CARVED = {"gather": 2 * 3 + 1, "reduce": 4}
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [pytest.param({}, WHOLE, marks=pytest.mark.slow), ({"carved": True}, CARVED)],
+    [pytest.param({}, WHOLE, marks=pytest.mark.exhaustive), ({"carved": True}, CARVED)],
     ids=["whole", "carved"],
 )
 def test_fsdp2_gathers_and_reduces_as_in_stock(options, expected, two):
@@ -25,9 +25,8 @@ def test_fsdp2_gathers_and_reduces_as_in_stock(options, expected, two):
         assert answer["fallbacks"] == {}
 
 
-@pytest.mark.parametrize(
-    "budget", ["auto", pytest.param("min", marks=pytest.mark.slow)], ids=["checkpointed", "planned"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["auto", "min"], ids=["checkpointed", "planned"])
 def test_recomputation_gathers_nothing_again(budget, two):
     for answer in two.run("collectives", engine="fsdp2", checkpointed=budget == "auto", budget=budget):
         assert answer["plans"] == 1
@@ -46,7 +45,7 @@ def test_collectives_are_in_one_order_on_all_ranks_where_values_leave_for_the_ho
         assert answer["order"]["before"] == answer["order"]["stock"] == answers[0]["order"]["before"]
 
 
-@pytest.mark.parametrize("budget", [pytest.param("auto", marks=pytest.mark.slow), "min"])
+@pytest.mark.parametrize("budget", [pytest.param("auto", marks=pytest.mark.exhaustive), "min"])
 def test_collectives_are_in_one_order_where_one_rank_falls_back(budget, two):
     """Beside ranks that recompute by a plan, one has a block that runs stock, and keeps all."""
     answers = two.run("collectives", engine="fsdp2", budget=budget, hooked=True)

@@ -1,11 +1,14 @@
 """Each combination on two processes and on four, optimized before and after: the matrix of docs/distributed.md.
 
+Each is a slow test on one of the two, by turns, and an exhaustive one on the other.
+
 `cases/combinations.py` says what the two steps are: uneven batches, accumulation without a reduction, a rank whose
 labels are all ignored, and means over the labels of all ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -86,7 +89,29 @@ STAGES: dict[str, Case] = {
         for stage in (2, 3)
     },
 }
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+ON_FOUR = {
+    "ddp",
+    "ddp, unused parameters",
+    "ddp, lora",
+    "fsdp2, carved",
+    "fsdp2, carved, tied",
+    "fsdp2, offloaded",
+    "fsdp2, carved, four bits",
+    *REPLICAS,
+    "fsdp2, mixed precision",
+    "zero-1, lora",
+    "zero-2",
+    "zero-3, lora",
+    "zero-3, several buckets",
+}
+"""What is a slow test on four processes, and an exhaustive one on two; of each engine some, and of each form."""
+ACCELERATED_ON_FOUR = {"ddp, lora", "fsdp2"}
+
+
+def by_turns(names: Iterable[str], *, four: bool, on_four: set[str] = ON_FOUR) -> list[Any]:
+    """Return `names`, those whose turn is on the other number of processes marked as exhaustive."""
+    return [pytest.param(name, marks=slow if (name in on_four) == four else exhaustive) for name in names]
 
 
 def check(answers: list[dict[str, Any]], sites: dict[str, int]) -> None:
@@ -118,57 +143,49 @@ def needs(case: dict[str, Any]) -> None:
         pytest.importorskip("bitsandbytes")
 
 
-@slow
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", by_turns(ENGINES, four=False))
 def test_two_processes(name, two):
     case, sites = ENGINES[name]
     needs(case)
     check(two.run("combination", **case), sites)
 
 
-@slow
-@pytest.mark.parametrize("name", [*ENGINES, *REPLICAS])
+@pytest.mark.parametrize("name", by_turns([*ENGINES, *REPLICAS], four=True))
 def test_four_processes(name, four):
     case, sites = {**ENGINES, **REPLICAS}[name]
     needs(case)
     check(four.run("combination", **case), sites)
 
 
-@slow
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", by_turns(POLICIES, four=False))
 def test_two_processes_under_a_policy(name, two):
     check_policy(two.run("combination", **POLICIES[name]))
 
 
-@slow
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", by_turns(POLICIES, four=True))
 def test_four_processes_under_a_policy(name, four):
     check_policy(four.run("combination", **POLICIES[name]))
 
 
-@slow
-@pytest.mark.parametrize("name", ACCELERATED)
+@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=False, on_four=ACCELERATED_ON_FOUR))
 def test_two_processes_under_accelerate(name, two):
     case, sites = ACCELERATED[name]
     check(two.run("combination_of_accelerate", **case), sites)
 
 
-@slow
-@pytest.mark.parametrize("name", ACCELERATED)
+@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=True, on_four=ACCELERATED_ON_FOUR))
 def test_four_processes_under_accelerate(name, four):
     case, sites = ACCELERATED[name]
     check(four.run("combination_of_accelerate", **case), sites)
 
 
-@slow
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", by_turns(STAGES, four=False))
 def test_two_processes_under_deepspeed(name, zero_world):
     case, sites = STAGES[name]
     check(zero_world.run("combination_of_zero", **case), sites)
 
 
-@slow
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", by_turns(STAGES, four=True))
 def test_four_processes_under_deepspeed(name, zero_four):
     case, sites = STAGES[name]
     check(zero_four.run("combination_of_zero", **case), sites)

@@ -21,6 +21,13 @@ LAUNCHERS = {
 COMMANDS = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) .+?)`", PAGE)
 
 
+def mark_command(command: str) -> Any:
+    """Return the mark of a command: accelerate's launcher starts the `Trainer` and DistributedDataParallel too."""
+    if "deepspeed" in command:
+        return pytest.mark.deepspeed
+    return pytest.mark.exhaustive if command.startswith("torchrun") and "fsdp2" not in command else ()
+
+
 @pytest.fixture
 def projection(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return benchmarks/projection.py, which is no part of the package."""
@@ -31,7 +38,7 @@ def projection(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(each, marks=pytest.mark.deepspeed) if "deepspeed" in each else each for each in COMMANDS],
+    [pytest.param(each, marks=mark_command(each)) for each in COMMANDS],
 )
 def test_a_command_of_the_page_runs_and_falls_back_nowhere(command):
     if "deepspeed" in command:

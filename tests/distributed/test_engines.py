@@ -15,7 +15,7 @@ A GPU multiplies fp32 in fp32 here too: torch's default, and what the kernels as
 SITES = {"rms_norm": 5, "rope": 4, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
 """Of a llama of two layers: the same as in one process."""
 ADAPTED = {**SITES, "lora_linear": 6}
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 def check(answers: list[dict[str, Any]], sites: dict[str, int]) -> None:
@@ -36,12 +36,13 @@ def test_gradients_equal_stock_and_one_process(engine, options, order, two):
     check(two.run("step", engine=engine, order=order, options=options), SITES)
 
 
+@slow
 def test_a_head_tied_to_the_embedding_is_served(two):
     tied = {"tie_word_embeddings": True}
     check(two.run("step", engine="fsdp2", order="before", options={"carved": True}, overrides=tied), SITES)
 
 
-@slow
+@exhaustive  # as "fsdp2, four bits" of `test_combinations.py`
 def test_adapters_on_a_base_in_four_bits(two):
     """FSDP2 shards codes that are stored as of a floating dtype; gathered, they are tensors of no class of their own.
 
@@ -53,15 +54,20 @@ def test_adapters_on_a_base_in_four_bits(two):
     check(answers, {**ADAPTED, "dequantize_4bit": 14})
 
 
-@slow
+@exhaustive  # as "fsdp2, offloaded" of `test_combinations.py`
 def test_parameters_that_wait_on_the_host(two):
     options = {"carved": True, "offloaded": True}
     check(two.run("step", engine="fsdp2", order="before", options=options), SITES)
 
 
-@slow
-@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "olmo2"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("engine", "arch"),
+    [
+        pytest.param("fsdp2", "gemma2", marks=slow),
+        *(pytest.param("ddp", arch, marks=exhaustive) for arch in ("qwen3", "gemma2", "olmo2")),
+        *(pytest.param("fsdp2", arch, marks=exhaustive) for arch in ("qwen3", "olmo2")),
+    ],
+)
 def test_other_architectures(engine, arch, two):
     for answer in two.run("step", engine=engine, order="before", arch=arch):
         assert answer["fallbacks"] == {}
@@ -84,11 +90,13 @@ def test_shards_in_replicas(four):
     check(four.run("step", engine="fsdp2", order="before", options=options), SITES)
 
 
+@slow
 def test_accumulated_gradients_are_reduced_once(two):
     check(two.run("accumulate", engine="ddp", order="before"), SITES)
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2"])
+@slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_rank_with_ignored_labels_alone_adds_nothing(engine, two):
     for rank, answer in enumerate(two.run("ignored", engine=engine, counted=True)):
         assert answer["fallbacks"] == {}
@@ -109,9 +117,9 @@ def test_a_mean_over_no_labels_is_what_stock_makes_of_it(two):
 @pytest.mark.parametrize(
     ("engine", "options"),
     [
-        pytest.param("fsdp2", {}, id="fsdp2", marks=slow),
+        pytest.param("fsdp2", {}, id="fsdp2", marks=exhaustive),
         pytest.param("fsdp2", {"carved": True}, id="fsdp2 carved"),
-        pytest.param("ddp", {"find_unused_parameters": True}, id="ddp unused", marks=slow),
+        pytest.param("ddp", {"find_unused_parameters": True}, id="ddp unused", marks=exhaustive),
         pytest.param("ddp", {"static_graph": True}, id="ddp static", marks=slow),
     ],
 )
@@ -132,17 +140,16 @@ FREED = {"carved": True, "reshard_after_forward": True}
     [
         pytest.param("ddp", {}, "inside", marks=slow),
         ("fsdp2", CARVED, "block"),
-        *(
-            pytest.param(engine, options, place, marks=slow)
-            for engine, options in (
-                ("ddp", {"static_graph": True}),
-                ("ddp", {"find_unused_parameters": True}),
-            )
-            for place in ("inside", "off")
-        ),
-        *(pytest.param("fsdp2", {}, place, marks=slow) for place in ("inside", "block", "off")),
-        *(pytest.param("fsdp2", CARVED, place, marks=slow) for place in ("inside", "head", "off")),
-        *(pytest.param("fsdp2", FREED, place, marks=slow) for place in ("block", "head", "off")),
+        pytest.param("ddp", {"static_graph": True}, "inside", marks=slow),
+        pytest.param("ddp", {"static_graph": True}, "off", marks=exhaustive),
+        pytest.param("ddp", {"find_unused_parameters": True}, "inside", marks=exhaustive),
+        pytest.param("ddp", {"find_unused_parameters": True}, "off", marks=slow),
+        pytest.param("fsdp2", {}, "inside", marks=slow),
+        *(pytest.param("fsdp2", {}, place, marks=exhaustive) for place in ("block", "off")),
+        pytest.param("fsdp2", CARVED, "head", marks=slow),
+        *(pytest.param("fsdp2", CARVED, place, marks=exhaustive) for place in ("inside", "off")),
+        pytest.param("fsdp2", FREED, "off", marks=slow),
+        *(pytest.param("fsdp2", FREED, place, marks=exhaustive) for place in ("block", "head")),
     ],
 )
 def test_one_rank_that_falls_back_later_neither_hangs_nor_diverges(engine, options, place, two):
@@ -157,9 +164,9 @@ def test_one_rank_that_falls_back_later_neither_hangs_nor_diverges(engine, optio
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
-        pytest.param("before", "stock", marks=slow),
-        pytest.param("stock", "after", marks=slow),
-        ("before", "after"),
+        pytest.param("before", "stock", marks=exhaustive),
+        pytest.param("stock", "after", marks=exhaustive),
+        pytest.param("before", "after", marks=slow),
     ],
 )
 def test_a_checkpoint_is_loaded_with_and_without_optimize(saved, loaded, two, tmp_path):
@@ -168,7 +175,7 @@ def test_a_checkpoint_is_loaded_with_and_without_optimize(saved, loaded, two, tm
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"), [("before", "stock"), pytest.param("stock", "after", marks=slow)]
+    ("saved", "loaded"), [("before", "stock"), pytest.param("stock", "after", marks=exhaustive)]
 )
 def test_a_checkpoint_of_two_processes_is_loaded_by_four(saved, loaded, two, four, tmp_path):
     wanted = two.run("save", folder=str(tmp_path), order=saved)[0]["loss"]
@@ -176,7 +183,9 @@ def test_a_checkpoint_of_two_processes_is_loaded_by_four(saved, loaded, two, fou
 
 
 @slow
-@pytest.mark.parametrize(("saved", "loaded"), [("before", "stock"), ("stock", "after")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [pytest.param("before", "stock", marks=exhaustive), ("stock", "after")]
+)
 def test_a_checkpoint_of_adapters_by_four_processes_is_loaded_by_two(saved, loaded, two, four, tmp_path):
     wanted = four.run("save", folder=str(tmp_path), order=saved, lora=True)[0]["loss"]
     found = two.run("load", folder=str(tmp_path), order=loaded, lora=True)[0]["loss"]

@@ -21,19 +21,19 @@ def test_accelerate_shards_what_it_shards_in_stock(engine, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.exhaustive)])
 def test_transformers_trainer_accumulates(engine, two, tmp_path):
     check_trained(two, tmp_path, engine)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp2"])
 def test_four_processes_under_transformers_trainer(engine, four, tmp_path):
     check_trained(four, tmp_path, engine)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_transformers_trainer_accumulates_under_deepspeed(stage, zero_world, tmp_path):
     check_trained(zero_world, tmp_path, f"zero {stage}")
 
@@ -60,7 +60,7 @@ def test_trls_trainer_accumulates(lora, engine, two, tmp_path):
     check_trained_by_trl(two, tmp_path, engine, lora)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_under_trls_trainer(four, tmp_path):
     check_trained_by_trl(four, tmp_path, "ddp", lora=False)
 
@@ -149,7 +149,7 @@ def test_zero_3_gathers_each_parameter_twice_a_step(options, again, zero_world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_other_options_under_zero_are_named_on_all_ranks(stage, zero_world):
     for answer in zero_world.run("zero_differs", stage=stage):
         assert answer["raised"] == "RanksDifferError"
@@ -194,6 +194,7 @@ def test_a_tensor_parallel_block_runs_stock_with_the_reason(two):
         assert answer["errors"]["stock"] <= BOUND
 
 
+@pytest.mark.slow
 def test_the_tensor_parallel_plan_of_transformers_trains_as_stock_with_the_reason(two, tmp_path):
     check_tensor_parallel(two, tmp_path)
 
@@ -210,13 +211,21 @@ def check_tensor_parallel(world, folder):
         assert answer["losses"]["before"] == pytest.approx(answer["losses"]["alone"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_engine_that_the_user_compiles_trains_as_stock(two):
     for answer in two.run("compiled_around"):
         assert answer["errors"]["stock"] <= BOUND
 
 
-@pytest.mark.parametrize("wraps_blocks", [False, True])
-@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize(
+    ("original", "wraps_blocks"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_first_fsdp_trains_as_stock_with_the_reason(original, wraps_blocks, two):
     for answer in two.run("first_fsdp", original=original, wraps_blocks=wraps_blocks):
         assert answer["errors"]["stock"] <= BOUND

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 AROUND = 2 * 128 * 32 * 4 + 32 * 4
 """Embedding, head and last norm of the tiny model, in bytes."""
 
@@ -50,12 +50,14 @@ def test_a_plan_under_ddp_counts_the_buckets_that_gradients_are_copied_to(view, 
         assert answer["plan"]["static_bytes"] == expected
 
 
+@slow
 def test_shards_that_wait_on_the_host_are_not_counted(two):
     for answer in two.run("plan", engine="fsdp2", budget="min", options={"offloaded": True}):
         assert answer["plan"]["static_bytes"] == answer["buffers"] + answer["workspaces"]
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=slow)])
+@slow
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=exhaustive)])
 def test_ranks_with_other_devices_agree_on_one_plan(engine, two):
     """The last rank's device has half the memory of the others': all plan for a share of that."""
     alone = two.run("plan", engine=engine, budget=0.5)[0]["plan"]["limit_bytes"]
@@ -65,6 +67,7 @@ def test_ranks_with_other_devices_agree_on_one_plan(engine, two):
     assert answers[0]["residual_bytes"] == answers[1]["residual_bytes"] > 0
 
 
+@slow
 def test_ranks_plan_for_the_most_that_one_of_them_holds(two):
     answers = two.run("plan", engine="fsdp2", budget="min", held=4096)
     assert answers[0]["plan"] == answers[1]["plan"]
@@ -80,7 +83,7 @@ def test_a_forward_pass_that_gathers_is_not_run_again_where_memory_ran_out(engin
 
 
 @slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=exhaustive), "fsdp2"])
 def test_values_that_wait_on_the_host_come_back_under_an_engine(engine, two):
     for answer in two.run("waiting", engine=engine):
         assert answer["fallbacks"] == 0
@@ -100,8 +103,15 @@ PERSISTENT = {
 
 
 @slow
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [SLIGHT, PERSISTENT], ids=["slight", "persistent"])
+@pytest.mark.parametrize(
+    ("settings", "half"),
+    [
+        pytest.param(SLIGHT, False, id="slight-float32"),
+        pytest.param(SLIGHT, True, id="slight-bfloat16", marks=exhaustive),
+        pytest.param(PERSISTENT, False, id="persistent-float32", marks=exhaustive),
+        pytest.param(PERSISTENT, True, id="persistent-bfloat16"),
+    ],
+)
 def test_a_plan_under_zero_3_counts_all_that_lives_between_steps(settings, half, zero_world, new_world):
     """Parts of weights, of their fp32 copies, gradients and moments, what stays gathered, and the bucket.
 

@@ -17,9 +17,9 @@ RESULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    ["full_finetune", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft_lora", "sft_qlora"))],
+    "name", ["full_finetune", pytest.param("sft_lora", marks=pytest.mark.exhaustive), "sft_qlora"]
 )
 def test_an_example_trains_and_goes_on_when_it_is_run_again(name: str, examples: Any, tmp_path: Path) -> None:
     example = examples(name)

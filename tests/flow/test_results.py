@@ -15,8 +15,7 @@ import fxopt
 peft: Any = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BASES = [pytest.param("dense", marks=pytest.mark.slow), "nf4"]
-"""Of a dense base `test_merged_into_dense_weights` is the quick test."""
+BASES = ["dense", pytest.param("nf4", marks=pytest.mark.slow)]
 CODES = ("absmax", "code", "offset")
 
 
@@ -133,7 +132,7 @@ def test_a_saved_adapter_is_read_back_on_a_stock_base(
     "restored",
     [
         pytest.param(True, id="after restore", marks=pytest.mark.slow),
-        pytest.param(False, id="without restore"),
+        pytest.param(False, id="without restore", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_are_merged(trained: Any, flow: Any, tmp_path: Path, restored: bool) -> None:

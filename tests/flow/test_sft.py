@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
 TOLERANCES = {"dropout": 1e-4, "padding-free": 3e-5}
 """Others than 1e-5, relative: on a CPU with OpenBLAS's Haswell kernels the third gradient norm was 1.25e-5 off."""
 QUICK = ("packed",)
+EXHAUSTIVE = ("whole chats", "packed and cut", "noise on the embeddings")
 
 
 def train(
@@ -46,7 +47,13 @@ def train(
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name",
+    [
+        name
+        if name in QUICK
+        else pytest.param(name, marks=pytest.mark.exhaustive if name in EXHAUSTIVE else pytest.mark.slow)
+        for name in CASES
+    ],
 )
 def test_each_step_is_stocks(name: str, flow: Any, checks: Any, tmp_path: Path) -> None:
     ours = train(flow, tmp_path / "ours", optimized=True, case=CASES[name])

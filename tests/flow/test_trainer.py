@@ -57,6 +57,7 @@ def test_all_weights_trained(flow: Any, checks: Any, tmp_path: Path, checkpointe
     assert fxopt.explain(ours.model).fallbacks == ()
 
 
+@pytest.mark.slow
 def test_an_optimized_and_a_stock_model_train_side_by_side(flow: Any, tmp_path: Path) -> None:
     """Their steps alternate in one process; the stock one is not touched by the other's captures."""
     batch = DataCollatorForLanguageModeling(flow.tokenizer, mlm=False)([flow.tokens[i] for i in range(2)])

@@ -165,18 +165,44 @@ def make_adapted(tools: Any, case: Case) -> Any:
 
 
 BATCHES = (((2, 24), "right"), ((3, 17), "none"))
-RESIZED = ("dense", "trained bias on the base", "bias on B", "dropout", "two adapters", "head and embedding")
-RESIZED += ("dora", "nf4", "nf4, blocks of 4096", "eight bits")
-"""Cases that train on sizes unseen at capture too: one of each form of graph, as scales and codes change no form."""
+RESIZED = ("dense", "head and embedding")
+"""Cases that train on sizes unseen at capture too, where a capture for any size takes most of a test's time."""
+RESIZED_TOO = (
+    "trained bias on the base",
+    "bias on B",
+    "dropout",
+    "two adapters",
+    "dora",
+    "nf4",
+    "eight bits",
+)
+"""With those above, one of each form of graph, as scales and codes change no form."""
+CROSSED = ("nf4, dora", "nf4, one scale", "fp4", "nf4, dropout", "nf4, two adapters", "nf4, two projections")
+"""Products of what other cases hold apart."""
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+
+
+def tiered(names: Any, *slower: str) -> list[Any]:
+    """Return `names`: `slower` ones for `make test-all`, the others for exhaustive runs."""
+    return [pytest.param(name, marks=slow if name in slower else exhaustive) for name in names]
 
 
 @pytest.mark.parametrize(
     ("name", "batches"),
     [
-        pytest.param("nf4", BATCHES[:1], id="nf4, one size"),  # it has all that a dense base has
+        *(pytest.param(name, BATCHES[:1], id=f"{name}, one size") for name in ("dense", "nf4")),
         *(
-            pytest.param(name, BATCHES if name in RESIZED else BATCHES[:1], id=name, marks=pytest.mark.slow)
+            pytest.param(
+                name,
+                BATCHES if name in RESIZED else BATCHES[:1],
+                id=name,
+                marks=exhaustive if name in CROSSED else slow,
+            )
             for name in CASES
+        ),
+        *(
+            pytest.param(name, BATCHES, id=f"{name}, two sizes", marks=exhaustive)
+            for name in (*RESIZED_TOO, "nf4, blocks of 4096")
         ),
     ],
 )
@@ -223,12 +249,11 @@ HALF: dict[str, dict[str, Any]] = {
     "two adapters, fp32, under autocast": {"base": "two adapters", "adapters": torch.float32},
     "bias on B, bf16": {"base": "bias on B", "adapters": torch.bfloat16},
 }
-QUICK_HALF = ("nf4, fp32 adapters under autocast",)
+SLOW_HALF = ("dense, fp32 adapters under autocast", "nf4, bf16 adapters")
+"""Each base and each dtype; what the others add is a case above, in fp32."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK_HALF else pytest.param(name, marks=pytest.mark.slow) for name in HALF]
-)
+@pytest.mark.parametrize("name", tiered(HALF, *SLOW_HALF))
 @pytest.mark.filterwarnings("ignore")
 def test_in_bf16_no_gradient_is_farther_from_fp32_than_stocks(name: str, tools: Any) -> None:
     case, dtype = CASES[HALF[name]["base"]], HALF[name]["adapters"]
@@ -281,7 +306,7 @@ def redraw(seed: int, *models: Any) -> None:
             parameter.data.copy_(drawn)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("verify", ["on", "off"])
 def test_weights_of_torchao_are_left_with_a_reason_and_train_as_stock(verify: str, tools: Any) -> None:
@@ -334,10 +359,7 @@ attention does. Blocks that norm the results of attention and MLP save what thes
 before or after their norms and rotation."""
 
 
-@pytest.mark.parametrize(
-    "base",
-    [base if base == "nf4" else pytest.param(base, marks=pytest.mark.slow) for base in SAVED_WIDTHS],
-)
+@pytest.mark.parametrize("base", tiered(SAVED_WIDTHS, "dense", "nf4", "dropout", "gemma2"))
 @pytest.mark.filterwarnings("ignore")
 def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
     widths, norms = SAVED_WIDTHS[base]
@@ -362,10 +384,9 @@ def test_a_block_saves_what_the_table_says(base: str, tools: Any) -> None:
     assert len(joins) == case.joins  # q, k, v and gate, up, of two captured blocks
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "how", ["as they come", *(pytest.param(how, marks=pytest.mark.slow) for how in ("checkpointed", "min"))]
-)
+@pytest.mark.parametrize("how", ["as they come", "checkpointed", "min"])
 def test_dropped_items_are_stocks_in_every_step_and_under_every_plan(
     how: str, device: str, tools: Any
 ) -> None:
@@ -450,6 +471,7 @@ def saved_by_block(model: Any, block: Any, batch: dict[str, torch.Tensor]) -> in
     return sum(storage.nbytes() for storage in seen.values())
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
 def test_layers_that_cast_their_bias_at_the_first_call_are_captured_at_the_second(tools: Any) -> None:
     """As prepared for training: all but the codes in fp32, under autocast; stock casts each bias at its first use."""

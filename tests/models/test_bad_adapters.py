@@ -85,6 +85,7 @@ def test_releases_in_use_are_not_doubted(adapted: Any, caplog: pytest.LogCapture
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def test_a_full_sized_copy_of_a_quantized_base_is_noted(adapted: Any, tools: Any) -> None:
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     adapted.base_model.model.config.quantization_config = settings

@@ -24,21 +24,21 @@ SHAPE = (4, 96)
 CASES = [
     ("llama", "full", torch.float32),
     *(
-        pytest.param(arch, trained, dtype, marks=pytest.mark.slow)
-        for arch, trained, dtype in (
-            ("llama", "lora", torch.bfloat16),
-            ("gemma2", "full", torch.bfloat16),
-            ("gemma2", "lora", torch.float32),
-            ("gpt2", "full", torch.float32),
-            ("gpt2", "lora", torch.bfloat16),
-            ("phi3", "full", torch.bfloat16),
-            ("phi3", "lora", torch.float32),
-            ("bloom", "full", torch.float32),
-            ("bloom", "lora", torch.bfloat16),
+        pytest.param(arch, trained, dtype, marks=mark)
+        for arch, trained, dtype, mark in (
+            ("llama", "lora", torch.bfloat16, pytest.mark.exhaustive),
+            ("gemma2", "full", torch.bfloat16, pytest.mark.slow),
+            ("gemma2", "lora", torch.float32, pytest.mark.exhaustive),
+            ("gpt2", "full", torch.float32, pytest.mark.exhaustive),
+            ("gpt2", "lora", torch.bfloat16, pytest.mark.slow),
+            ("phi3", "full", torch.bfloat16, pytest.mark.exhaustive),
+            ("phi3", "lora", torch.float32, pytest.mark.exhaustive),
+            ("bloom", "full", torch.float32, pytest.mark.slow),
+            ("bloom", "lora", torch.bfloat16, pytest.mark.exhaustive),
         )
     ),
 ]
-"""Each two of an architecture, what is trained and a dtype meet."""
+"""Each two of an architecture, what is trained and a dtype meet; the slow ones have each of the last two."""
 MOST = 0.03
 """Of the mean over all gradients of log(error in chunks / error whole), both against float64.
 
@@ -154,8 +154,9 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize(
     "in_turn",
-    [pytest.param(False, id="side by side", marks=pytest.mark.slow), pytest.param(True, id="in turn")],
+    [pytest.param(False, id="side by side"), pytest.param(True, id="in turn")],
 )
+@pytest.mark.slow
 def test_two_wide_parts_of_a_block_are_divided(in_turn, tools):
     def make_pairs():
         model = Stack()
@@ -173,11 +174,11 @@ def test_two_wide_parts_of_a_block_are_divided(in_turn, tools):
         assert tools.relative(parameter.grad, other.grad) < 1e-5
 
 
-SLOW = ("within a token", "halves of a token", "tokens turned", "between sequences")
+QUICK = ("tokens apart", "over tokens", "random")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MIXES]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MIXES]
 )
 def test_only_what_treats_tokens_apart_is_divided(name, tools):
     mix, is_divided = MIXES[name]

@@ -21,6 +21,8 @@ SHAPE = (2, 17)
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "jetmoe", "dbrx")
 """jetmoe chooses heads by a router too, so that two of a block are collected; dbrx is captured in pieces."""
 QUICK = ("mixtral",)
+EXHAUSTIVE = ("qwen3_moe", "olmoe", "granitemoe")
+"""Collected as in qwen2_moe."""
 
 
 def make(arch: str, **fields: Any) -> Any:
@@ -59,7 +61,13 @@ def assert_all_rewritten(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", [arch if arch in QUICK else pytest.param(arch, marks=pytest.mark.slow) for arch in ROUTED]
+    "arch",
+    [
+        arch
+        if arch in QUICK
+        else pytest.param(arch, marks=pytest.mark.exhaustive if arch in EXHAUSTIVE else pytest.mark.slow)
+        for arch in ROUTED
+    ],
 )
 def test_router_logits_and_their_loss_equal_stock_and_all_is_rewritten(arch, device, tools) -> None:
     model = make(arch, output_router_logits=True).to(device)
@@ -108,10 +116,16 @@ def test_what_is_asked_for_may_change_from_call_to_call(tools) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, *(pytest.param({"memory_budget": each}, marks=pytest.mark.slow) for each in (None, "min"))],
+    ("checkpointed", "options"),
+    [
+        pytest.param(True, {}, marks=pytest.mark.slow),
+        pytest.param(False, {"memory_budget": "min"}, marks=pytest.mark.slow),
+        pytest.param(True, {"memory_budget": None}, marks=pytest.mark.exhaustive),
+        pytest.param(False, {}, marks=pytest.mark.exhaustive),
+        pytest.param(False, {"memory_budget": None}, marks=pytest.mark.exhaustive),
+        pytest.param(True, {"memory_budget": "min"}, marks=pytest.mark.exhaustive),
+    ],
 )
-@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_router_logits_are_collected_once_under_every_plan(options, checkpointed, tools) -> None:
     model = make("mixtral", output_router_logits=True)
     if checkpointed:
@@ -133,7 +147,7 @@ def test_under_reentrant_checkpointing_the_loss_that_balances_still_trains(tools
     assert_all_rewritten(model)
 
 
-@pytest.mark.parametrize("asked", [True, [1, -1]])
+@pytest.mark.parametrize("asked", [True, pytest.param([1, -1], marks=pytest.mark.slow)])
 def test_hidden_states_equal_stock_and_all_is_rewritten(asked, tools) -> None:
     model = make("llama")
     stock = copy.deepcopy(model)
@@ -276,6 +290,7 @@ def test_hidden_states_retain_their_gradients(tools) -> None:
     assert_all_rewritten(model)
 
 
+@pytest.mark.slow
 def test_attentions_that_retain_their_gradients_are_refused_as_these_would_be_partial() -> None:
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(tiny_config("llama"), attn_implementation="eager").train()

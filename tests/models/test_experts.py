@@ -34,14 +34,23 @@ UNROUTED = ("phimoe",)
 """Mixtures whose routing is another one than the op's."""
 SHAPES = ((2, 24), (3, 17))
 HOWS = ("grouped_mm", "batched_mm", "eager")
-RESIZED = [(arch, HOWS[place % len(HOWS)]) for place, arch in enumerate(MIXTURES)]
-"""Trained on a size unseen at capture too: each mixture once, and each way to compute experts more than once."""
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+PAIRS = [(arch, HOWS[place % len(HOWS)]) for place, arch in enumerate(MIXTURES)]
+"""Each mixture once, and each way to compute experts more than once."""
+RESIZED = [("gpt_oss", "batched_mm"), ("granitemoe", "eager"), ("olmoe", "grouped_mm")]
+"""Of these, what trains on a size unseen at capture too: each way to compute experts once."""
 CASES = [
     ("mixtral", "grouped_mm", SHAPES[:1]),
     *(
-        pytest.param(arch, how, SHAPES[: 1 + ((arch, how) in RESIZED)], marks=pytest.mark.slow)
+        pytest.param(arch, how, SHAPES[: 1 + ((arch, how) in RESIZED)], marks=slow)
+        for arch, how in PAIRS
+        if arch != "mixtral"
+    ),
+    *(
+        pytest.param(arch, how, SHAPES[: 1 + ((arch, how) in PAIRS)], marks=exhaustive)
         for arch in MIXTURES
         for how in HOWS
+        if (arch, how) not in RESIZED
     ),
 ]
 
@@ -91,7 +100,7 @@ def test_a_mixture_equals_stock_and_all_experts_are_rewritten(arch, how, shapes,
     assert sum(site.count for site in units) == MIXTURES[arch], "the unit is a part of them"
 
 
-@pytest.mark.parametrize("tokens", [8, 9])
+@pytest.mark.parametrize("tokens", [8, pytest.param(9, marks=slow)])
 def test_proofs_run_few_tokens_too_whatever_the_sizes_have_in_common(tokens, tools) -> None:
     """With 4 experts and 2 choices a token, 8 tokens make as many choices as there are pairs of experts."""
     model = make_mixture("mixtral", "grouped_mm")
@@ -103,19 +112,21 @@ def test_proofs_run_few_tokens_too_whatever_the_sizes_have_in_common(tokens, too
     assert not {tokens, 2 * tokens} & set(sizes), shapes
 
 
-@pytest.mark.slow
-def test_experts_of_all_tokens_are_computed_for_the_chosen_alone(device, tools) -> None:
+@pytest.mark.parametrize(
+    "shapes", [pytest.param(SHAPES[:1], marks=slow), pytest.param(SHAPES, marks=exhaustive)]
+)
+def test_experts_of_all_tokens_are_computed_for_the_chosen_alone(shapes, device, tools) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("llama4_text")).train().to(device)
     stock = copy.deepcopy(model)
     fxopt.optimize(model)
-    report = check_steps(tools, model, stock, device, SHAPES)
+    report = check_steps(tools, model, stock, device, shapes)
     assert count_experts(report) == LAYERS
     assert sum(rewrite.pattern == "experts_of_all" for rewrite in report.rewrites) > 0
     assert [site.reason for site in report.sites if site.op == "experts" and site.reason] == []
 
 
-@pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("how", ["grouped_mm", pytest.param("batched_mm", marks=slow)])
 def test_less_is_saved_than_in_stock(how, tools) -> None:
     model = make_mixture("mixtral", how)
     stock = copy.deepcopy(model)
@@ -131,6 +142,7 @@ def test_less_is_saved_than_in_stock(how, tools) -> None:
     assert totals[0] < 0.75 * totals[1], totals
 
 
+@slow
 def test_experts_of_which_none_is_trained_need_no_gradients(device, tools) -> None:
     model = make_mixture("qwen3_moe", "grouped_mm").to(device)
     for parameter in model.parameters():

@@ -34,7 +34,12 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+QUICK = ("tied", "softcap")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
 def test_heads_of_all_kinds(name, twins, tools):
     arch, overrides = HEADS[name]
     model, stock = twins(arch, overrides=overrides)
@@ -57,7 +62,7 @@ def test_the_z_loss_of_a_model_is_not_left_out(twins, tools):
     torch.testing.assert_close(difference.float(), z_loss, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("trainable", ["trunk", "head", "embedding"])
+@pytest.mark.parametrize("trainable", ["trunk", "head", pytest.param("embedding", marks=pytest.mark.slow)])
 def test_gradients_for_exactly_what_is_trained(trainable, twins, tools):
     model, stock = twins("llama")
     for each in (model, stock):
@@ -91,6 +96,7 @@ def test_backward_again_and_a_scaled_loss(twins, tools):
     check_heads(model)
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_over_batches(twins, tools):
     model, stock = twins("llama", overrides={"tie_word_embeddings": True})
     for each in (model, stock):
@@ -113,7 +119,7 @@ def test_a_second_derivative_is_an_error_that_says_so(twins, tools):
         differentiate_twice()
 
 
-@pytest.mark.parametrize("count", [None, torch.tensor(7)])
+@pytest.mark.parametrize("count", [None, pytest.param(torch.tensor(7), marks=pytest.mark.slow)])
 def test_a_batch_without_labels_trains_nothing(count, twins, tools):
     """A mean over no token is NaN and a sum 0, as in stock; the gradients are zero either way."""
     model, stock = twins("llama")

@@ -48,17 +48,27 @@ JOINS = dict.fromkeys(("qwen3", "gemma3_text", "olmo2"), LAYERS)
 """Blocks whose norms of q and k, and the rotation that reads them, became `norm_rope`: two sites of each kind."""
 
 
-def quick(*archs: str) -> list[Any]:
-    """Return all models, those but `archs` under `make test-all` only."""
-    return [arch if arch in archs else pytest.param(arch, marks=pytest.mark.slow) for arch in SITES]
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+SLOW = ("qwen3", "gemma2", "phi3", "olmo2", "cohere", "glm4", "gpt_neox", "single_level")
+"""Beside llama, one of each form of norm, rotation and unit; the forms of the others are among these."""
 
 
-def slow(*archs: str) -> list[Any]:
-    """Return models that run under `make test-all` only."""
-    return [pytest.param(arch, marks=pytest.mark.slow) for arch in archs]
+def tiered(*archs: str, slower: tuple[str, ...] = SLOW) -> list[Any]:
+    """Return `archs`: llama for each run, `slower` ones for `make test-all`, the others for exhaustive runs."""
+    return [
+        arch if arch == "llama" else pytest.param(arch, marks=slow if arch in slower else exhaustive)
+        for arch in archs
+    ]
 
 
-QUICK = quick("llama", "single_level")
+def mark_half(arch: str, name: str) -> Any:
+    """Return the mark of a model in one of two dtypes: llama takes both, those of `SLOW` take turns."""
+    if arch == "llama":
+        return () if name == "bf16" else slow
+    turn = SLOW.index(arch) % 2 if arch in SLOW else None
+    return slow if turn == (name == "fp16") else exhaustive
+
+
 TOGETHER = ("llama", "qwen2", "gemma2", "olmo2", "single_level")
 """What is judged together as well: of one model alone, 16 draws say no more than its standard error."""
 APART = [arch for arch in SITES if arch not in TOGETHER]
@@ -66,8 +76,12 @@ SHAPES = ((2, 24), (3, 17), (1, 40))
 """The first is the one captured; the others are unseen at capture."""
 PADDINGS = ("none", "left", "right")
 BATCHES = (((2, 24), "none"), ((2, 24), "left"), ((3, 17), "right"))
-"""What each model trains on: without a mask and with one, and of sizes unseen at capture, where a capture for any size
+"""What models train on: without a mask and with one, and of sizes unseen at capture, where a capture for any size
 takes seven times as long as one for its own. Those of `TOGETHER` take `SHAPES` under all `PADDINGS` as well.
+"""
+RESIZED = ("llama", "phi3", "gpt_neox")
+"""Models that train on all of `BATCHES`: llama, one with packed projections, and one with layer norms. Another size of
+the others is exhaustive, but for those of `TOGETHER` in `test_every_shape_under_every_padding_trains_as_stock`.
 """
 
 SAVED_LESS_BY_INDUCTOR_ONLY = ("gpt_neox", "starcoder2")
@@ -85,10 +99,30 @@ def count_sites(report: fxopt.Report) -> dict[str, int]:
     return dict(counts)
 
 
-@pytest.mark.parametrize("arch", quick("llama", "gemma2", "single_level"))
-def test_fp32_steps_equal_stock_every_site_is_rewritten_and_less_is_saved(arch, device, twins, tools):
+@pytest.mark.parametrize(
+    ("arch", "batches"),
+    [
+        *(
+            pytest.param(
+                arch,
+                BATCHES if arch in RESIZED else BATCHES[:2],
+                id=arch,
+                marks=() if arch in ("llama", "gemma2", "single_level") else slow,
+            )
+            for arch in SITES
+        ),
+        *(
+            pytest.param(arch, BATCHES[::2], id=f"{arch}, another size", marks=exhaustive)
+            for arch in SITES
+            if arch not in RESIZED
+        ),
+    ],
+)
+def test_fp32_steps_equal_stock_every_site_is_rewritten_and_less_is_saved(
+    arch, batches, device, twins, tools
+):
     model, stock = twins(arch, device)
-    for shape, padded in BATCHES:
+    for shape, padded in batches:
         check_step(model, stock, tools.make_batch(shape, padded=padded, device=device), tools)
     if device == "cuda" or arch not in SAVED_LESS_BY_INDUCTOR_ONLY:
         batch = tools.make_batch((2, 24), padded="none", device=device)
@@ -104,7 +138,13 @@ def test_fp32_steps_equal_stock_every_site_is_rewritten_and_less_is_saved(arch, 
     assert all(site.proof is not None and site.proof.passed for site in report.sites)
 
 
-@pytest.mark.parametrize("arch", slow(*TOGETHER))
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=exhaustive if arch == "llama" else slow)  # it takes all `BATCHES` above
+        for arch in TOGETHER
+    ],
+)
 def test_every_shape_under_every_padding_trains_as_stock(arch, device, twins, tools):
     model, stock = twins(arch, device)
     for shape, padded in itertools.product(SHAPES, PADDINGS):
@@ -127,8 +167,14 @@ AUTOCAST = pytest.mark.parametrize(
 
 
 @AUTOCAST
-@pytest.mark.slow
-def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(dtype, device, tools):
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        pytest.param(SHAPES[:1], id="one size", marks=slow),
+        pytest.param(SHAPES, id="three sizes", marks=exhaustive),
+    ],
+)
+def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(shapes, dtype, device, tools):
     """The mean over all draws of all models has no tolerance: ours is at most stock's.
 
     Measured on a CPU in bf16: the mean is -0.02, five of its standard errors below zero.
@@ -138,7 +184,7 @@ def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(dtyp
     means: list[float] = []
     for arch in TOGETHER:
         model = fxopt.optimize(tools.make_model(arch).to(device))
-        gradients, loss = tools.measure_excess(model, dtype, device, autocast=True, arch=arch, shapes=SHAPES)
+        gradients, loss = tools.measure_excess(model, dtype, device, autocast=True, arch=arch, shapes=shapes)
         assert not gradients.is_shown, (arch, gradients)
         assert gradients.standard_error < tools.most_standard_error, (arch, gradients)
         assert not loss.is_shown, (arch, loss)
@@ -148,7 +194,9 @@ def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(dtyp
 
 
 @AUTOCAST
-@pytest.mark.parametrize("arch", ["llama", *slow("single_level", *APART)])
+@pytest.mark.parametrize(
+    "arch", tiered("llama", "single_level", *APART, slower=("phi3", "cohere", "gpt_neox"))
+)
 def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools):
     if dtype is torch.float16 and device == "cpu":
         pytest.skip("float16 autocast with scaled losses is a GPU matter; the GPU variant runs under -m gpu")
@@ -160,8 +208,14 @@ def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools)
     assert fxopt.explain(model).fallbacks == ()
 
 
-@pytest.mark.parametrize("arch", QUICK)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [
+        pytest.param(dtype, arch, id=f"{name}-{arch}", marks=mark_half(arch, name))
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+        for arch in SITES
+    ],
+)
 def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, device, tools):
     model = fxopt.optimize(tools.make_model(arch).to(device, dtype))
     gradients, loss = tools.measure_excess(model, dtype, device, autocast=False, arch=arch)
@@ -171,6 +225,7 @@ def test_half_precision_weights_train_within_stocks_own_error(arch, dtype, devic
     assert fxopt.explain(model).fallbacks == ()
 
 
+@slow
 def test_frozen_weights_get_no_gradient_and_the_rest_is_right(twins, tools):
     model, stock = twins("llama")
     for each in (model, stock):
@@ -184,6 +239,7 @@ def test_frozen_weights_get_no_gradient_and_the_rest_is_right(twins, tools):
     assert fxopt.explain(model).fallbacks == ()
 
 
+@slow
 def test_a_trainable_head_on_a_frozen_trunk_is_trained(twins, tools):
     model, stock = twins("llama")
     for each in (model, stock):
@@ -206,6 +262,7 @@ def test_num_items_in_batch_divides_the_loss_as_in_stock(twins, tools):
     assert count_sites(report)["linear_cross_entropy"] == 1
 
 
+@slow
 def test_tied_weights_and_softcap_and_scale(twins, tools):
     for arch, overrides in (
         ("llama", {"tie_word_embeddings": True}),
@@ -234,7 +291,8 @@ COMPLEX = {
     ("arch", "shapes"),
     [
         ("deepseek_v2", SHAPES[:1]),
-        *(pytest.param(arch, SHAPES[:2], marks=pytest.mark.slow) for arch in COMPLEX),
+        pytest.param("llama4_text", SHAPES[:2], marks=slow),
+        pytest.param("deepseek_v2", SHAPES[:2], marks=exhaustive),
     ],
 )
 def test_products_of_complex_numbers_are_rotations(arch, shapes, twins, tools):
@@ -250,7 +308,9 @@ def test_products_of_complex_numbers_are_rotations(arch, shapes, twins, tools):
     assert sum(site.count for site in turned) == 2 * LAYERS
 
 
-@pytest.mark.parametrize("arch", QUICK)
+@pytest.mark.parametrize(
+    "arch", tiered(*SITES, slower=("gemma2", "phi3", "cohere", "gpt_neox", "single_level"))
+)
 def test_nan_and_inf_come_out_as_in_stock(arch, device, twins, tools):
     """Of one token: loss, all gradients and logits have the NaN and inf of stock, and no others."""
     model, stock = twins(arch, device)

@@ -65,15 +65,10 @@ def saved_per_block(model, batch):
     ("arch", "adapted"),
     [
         ("llama", False),
+        pytest.param("llama", True, marks=pytest.mark.slow),
         *(
-            pytest.param(arch, adapted, marks=pytest.mark.slow)
-            for arch, adapted in (
-                ("llama", True),
-                ("qwen2", True),
-                ("gemma2", False),
-                ("gpt_neox", False),
-                ("gpt_neox", True),
-            )
+            pytest.param(arch, adapted, marks=pytest.mark.exhaustive)
+            for arch, adapted in (("qwen2", True), ("gemma2", False), ("gpt_neox", False), ("gpt_neox", True))
         ),
     ],
 )
@@ -128,6 +123,7 @@ def send_off_all(decision):
     return dataclasses.replace(decision, saved=left, offloaded=tuple(movable))
 
 
+@pytest.mark.slow
 def test_nothing_holds_what_has_left(tools):
     """The input of a block is the result of the one before: once it has left, its memory is given up."""
     model, batch = make(tools, adapted=True), batch_of(tools)
@@ -152,6 +148,7 @@ def test_nothing_holds_what_has_left(tools):
     loss.backward()
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_and_graphs_may_live_side_by_side(tools):
     batches = [batch_of(tools), {**batch_of(tools)}]
     batches[1]["input_ids"] = batches[1]["labels"] = batches[0]["input_ids"].flip(1)
@@ -176,6 +173,7 @@ def test_gradients_accumulate_and_graphs_may_live_side_by_side(tools):
     assert memory.reserved_bytes == 2 * plan_of(model).host_bytes
 
 
+@pytest.mark.slow
 def test_a_plan_with_values_on_the_host_is_printed_written_and_given_back(tools):
     model, batch = make(tools), batch_of(tools)
     plan = fxopt.plan(model, "min", batch, max_host_memory=HOST)
@@ -206,8 +204,9 @@ def test_little_host_memory_is_used_by_the_first_blocks(tools):
     assert fxopt.plan(model, None, batch, max_host_memory=HOST).host_bytes == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "adapted", [pytest.param(False, marks=pytest.mark.exhaustive), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_inductor_saves_the_same_values_elsewhere(adapted, tools):
     """With all weights trained their gradients are the peak, and nothing leaves: units' take no memory of their own."""
     batch = batch_of(tools)

@@ -42,7 +42,13 @@ def with_rows_kept(plan):
     return dataclasses.replace(plan, decisions=tuple(decisions))
 
 
-@pytest.mark.parametrize("lowering", ["plain", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lowering",
+    [
+        pytest.param("plain", marks=pytest.mark.exhaustive),
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_those_of_the_whole(lowering, tools):
     batch = tools.make_batch(SHAPE, padded="none", device="cpu")
     whole, model = make(tools), make(tools)
@@ -87,14 +93,34 @@ def test_rows_leave_where_the_bus_has_time_for_no_more_and_the_step_is_faster(tm
     assert plan.step_ms < 0.99 * without.step_ms
 
 
-def test_a_plan_is_followed_with_fewer_tokens_and_refused_where_it_was_changed(tools):
+def make_plan(model, tools):
+    """Return a plan with rows of the gate on the host, as it comes back from a file."""
     batch = tools.make_batch(SHAPE, padded="none", device="cpu")
-    model = make(tools)
     plan = with_rows_kept(fxopt.plan(model, "min", batch, max_host_memory=HOST))
     read = fxopt.Plan.from_json(plan.to_json())
     assert read == plan
     assert f"computes {SHARES - SHARE}/{SHARES} of the rows of {GATE} again, the others are kept" in str(read)
-    fxopt.optimize(model, plan=read)
+    return read
+
+
+def test_a_plan_with_rows_kept_is_followed(tools):
+    """Its gradients are held against those of the whole above, and fewer tokens are passed below."""
+    model = make(tools)
+    fxopt.optimize(model, plan=make_plan(model, tools))
+    loss = model(**tools.make_batch(SHAPE, padded="none", device="cpu")).loss
+    installation = find_installation(model)
+    assert not installation.ledger.fallbacks
+    (carried_out,) = installation.planner.plans
+    assert installation.offloader.memory.used_bytes == carried_out.host_bytes
+    loss.backward()
+    assert installation.offloader.memory.used_bytes == 0
+
+
+@pytest.mark.slow
+def test_a_plan_is_followed_with_fewer_tokens_and_refused_where_it_was_changed(tools):
+    model = make(tools)
+    plan = make_plan(model, tools)
+    fxopt.optimize(model, plan=plan)
     stock = make(tools)
     for shape in ((1, 12), SHAPE, (2, 7)):
         batch = tools.make_batch(shape, padded="none", device="cpu")

@@ -56,23 +56,30 @@ def saved_per_block(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "adapted"),
+    ("arch", "adapted", "with_one_between"),
     [
-        ("llama", False),
+        ("llama", False, False),
+        pytest.param("llama", True, True, marks=pytest.mark.slow),
+        pytest.param("gemma2", False, False, marks=pytest.mark.slow),
         *(
-            pytest.param(arch, adapted, marks=pytest.mark.slow)
-            for arch, adapted in (("llama", True), ("qwen2", True), ("gemma2", False))
+            pytest.param(arch, adapted, True, marks=pytest.mark.exhaustive)
+            for arch, adapted in (("llama", False), ("qwen2", True), ("gemma2", False))
         ),
     ],
 )
-def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(arch, adapted, tools):
+def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(
+    arch, adapted, with_one_between, tools
+):
     unplanned = tools.make_trained(arch, adapted)
     batch = batch_of(tools)
-    bounds = [fxopt.plan(unplanned, budget, batch).peak_bytes for budget in (None, "min")]
+    budgets = [None, "min"]
+    if with_one_between:
+        bounds = [fxopt.plan(unplanned, budget, batch).peak_bytes for budget in budgets]
+        budgets.insert(1, sum(bounds) // 2)
     fxopt.optimize(unplanned)
     reference = tools.run_step(unplanned, batch)
     totals = []
-    for budget in (None, sum(bounds) // 2, "min"):
+    for budget in budgets:
         model = tools.make_trained(arch, adapted)
         fxopt.optimize(model, memory_budget=budget)
         step = tools.run_step(model, batch)
@@ -89,6 +96,7 @@ def test_no_plan_changes_a_bit_and_residuals_are_as_predicted_byte_for_byte(arch
     assert totals[-1] < totals[0] / 2
 
 
+@pytest.mark.slow
 def test_what_follows_the_blocks_is_predicted_too(tools):
     model = tools.make_trained("llama", adapted=True)
     # its embedding is frozen, so nothing before the blocks saves anything
@@ -102,8 +110,9 @@ def test_what_follows_the_blocks_is_predicted_too(tools):
     assert saved.total == plan.residual_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "adapted"), [("gemma2", False), pytest.param("llama", True, marks=pytest.mark.slow)]
+    ("arch", "adapted"), [pytest.param("gemma2", False, marks=pytest.mark.exhaustive), ("llama", True)]
 )
 def test_a_plan_is_made_before_the_first_step_and_carried_out_as_it_is(arch, adapted, tools):
     # With adapters the first block is another form.
@@ -137,23 +146,23 @@ def test_on_a_cpu_nothing_is_planned_unless_asked_for(tools):
     assert fxopt.explain(model).plans == ()
 
 
-@pytest.mark.slow
-def test_ten_budgets_are_monotonic(tools):
+@pytest.mark.parametrize(
+    "number", [pytest.param(4, marks=pytest.mark.exhaustive), pytest.param(10, marks=pytest.mark.slow)]
+)
+def test_budgets_are_monotonic(number, tools):
     model, batch = tools.make_trained("qwen2", adapted=True), batch_of(tools)
     low, high = (fxopt.plan(model, budget, batch) for budget in ("min", None))
-    steps = range(10)
+    span = high.peak_bytes - low.smallest_bytes
     plans = [
-        fxopt.plan(model, low.smallest_bytes + (high.peak_bytes - low.smallest_bytes) * step // 9, batch)
-        for step in steps
+        fxopt.plan(model, low.smallest_bytes + span * step // (number - 1), batch) for step in range(number)
     ]
     assert [plan.recompute_ms for plan in plans] == sorted((p.recompute_ms for p in plans), reverse=True)
     assert all(plan.peak_bytes <= plan.limit_bytes for plan in plans)
     assert plans[-1].recompute_ms == 0.0
 
 
-@pytest.mark.parametrize(
-    ("order", "use_reentrant"), [("after", False), pytest.param("before", True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "use_reentrant"), [("after", False), ("before", True)])
 def test_checkpointing_means_the_smallest_plan(order, use_reentrant, tools):
     batch = batch_of(tools)
     smallest = tools.make_trained("llama")
@@ -207,6 +216,7 @@ def test_other_lengths_have_plans_of_their_own_and_few_captures(tools):
     assert sum(capture.region == "model.layers" for capture in installation.ledger.captures) <= 3 * variants
 
 
+@pytest.mark.slow
 def test_a_planned_model_is_freed_with_its_last_reference(tools):
     model = tools.make_trained("llama")
     fxopt.optimize(model, memory_budget="min")
@@ -217,6 +227,7 @@ def test_a_planned_model_is_freed_with_its_last_reference(tools):
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_dropout_that_is_saved_is_the_same_in_both_passes(tools):
     step_by = {}
     for budget in (None, "min"):
@@ -240,10 +251,10 @@ class Breaking(torch.nn.Module):
 @pytest.mark.parametrize(
     ("why", "use_reentrant"),
     [
-        ("pieces", False),
+        pytest.param("pieces", False, marks=pytest.mark.slow),
         ("a hook inside", True),
         pytest.param("a hook inside", False, marks=pytest.mark.slow),
-        pytest.param("pieces", True, marks=pytest.mark.slow),
+        pytest.param("pieces", True, marks=pytest.mark.exhaustive),
         ("partial=False", False),
     ],
 )

@@ -61,7 +61,12 @@ def rename(source: str) -> tuple[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "arch", ["llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "gemma2", "olmo2"))]
+    "arch",
+    [
+        "llama",
+        pytest.param("gemma2", marks=pytest.mark.slow),
+        *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in ("qwen2", "olmo2")),
+    ],
 )
 def test_a_renamed_model_has_the_same_sites(arch, tmp_path):
     modeling = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")

@@ -40,8 +40,15 @@ def fail(model, times, monkeypatch, then=lambda: None):
     return left
 
 
-@pytest.mark.parametrize("accumulated", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("first", ["in the first step", "later"])
+@pytest.mark.parametrize(
+    ("first", "accumulated"),
+    [
+        ("later", False),
+        pytest.param("in the first step", False, marks=pytest.mark.slow),
+        pytest.param("later", True, marks=pytest.mark.slow),
+        pytest.param("in the first step", True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_forward_pass_runs_again_under_a_smaller_plan(first, accumulated, tools, monkeypatch, caplog):
     batch = batch_of(tools)
     unplanned = make(tools)
@@ -72,6 +79,7 @@ def test_a_forward_pass_runs_again_under_a_smaller_plan(first, accumulated, tool
     assert not find_installation(model).ledger.fallbacks
 
 
+@pytest.mark.slow
 def test_the_second_error_is_torchs_with_the_plan(tools, monkeypatch):
     batch = batch_of(tools)
     model = make(tools, memory_budget=None)
@@ -165,6 +173,7 @@ def test_an_unplanned_forward_pass_that_runs_out_is_planned(tools, monkeypatch):
     assert plan.after, "what follows the blocks is compiled anew, so that the plan knows it"
 
 
+@pytest.mark.slow
 def test_a_plan_made_for_checkpointing_that_is_switched_on_later_knows_what_follows_the_blocks(tools):
     batch, model = batch_of(tools), make(tools)
     model(**batch).loss.backward()

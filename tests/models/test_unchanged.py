@@ -44,7 +44,10 @@ def test_restore_gives_back_stock_bit_for_bit(twins, tools):
     assert not any("_compiled_call_impl" in m.__dict__ for m in model.modules())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, pytest.param(lambda m: pickle.loads(pickle.dumps(m)), marks=pytest.mark.slow)],
+)
 def test_a_copy_is_a_stock_model_with_its_own_weights(twins, tools, duplicate):
     model, _stock = twins("llama")
     batch = tools.make_batch((2, 16), padded="none", device="cpu")
@@ -92,6 +95,7 @@ def test_evaluation_no_grad_and_generation_equal_stock_bit_for_bit(twins, tools)
     assert fxopt.explain(model).fallbacks == ()
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_and_an_optimizer_follow_stock(twins, tools):
     model, stock = twins("qwen2")
     losses = []
@@ -147,7 +151,13 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "bf16",
+    [
+        pytest.param(False, marks=pytest.mark.exhaustive),  # as in tests/flow/test_trainer.py
+        pytest.param(True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_trainer_trains_and_evaluates_with_metrics(twins, tmp_path, bf16):
     model, stock = twins("llama")
     logs, metrics = [], []
@@ -187,6 +197,7 @@ def test_the_trainer_trains_and_evaluates_with_metrics(twins, tmp_path, bf16):
     assert any(site.op == "linear_cross_entropy" for site in report.sites)
 
 
+@pytest.mark.slow
 def test_peft_adapters_are_trained_as_in_stock(tools):
     from peft import LoraConfig, get_peft_model
 
@@ -215,6 +226,7 @@ def test_peft_adapters_are_trained_as_in_stock(tools):
         assert tools.relative(ours.gradients[name], gradient) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_torch_compile_with_the_backend_is_the_same_pipeline(tools):
     stock, model = tools.make_model("llama"), tools.make_model("llama")
     for each in (stock, model):

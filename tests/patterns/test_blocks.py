@@ -192,7 +192,12 @@ def count(result: RewriteResult) -> dict[str, int]:
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+QUICK = ("llama", "qwen2", "gemma2", "olmo2", "gpt_neox", "gpt_oss", "mamba2", "t5")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
+)
 def test_a_model_is_rewritten_at_every_site(capture: Callable[..., Any], name: str) -> None:
     captured = capture(make_model(name), (), **make_inputs())
     gm, result = rewrite(captured)
@@ -269,7 +274,10 @@ def test_one_tensor_of_both_is_read_and_no_half_of_it(capture: Callable[..., Any
         assert len(node.all_input_nodes) == 1
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("llama", marks=pytest.mark.exhaustive), pytest.param("qwen3", marks=pytest.mark.slow)],
+)
 def test_symbolic_sizes_match_too(capture: Callable[..., Any], name: str) -> None:
     inputs = make_inputs()
     for tensor in inputs.values():
