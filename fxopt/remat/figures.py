@@ -151,7 +151,7 @@ def make_plan(
     update_ms = update_ms_of(facts.trained_bytes, facts.device)
     compute_ms = sum(decision.compute_ms + decision.chunk_ms for decision in (*taken, *around.tail))
     busy_ms = compute_ms + recompute_ms + wait_ms + update_ms
-    idle_ms = idle_ms_of(busy_ms, taken, facts.device)
+    idle_ms = idle_ms_of(busy_ms, len(taken), facts.device)
     if limit is not None and goal.budget == "min" and goal.ceiling is None:
         limit = max(limit, peak.bytes)  # it is of the blocks alone, whatever the optimizer needs
     return Plan(
