@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_other_options_on_one_rank_are_named_on_all(engine, two):
     answers = two.run("differ", engine=engine, number_of_rank={"1": {"disable": ["glu"]}})
     for answer in answers:

@@ -46,6 +46,7 @@ def test_collectives_are_in_one_order_on_all_ranks_where_values_leave_for_the_ho
 
 
 @pytest.mark.parametrize("budget", [pytest.param("auto", marks=pytest.mark.exhaustive), "min"])
+@pytest.mark.slow
 def test_collectives_are_in_one_order_where_one_rank_falls_back(budget, two):
     """Beside ranks that recompute by a plan, one has a block that runs stock, and keeps all."""
     answers = two.run("collectives", engine="fsdp2", budget=budget, hooked=True)

@@ -15,7 +15,8 @@ def instant(plan: dict[str, Any], name: str) -> dict[str, Any]:
     return next(entry for entry in plan["timeline"] if entry["name"] == name)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param({"reshard_after_forward": False}, marks=slow)])
+@slow
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
 def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options, two):
     """Weights and both of AdamW's moments are halved; embedding, head and norm are gathered for the whole step.
 

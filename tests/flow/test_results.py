@@ -112,6 +112,7 @@ def test_it_says_what_a_stock_copy_says_and_trains_on(trained: Any, flow: Any) -
     assert fxopt.explain(trained).fallbacks == ()
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_is_read_back_on_a_stock_base(
     trained: Any, flow: Any, base: str, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_an_optimized_and_a_stock_model_train_side_by_side(flow: Any, tmp_path: 
     assert fxopt.explain(ours).fallbacks == ()
 
 
+@pytest.mark.slow
 def test_the_callback_logs_memory_fallbacks_and_recompiles(
     flow: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

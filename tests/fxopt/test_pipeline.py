@@ -636,6 +636,7 @@ def with_adapters(model: nn.Module) -> Any:
     return peft.get_peft_model(model, config)
 
 
+@pytest.mark.slow
 def test_adapters_put_on_an_optimized_model_train_as_on_a_stock_one(caplog):
     model = fxopt.optimize(llama())
     step(model)

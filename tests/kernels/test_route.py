@@ -86,8 +86,19 @@ def test_forms(name: str, num_experts: int, device: str, check: Any, gradients: 
     compare(name, make(5, num_experts, torch.float32, device), bias, check, gradients)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(
+            name,
+            dtype,
+            id=f"{name}-{dtype}",
+            marks=() if (number + place) % len(DTYPES) == 0 else pytest.mark.exhaustive,
+        )
+        for place, name in enumerate(FORMS)
+        for number, dtype in enumerate(DTYPES)
+    ],
+)
 def test_dtypes(name: str, dtype: torch.dtype, device: str, check: Any, gradients: Any) -> None:
     compare(name, make(7, 16, dtype, device), bias_of(name, 16, device), check, gradients)
 

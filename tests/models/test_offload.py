@@ -99,7 +99,8 @@ def test_no_bit_changes_and_what_is_on_the_host_and_the_device_is_as_predicted(a
     assert used_bytes(model) == 0
 
 
-@pytest.mark.parametrize("lowering", ["plain", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["plain", "inductor"])
 def test_all_that_a_plan_has_leave_does(lowering, tools):
     """Backward reads v through a view alone: torch saves that view, in the memory of the value that the plan names."""
     batch = batch_of(tools)

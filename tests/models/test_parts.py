@@ -103,6 +103,7 @@ def make_plan(model, tools):
     return read
 
 
+@pytest.mark.slow
 def test_a_plan_with_rows_kept_is_followed(tools):
     """Its gradients are held against those of the whole above, and fewer tokens are passed below."""
     model = make(tools)

@@ -36,6 +36,14 @@ def cases(kind: str) -> list[Any]:
     return found
 
 
+def every_third(found: list[Any]) -> list[Any]:
+    """Return all cases, two of three as slow ones: each example is taken by itself in another test."""
+    return [
+        each if place % 3 == 0 else pytest.param(*each.values, id=each.id, marks=pytest.mark.slow)
+        for place, each in enumerate(found)
+    ]
+
+
 def case(pattern: Pattern, kind: str, wanted: str) -> Any:
     return next(rest for name, *rest in getattr(pattern, kind)(DEVICE) if name == wanted)
 
@@ -86,7 +94,7 @@ BESIDE = {"with adapter": {"lora_linear"}}
 """What else is rewritten in an example that shows a form among others."""
 
 
-@pytest.mark.parametrize(("pattern", "name"), cases("examples"))
+@pytest.mark.parametrize(("pattern", "name"), every_third(cases("examples")))
 def test_all_patterns_together_take_an_example_once(capture: Capture, pattern: Pattern, name: str) -> None:
     ((function, inputs),) = case(pattern, "examples", name)
     gm = capture(function, inputs).canonical()

@@ -307,6 +307,7 @@ def test_places_grow_and_a_graph_that_is_dropped_gives_its_own_back(offloader):
     assert offloader.memory.used_bytes == 0
 
 
+@pytest.mark.slow
 def test_under_inductor_no_gradient_lies_where_values_land(offloader, monkeypatch):
     """Inductor writes gradients over values that only backward reads, unless it is told that these are not its own."""
 

@@ -78,6 +78,7 @@ def page(
     assert problems == []
 
 
+@pytest.mark.slow
 def test_hostile_names_run_nothing(browser: Any, hostile: Report, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     hostile.save_html(path)
