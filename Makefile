@@ -52,7 +52,7 @@ gates: setup
 	$(PYTEST) -q -m "not slow and not gpu" $(GATES)
 
 test: check ## check, and every test that is not slow and needs no GPU
-	$(PYTEST) -m "not slow and not exhaustive and not gpu" $(GATES:%=--ignore=%) $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(GATES:%=--ignore=%) $(ARGS)
 
 test-slow: setup
 	$(PYTEST) -m "slow and not exhaustive and not gpu and not deepspeed" $(ARGS)

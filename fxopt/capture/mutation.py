@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.purity import mutated_inputs
-from fxopt.graph.storage import key_of
+from fxopt.graph.storage import joint_key_of
 
 WRITTEN = "reads_written"
 """Where a node's meta says so; the planner, which computes no such node again, reads it in the joint graph."""
@@ -43,16 +42,10 @@ def mark_readers(graph: fx.Graph, mutated: frozenset[int]) -> None:
     these, and autograd refuses to hand out a saved tensor that was written to.
     """
     inputs = enumerate(graph.find_nodes(op="placeholder"))
-    written = frozenset(storage_of(node) for number, node in inputs if number in mutated)
+    written = frozenset(joint_key_of(node) for number, node in inputs if number in mutated)
     for node in graph.nodes if written else ():
-        if any(storage_of(source) in written for source in node.all_input_nodes):
+        if any(joint_key_of(source) in written for source in node.all_input_nodes):
             node.meta[WRITTEN] = True
             for each in (node, *(user for user in node.users if user.target is operator.getitem)):
                 if "recompute" in each.meta:  # a checkpoint of the model's own has said that it is
                     each.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def storage_of(node: fx.Node) -> int | None:
-    """Return what identifies the storage of a joint graph's tensor, None where `node` has no one tensor."""
-    value = node.meta.get("val")
-    return key_of(value) if isinstance(value, torch.Tensor) else None

@@ -14,8 +14,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.modules import tensors_of
-from fxopt.capture.mutation import storage_of
-from fxopt.graph.storage import UNKNOWN
+from fxopt.graph.storage import UNKNOWN, joint_key_of
 
 OFFLOAD = "offload"
 """Where the meta of a saved value says that it leaves for the host; the planner tags it in the joint graph."""
@@ -34,9 +33,9 @@ class Leaving:
         """
         outputs: list[Any] = list(graph.output_node().args[0])  # pyright: ignore
         saved = [node for node in outputs if _is_saved_by_autograd(node)]
-        gone = {storage_of(node) for node in graph.nodes if node.meta.get(OFFLOAD)} - {None, UNKNOWN}
+        gone = {joint_key_of(node) for node in graph.nodes if node.meta.get(OFFLOAD)} - {None, UNKNOWN}
         self.numbers = frozenset(
-            number for number, node in enumerate(reversed(saved)) if storage_of(node) in gone
+            number for number, node in enumerate(reversed(saved)) if joint_key_of(node) in gone
         )
 
 

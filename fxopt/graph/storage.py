@@ -22,3 +22,9 @@ def key_of(value: Tensor) -> int:
 def keys_of(node: fx.Node) -> frozenset[int]:
     """Return the storages of the tensors in the value of `node`."""
     return frozenset(map(key_of, tensors_of(node)))
+
+
+def joint_key_of(node: fx.Node) -> int | None:
+    """Return the storage of the value of a joint graph's node, or None: it is no tensor."""
+    value = node.meta.get("val")
+    return key_of(value) if isinstance(value, Tensor) else None

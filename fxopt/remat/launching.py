@@ -21,7 +21,8 @@ BLOCK_MS = 0.95
 def idle_ms_of(busy_ms: float, num_blocks: int, device: Device) -> float:
     """Return what the GPU waits in a step that keeps it busy for `busy_ms`, of so many blocks that are replayed.
 
-    The host launches what follows while the GPU is at work, so either the one or the other sets the time.
+    The host launches what follows while the GPU is at work, so either the one or the other sets the time. Blocks that
+    are not replayed take the host longer than is counted.
 
     >>> from fxopt.remat.devices import find_device
     >>> idle_ms_of(500.0, 28, find_device("H100")), idle_ms_of(1.0, 0, find_device("H100"))

@@ -104,8 +104,8 @@ class Plan:
     `smallest_bytes` is the lowest peak that any plan reaches. `after` are the pieces that follow the blocks, which are
     not planned; `update_ms` of `step_ms` are the optimizer's, and for `idle_ms` a GPU waits for launches; `timeline` is
     the simulated step. `residual_bytes` stay on the device, `host_bytes` on the host. `measured_ms` of `step_ms` are of
-    ops that were timed on the device, the rest are estimates from its datasheet; of these, `rooflines` are ops that are
-    timed elsewhere, with the reasons.
+    ops that were timed on the device, the rest are estimates; of these, `rooflines` are ops that are timed elsewhere,
+    with the reasons.
     """
 
     model: str
@@ -163,7 +163,9 @@ class Plan:
             data: dict[str, Any] = json.loads(text)
             found = data.pop("format", None)
             if found != FORMAT:
-                raise FxoptError(f"plan: expected format {FORMAT} of a plan, got {found!r}")
+                raise FxoptError(
+                    f"plan: expected format {FORMAT} of a plan, got {found!r}\nmake it anew with fxopt.plan"
+                )
             return _made(cls, data)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise FxoptError(

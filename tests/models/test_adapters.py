@@ -199,6 +199,7 @@ def tiered(names: Any, *slower: str) -> list[Any]:
                 marks=exhaustive if name in CROSSED else slow,
             )
             for name in CASES
+            if name != "nf4"
         ),
         *(
             pytest.param(name, BATCHES, id=f"{name}, two sizes", marks=exhaustive)

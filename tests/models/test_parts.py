@@ -10,6 +10,7 @@ import fxopt
 from fxopt.capture.installation import find_installation
 from fxopt.offline import Setting, plan_offline
 from fxopt.remat import views
+from fxopt.remat.launching import AHEAD_MS
 from fxopt.report.plan import SHARES
 
 SHAPE = (4, 96)
@@ -81,6 +82,11 @@ def test_rows_leave_where_the_bus_has_time_for_no_more_and_the_step_is_faster(tm
     )
     _, curve = plan_offline(setting, tmp_path / "curve.png")
     plan = next(plan for plan in curve if any(decision.part_of for decision in plan.decisions))
+    blocks = [plan.decisions[number] for _, number in plan.layers]
+    busy_ms = plan.update_ms + sum(decision.compute_ms + decision.extra_ms for decision in blocks)
+    busy_ms += sum(decision.compute_ms + decision.chunk_ms for decision in plan.after)
+    assert plan.step_ms == pytest.approx(busy_ms + plan.idle_ms)
+    assert plan.idle_ms == AHEAD_MS
     for decision in plan.decisions:
         rows = [r.shape for r in decision.offloaded if r.op == f"{decision.part_of}/rows"]
         assert rows == ([(8192 * decision.sixteenths // SHARES, 18944)] if decision.part_of else [])

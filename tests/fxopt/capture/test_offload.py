@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 import torch
+from torch import fx
 
 from fxopt.capture import host_memory, torch_lowering
 from fxopt.capture.host_memory import HostMemory, Lane
@@ -51,6 +52,24 @@ def told():
 @pytest.fixture
 def offloader(told):
     return Offloader(lambda: (LIMIT // 2, LIMIT), told.append)
+
+
+def test_a_view_that_is_saved_leaves_for_what_it_lies_in():
+    graph = fx.Graph()
+    x, other = graph.placeholder("x"), graph.placeholder("other")
+    view = graph.call_method("t", (x,))
+    size = graph.call_method("size", (x, 0))
+    x.meta["val"], other.meta["val"] = torch.empty(2, 3), torch.empty(3)
+    view.meta["val"], size.meta["val"] = x.meta["val"].t(), 2
+    for tagged, numbers in ((None, ()), (x, (1,)), (view, (1,)), (other, (0,))):
+        for node in graph.nodes:
+            node.meta["offload"] = node is tagged
+        for output in graph.find_nodes(op="output"):
+            graph.erase_node(output)
+        graph.output((view, other, size))
+        leaving = Leaving()
+        leaving.read(graph)
+        assert leaving.numbers == frozenset(numbers), tagged
 
 
 def run_blocks(offloader, x, leaving, log):
