@@ -111,8 +111,8 @@ class OpTimer:
         """Return of each trial what it takes, or why it was not timed; an op of the step needs `in_step` bytes.
 
         Of a step that may hold what it likes no op is too large: beside the largest one it holds what blocks save,
-        which is more than the clock does where memory matters. Under a plan that has to spare memory its widest ops may run
-        on a part of the tokens: it is not timed here what needs more than half of that, unless there is room.
+        which is more than the clock does where memory matters. Under a plan that has to spare memory its widest ops may
+        run on a part of the tokens: it is not timed here what needs more than half of that, unless there is room.
         """
         allowed = in_step + GpuClock.BYTES + COPIED
         if self._spare is not None:
