@@ -14,6 +14,7 @@ from fxopt.capture import torch_distributed
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.modules import tensors_of
 from fxopt.capture.regions import find_regions
+from fxopt.capture.small_inputs import check_example_inputs
 from fxopt.capture.spread import device_of as find_device
 from fxopt.capture.spread import find_bucket_bytes
 from fxopt.errors import FxoptError
@@ -120,13 +121,14 @@ def finish_plan(survey: Survey, ledger: Ledger) -> Plan:
 
 
 def check_inputs(model: nn.Module, example_inputs: dict[str, Any] | None) -> None:
-    """Check that `example_inputs` lie where the model does.
+    """Check that `example_inputs` are a dict whose tensors lie where the model does, or None.
 
     Raises:
-        FxoptError: on another device.
+        FxoptError: something else, or on another device.
     """
+    check_example_inputs(example_inputs)
     place = next((parameter.device for parameter in model.parameters()), None)
-    if not isinstance(example_inputs, dict) or place is None:
+    if example_inputs is None or place is None:
         return
     for name, value in example_inputs.items():
         if isinstance(value, torch.Tensor) and value.device.type != place.type:

@@ -385,4 +385,7 @@ class StepPlanner:
         candidates = self._candidates_of(menus)
         limit = self._limit(goal, facts, candidates, around)
         smallest = find_smallest(candidates, around)
-        return make_plan(facts, goal, limit, smallest, menus, numbers, around)
+        plan = make_plan(facts, goal, limit, smallest, menus, numbers, around)
+        if self._given is None:
+            return plan
+        return dataclasses.replace(plan, budget=self._given.budget, limit_bytes=self._given.limit_bytes)

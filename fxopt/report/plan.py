@@ -187,10 +187,17 @@ def _made(cls: type[Plan], data: dict[str, Any]) -> Plan:
     unknown = next((number for _, number in layers if not 0 <= number < len(decisions)), None)
     if unknown is not None:
         raise ValueError(f"decision {unknown} of {len(decisions)}")
-    rooflines = tuple(map(str, data.pop("rooflines")))
+    rooflines = data.pop("rooflines")
+    if not isinstance(rooflines, list):
+        raise TypeError(f"rooflines is {rooflines!r}")
     timeline = tuple(Instant(**instant) for instant in data.pop("timeline"))
     made = cls(
-        **data, decisions=decisions, layers=layers, after=after, rooflines=rooflines, timeline=timeline
+        **data,
+        decisions=decisions,
+        layers=layers,
+        after=after,
+        rooflines=tuple(map(str, rooflines)),
+        timeline=timeline,
     )
     for plain in (made, *decisions, *after, *timeline):
         _check_types(plain)

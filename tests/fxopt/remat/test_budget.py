@@ -253,6 +253,7 @@ def test_blocks_before_all_that_trains_save_nothing_and_are_planned(budget, coun
         assert fxopt.explain(each).fallbacks == ()
         (carried_out,) = fxopt.explain(each).plans
         assert carried_out.layers == plan.layers
+        assert (carried_out.budget, carried_out.limit_bytes) == (plan.budget, plan.limit_bytes)
         for ours, theirs in zip(each.parameters(), stock.parameters(), strict=True):
             assert (ours.grad is None) == (theirs.grad is None)
             assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
@@ -265,6 +266,10 @@ def test_what_is_no_plan_is_refused(least):
         fxopt.optimize(Stack(), plan=least, memory_budget="min")
     with pytest.raises(fxopt.FxoptError, match="expected the JSON text of a plan, got 'no plan'"):
         fxopt.Plan.from_json("no plan")
+    with pytest.raises(fxopt.FxoptError, match="rooflines is 'mm: no time'"):
+        fxopt.Plan.from_json(json.dumps({**json.loads(least.to_json()), "rooflines": "mm: no time"}))
+    with pytest.raises(fxopt.FxoptError, match=r"example_inputs: expected a dict .*, got Tensor"):
+        fxopt.plan(Stack(), "min", torch.ones(2, 4))  # pyright: ignore
     with pytest.raises(fxopt.FxoptError, match=f"expected format {FORMAT} of a plan, got 99"):
         fxopt.Plan.from_json(least.to_json().replace(f'"format": {FORMAT}', '"format": 99'))
 
