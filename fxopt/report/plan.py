@@ -187,8 +187,8 @@ def _made(cls: type[Plan], data: dict[str, Any]) -> Plan:
     unknown = next((number for _, number in layers if not 0 <= number < len(decisions)), None)
     if unknown is not None:
         raise ValueError(f"decision {unknown} of {len(decisions)}")
-    rooflines = data.pop("rooflines")
-    if not isinstance(rooflines, list):
+    rooflines: list[Any] = data.pop("rooflines")
+    if type(rooflines) is not list:
         raise TypeError(f"rooflines is {rooflines!r}")
     timeline = tuple(Instant(**instant) for instant in data.pop("timeline"))
     made = cls(
