@@ -10,9 +10,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
-import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,33 +20,23 @@ from fxopt.capture import torch_distributed
 from fxopt.capture.caching import source_digest
 from fxopt.capture.joint_codes import is_ours
 from fxopt.capture.torch_lowering import cache_folder
+from fxopt.gpu_clock import LOAD_MS, LONG_MS, ROUNDS, GpuClock
 from fxopt.graph.torch_private import unset_fake_temporarily
-from fxopt.kernels.launcher import compiled_ahead, run_as_backward
+from fxopt.kernels.launcher import compiled_ahead, finish_compiling, run_as_backward
 from fxopt.remat.cost import tensors_in
-from fxopt.remat.measured import HOST, RANKS, ROOFLINES, Measured, Trial
+from fxopt.remat.measured import RANKS, ROOFLINES, Measured, Trial
 from fxopt.remat.timings import Timing
 from fxopt.timed_values import OwnTensors, call_of
 
 log = logging.getLogger("fxopt")
 CPU = torch.device("cpu")
-ROUNDS = 3
 LIMIT_S = 1.0
 """What all timings of one model may take, first calls left out: these compile what the first step would."""
 ELSEWHERE = "it runs on another device"
 NO_MEMORY = "there is not memory enough to time it"
 NO_TIME = f"all timings together would take more than {LIMIT_S:g} s"
-LOAD_ROWS = 4096
-"""So that a product runs longer (0.2 ms on an H100) than the host takes to launch it (0.04 ms)."""
-LOAD_MS, WARM_MS = 5.0, 100.0
-"""For how long products hold the GPU up before each op that is timed, and before the first one."""
-LONG_MS = 50.0
-"""An op that runs so long needs no load, and no second look."""
-SHORT_MS = 2.0
-"""Below it, what the host takes to launch an op would tell more of its time than the GPU does."""
 COPIED = 16 * 2**20
 """What operands of an op may come to that are made for it though the model has them, as scales of 4-bit weights."""
-LOADS = 3
-"""How often the load grows before an op is given up that the host launches too slowly."""
 
 
 Tensors = Callable[[], Sequence[torch.Tensor]]
@@ -152,7 +139,7 @@ class OpTimer:
         )
 
     def _compile(self, trials: list[Trial], own: OwnTensors) -> None:
-        """Compile side by side what `trials` will launch."""
+        """Compile side by side what `trials` will launch; a thread that compiles would keep this one from launching."""
         with compiled_ahead(self._place) as is_needed:
             for trial in trials if is_needed else []:
                 try:
@@ -160,6 +147,7 @@ class OpTimer:
                 except Exception as error:  # the timing meets it again
                     name = trial.node.target
                     log.debug("%s was not compiled ahead: %s: %s", name, type(error).__name__, error)
+        finish_compiling()
 
     def _time(self, trial: Trial, own: OwnTensors, clock: Clock) -> Timing | str:
         found: list[Timing | str] = []
@@ -188,70 +176,6 @@ def _spent_ms(result: Timing | str) -> float:
     if isinstance(result, str):
         return LOAD_MS
     return result.ms if result.ms > LONG_MS else LOAD_MS + ROUNDS * result.ms
-
-
-class GpuClock:
-    """Says what calls take on a GPU: the median of some, one behind the other, behind products that hold the GPU up.
-
-    So the host has launched all of them before the first one runs, but for those that wait for the GPU themselves, and
-    its time is not in theirs; and clocks are about those of a step, which brings a GPU to its power limit: on an H200 a
-    product of 8192 x 3584 x 18944 takes 1.59 ms by itself and 1.70 ms within a step.
-    """
-
-    BYTES = 2 * LOAD_ROWS**2 * 2
-
-    def __init__(self, place: torch.device) -> None:
-        self._place = place
-        with torch.cuda.device(place):
-            self._rows = torch.randn(LOAD_ROWS, LOAD_ROWS, device=place, dtype=torch.bfloat16)
-            self._out = torch.empty_like(self._rows)
-            self._load(10)
-            begin, end = _events()
-            begin.record()
-            self._load(20)
-            end.record()
-            end.synchronize()
-            self._load_ms = begin.elapsed_time(end) / 20
-            self._load(WARM_MS / self._load_ms)
-
-    def __call__(self, call: Callable[[], Any]) -> Timing | str:
-        """Return what `call` takes, or why that cannot be seen."""
-        with torch.cuda.device(self._place):
-            call()
-            torch.cuda.synchronize(self._place)
-            begin, end = _events()
-            begin.record()
-            started = time.perf_counter()
-            call()
-            host_ms = (time.perf_counter() - started) * 1e3
-            end.record()
-            torch.cuda.synchronize(self._place)
-            alone_ms = begin.elapsed_time(end)
-            if alone_ms > LONG_MS:
-                return Timing(alone_ms)
-            is_long = alone_ms >= SHORT_MS
-            for tries in range(1, 2 if is_long else LOADS + 1):
-                load_ms = LOAD_MS if is_long else max(LOAD_MS, 2**tries * ROUNDS * host_ms)
-                self._load(load_ms / self._load_ms)
-                events = [_events() for _ in range(ROUNDS)]
-                for begin, end in events:
-                    begin.record()
-                    call()
-                    end.record()
-                was_ahead = not events[0][0].query()
-                torch.cuda.synchronize(self._place)
-                # A long one that the host does not keep ahead of waits for the GPU itself, as it will within a step.
-                if was_ahead or is_long:
-                    return Timing(statistics.median(begin.elapsed_time(end) for begin, end in events))
-            return HOST
-
-    def _load(self, times: float) -> None:
-        for _ in range(math.ceil(times)):
-            torch.mm(self._rows, self._rows, out=self._out)
-
-
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def find_room(place: torch.device, allowed: int) -> int:

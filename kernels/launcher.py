@@ -16,7 +16,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,11 @@ def rehearsed() -> Generator[None]:
         yield
     finally:
         _rehearsing.discard(thread)
+
+
+def finish_compiling() -> None:
+    """Wait until no variant is being compiled ahead; errors are left to the launches that meet them."""
+    wait(list(_pending.values()))
 
 
 class _Backward(torch.autograd.Function):

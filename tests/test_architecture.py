@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "sites": {"rewriting", "graph", RECORDS},
     "reporting": {"capture", RECORDS},
     "timed_values": {"graph", "remat"},
-    "timing": {"timed_values", "capture", "graph", "remat", "kernels.launcher"},
+    "gpu_clock": {"remat"},
+    "timing": {"gpu_clock", "timed_values", "capture", "graph", "remat", "kernels.launcher"},
     "spreading": {"capture", "remat"},
     "planning": {
         "spreading",
@@ -149,6 +150,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "sites": {"torch"},
     "reporting": set(),
     "timed_values": {"torch"},
+    "gpu_clock": {"torch"},
     "timing": {"torch"},
     "spreading": {"torch"},
     "planning": {"torch"},

@@ -174,6 +174,7 @@ def test_demo_holds_and_saves_its_plot(tmp_path: Path, capsys: pytest.CaptureFix
     assert run("demo", "--steps", "3", "--out", plot) == 0
     output = capsys.readouterr().out
     assert "nothing about speed" in output
+    assert "optimized: step 3 of 3, loss " in output, "no bar moves in a file"
     assert output.rstrip().endswith("fxopt demo: passed")
     assert "not known" not in output, "the report says what each layer launches and saves"
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -269,7 +270,11 @@ def test_a_plan_from_a_config_is_printed_drawn_and_written(
     assert run("plan", tmp_path, "--budget", "min", "--batch", "2", "--seq", "512", "--out", out) == 0
     printed = capsys.readouterr().out
     assert "LlamaForCausalLM on H100, lowering inductor, 1024 tokens a call" in printed
-    assert re.search(r"step \d+\.\d ms, .*, \d+\.\d ms waiting for launches", printed), "three short blocks"
+    step, parts = re.search(
+        r"^step (\d+\.\d) ms: (.*, \d+\.\d ms waiting for launches)$", printed, re.M
+    ).groups()
+    numbers = [float(number) for number in re.findall(r"(\d+\.\d) ms", parts)]
+    assert sum(numbers) == pytest.approx(float(step), abs=0.05 * (len(numbers) + 1)), "each is rounded"
     assert "recomputed" in printed
     assert out.read_bytes().startswith(b"\x89PNG")
     header, *lines = out.with_suffix(".csv").read_text().splitlines()

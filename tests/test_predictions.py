@@ -30,9 +30,11 @@ def test_all_groups_of_predictions_together_take_every_length_and_budget(
     rows = script("prediction_rows")
     groups = len(rows.MODELS) * len(rows.MODES)
     drawn = [rows.draw(group, rows.ROWS) for group in range(groups)]
-    assert all(len(set(group)) == rows.ROWS for group in drawn)
-    assert {row for group in drawn for row in group} == {(a, b) for a in range(4) for b in range(4)}
-    assert sum(map(len, drawn)) >= 40
+    assert all(len(set(group)) == rows.ROWS + 1 for group in drawn)
+    long = [row for group in drawn for row in group if row[0] < 4]
+    assert set(long) == {(a, b) for a in range(4) for b in range(4)}
+    assert len(long) >= 40
+    assert {row for group in drawn for row in group} - set(long) == {(4, b) for b in range(4)}
 
 
 def test_predictions_are_compared_with_what_was_measured(script: Any, tmp_path: Path) -> None:
@@ -91,6 +93,7 @@ def test_a_page_has_every_row_and_every_kind_of_result(script: Any, tmp_path: Pa
         {"model": "m", "mode": "full", "tokens": 8, "budget": "None", "predicted": predicted, **more}
         for more in ({"measured": measured}, {"measured": {"error": "OutOfMemoryError: of | it"}}, {})
     ]
+    rows.append({**rows[0], "tokens": 2048})
     shape = {"model": "m", "mode": "full", "layers": 4, "batch": 2, "length": 8, "floor": {"ms": 2.0}}
     fall = {"smaller": 0, "larger": 1, "figure": "step_ms", "change": 0.031}
     steps = [{"model": "m", "mode": "lora", "bs": 2, "seq": 8, "ms": 3.0}]
@@ -104,7 +107,9 @@ def test_a_page_has_every_row_and_every_kind_of_result(script: Any, tmp_path: Pa
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     text = page.render_page(tmp_path)
     assert "d, Python 3, t 1; at c0ffee." in text
+    assert "### Steps that the host sets" in text
     assert "| m | full | 8 | None | - | 1.00 | 1.00 | 1.000 | 2.0 | 3.0 | 1.500 | 1.50 |" in text
+    assert text.count("| m | full | 2048 | None | - | 1.00 | 1.00 | 1.000 | 2.0 | 3.0 | 1.500 | 1.50 |") == 1
     assert "failed: OutOfMemoryError: of / it |" in text
     assert "| m | full | 8 | None | - | 1.00 | - | - | 2.0 | - | - | - |" in text
     assert "| 0 | - | 1.00 | 1.00 | 1.000 | 2.0 | 3.0 | 1.500 | 1.50 |" in text
@@ -198,7 +203,8 @@ def test_a_tiny_model_is_predicted_and_measured_on_a_cpu(script: Any, tmp_path: 
         "1",
     ]
     assert predictions.main(arguments) == 0
-    (row,) = predictions.collect(tmp_path)
+    row, short = predictions.collect(tmp_path)
+    assert (row["tokens"], short["tokens"]) == (64, 32)
     assert row["predicted"]["at"] < row["measured"]["at"]
     assert row["measured"]["fallbacks"] == 0
     between = row["predicted"]["phases"]["between"], row["measured"]["phases"]["between"]

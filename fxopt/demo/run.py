@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ SEED = 0
 VOCABULARY_SIZE = 4096
 BATCH_SIZE = 4
 LENGTH = 128
+LINES = 6
+"""Into a file, where no bar moves, each training says so often how far it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +63,14 @@ def run_demo(options: DemoOptions, console: Console, show_report: Callable[[str]
         def train_copy(name: str, copied: torch.nn.Module, dtype: str) -> Run:
             task = progress.add_task(name, total=options.steps, loss="")
             torch.manual_seed(SEED)
-            return train(
-                copied,
-                batches,
-                dtype=dtype,
-                on_step=lambda loss: progress.update(task, advance=1, loss=f"loss {loss:.4f}"),
-            )
+
+            def on_step(loss: float) -> None:
+                progress.update(task, advance=1, loss=f"loss {loss:.4f}")
+                done = int(progress.tasks[task].completed)
+                if not console.is_terminal and done % math.ceil(options.steps / LINES) == 0:
+                    console.print(f"{name}: step {done} of {options.steps}, loss {loss:.4f}")
+
+            return train(copied, batches, dtype=dtype, on_step=on_step)
 
         reference = None
         if options.dtype != "fp32":

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxopt.graph.edit import move_behind
 from fxopt.remat.cost import Declarations
-from fxopt.remat.joint import CHUNK, COPIED_META
+from fxopt.remat.joint import CHUNK, COPIED_META, REPLAYS
 from fxopt.remat.regions import Region, find_regions
 from fxopt.remat.rows import COLUMNS, SUM, Kind, Rows, is_shaped
 
@@ -114,8 +114,10 @@ class _Division:
             args = (args[0], self._some(node.meta["val"], kind, span), *args[2:])
         new = self._call(node.target, args, kwargs, node)
         new.meta = {**node.meta, "val": new.meta["val"], CHUNK: node.name}
-        for key in ("recompute", "ac_graph_id", "replays", "tensor_meta"):
+        for key in ("recompute", "ac_graph_id", "tensor_meta"):
             new.meta.pop(key, None)
+        if REPLAYS in node.meta:
+            new.meta[REPLAYS] = ""
         self._check(node, new, span)
         return new
 

@@ -37,7 +37,7 @@ WRITTEN = "reads_written"
 PART = "part_of"
 """Where the meta of a node that takes some rows of a value for backward has the name of that value's, and its own."""
 REPLAYS = "replays"
-"""Where a node's meta names the forward node whose value it computes again."""
+"""Where a node's meta names the forward node whose value it computes again, "" where that one is never saved."""
 COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "partitioner_tag", "seq_nr", "from_node")
 """What the meta of a node that a plan adds has of the one that it is made for."""
 Cost = Callable[..., int]

@@ -140,8 +140,9 @@ class Plan:
 
     @property
     def measured_share(self) -> float:
-        """How much of the step's time rests on ops that were timed on the device."""
-        return self.measured_ms / self.step_ms if self.step_ms else 0.0
+        """How much of the time that the device works rests on ops that were timed on it."""
+        busy_ms = self.step_ms - self.idle_ms
+        return self.measured_ms / busy_ms if busy_ms else 0.0
 
     @property
     def host_bytes(self) -> int:

@@ -16,12 +16,10 @@ def render_plan(plan: Plan) -> str:
     lines = [
         f"fxopt plan: {plan.model} on {plan.device}, lowering {plan.lowering}, {plan.tokens} tokens a call",
         describe_budget(plan),
-        f"peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}, "
-        f"step {plan.step_ms:.1f} ms, of these {plan.recompute_ms:.1f} ms computing again"
-        + (f", {plan.wait_ms:.1f} ms waiting for the host's memory" if plan.wait_ms else "")
-        + f", {plan.update_ms:.1f} ms the optimizer's"
-        + (f", {plan.idle_ms:.1f} ms waiting for launches" if plan.idle_ms else ""),
-        f"{plan.measured_share:.0%} of the step from ops timed on this device, the rest by estimate",
+        f"peak {format_bytes(plan.peak_bytes)} in the {plan.peak_at}",
+        f"step {plan.step_ms:.1f} ms: "
+        + ", ".join(f"{ms:.1f} ms {what}" for ms, what in step_parts(plan) if ms),
+        f"{plan.measured_share:.0%} of the device's work from ops timed on it, the rest by estimate",
         *(f"  by datasheet: {reason}" for reason in plan.rooflines),
         f"the smallest possible peak is {format_bytes(plan.smallest_bytes)}; {format_bytes(plan.static_bytes)} "
         "are weights, buffers and the optimizer's state",
@@ -33,6 +31,20 @@ def render_plan(plan: Plan) -> str:
         paths = [path for path, chosen in plan.layers if chosen == number]
         lines += ["", *_render_decision(paths, decision)]
     return "\n".join(lines) + "\n"
+
+
+def step_parts(plan: Plan) -> list[tuple[float, str]]:
+    """Return the milliseconds that a step's time is made of, and what each of them goes to."""
+    blocks = [plan.decisions[number] for _, number in plan.layers]
+    return [
+        (sum(decision.compute_ms for decision in blocks), "the blocks"),
+        (sum(decision.compute_ms for decision in plan.after), "what follows them"),
+        (sum(decision.chunk_ms for decision in (*blocks, *plan.after)), "running some in chunks"),
+        (plan.recompute_ms, "computing again"),
+        (plan.wait_ms, "waiting for the host's memory"),
+        (plan.update_ms, "the optimizer's"),
+        (plan.idle_ms, "waiting for launches"),
+    ]
 
 
 def _render_peak(plan: Plan) -> list[str]:

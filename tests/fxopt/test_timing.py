@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import fxopt
 from fxopt import timing
+from fxopt.gpu_clock import LOAD_MS, LONG_MS, ROUNDS, GpuClock
 from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
 from fxopt.remat.measured import HOST, Measured, Trial
@@ -21,12 +22,8 @@ from fxopt.timing import (
     COPIED,
     ELSEWHERE,
     LIMIT_S,
-    LOAD_MS,
-    LONG_MS,
     NO_MEMORY,
     NO_TIME,
-    ROUNDS,
-    GpuClock,
     OpTimer,
     find_room,
 )
@@ -119,6 +116,19 @@ def test_autocast_changes_no_dtype_of_what_is_timed():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         timer([trial_of(product_of(8))], 0)
     assert seen[0].dtype == torch.float32
+
+
+def test_nothing_is_timed_while_threads_compile(monkeypatch):
+    happened = []
+    monkeypatch.setattr(timing, "is_ours", lambda node: True)
+    monkeypatch.setattr(timing, "finish_compiling", lambda: happened.append("compiled"))
+
+    def clock(call):
+        happened.append("timed")
+        return Timing(1.0)
+
+    OpTimer(CPU, lambda place: clock, lambda place, in_step: 10**9)([trial_of(product_of(8))], 0)
+    assert happened == ["compiled", "timed"]
 
 
 def test_what_needs_more_than_there_is_room_for_is_not_run():
@@ -267,6 +277,20 @@ def test_what_waits_for_the_gpu_itself_is_timed_where_it_runs_long_enough():
     found = GpuClock(torch.device("cuda", 0))(run)
     assert isinstance(found, Timing), found
     assert 5 < found.ms < 30
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_alone")
+def test_what_the_host_launches_slowly_is_not_taken_for_what_waits():
+    small = torch.ones(16, 16, device="cuda")
+
+    def run() -> None:
+        time.sleep(0.003)
+        _ = small @ small
+
+    found = GpuClock(torch.device("cuda", 0))(run)
+    assert isinstance(found, Timing), found
+    assert found.ms < 0.1
 
 
 @pytest.mark.gpu

@@ -98,6 +98,8 @@ def main() -> None:
         elsewhere.start()
         elsewhere.join()
         found["while rehearsing"] = [launcher.is_rehearsal(), num_pending(), len(launched)]
+    launcher.finish_compiling()
+    found["finished"] = [future.done() for future in launcher._pending.values()]  # pyright: ignore[reportPrivateUsage]
     found["after"] = [launcher.is_rehearsal(), num_variants()]
     launch_copy(x, 48, 64)
     found["then"] = [num_pending(), num_variants(), len(launched)]

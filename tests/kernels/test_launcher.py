@@ -21,5 +21,6 @@ def test_variants_are_compiled_once_and_a_rehearsal_only_compiles(tmp_path: Path
     assert found["variants"] == 6  # an odd count, a count of 1, a pointer off 16 bytes, a dtype, a constant
     assert found["counted"] == 2  # counts that fit 32 bits, and those that do not
     assert found["while rehearsing"] == [True, 1, 1]  # one missing; the other thread's launch ran
+    assert found["finished"] == [True]  # who waits for it finds no thread that compiles
     assert found["after"] == [False, 6]
     assert found["then"] == [0, 7, 2]  # the launch took what had been compiled ahead

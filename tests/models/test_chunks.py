@@ -18,6 +18,7 @@ from torch import nn
 import fxopt
 from fxopt.capture.installation import find_installation
 from fxopt.demo.training import count_saved_bytes
+from fxopt.offline import Setting, plan_offline
 from fxopt.remat import views
 
 SHAPE = (4, 96)
@@ -256,3 +257,18 @@ def test_adapters_over_four_bit_weights_run_in_chunks(monkeypatch):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() <= 2**-7 * gradient.norm(), name
+
+
+@pytest.mark.slow
+def test_what_chunks_compute_again_is_not_counted_twice(tmp_path, monkeypatch):
+    """Of gate and up computed again in chunks, each product is a fourth as long and there are four."""
+    monkeypatch.setattr(views, "SMALLEST", 2048)
+    sizes = ("num_hidden_layers=2", "hidden_size=2048", "intermediate_size=8192", "vocab_size=1024")
+    fields = (*sizes, "num_attention_heads=16", "num_key_value_heads=4")
+    setting = Setting(None, "llama", "min", 1, 8192, True, "H100", fields=fields)
+    plan, _ = plan_offline(setting, tmp_path / "curve.png")
+    assert min(chunks_of(plan)) > 1
+    for decision in plan.decisions:
+        again = [r for r in decision.recomputed if r.op.startswith("fxopt.lora_linear_output/chunk")]
+        assert len(again) == 2
+        assert 0 < decision.chunk_ms < sum(residual.recompute_ms for residual in again) / 4

@@ -215,7 +215,7 @@ def test_a_plan_says_how_much_of_its_time_was_measured(monkeypatch, tmp_path):
     assert stock.measured_ms == 0
     assert stock.measured_share == 0
     assert stock.rooflines == ()
-    assert "0% of the step from ops timed on this device" in str(stock)
+    assert "0% of the device's work from ops timed on it" in str(stock)
     monkeypatch.setattr(
         "fxopt.planning.find_measured", lambda place, spare, owned: Measured(FakeTimer(), tmp_path / "t.json")
     )
@@ -224,7 +224,7 @@ def test_a_plan_says_how_much_of_its_time_was_measured(monkeypatch, tmp_path):
     assert plan.measured_ms == pytest.approx(7.0 * products)
     rest = plan.step_ms - plan.measured_ms
     assert 0 < rest < stock.step_ms
-    assert f"{plan.measured_share:.0%} of the step from ops timed on this device" in str(plan)
+    assert f"{plan.measured_share:.0%} of the device's work from ops timed on it" in str(plan)
     assert fxopt.Plan.from_json(plan.to_json()) == plan
     again = fxopt.plan(model, "min", INPUTS)
     assert again.recompute_ms > 7
