@@ -271,4 +271,4 @@ def test_what_chunks_compute_again_is_not_counted_twice(tmp_path, monkeypatch):
     for decision in plan.decisions:
         again = [r for r in decision.recomputed if r.op.startswith("fxopt.lora_linear_output/chunk")]
         assert len(again) == 2
-        assert 0 < decision.chunk_ms < sum(residual.recompute_ms for residual in again) / 4
+        assert 0 < decision.chunk_ms < sum(residual.recompute_ms for residual in again) / 2
