@@ -23,7 +23,7 @@ LONG_MS = 50.0
 SHORT_MS = 2.0
 """Below it, what the host takes to launch an op would tell more of its time than the GPU does."""
 LOADS = 3
-"""How often the load grows before an op is given up that the host launches too slowly."""
+"""How often the load grows, to eight times what the host takes, before the host is said not to be ahead."""
 
 
 class GpuClock:
@@ -56,18 +56,15 @@ class GpuClock:
             call()
             torch.cuda.synchronize(self._place)
             host_ms, alone_ms = self._time_alone(call)
-            # The GPU was done when the host was: either this waited for that, or that for its launches.
-            is_held = host_ms > alone_ms / 2
-            if alone_ms > LONG_MS and not is_held:
+            if alone_ms > LONG_MS and host_ms < alone_ms / 2:
                 return Timing(alone_ms)
-            if alone_ms > SHORT_MS and is_held and self._waits(call, host_ms):
-                times = [alone_ms] if alone_ms > LONG_MS else self._time_behind_load(call, LOAD_MS)[1]
-                return Timing(statistics.median(times))
+            times: list[float] = []
             for tries in range(1, LOADS + 1):
                 was_ahead, times = self._time_behind_load(call, max(LOAD_MS, 2**tries * ROUNDS * host_ms))
                 if was_ahead:
                     return Timing(statistics.median(times))
-            return HOST
+            # However large the load, the host is not ahead: it waits for the GPU itself, as it will within a step.
+            return Timing(statistics.median(times)) if alone_ms > SHORT_MS else HOST
 
     def _time_alone(self, call: Callable[[], Any]) -> tuple[float, float]:
         """Return how long the host is in `call` where the GPU has nothing else to do, and how long the GPU is."""
@@ -79,22 +76,6 @@ class GpuClock:
         end.record()
         torch.cuda.synchronize(self._place)
         return host_ms, begin.elapsed_time(end)
-
-    def _waits(self, call: Callable[[], Any], host_ms: float) -> bool:
-        """Return whether `call`, in which the host was for `host_ms`, returns only when the GPU is done before it.
-
-        What the host launches slowly is back before a load twice as long is done, at least when it tries again.
-        """
-        for tries in range(1, 3):
-            self._load((LOAD_MS + 2**tries * host_ms) / self._load_ms)
-            loaded = torch.cuda.Event()
-            loaded.record()
-            call()
-            was_ahead = not loaded.query()
-            torch.cuda.synchronize(self._place)
-            if was_ahead:
-                return False
-        return True
 
     def _time_behind_load(self, call: Callable[[], Any], load_ms: float) -> tuple[bool, list[float]]:
         """Return whether the host launched some calls before the GPU was done with a load, and what each took there."""
