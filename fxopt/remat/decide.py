@@ -32,6 +32,8 @@ class Menu:
     tokens: int
     numbers: dict[int, int] = dataclasses.field(default_factory=lambda: dict[int, int]())
     """Where the menu holds what a given plan decided: the places of that plan's decisions in it."""
+    shared: tuple[Residual, ...] = ()
+    """The block's inputs that other blocks read too."""
 
 
 def make_menu(joint: Joint, tokens: int, *, offloads: bool = False) -> Menu:
@@ -42,7 +44,14 @@ def make_menu(joint: Joint, tokens: int, *, offloads: bool = False) -> Menu:
     choices = find_menu(joint.dag)
     if offloads:
         choices = add_offloads(joint, choices)
-    return Menu(choices, tuple(make_decision(joint, choice) for choice in choices), tokens)
+    decisions = tuple(make_decision(joint, choice) for choice in choices)
+    return Menu(choices, decisions, tokens, shared=find_shared(joint))
+
+
+def find_shared(joint: Joint) -> tuple[Residual, ...]:
+    """Return the block's inputs that other blocks read too, tables and masks."""
+    inputs = (place for place, node in enumerate(joint.forward) if node.op != "call_function")
+    return tuple(residual for residual in _residuals(joint, inputs) if residual.shared)
 
 
 def make_decision(joint: Joint, choice: Choice) -> Decision:

@@ -195,14 +195,10 @@ def scale_decision(decision: Decision, scale: float) -> Decision:
     """Return `decision` for `scale` times the tokens it was made for; the gradients' bytes do not change."""
     if scale == 1:
         return decision
-
-    def scaled(residuals: tuple[Residual, ...]) -> tuple[Residual, ...]:
-        return tuple(dataclasses.replace(r, bytes=int(r.bytes * scale)) for r in residuals)
-
     return dataclasses.replace(
         decision,
-        saved=scaled(decision.saved),
-        offloaded=scaled(decision.offloaded),
+        saved=scale_residuals(decision.saved, scale),
+        offloaded=scale_residuals(decision.offloaded, scale),
         offloaded_bytes=int(decision.offloaded_bytes * scale),
         wait_ms=decision.wait_ms * scale,
         saved_bytes=int(decision.saved_bytes * scale),
@@ -213,3 +209,8 @@ def scale_decision(decision: Decision, scale: float) -> Decision:
         chunk_ms=decision.chunk_ms * scale,
         measured_ms=decision.measured_ms * scale,
     )
+
+
+def scale_residuals(residuals: tuple[Residual, ...], scale: float) -> tuple[Residual, ...]:
+    """Return `residuals` with `scale` times their bytes."""
+    return tuple(dataclasses.replace(residual, bytes=int(residual.bytes * scale)) for residual in residuals)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from fxopt.errors import FxoptError
-from fxopt.remat.decide import Menu, find_choice
+from fxopt.remat.decide import Menu, find_choice, find_shared
 from fxopt.remat.figures import Facts
 from fxopt.remat.menu import Choice
 from fxopt.remat.parts import label_of_rows
@@ -55,7 +55,8 @@ def menu_of(given: Plan, views: Views, tokens: int, facts: Facts) -> Menu:
         raise FxoptError(f"plan: made for another model or lowering, expected for a block {missing}\n{CURE}")
     decisions = tuple(views.decide(choice, decision) for _, decision, choice in fitting)
     numbers = {number: place for place, (number, *_) in enumerate(fitting)}
-    return Menu(tuple(choice for *_, choice in fitting), decisions, tokens, numbers)
+    choices = tuple(choice for *_, choice in fitting)
+    return Menu(choices, decisions, tokens, numbers, find_shared(views.whole))
 
 
 def as_whole(decision: Decision) -> Decision:

@@ -32,12 +32,13 @@ from fxopt.remat.figures import (
     find_lower_goal,
     make_plan,
     scale_decision,
+    scale_residuals,
     without_update,
 )
 from fxopt.remat.given import FROZEN, decided_number, follows, frozen_menu, menu_of
 from fxopt.remat.joint import Joint, read_joint
 from fxopt.remat.offload import hides_host
-from fxopt.remat.step import Around, Beside, copy_shared, spread_decision
+from fxopt.remat.step import Around, Beside, copy_shared, shared_bytes_of, spread_decision
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 from fxopt.remat.views import Views
@@ -323,7 +324,7 @@ class StepPlanner:
                 settled = before.numbers[place] if before.forms[place] is forms[place] else None
             menus.append(offered if settled is None else (offered[settled],))
             fixed.append(settled)
-        around = self._around(goal, facts)
+        around = self._around(goal, facts, forms)
         candidates = self._candidates_of(menus)
         limit = self._limit(goal, facts, candidates, around)
         picked = choose_decisions(candidates, without_update(goal, around), limit)
@@ -359,13 +360,20 @@ class StepPlanner:
             last = self._candidates = find_candidates(menus)
         return last
 
-    def _around(self, goal: Goal, facts: Facts) -> Around:
+    def _around(self, goal: Goal, facts: Facts, forms: tuple[Any, ...]) -> Around:
         scale = goal.tokens / (self._tail_tokens or goal.tokens)
         beside = facts.spread.tail
         tail = tuple(spread_decision(scale_decision(decision, scale), beside) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
-        engine = facts.spread.whole_bytes, facts.spread.reduced_bytes
-        return Around(facts.static_bytes, tail, facts.gradient_bytes, usable, *engine, facts.tied_bytes)
+        kinds = (
+            scale_residuals(menu.shared, goal.tokens / menu.tokens)
+            for menu in (self._menus[form] for form in set(forms))
+        )
+        whole = facts.spread.whole_bytes + shared_bytes_of(kinds)
+        reduced = facts.spread.reduced_bytes
+        return Around(
+            facts.static_bytes, tail, facts.gradient_bytes, usable, whole, reduced, facts.tied_bytes
+        )
 
     def _limit(self, goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
         """Return the most that a step may allocate; what is to be said of it is said once."""
@@ -381,7 +389,7 @@ class StepPlanner:
         self, goal: Goal, numbers: tuple[int, ...], forms: tuple[Any, ...], facts: Facts | None = None
     ) -> Plan:
         facts, menus = facts or self._look(), self._offered(goal, forms)
-        around = self._around(goal, facts)
+        around = self._around(goal, facts, forms)
         candidates = self._candidates_of(menus)
         limit = self._limit(goal, facts, candidates, around)
         smallest = find_smallest(candidates, around)

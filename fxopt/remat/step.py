@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fxopt.options import MOST_COPIED
-from fxopt.report.plan import Decision, Instant
+from fxopt.report.plan import Decision, Instant, Residual
 
 UPDATE = "optimizer"
 """What the instant of the optimizer's step is called."""
@@ -17,9 +19,10 @@ class Around:
     """What surrounds the blocks, in bytes: what lives all the time, what follows the blocks, and the optimizer.
 
     `tail` are the pieces after the blocks in order; `gradient_bytes` are those of all parameters.
-    `host_bytes` is how much may wait on the host. `whole_bytes` are parameters outside the blocks that an engine
-    gathers for a step, `reduced_bytes` the buffers in which it reduces their gradients at its end. `tied_bytes` takes
-    the gradient that a parameter used before the blocks gets last, where what follows them has given it one.
+    `host_bytes` is how much may wait on the host. `whole_bytes` live until backward is done: what all blocks read, and
+    parameters outside them that an engine gathers for a step; `reduced_bytes` are the buffers in which it reduces their
+    gradients at its end. `tied_bytes` takes the gradient that a parameter used before the blocks gets last, where what
+    follows them has given it one.
     """
 
     static_bytes: int
@@ -98,6 +101,17 @@ def copy_shared(decision: Decision, num_blocks: int) -> Decision:
         forward_bytes=decision.forward_bytes + copied,
         backward_bytes=decision.backward_bytes + copied,
     )
+
+
+def shared_bytes_of(kinds: Iterable[Sequence[Residual]]) -> int:
+    """Return the bytes of what blocks of these kinds read beside each other, tables and masks.
+
+    Inputs of one form that several kinds read are one tensor; those that one kind reads are as many.
+    """
+    most: Counter[tuple[Any, ...]] = Counter()
+    for kind in kinds:
+        most |= Counter((each.bytes, each.shape, each.dtype) for each in kind)
+    return sum(count * size for (size, *_), count in most.items())
 
 
 def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:

@@ -153,7 +153,7 @@ class Views:
                 if _working_bytes(made) <= WORTHWHILE * needed:
                     needed = _working_bytes(made)
                     found.append((chunked, made))
-        return _sorted(found, menu.tokens)
+        return _sorted(found, menu)
 
     def add_parts(self, menu: Menu) -> Menu:
         """Return `menu` with decisions that leave more to the host: rows of a value computed again, without a wait."""
@@ -162,7 +162,7 @@ class Views:
             if choice.offloaded and decision.chunks == 1:
                 filled = self._fill(choice, decision)
                 found += [filled] if filled and filled[1].extra_ms < decision.extra_ms else []
-        return _sorted(found, menu.tokens)
+        return _sorted(found, menu)
 
     def _fill(self, choice: Choice, decision: Decision) -> tuple[Choice, Decision] | None:
         """Return `choice` with as many rows on the host as hide there, of what takes longest to compute again."""
@@ -196,11 +196,11 @@ class Views:
         return None
 
 
-def _sorted(found: list[tuple[Choice, Decision]], tokens: int) -> Menu:
-    """Return the menu of these choices, the fastest first."""
+def _sorted(found: list[tuple[Choice, Decision]], menu: Menu) -> Menu:
+    """Return `menu` with these choices, the fastest first."""
     found.sort(key=lambda pair: pair[1].extra_ms)
     choices, decisions = zip(*found, strict=True)
-    return Menu(choices, decisions, tokens)
+    return dataclasses.replace(menu, choices=choices, decisions=decisions)
 
 
 def _working_bytes(decision: Decision) -> int:

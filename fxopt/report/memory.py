@@ -61,10 +61,10 @@ def find_holdings(plan: Plan, instant: Instant) -> tuple[Holding, ...]:
     """Return the parts of what lives at `instant`, all of `PARTS`; together they are its bytes."""
     sizes = (instant.saved_bytes, instant.moving_bytes, instant.gradient_bytes, instant.running_bytes)
     titles = {**TITLES, "running": UPDATE_TITLE} if instant is plan.timeline[-1] else TITLES
-    return tuple(
-        Holding(key, titles[key], size)
-        for key, size in zip(PARTS, (instant.bytes - sum(sizes), *sizes), strict=True)
-    )
+    rest = instant.bytes - sum(sizes)
+    if rest > plan.static_bytes:
+        titles = {**titles, PARTS[0]: f"{titles[PARTS[0]]}, what all blocks read"}
+    return tuple(Holding(key, titles[key], size) for key, size in zip(PARTS, (rest, *sizes), strict=True))
 
 
 def find_saved(plan: Plan, place: int) -> tuple[SavedValue, ...]:

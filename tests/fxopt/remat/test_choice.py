@@ -18,7 +18,15 @@ from fxopt.remat.choice import (
     peak_of,
     time_of,
 )
-from fxopt.remat.step import Around, copy_shared, find_peak, landing_bytes, peak_bytes, simulate_step
+from fxopt.remat.step import (
+    Around,
+    copy_shared,
+    find_peak,
+    landing_bytes,
+    peak_bytes,
+    shared_bytes_of,
+    simulate_step,
+)
 from fxopt.report.plan import Decision, Residual
 
 
@@ -256,6 +264,18 @@ def test_in_chunks_never_over_the_budget_more_budget_never_slower_and_no_uniform
         if (found := choose_decisions(candidates, AROUND, more)) is not None
     ]
     assert times == sorted(times, reverse=True)
+
+
+def test_a_mask_that_two_kinds_of_blocks_read_is_there_once_and_two_of_one_kind_are_two():
+    table = Residual("input#1", (4, 2), "float32", 32, 0.0, "", shared=True)
+    mask = Residual("input#2", (8,), "bool", 8, 0.0, "", shared=True)
+    assert shared_bytes_of([]) == 0
+    assert shared_bytes_of([(table, table, mask), (table, dataclasses.replace(mask, op="input#7"))]) == 72
+    around = dataclasses.replace(AROUND, whole_bytes=72)
+    taken = (decision(16, 0.0, 2, 3),) * len(PATHS)
+    before, after = (simulate_step(PATHS, taken, each) for each in (AROUND, around))
+    assert [b.bytes - a.bytes for a, b in zip(before, after, strict=True)] == [72] * (len(before) - 1) + [0]
+    assert peak_bytes(taken, around) == find_peak(after).bytes
 
 
 def test_a_replayed_block_keeps_copies_of_what_other_blocks_read_too():
