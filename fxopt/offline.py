@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedConfig
 
 from fxopt.capture.small_inputs import find_cause
@@ -186,7 +187,10 @@ def config_of(setting: Setting) -> PreTrainedConfig:
 
 
 def _adapted(model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
-    """Return `model` in bfloat16 and training mode, its weights in four bits and with adapters as `setting` says."""
+    """Return `model` in bfloat16 and training mode, its weights in four bits and with adapters as `setting` says.
+
+    Adapters are in float32, as PEFT makes them, and compute in bfloat16, as under autocast.
+    """
     model = model.to(torch.bfloat16).train()
     if setting.four_bit:
         model = quantize(model, torch.bfloat16)
@@ -232,7 +236,19 @@ def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
         raise FxoptError(f"--lora: peft is not installed ({error})\npip install peft") from error
     settings = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     with next(model.parameters()).device:
-        return peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType, reportReturnType]
+        adapted: Any = peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
+    for layer in list(adapted.modules()):
+        if isinstance(layer, torch.nn.Linear) and layer.weight.dtype == torch.float32:
+            register_parametrization(layer, "weight", _InBfloat16(), unsafe=True)
+    return adapted
+
+
+class _InBfloat16(torch.nn.Module):
+    """What autocast does to the float32 weight of an adapter; there is none on meta."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `weight` in bfloat16."""
+        return weight.to(torch.bfloat16)
 
 
 def write_csv(curve: Sequence[Plan], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fxopt.coverage.shrink import shrunk
-from fxopt.demo.models import find_config
+from fxopt.demo.models import build_meta_model, find_config
 from fxopt.demo.quantized import quantize
 from fxopt.errors import FxoptError, UnknownNameError
-from fxopt.offline import Setting, report_offline
+from fxopt.offline import Setting, _adapted, config_of, report_offline
 
 
 class AskingConfig(LlamaConfig):
@@ -62,6 +63,21 @@ def test_a_model_that_asks_for_values_is_reported_by_a_small_one(asking: str) ->
     )
     with pytest.raises(FxoptError, match="failed on the inputs given"):
         report_offline(setting(asking, *fields, budget="min"))
+
+
+def test_adapters_train_in_float32_and_compute_in_bfloat16_as_under_autocast() -> None:
+    fields = ("num_hidden_layers=2", "hidden_size=64", "num_attention_heads=4", "num_key_value_heads=2")
+    more = ("intermediate_size=128", "vocab_size=256")
+    adapted = dataclasses.replace(setting("llama", *fields, *more, budget="none"), lora=True)
+    report = report_offline(adapted)
+    assert {site.count for site in report.sites if site.pattern == "lora_linear"} == {2}
+    (plan,) = report.plans
+    kept = {
+        residual.dtype for decision in plan.decisions for residual in decision.saved if residual.bytes > 4096
+    }
+    assert kept == {"bfloat16"}, "no float32 copy of an activation"
+    model = _adapted(build_meta_model(config_of(adapted)), adapted)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.slow
