@@ -29,9 +29,9 @@ def off(row: dict[str, Any], figure: str) -> float | None:
 
 
 def split_rows(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows whose time the GPU sets, and the short ones, whose time the host sets."""
-    short = [row for row in rows if row["tokens"] < SHORT_TOKENS]
-    return [row for row in rows if row not in short], short
+    """Return the rows of at least `SHORT_TOKENS` tokens, and the others."""
+    long = [row for row in rows if row["tokens"] >= SHORT_TOKENS]
+    return long, [row for row in rows if row["tokens"] < SHORT_TOKENS]
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def render_page(folder: Path) -> str:
         "for the rest; what a step waits for launches, and what AdamW reaches of the memory's speed, was measured with",
         "a model that is in no table. Peaks are torch's `max_memory_allocated`, times the median",
         "of steps, ratios what was measured over what was predicted. The floor is a step's products and attention",
-        "alone (`benchmarks/floors.py`).",
+        "alone (`benchmarks/floors.py`). A group of rows ends when the time is up: its last ones may be missing.",
     ]
     for result in read("predictions_*.json"):
         long, short = split_rows(result["rows"])

@@ -102,7 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the same path with models of no size")
     parser.add_argument("--seconds", type=float, default=300.0, help="all ends after so many")
-    parser.add_argument("--rows", type=int, default=ROWS, help="plans of each model and mode")
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, help="plans of each model and mode, beside the short one"
+    )
     parser.add_argument("--only", type=lambda text: text.split(","), help="modes to run, by commas")
     parser.add_argument("--at-once", type=int, default=max(1, min(9, (os.cpu_count() or 2) // 2)))
     parser.add_argument("--group", help="run this model:mode here")

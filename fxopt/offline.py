@@ -237,14 +237,20 @@ def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
     settings = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     with next(model.parameters()).device:
         adapted: Any = peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
-    for layer in list(adapted.modules()):
-        if isinstance(layer, torch.nn.Linear) and layer.weight.dtype == torch.float32:
-            register_parametrization(layer, "weight", _InBfloat16(), unsafe=True)
+    _compute_in_bfloat16(adapted)
     return adapted
 
 
+def _compute_in_bfloat16(adapted: torch.nn.Module) -> None:
+    """Let adapters, whose weights are in float32, compute as under autocast, which meta does not know."""
+    for layer in list(adapted.modules()):
+        if isinstance(layer, torch.nn.Linear) and layer.weight.dtype == torch.float32:
+            # unsafe: the dtype changes
+            register_parametrization(layer, "weight", _InBfloat16(), unsafe=True)
+
+
 class _InBfloat16(torch.nn.Module):
-    """What autocast does to the float32 weight of an adapter; there is none on meta."""
+    """What autocast does to a weight in float32."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return `weight` in bfloat16."""

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from fxopt.capture import torch_distributed
 from fxopt.capture.caching import source_digest
 from fxopt.capture.joint_codes import is_ours
 from fxopt.capture.torch_lowering import cache_folder
-from fxopt.gpu_clock import LOAD_MS, LONG_MS, ROUNDS, GpuClock
+from fxopt.gpu_clock import GpuClock
 from fxopt.graph.torch_private import unset_fake_temporarily
 from fxopt.kernels.launcher import compiled_ahead, finish_compiling, run_as_backward
 from fxopt.remat.cost import tensors_in
@@ -30,8 +31,8 @@ from fxopt.timed_values import OwnTensors, call_of
 
 log = logging.getLogger("fxopt")
 CPU = torch.device("cpu")
-LIMIT_S = 1.0
-"""What all timings of one model may take, first calls left out: these compile what the first step would."""
+LIMIT_S = 1.5
+"""After so long no timing of one model begins, first calls left out: these compile what the first step would."""
 ELSEWHERE = "it runs on another device"
 NO_MEMORY = "there is not memory enough to time it"
 NO_TIME = f"all timings together would take more than {LIMIT_S:g} s"
@@ -75,7 +76,7 @@ def find_triton_version() -> str:
 
 
 Clock = Callable[[Callable[[], Any]], "Timing | str"]
-"""Says what a call takes, or why that cannot be seen."""
+"""Says what a call takes that ran before, or why that cannot be seen."""
 
 
 class OpTimer:
@@ -139,7 +140,7 @@ class OpTimer:
         )
 
     def _compile(self, trials: list[Trial], own: OwnTensors) -> None:
-        """Compile side by side what `trials` will launch; a thread that compiles would keep this one from launching."""
+        """Compile side by side what `trials` will launch, and wait: while a thread compiles, launches are late."""
         with compiled_ahead(self._place) as is_needed:
             for trial in trials if is_needed else []:
                 try:
@@ -155,7 +156,10 @@ class OpTimer:
             call = call_of(trial, own)
 
             def run() -> None:
+                call()  # it compiles what the first step would
+                started = time.perf_counter()
                 found.append(clock(call))
+                self._left_s -= time.perf_counter() - started
 
             if trial.in_backward and self._place.type == "cuda":
                 run_as_backward(run, self._place)
@@ -167,15 +171,7 @@ class OpTimer:
             log.debug("%s was not timed: %s: %s", trial.node.target, type(error).__name__, error)
             return f"it does not run on random values ({type(error).__name__})"
         (result,) = found
-        self._left_s -= _spent_ms(result) * 1e-3
         return result
-
-
-def _spent_ms(result: Timing | str) -> float:
-    """Return what it took to come to `result`, but for the first call."""
-    if isinstance(result, str):
-        return LOAD_MS
-    return result.ms if result.ms > LONG_MS else LOAD_MS + ROUNDS * result.ms
 
 
 def find_room(place: torch.device, allowed: int) -> int:

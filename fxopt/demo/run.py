@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ SEED = 0
 VOCABULARY_SIZE = 4096
 BATCH_SIZE = 4
 LENGTH = 128
-LINES = 6
+NUM_LINES = 6
 """Into a file, where no bar moves, each training says so often how far it is."""
 
 
@@ -67,7 +66,10 @@ def run_demo(options: DemoOptions, console: Console, show_report: Callable[[str]
             def on_step(loss: float) -> None:
                 progress.update(task, advance=1, loss=f"loss {loss:.4f}")
                 done = int(progress.tasks[task].completed)
-                if not console.is_terminal and done % math.ceil(options.steps / LINES) == 0:
+                if (
+                    not console.is_terminal
+                    and done * NUM_LINES // options.steps > (done - 1) * NUM_LINES // options.steps
+                ):
                     console.print(f"{name}: step {done} of {options.steps}, loss {loss:.4f}")
 
             return train(copied, batches, dtype=dtype, on_step=on_step)

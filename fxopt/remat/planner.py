@@ -365,14 +365,17 @@ class StepPlanner:
         beside = facts.spread.tail
         tail = tuple(spread_decision(scale_decision(decision, scale), beside) for decision in self._tail)
         usable = int(facts.host_bytes * USABLE)
-        kinds = (
-            scale_residuals(menu.shared, goal.tokens / menu.tokens)
-            for menu in (self._menus[form] for form in set(forms))
-        )
+        menus = [self._menus[form] for form in set(forms)]
+        kinds = (scale_residuals(menu.shared, goal.tokens / menu.tokens) for menu in menus)
         whole = facts.spread.whole_bytes + shared_bytes_of(kinds)
-        reduced = facts.spread.reduced_bytes
         return Around(
-            facts.static_bytes, tail, facts.gradient_bytes, usable, whole, reduced, facts.tied_bytes
+            facts.static_bytes,
+            tail,
+            gradient_bytes=facts.gradient_bytes,
+            host_bytes=usable,
+            whole_bytes=whole,
+            reduced_bytes=facts.spread.reduced_bytes,
+            tied_bytes=facts.tied_bytes,
         )
 
     def _limit(self, goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:

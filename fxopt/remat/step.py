@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from fxopt.options import MOST_COPIED
 from fxopt.report.plan import Decision, Instant, Residual
@@ -106,12 +105,13 @@ def copy_shared(decision: Decision, num_blocks: int) -> Decision:
 def shared_bytes_of(kinds: Iterable[Sequence[Residual]]) -> int:
     """Return the bytes of what blocks of these kinds read beside each other, tables and masks.
 
-    Inputs of one form that several kinds read are one tensor; those that one kind reads are as many.
+    Inputs of one size and dtype that several kinds read are taken to be one tensor, those that one kind reads to be as
+    many: which they are only shows when a step runs.
     """
-    most: Counter[tuple[Any, ...]] = Counter()
+    most: Counter[tuple[int, str]] = Counter()
     for kind in kinds:
-        most |= Counter((each.bytes, each.shape, each.dtype) for each in kind)
-    return sum(count * size for (size, *_), count in most.items())
+        most |= Counter((each.bytes, each.dtype) for each in kind)
+    return sum(count * size for (size, _), count in most.items())
 
 
 def simulate_step(paths: Sequence[str], decisions: Sequence[Decision], around: Around) -> tuple[Instant, ...]:

@@ -63,7 +63,7 @@ def find_holdings(plan: Plan, instant: Instant) -> tuple[Holding, ...]:
     titles = {**TITLES, "running": UPDATE_TITLE} if instant is plan.timeline[-1] else TITLES
     rest = instant.bytes - sum(sizes)
     if rest > plan.static_bytes:
-        titles = {**titles, PARTS[0]: f"{titles[PARTS[0]]}, what all blocks read"}
+        titles = {**titles, PARTS[0]: f"{titles[PARTS[0]]}, what is there for all blocks"}
     return tuple(Holding(key, titles[key], size) for key, size in zip(PARTS, (rest, *sizes), strict=True))
 
 

@@ -84,7 +84,8 @@ class Instant:
 
     Of these `saved_bytes` are what blocks that are not running have saved for backward, `moving_bytes` are on their
     way to the host or kept for what comes back, `gradient_bytes` are gradients of parameters, `running_bytes` what the
-    running block (its own residuals among it) or the optimizer works on; the rest lives all the time.
+    running block (its own residuals among it) or the optimizer works on; the rest lives all the time, or, as masks that
+    all blocks read, from before the blocks until backward is done.
     """
 
     name: str
@@ -141,7 +142,7 @@ class Plan:
     @property
     def measured_share(self) -> float:
         """How much of the time that the device works rests on ops that were timed on it."""
-        busy_ms = self.step_ms - self.idle_ms
+        busy_ms = self.step_ms - self.idle_ms - self.wait_ms
         return self.measured_ms / busy_ms if busy_ms else 0.0
 
     @property

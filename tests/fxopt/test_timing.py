@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -12,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import fxopt
 from fxopt import timing
-from fxopt.gpu_clock import LOAD_MS, LONG_MS, ROUNDS, GpuClock
+from fxopt.gpu_clock import LONG_MS, GpuClock
 from fxopt.kernels.launcher import run_as_backward
 from fxopt.remat.devices import find_device
 from fxopt.remat.measured import HOST, Measured, Trial
@@ -120,7 +121,6 @@ def test_autocast_changes_no_dtype_of_what_is_timed():
 
 def test_nothing_is_timed_while_threads_compile(monkeypatch):
     happened = []
-    monkeypatch.setattr(timing, "is_ours", lambda node: True)
     monkeypatch.setattr(timing, "finish_compiling", lambda: happened.append("compiled"))
 
     def clock(call):
@@ -193,15 +193,62 @@ def test_an_op_on_another_device_is_not_run():
     assert seen == []
 
 
-@pytest.mark.parametrize(
-    ("ms", "most"), [(LIMIT_S * 600, 2), (LONG_MS, 1 + int(LIMIT_S * 1e3 / (LOAD_MS + ROUNDS * LONG_MS)))]
-)
-def test_after_the_limit_nothing_more_is_timed(ms, most):
-    timer, seen = fake_timer(ms=ms)
+@pytest.mark.parametrize(("share", "most"), [(0.6, 2), (0.3, 4)])
+def test_after_the_limit_nothing_more_is_timed(share, most, monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def clock(call):
+        calls.append(call())
+        now[0] += share * LIMIT_S  # whatever it returns: what it takes is counted
+        return Timing(1.0) if len(calls) % 2 else HOST
+
+    timer = OpTimer(CPU, lambda place: clock, lambda place, in_step: 10**9)
     trials = [trial_of(product_of(8 + place)) for place in range(most + 1)]
-    assert timer(trials, 0)[-2:] == [Timing(ms), NO_TIME], "what runs for long is timed once"
+    *before, last = timer(trials, 0)
+    assert set(before) == {Timing(1.0), HOST}
+    assert last == NO_TIME
     assert set(timer(trials, 0)) == {NO_TIME}, "the limit is of all calls together"
-    assert len(seen) == most
+    assert len(calls) == most
+
+
+class ScriptedClock(GpuClock):
+    """A clock that is told how long the host and the GPU took alone, and what was seen behind each load."""
+
+    def __init__(self, alone, behind):
+        self._place, self._alone, self._behind, self.loads = CPU, alone, iter(behind), []
+
+    def _time_alone(self, call):
+        return self._alone
+
+    def _time_behind_load(self, call, rounds, load_ms):
+        self.loads.append((rounds, load_ms))
+        return next(self._behind)
+
+
+LATE, AHEAD = (False, [9.0, 7.0, 8.0]), (True, [1.0, 3.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("alone", "behind", "expected", "loads"),
+    [
+        pytest.param((0.1, 2.5), [AHEAD], Timing(2.0), [(3, 0.6)], id="the host is ahead"),
+        pytest.param((1, 1), [LATE, AHEAD], Timing(2.0), [(3, 6), (3, 12)], id="behind a longer load"),
+        pytest.param((1, 1), [LATE] * 3, HOST, [(3, 6), (3, 12), (3, 24)], id="a short one is late"),
+        pytest.param((4, 8), [LATE] * 3, Timing(8.0), [(3, 24), (1, 16), (1, 32)], id="a long one waits"),
+        pytest.param((4, 8), [LATE, AHEAD], Timing(2.0), [(3, 24), (1, 16)], id="a long one was late once"),
+        pytest.param((1, 60), [], Timing(60), [], id="a very long one"),
+        pytest.param((60, 60), [AHEAD], Timing(2.0), [(3, 360)], id="the host stood still"),
+    ],
+)
+def test_an_op_waits_for_the_gpu_where_no_load_lets_the_host_be_ahead(
+    alone, behind, expected, loads, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda place: None)
+    clock = ScriptedClock(alone, behind)
+    assert clock(lambda: None) == expected
+    assert clock.loads == [(rounds, pytest.approx(load_ms)) for rounds, load_ms in loads]
 
 
 def test_an_op_that_fails_leaves_an_estimate():
@@ -263,7 +310,7 @@ def test_the_hosts_time_is_not_in_that_of_a_tiny_op():
 @pytest.mark.gpu
 def test_what_the_host_launches_too_slowly_is_not_timed():
     clock = GpuClock(torch.device("cuda", 0))
-    slept = iter([0, 0, *[0.2] * 100])
+    slept = iter([0, *[0.2] * 100])
     assert clock(lambda: time.sleep(next(slept))) == HOST
 
 
@@ -294,7 +341,7 @@ def test_what_the_host_launches_slowly_is_not_taken_for_what_waits():
 
 
 @pytest.mark.gpu
-def test_what_runs_for_long_runs_twice():
+def test_what_runs_for_long_runs_once():
     calls = []
 
     def sleep() -> None:
@@ -304,7 +351,7 @@ def test_what_runs_for_long_runs_twice():
     found = GpuClock(torch.device("cuda", 0))(sleep)
     assert isinstance(found, Timing), found
     assert found.ms > LONG_MS
-    assert len(calls) == 2
+    assert len(calls) == 1
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from fxopt.capture.installation import find_installation
 from fxopt.demo.training import count_saved_bytes
 from fxopt.offline import Setting, plan_offline
 from fxopt.remat import views
+from fxopt.report.plan_table import step_parts
 
 SHAPE = (4, 96)
 CASES = [
@@ -268,6 +269,7 @@ def test_what_chunks_compute_again_is_not_counted_twice(tmp_path, monkeypatch):
     setting = Setting(None, "llama", "min", 1, 8192, True, "H100", fields=fields)
     plan, _ = plan_offline(setting, tmp_path / "curve.png")
     assert min(chunks_of(plan)) > 1
+    assert sum(ms for ms, _ in step_parts(plan)) == pytest.approx(plan.step_ms)
     for decision in plan.decisions:
         again = [r for r in decision.recomputed if r.op.startswith("fxopt.lora_linear_output/chunk")]
         assert len(again) == 2

@@ -12,6 +12,7 @@ from fxopt.offline import Setting, plan_offline
 from fxopt.remat import views
 from fxopt.remat.launching import AHEAD_MS
 from fxopt.report.plan import SHARES
+from fxopt.report.plan_table import step_parts
 
 SHAPE = (4, 96)
 HOST = "64MiB"
@@ -87,6 +88,8 @@ def test_rows_leave_where_the_bus_has_time_for_no_more_and_the_step_is_faster(tm
     busy_ms += sum(decision.compute_ms + decision.chunk_ms for decision in plan.after)
     assert plan.step_ms == pytest.approx(busy_ms + plan.idle_ms)
     assert plan.idle_ms == AHEAD_MS
+    for each in curve:
+        assert sum(ms for ms, _ in step_parts(each)) == pytest.approx(each.step_ms)
     for decision in plan.decisions:
         rows = [r.shape for r in decision.offloaded if r.op == f"{decision.part_of}/rows"]
         assert rows == ([(8192 * decision.sixteenths // SHARES, 18944)] if decision.part_of else [])
