@@ -162,7 +162,7 @@ def test_learning_runs_tiny(script: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lengths", "sft"])
+@pytest.mark.parametrize("name", [pytest.param("lengths", marks=pytest.mark.exhaustive), "sft"])
 def test_stacks_run_tiny_in_processes_of_their_own_and_see_the_same(
     name: str, script: Any, tmp_path: Path
 ) -> None:
