@@ -63,11 +63,14 @@ class GpuClock:
             for tries in range(1, LOADS + 1):
                 # One that runs for some time is only asked again whether the host can be ahead of it.
                 rounds = ROUNDS if tries == 1 or alone_ms <= SHORT_MS else 1
-                was_ahead, found = self._time_behind_load(call, rounds, 2**tries * rounds * host_ms)
+                load_ms = 2**tries * rounds * host_ms
+                was_ahead, found = self._time_behind_load(call, rounds, load_ms)
                 times = times or found
                 if was_ahead:
                     return Timing(statistics.median(found))
-            # However large the load, the host is not ahead: it waits for the GPU itself, as it will within a step.
+                if load_ms > MOST_PRODUCTS * self._load_ms:  # the load was shorter: it shows nothing
+                    return HOST
+            # No load lets the host be ahead: it waits for the GPU itself, as it will within a step.
             return Timing(statistics.median(times)) if alone_ms > SHORT_MS else HOST
 
     def _time_alone(self, call: Callable[[], Any]) -> tuple[float, float]:

@@ -200,7 +200,7 @@ def _sorted(found: list[tuple[Choice, Decision]], menu: Menu) -> Menu:
     """Return `menu` with these choices, the fastest first."""
     found.sort(key=lambda pair: pair[1].extra_ms)
     choices, decisions = zip(*found, strict=True)
-    return dataclasses.replace(menu, choices=choices, decisions=decisions)
+    return dataclasses.replace(menu, choices=choices, decisions=decisions, numbers={})
 
 
 def _working_bytes(decision: Decision) -> int:

@@ -217,6 +217,7 @@ class ScriptedClock(GpuClock):
 
     def __init__(self, alone, behind):
         self._place, self._alone, self._behind, self.loads = CPU, alone, iter(behind), []
+        self._load_ms = 0.2
 
     def _time_alone(self, call):
         return self._alone
@@ -239,6 +240,7 @@ LATE, AHEAD = (False, [9.0, 7.0, 8.0]), (True, [1.0, 3.0, 2.0])
         pytest.param((4, 8), [LATE, AHEAD], Timing(2.0), [(3, 24), (1, 16)], id="a long one was late once"),
         pytest.param((1, 60), [], Timing(60), [], id="a very long one"),
         pytest.param((60, 60), [AHEAD], Timing(2.0), [(3, 360)], id="the host stood still"),
+        pytest.param((150, 150), [LATE], HOST, [(3, 900)], id="no load is long enough"),
     ],
 )
 def test_an_op_waits_for_the_gpu_where_no_load_lets_the_host_be_ahead(
