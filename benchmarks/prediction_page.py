@@ -101,6 +101,24 @@ def render_rows(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def render_plans(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the tables of all rows: short ones have one of their own."""
+    long, short = split_rows(rows)
+    if not short:
+        return render_rows(long)
+    return [
+        *render_rows(long),
+        "",
+        "### Steps that the host sets the time of",
+        "",
+        "Few tokens keep a GPU busy for less than the host takes to launch a step of four layers. Hosts differ",
+        "by a factor of two, and one host's steps by a third from process to process: such times are not",
+        "predicted well.",
+        "",
+        *render_rows(short),
+    ]
+
+
 def render_machine(result: dict[str, Any]) -> str:
     """Return on what, with what and at which commit a result was measured, and what is known of it."""
     machine = result["machine"]
@@ -130,20 +148,8 @@ def render_page(folder: Path) -> str:
         "alone (`benchmarks/floors.py`). A group of rows ends when the time is up: its last ones may be missing.",
     ]
     for result in read("predictions_*.json"):
-        long, short = split_rows(result["rows"])
         lines += ["", "## Plans of four layers, one sequence a step", "", render_machine(result)]
-        lines += ["", *render_rows(long)]
-        if short:
-            lines += [
-                "",
-                "### Steps that the host sets the time of",
-                "",
-                "Few tokens keep a GPU busy for less than the host takes to launch a step of four layers. Hosts differ",
-                "by a factor of two, and one host's steps by a third from process to process: such times are not",
-                "predicted well.",
-                "",
-                *render_rows(short),
-            ]
+        lines += ["", *render_plans(result["rows"])]
     for result in read("budgets_*.json"):
         lines += ["", "## Budgets from the smallest peak to the fastest step", "", render_machine(result)]
         lines += ["", budgets.render(result)]

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         run_group(given)
         return 0
     result = run_all(given)
-    print("\n".join(prediction_page.render_rows(result["rows"])))
+    print("\n".join(prediction_page.render_plans(result["rows"])))
     print(json.dumps({name: result[name] for name in ("summary", "short")}, indent=1))
     return int(any(result[name]["failed"] for name in ("summary", "short")))
 

@@ -170,8 +170,7 @@ class OpTimer:
         except Exception as error:  # an estimate is left, and the plan says so
             log.debug("%s was not timed: %s: %s", trial.node.target, type(error).__name__, error)
             return f"it does not run on random values ({type(error).__name__})"
-        (result,) = found
-        return result
+        return found[0]
 
 
 def find_room(place: torch.device, allowed: int) -> int:
