@@ -48,9 +48,20 @@ QUICK = ("gemma2", "mamba2", "bert:masked-lm")
 """A decoder, one without attention and an encoder, two seconds each; of the others some take nineteen."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE]
+LONG = (
+    *("zaya", "ernie4_5_moe", "qwen4_exp_text", "deepseek_v4", "dots3_note_text", "minimax", "zamba2"),
+    "cohere2_vision:image-text",
 )
+"""The slowest of the sample: each takes as long as four of the others."""
+
+
+def mark_type(name: str) -> Any:
+    if name in QUICK:
+        return ()
+    return pytest.mark.exhaustive if name in LONG else pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=mark_type(name)) for name in SAMPLE])
 def test_a_sample_of_types_is_captured_and_trains_as_stock(name: str) -> None:
     model_type, _, task = name.partition(":")
     if model_type not in CONFIG_MAPPING:

@@ -168,7 +168,7 @@ def test_budgets_out_of_order_are_named_beyond_noise(script: Any) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_budgets_of_a_tiny_model_are_predicted_first_and_then_measured_each_in_a_process(
     script: Any, tmp_path: Path
 ) -> None:

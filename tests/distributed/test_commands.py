@@ -22,10 +22,10 @@ COMMANDS = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) .+?)`", PAGE)
 
 
 def mark_command(command: str) -> Any:
-    """Return the mark of a command: accelerate's launcher starts the `Trainer` and DistributedDataParallel too."""
+    """Return the mark of a command: of those without DeepSpeed the one that starts the `Trainer` is not exhaustive."""
     if "deepspeed" in command:
         return pytest.mark.deepspeed
-    return pytest.mark.exhaustive if command.startswith("torchrun") and "fsdp2" not in command else ()
+    return pytest.mark.exhaustive if command.startswith("torchrun") else ()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
+STAGES = pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 
 
 @pytest.mark.slow

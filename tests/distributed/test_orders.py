@@ -43,11 +43,13 @@ def test_a_block_that_runs_stock_on_all_ranks_is_in_one_order(two):
 @pytest.mark.parametrize(
     ("stage", "overlap", "hooked"),
     [
-        *(
-            (stage, overlap, "block")
-            for stage, overlap in ((1, True), (2, False), (2, True), (3, False), (3, True))
-        ),
-        *((stage, False, "head") for stage in (2, 3)),
+        (1, True, "block"),
+        (2, False, "block"),
+        pytest.param(2, True, "block", marks=pytest.mark.exhaustive),
+        pytest.param(3, False, "block", marks=pytest.mark.exhaustive),
+        (3, True, "block"),
+        pytest.param(2, False, "head", marks=pytest.mark.exhaustive),
+        (3, False, "head"),
     ],
 )
 def test_a_region_that_falls_back_on_one_rank_later_is_refused_on_all(stage, overlap, hooked, zero_world):

@@ -54,7 +54,9 @@ def check_trained(world, folder, engine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lora", "engine"), [(False, "fsdp2"), (True, "ddp")], ids=["full-fsdp2", "lora-ddp"]
+    ("lora", "engine"),
+    [pytest.param(False, "fsdp2", marks=pytest.mark.exhaustive), (True, "ddp")],
+    ids=["full-fsdp2", "lora-ddp"],
 )
 def test_trls_trainer_accumulates(lora, engine, two, tmp_path):
     check_trained_by_trl(two, tmp_path, engine, lora)
@@ -66,7 +68,10 @@ def test_four_processes_under_trls_trainer(four, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lora", "stage"), [(False, 3), (True, 2)], ids=["full-3", "lora-2"])
+@pytest.mark.parametrize(
+    ("lora", "stage"),
+    [pytest.param(False, 3, id="full-3"), pytest.param(True, 2, id="lora-2", marks=pytest.mark.exhaustive)],
+)
 def test_trls_trainer_accumulates_under_deepspeed(lora, stage, zero_world, tmp_path):
     check_trained_by_trl(zero_world, tmp_path, f"zero {stage}", lora)
 
@@ -92,7 +97,12 @@ def check_steps(ours, stock):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "order", "lora"), [(2, "after", True), (3, "before", False), (3, "after", True)]
+    ("stage", "order", "lora"),
+    [
+        (2, "after", True),
+        pytest.param(3, "before", False, marks=pytest.mark.exhaustive),
+        (3, "after", True),
+    ],
 )
 def test_logits_stay_lazy_under_deepspeed_and_parameters_are_freed(stage, order, lora, zero_world):
     """Of ZeRO-3 those of a block are gathered together, those of the head for as long as the model's forward."""

@@ -9,6 +9,8 @@ import pytest
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 AROUND = 2 * 128 * 32 * 4 + 32 * 4
 """Embedding, head and last norm of the tiny model, in bytes."""
+TABLES = 2 * 24 * 8 * 4
+"""Cosines and sines of 24 positions, of a head's width each, which all blocks read."""
 
 
 def instant(plan: dict[str, Any], name: str) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def test_a_plan_under_fsdp2_counts_shards_gathered_blocks_and_reductions(options
         made, block = answer["plan"], answer["block"]
         assert answer["weights"] == AROUND + 2 * block
         assert made["static_bytes"] == 3 * answer["weights"] // 2 + answer["buffers"] + answer["workspaces"]
-        whole = AROUND + (2 * block if options else 0)
+        whole = AROUND + (2 * block if options else 0) + TABLES
         for entry in made["timeline"][:-1]:
             parts = ("saved_bytes", "moving_bytes", "gradient_bytes", "running_bytes")
             assert entry["bytes"] == made["static_bytes"] + whole + sum(entry[part] for part in parts)
@@ -151,9 +153,9 @@ WHOLE = {"reduce_bucket_size": 5_000_000}
         pytest.param(1, SMALL, {}, id="1 small"),
         pytest.param(1, WHOLE, {}, id="1 whole"),
         pytest.param(1, SMALL, {"micro_batches": 2}, id="1 micro-batches"),
-        pytest.param(2, SMALL, {}, id="2 small"),
+        pytest.param(2, SMALL, {}, id="2 small", marks=exhaustive),
         pytest.param(2, WHOLE, {"half": True}, id="2 whole, bfloat16"),
-        pytest.param(2, SMALL, {"micro_batches": 2}, id="2 micro-batches"),
+        pytest.param(2, SMALL, {"micro_batches": 2}, id="2 micro-batches", marks=exhaustive),
         pytest.param(2, {**SMALL, "overlap_comm": True}, {}, id="2 two buckets"),
     ],
 )

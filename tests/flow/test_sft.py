@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
 TOLERANCES = {"dropout": 1e-4, "padding-free": 3e-5}
 """Others than 1e-5, relative: on a CPU with OpenBLAS's Haswell kernels the third gradient norm was 1.25e-5 off."""
 QUICK = ("packed",)
-EXHAUSTIVE = ("whole chats", "packed and cut", "noise on the embeddings")
+EXHAUSTIVE = ("whole chats", "packed and cut", "checkpointed", "noise on the embeddings", "dropout")
 
 
 def train(

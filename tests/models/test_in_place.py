@@ -13,7 +13,7 @@ from tests.models.test_chunks import batch_of, make, plan_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("adapted", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_forms_in_place_stand_and_lower_the_peak_that_is_planned(adapted, tools, monkeypatch):
     # What comes from a cache runs no pass.
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)

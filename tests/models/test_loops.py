@@ -191,11 +191,15 @@ def test_a_loop_over_hits_is_experts(body: Body, device: str, tools: Any) -> Non
     assert all(site.proof is not None and site.proof.passed for site in sites)
 
 
+ALIKE = (counting, centred, of_other_hits)
+"""Loops that are refused where others are, for what another check finds."""
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
         *(
-            pytest.param(body, reason, marks=pytest.mark.slow)
+            pytest.param(body, reason, marks=pytest.mark.exhaustive if body in ALIKE else pytest.mark.slow)
             for body, reason in (
                 (counting, "what it counts in Python would be counted once"),
                 (skipping_one, "a loop over hits skips [1], expected none of its {5} experts"),

@@ -53,6 +53,11 @@ SLOW = ("qwen3", "gemma2", "phi3", "olmo2", "cohere", "glm4", "gpt_neox", "singl
 """Beside llama, one of each form of norm, rotation and unit; the forms of the others are among these."""
 
 
+QUICK = ("llama", "gemma2", "single_level")
+ALIKE = ("mistral", "smollm3", "granite", "stablelm", "starcoder2")
+"""Those whose forms others of the table have too."""
+
+
 def tiered(*archs: str, slower: tuple[str, ...] = SLOW) -> list[Any]:
     """Return `archs`: llama for each run, `slower` ones for `make test-all`, the others for exhaustive runs."""
     return [
@@ -61,12 +66,15 @@ def tiered(*archs: str, slower: tuple[str, ...] = SLOW) -> list[Any]:
     ]
 
 
+HALF = (("qwen3", "bf16"), ("gpt_neox", "bf16"), ("gemma2", "fp16"), ("olmo2", "fp16"))
+"""Of weights in half precision: one of each form of norm, by turns."""
+
+
 def mark_half(arch: str, name: str) -> Any:
-    """Return the mark of a model in one of two dtypes: llama takes both, those of `SLOW` take turns."""
+    """Return the mark of a model in one of two dtypes: llama takes both, those of `HALF` one."""
     if arch == "llama":
         return () if name == "bf16" else slow
-    turn = SLOW.index(arch) % 2 if arch in SLOW else None
-    return slow if turn == (name == "fp16") else exhaustive
+    return slow if (arch, name) in HALF else exhaustive
 
 
 TOGETHER = ("llama", "qwen2", "gemma2", "olmo2", "single_level")
@@ -107,7 +115,7 @@ def count_sites(report: fxopt.Report) -> dict[str, int]:
                 arch,
                 BATCHES if arch in RESIZED else BATCHES[:2],
                 id=arch,
-                marks=() if arch in ("llama", "gemma2", "single_level") else slow,
+                marks=() if arch in QUICK else exhaustive if arch in ALIKE else slow,
             )
             for arch in SITES
         ),
@@ -141,7 +149,7 @@ def test_fp32_steps_equal_stock_every_site_is_rewritten_and_less_is_saved(
 @pytest.mark.parametrize(
     "arch",
     [
-        pytest.param(arch, marks=exhaustive if arch == "llama" else slow)  # it takes all `BATCHES` above
+        pytest.param(arch, marks=slow if arch in ("gemma2", "single_level") else exhaustive)
         for arch in TOGETHER
     ],
 )
@@ -194,9 +202,7 @@ def test_models_together_are_no_further_from_fp32_than_stock_under_autocast(shap
 
 
 @AUTOCAST
-@pytest.mark.parametrize(
-    "arch", tiered("llama", "single_level", *APART, slower=("phi3", "cohere", "gpt_neox"))
-)
+@pytest.mark.parametrize("arch", tiered("llama", "single_level", *APART, slower=("gpt_neox",)))
 def test_autocast_is_no_further_from_fp32_than_stock(arch, dtype, device, tools):
     if dtype is torch.float16 and device == "cpu":
         pytest.skip("float16 autocast with scaled losses is a GPU matter; the GPU variant runs under -m gpu")

@@ -204,7 +204,11 @@ def fxopt_call(match: fxopt.Match) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [GLU, CROSS_ENTROPY], ids=lambda pattern: pattern.name)
+@pytest.mark.parametrize(
+    "pattern",
+    [GLU, pytest.param(CROSS_ENTROPY, marks=pytest.mark.exhaustive)],
+    ids=lambda pattern: pattern.name,
+)
 def test_the_librarys_own_examples_are_rewritten(pattern: fxopt.Pattern) -> None:
     """Each fifth of them: `tests/patterns/` has all, and the command tries other spellings and sizes of each."""
     findings = check_pattern(
