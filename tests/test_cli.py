@@ -183,7 +183,12 @@ def test_demo_holds_and_saves_its_plot(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [(), ("--dtype", "bf16", "--steps", "2"), ("--arch", "gemma2", "--steps", "6")]
+    "options",
+    [
+        (),
+        pytest.param(("--dtype", "bf16", "--steps", "2"), marks=pytest.mark.exhaustive),
+        ("--arch", "gemma2", "--steps", "6"),
+    ],
 )
 def test_demo_holds_at_full_length_and_with_other_options(options: tuple[str, ...], tmp_path: Path) -> None:
     assert run("demo", *options, "--out", tmp_path / "curves.png") == 0

@@ -1,6 +1,6 @@
 """Each combination on two processes and on four, optimized before and after: the matrix of docs/distributed.md.
 
-Each is a slow test on one of the two, by turns, and an exhaustive one on the other.
+Each is a slow test on one of the two, by turns, or has its options in others that are; the rest is exhaustive.
 
 `cases/combinations.py` says what the two steps are: uneven batches, accumulation without a reduction, a rank whose
 labels are all ignored, and means over the labels of all ranks.
@@ -105,13 +105,24 @@ ON_FOUR = {
     "zero-3, lora",
     "zero-3, several buckets",
 }
-"""What is a slow test on four processes, and an exhaustive one on two; of each engine some, and of each form."""
+"""What may be a slow test on four processes, and is an exhaustive one on two; of each engine some, and of each form."""
 ACCELERATED_ON_FOUR = {"ddp, lora", "fsdp2"}
+MIXED = {
+    *("ddp, four bits", "fsdp2, freed", "fsdp2, tied", "fsdp2, offloaded", "fsdp2, four bits"),
+    *("fsdp2, replicas", "fsdp2, mixed precision", "zero-1, lora", "zero-2"),
+}
+"""What is exhaustive on both: its options are slow tests with others beside them, or as another engine has them."""
+ACCELERATED_MIXED = {"ddp", "fsdp2"}
 
 
-def by_turns(names: Iterable[str], *, four: bool, on_four: set[str] = ON_FOUR) -> list[Any]:
-    """Return `names`, those whose turn is on the other number of processes marked as exhaustive."""
-    return [pytest.param(name, marks=slow if (name in on_four) == four else exhaustive) for name in names]
+def by_turns(
+    names: Iterable[str], *, four: bool, on_four: set[str] = ON_FOUR, mixed: set[str] = MIXED
+) -> list[Any]:
+    """Return `names`, those of `mixed` and those whose turn is on the other number of processes as exhaustive."""
+    return [
+        pytest.param(name, marks=slow if (name in on_four) == four and name not in mixed else exhaustive)
+        for name in names
+    ]
 
 
 def check(answers: list[dict[str, Any]], sites: dict[str, int]) -> None:
@@ -167,13 +178,17 @@ def test_four_processes_under_a_policy(name, four):
     check_policy(four.run("combination", **POLICIES[name]))
 
 
-@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=False, on_four=ACCELERATED_ON_FOUR))
+@pytest.mark.parametrize(
+    "name", by_turns(ACCELERATED, four=False, on_four=ACCELERATED_ON_FOUR, mixed=ACCELERATED_MIXED)
+)
 def test_two_processes_under_accelerate(name, two):
     case, sites = ACCELERATED[name]
     check(two.run("combination_of_accelerate", **case), sites)
 
 
-@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=True, on_four=ACCELERATED_ON_FOUR))
+@pytest.mark.parametrize(
+    "name", by_turns(ACCELERATED, four=True, on_four=ACCELERATED_ON_FOUR, mixed=ACCELERATED_MIXED)
+)
 def test_four_processes_under_accelerate(name, four):
     case, sites = ACCELERATED[name]
     check(four.run("combination_of_accelerate", **case), sites)
