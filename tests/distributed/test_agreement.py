@@ -77,7 +77,7 @@ def test_a_rank_that_was_not_optimized_is_named(new_world):
     [
         "ddp",
         pytest.param("fsdp2", marks=pytest.mark.exhaustive),
-        pytest.param("zero", marks=pytest.mark.deepspeed),
+        pytest.param("zero", marks=[pytest.mark.deepspeed, pytest.mark.exhaustive]),
         pytest.param("zero, several buckets", marks=pytest.mark.deepspeed),
     ],
 )

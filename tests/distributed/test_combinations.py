@@ -109,10 +109,10 @@ ON_FOUR = {
 ACCELERATED_ON_FOUR = {"ddp, lora", "fsdp2"}
 MIXED = {
     *("ddp, four bits", "fsdp2, freed", "fsdp2, tied", "fsdp2, offloaded", "fsdp2, four bits"),
-    *("fsdp2, replicas", "fsdp2, mixed precision", "zero-1, lora", "zero-2"),
+    *("fsdp2, carved", "fsdp2, lora", "fsdp2, replicas", "fsdp2, mixed precision", "zero-1, lora", "zero-2"),
 }
 """What is exhaustive on both: its options are slow tests with others beside them, or as another engine has them."""
-ACCELERATED_MIXED = {"ddp", "fsdp2"}
+ACCELERATED_MIXED = {"ddp", "ddp, lora", "fsdp2"}
 
 
 def by_turns(

@@ -132,7 +132,13 @@ def test_models_under_zero_3_are_served(options, zero_world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("hooked", "checkpointed"), [("block", False), ("block", True), ("whole block", True), ("head", False)]
+    ("hooked", "checkpointed"),
+    [
+        pytest.param("block", False, marks=pytest.mark.exhaustive),
+        ("block", True),
+        ("whole block", True),
+        pytest.param("head", False, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, zero_world):
     """DeepSpeed compares the order between ranks, and its collectives hang or raise where it differs.
@@ -147,8 +153,11 @@ def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, che
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "again"),
-    [({"budget": "auto"}, 0), ({"budget": "min"}, 0), ({"budget": "auto", "checkpointed": True}, 1)],
-    ids=["kept", "planned", "checkpointed"],
+    [
+        pytest.param({"budget": "auto"}, 0, id="kept", marks=pytest.mark.exhaustive),
+        pytest.param({"budget": "min"}, 0, id="planned"),
+        pytest.param({"budget": "auto", "checkpointed": True}, 1, id="checkpointed"),
+    ],
 )
 def test_zero_3_gathers_each_parameter_twice_a_step(options, again, zero_world):
     """Once for forward and once for backward, recomputation or not; stock gathers checkpointed blocks again."""
@@ -159,7 +168,9 @@ def test_zero_3_gathers_each_parameter_twice_a_step(options, again, zero_world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (1, 2)), 3]
+)
 def test_other_options_under_zero_are_named_on_all_ranks(stage, zero_world):
     for answer in zero_world.run("zero_differs", stage=stage):
         assert answer["raised"] == "RanksDifferError"

@@ -297,7 +297,7 @@ COMPLEX = {
     ("arch", "shapes"),
     [
         ("deepseek_v2", SHAPES[:1]),
-        pytest.param("llama4_text", SHAPES[:2], marks=slow),
+        pytest.param("llama4_text", SHAPES[:2], marks=exhaustive),
         pytest.param("deepseek_v2", SHAPES[:2], marks=exhaustive),
     ],
 )

@@ -485,7 +485,7 @@ def count_instructions(run: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize("num_nodes", [100, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_nodes", [100, pytest.param(1_000, marks=pytest.mark.exhaustive)])
 def test_the_work_grows_with_the_graph_and_no_faster(builder: Any, num_nodes: int) -> None:
     """Ten times the nodes are at most twelve times the steps."""
     few, many = (seconds(builder, size)[1] for size in (num_nodes, 10 * num_nodes))
