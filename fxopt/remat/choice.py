@@ -53,10 +53,14 @@ class Candidates:
 def find_candidates(menus: Sequence[Menu]) -> Candidates:
     """Return what `choose_decisions` chooses from."""
     found: set[tuple[int, ...]] = set()
+    forms = {id(menu): menu for menu in menus}
     for level in sorted({decision.chunks for menu in menus for decision in menu}):
-        faster = _find_faster(menus, _at_level(menus[-1], level))
-        for numbers in set(_candidates(menus, level)):
-            found.update((*numbers[:-1], last) for last in faster[numbers[-1]])
+        at_level = {key: _at_level(form, level) for key, form in forms.items()}
+        in_chunks = {key: _most_in_chunks(forms[key], numbers) for key, numbers in at_level.items()}
+        for allowed in (at_level, in_chunks) if in_chunks != at_level else (at_level,):
+            faster = _find_faster(menus, allowed[id(menus[-1])])
+            for numbers in set(_candidates(menus, forms, allowed)):
+                found.update((*numbers[:-1], last) for last in faster[numbers[-1]])
     table = np.array(sorted(found))
     host_bytes = host_bytes_of_all(menus, table)
     order: Column = np.lexsort((host_bytes, times_of(menus, table)))  # equals stay in order
@@ -101,13 +105,14 @@ def host_bytes_of(menus: Sequence[Menu], numbers: Sequence[int]) -> int:
     return sum(menu[number].offloaded_bytes for menu, number in zip(menus, numbers, strict=True))
 
 
-def _candidates(menus: Sequence[Menu], level: int) -> Iterator[tuple[int, ...]]:
+def _candidates(
+    menus: Sequence[Menu], forms: dict[int, Menu], allowed: dict[int, list[int]]
+) -> Iterator[tuple[int, ...]]:
     """Yield choices for all blocks: every sum of the knapsack that none beats, for each pair of options per menu.
 
-    What can run in chunks does so in up to `level`: the knapsack, which sums up what is saved, does not see what for.
+    Only decisions that are `allowed` to a form are taken: the knapsack, which sums up what is saved, does not see what
+    chunks are for.
     """
-    forms = {id(menu): menu for menu in menus}
-    allowed = {key: _at_level(form, level) for key, form in forms.items()}
     counts = Counter(map(id, menus))
     pairing = itertools.combinations
     on_device = {key: [n for n in allowed[key] if not form[n].offloaded_bytes] for key, form in forms.items()}
@@ -140,6 +145,12 @@ def _at_level(form: Menu, level: int) -> list[int]:
         if decision.chunks <= level:
             most[key] = max(most.get(key, 1), decision.chunks)
     return [n for n, d in enumerate(form) if d.chunks == most.get((d.saved_bytes, d.offloaded_bytes))]
+
+
+def _most_in_chunks(form: Menu, numbers: list[int]) -> list[int]:
+    """Return those of `numbers` with the most chunks: beside one that runs whole and saves less none seems worth it."""
+    most = max((form[number].chunks for number in numbers), default=1)
+    return [number for number in numbers if form[number].chunks == most]
 
 
 def _mixes(offer: Offer, count: int) -> Iterator[Offer]:

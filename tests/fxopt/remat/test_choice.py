@@ -266,6 +266,16 @@ def test_in_chunks_never_over_the_budget_more_budget_never_slower_and_no_uniform
     assert times == sorted(times, reverse=True)
 
 
+def test_chunks_are_taken_where_one_that_runs_whole_saves_less_in_less_time_but_does_not_fit():
+    whole, less = Decision((), (), 2, 7, 12, 3, 100.0, 0.0), Decision((), (), 1, 6, 12, 3, 100.0, 2.0)
+    chunked = dataclasses.replace(whole, forward_bytes=2, backward_bytes=2, chunks=16, chunk_ms=16.0)
+    offered = ((whole, less, chunked),) * len(PATHS)
+    in_chunks = (2,) * len(PATHS)
+    limit = peak_of(offered, in_chunks, AROUND)
+    assert limit < peak_of(offered, (1,) * len(PATHS), AROUND)
+    assert choose_decisions(find_candidates(offered), AROUND, limit) == in_chunks
+
+
 def test_a_mask_that_two_kinds_of_blocks_read_is_there_once_and_two_of_one_kind_are_two():
     table = Residual("input#1", (4, 2), "float32", 32, 0.0, "", shared=True)
     mask = Residual("input#2", (8,), "bool", 8, 0.0, "", shared=True)
