@@ -243,10 +243,14 @@ def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
 
 def _compute_in_bfloat16(adapted: torch.nn.Module) -> None:
     """Let adapters, whose weights are in float32, compute as under autocast, which meta does not know."""
+    classes: dict[type, type] = {}
     for layer in list(adapted.modules()):
+        kind = type(layer)
         if isinstance(layer, torch.nn.Linear) and layer.weight.dtype == torch.float32:
             # unsafe: the dtype changes
             register_parametrization(layer, "weight", _InBfloat16(), unsafe=True)
+            # Torch makes a class for each layer, and a block whose layers have others is captured anew.
+            layer.__class__ = classes.setdefault(kind, type(layer))
 
 
 class _InBfloat16(torch.nn.Module):

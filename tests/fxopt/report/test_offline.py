@@ -66,11 +66,12 @@ def test_a_model_that_asks_for_values_is_reported_by_a_small_one(asking: str) ->
 
 
 def test_adapters_train_in_float32_and_compute_in_bfloat16_as_under_autocast() -> None:
-    fields = ("num_hidden_layers=2", "hidden_size=64", "num_attention_heads=4", "num_key_value_heads=2")
+    fields = ("num_hidden_layers=4", "hidden_size=64", "num_attention_heads=4", "num_key_value_heads=2")
     more = ("intermediate_size=128", "vocab_size=256")
     adapted = dataclasses.replace(setting("llama", *fields, *more, budget="none"), lora=True)
     report = report_offline(adapted)
-    assert {site.count for site in report.sites if site.pattern == "lora_linear"} == {2}
+    assert {site.count for site in report.sites if site.pattern == "lora_linear"} == {4}
+    assert [region.captures for region in report.regions if region.kind == "block"] == [2]
     (plan,) = report.plans
     kept = {
         residual.dtype for decision in plan.decisions for residual in decision.saved if residual.bytes > 4096
