@@ -62,7 +62,7 @@ test-deepspeed: setup build/deepspeed ## The slow tests of DeepSpeed, which is a
 
 test-all: test test-slow test-deepspeed ## test, and the slow tests
 
-test-exhaustive: setup build/deepspeed ## Further combinations of what the slow tests hold apart
+test-exhaustive: setup build/deepspeed ## What is too long for every change: combinations of what the slow tests hold apart
 	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "exhaustive and not gpu" $(ARGS)
 
 test-gpu: setup ## The tests that need a CUDA device

@@ -94,33 +94,33 @@ ON_FOUR = {
     "ddp",
     "ddp, unused parameters",
     "ddp, lora",
-    "fsdp2, carved",
     "fsdp2, carved, tied",
-    "fsdp2, offloaded",
     "fsdp2, carved, four bits",
-    *REPLICAS,
-    "fsdp2, mixed precision",
-    "zero-1, lora",
-    "zero-2",
+    "fsdp2, carved, replicas",
     "zero-3, lora",
     "zero-3, several buckets",
 }
-"""What may be a slow test on four processes, and is an exhaustive one on two; of each engine some, and of each form."""
-ACCELERATED_ON_FOUR = {"ddp, lora", "fsdp2"}
+"""What is a slow test on four processes, and an exhaustive one on two; of each engine some, and of each form."""
 MIXED = {
-    *("ddp, four bits", "fsdp2, freed", "fsdp2, tied", "fsdp2, offloaded", "fsdp2, four bits"),
-    *("fsdp2, carved", "fsdp2, lora", "fsdp2, replicas", "fsdp2, mixed precision", "zero-1, lora", "zero-2"),
+    *(
+        "ddp, four bits",
+        "fsdp2, tied",
+        "fsdp2, offloaded",
+        "fsdp2, four bits",
+        "fsdp2, carved",
+        "fsdp2, lora",
+    ),
+    *("fsdp2, replicas", "fsdp2, mixed precision", "zero-1, lora", "zero-2"),
 }
-"""What is exhaustive on both: its options are slow tests with others beside them, or as another engine has them."""
+"""What is exhaustive on both: its options are slow tests with others beside them, or under the other engine."""
 ACCELERATED_MIXED = {"ddp", "ddp, lora", "fsdp2"}
+"""`tests/distributed/test_others.py` has accelerate's DistributedDataParallel under trainers."""
 
 
-def by_turns(
-    names: Iterable[str], *, four: bool, on_four: set[str] = ON_FOUR, mixed: set[str] = MIXED
-) -> list[Any]:
+def by_turns(names: Iterable[str], *, four: bool, mixed: set[str] = MIXED) -> list[Any]:
     """Return `names`, those of `mixed` and those whose turn is on the other number of processes as exhaustive."""
     return [
-        pytest.param(name, marks=slow if (name in on_four) == four and name not in mixed else exhaustive)
+        pytest.param(name, marks=slow if (name in ON_FOUR) == four and name not in mixed else exhaustive)
         for name in names
     ]
 
@@ -178,17 +178,13 @@ def test_four_processes_under_a_policy(name, four):
     check_policy(four.run("combination", **POLICIES[name]))
 
 
-@pytest.mark.parametrize(
-    "name", by_turns(ACCELERATED, four=False, on_four=ACCELERATED_ON_FOUR, mixed=ACCELERATED_MIXED)
-)
+@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=False, mixed=ACCELERATED_MIXED))
 def test_two_processes_under_accelerate(name, two):
     case, sites = ACCELERATED[name]
     check(two.run("combination_of_accelerate", **case), sites)
 
 
-@pytest.mark.parametrize(
-    "name", by_turns(ACCELERATED, four=True, on_four=ACCELERATED_ON_FOUR, mixed=ACCELERATED_MIXED)
-)
+@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=True, mixed=ACCELERATED_MIXED))
 def test_four_processes_under_accelerate(name, four):
     case, sites = ACCELERATED[name]
     check(four.run("combination_of_accelerate", **case), sites)

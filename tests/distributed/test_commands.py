@@ -22,7 +22,7 @@ COMMANDS = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) .+?)`", PAGE)
 
 
 def mark_command(command: str) -> Any:
-    """Return the mark of a command: of those without DeepSpeed the one that starts the `Trainer` is not exhaustive."""
+    """Return the mark of a command: torchrun's are exhaustive, since accelerate's starts the `Trainer` too."""
     if "deepspeed" in command:
         return pytest.mark.deepspeed
     return pytest.mark.exhaustive if command.startswith("torchrun") else ()

@@ -42,7 +42,7 @@ def test_a_head_tied_to_the_embedding_is_served(two):
     check(two.run("step", engine="fsdp2", order="before", options={"carved": True}, overrides=tied), SITES)
 
 
-@exhaustive  # as "fsdp2, four bits" of `test_combinations.py`
+@exhaustive  # as "fsdp2, carved, four bits" of `test_combinations.py`
 def test_adapters_on_a_base_in_four_bits(two):
     """FSDP2 shards codes that are stored as of a floating dtype; gathered, they are tensors of no class of their own.
 
@@ -54,7 +54,7 @@ def test_adapters_on_a_base_in_four_bits(two):
     check(answers, {**ADAPTED, "dequantize_4bit": 14})
 
 
-@exhaustive  # as "fsdp2, offloaded" of `test_combinations.py`
+@exhaustive  # as "fsdp2, offloaded, lora" of `test_combinations.py`
 def test_parameters_that_wait_on_the_host(two):
     options = {"carved": True, "offloaded": True}
     check(two.run("step", engine="fsdp2", order="before", options=options), SITES)

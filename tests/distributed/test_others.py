@@ -137,7 +137,7 @@ def test_models_under_zero_3_are_served(options, zero_world):
         pytest.param("block", False, marks=pytest.mark.exhaustive),
         ("block", True),
         ("whole block", True),
-        pytest.param("head", False, marks=pytest.mark.exhaustive),
+        ("head", False),
     ],
 )
 def test_under_zero_3_ranks_gather_in_one_order_where_one_falls_back(hooked, checkpointed, zero_world):

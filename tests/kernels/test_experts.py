@@ -165,7 +165,7 @@ def test_kernels_agree_with_the_reference(
         {"num_tokens": 1, "num_choices": 1, "num_experts": 1},
         pytest.param(
             {"num_tokens": 20, "num_choices": 4, "num_experts": 40, "width": 130, "inner": 129},
-            marks=pytest.mark.exhaustive,
+            marks=pytest.mark.slow,
         ),
         {"num_tokens": 9, "num_choices": 3, "width": 16, "inner": 8, "is_stored_transposed": False},
         {"num_tokens": 9, "num_choices": 3, "bias": False},

@@ -181,7 +181,7 @@ RESIZED_TOO = (
 CROSSED = ("nf4, dora", "nf4, one scale", "fp4", "nf4, dropout", "nf4, two adapters", "nf4, two projections")
 """Products of what other cases hold apart."""
 ALIKE = (
-    *("rank-stabilized", "two projections", "one layer", "trained bias on the base"),
+    *("rank-stabilized", "one layer"),
     *("nf4, bias on the base", "nf4, stored as of a floating dtype"),
 )
 """Cases whose graphs have the forms of others, but for a constant or for where they stand."""

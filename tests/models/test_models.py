@@ -49,16 +49,12 @@ JOINS = dict.fromkeys(("qwen3", "gemma3_text", "olmo2"), LAYERS)
 
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
-SLOW = ("qwen3", "gemma2", "phi3", "olmo2", "cohere", "glm4", "gpt_neox", "single_level")
-"""Beside llama, one of each form of norm, rotation and unit; the forms of the others are among these."""
-
-
 QUICK = ("llama", "gemma2", "single_level")
-ALIKE = ("mistral", "smollm3", "granite", "stablelm", "starcoder2")
+ALIKE = ("mistral", "granite", "stablelm", "starcoder2")
 """Those whose forms others of the table have too."""
 
 
-def tiered(*archs: str, slower: tuple[str, ...] = SLOW) -> list[Any]:
+def tiered(*archs: str, slower: tuple[str, ...]) -> list[Any]:
     """Return `archs`: llama for each run, `slower` ones for `make test-all`, the others for exhaustive runs."""
     return [
         arch if arch == "llama" else pytest.param(arch, marks=slow if arch in slower else exhaustive)
@@ -66,7 +62,7 @@ def tiered(*archs: str, slower: tuple[str, ...] = SLOW) -> list[Any]:
     ]
 
 
-HALF = (("qwen3", "bf16"), ("gpt_neox", "bf16"), ("gemma2", "fp16"), ("olmo2", "fp16"))
+HALF = (("qwen3", "bf16"), ("cohere", "bf16"), ("gpt_neox", "bf16"), ("gemma2", "fp16"), ("olmo2", "fp16"))
 """Of weights in half precision: one of each form of norm, by turns."""
 
 
@@ -89,7 +85,7 @@ takes seven times as long as one for its own. Those of `TOGETHER` take `SHAPES` 
 """
 RESIZED = ("llama", "phi3", "gpt_neox")
 """Models that train on all of `BATCHES`: llama, one with packed projections, and one with layer norms. Another size of
-the others is exhaustive, but for those of `TOGETHER` in `test_every_shape_under_every_padding_trains_as_stock`.
+the others is exhaustive, but for gemma2 and single_level in `test_every_shape_under_every_padding_trains_as_stock`.
 """
 
 SAVED_LESS_BY_INDUCTOR_ONLY = ("gpt_neox", "starcoder2")

@@ -60,6 +60,7 @@ def saved_per_block(model, batch):
     [
         ("llama", False, False),
         pytest.param("llama", True, True, marks=pytest.mark.slow),
+        pytest.param("gemma2", False, False, marks=pytest.mark.slow),
         *(
             pytest.param(arch, adapted, True, marks=pytest.mark.exhaustive)
             for arch, adapted in (("llama", False), ("qwen2", True), ("gemma2", False))

@@ -107,7 +107,7 @@ def test_the_parts_of_each_instant_are_its_bytes(report_of: Explained, name: str
     peak = planned.timeline[place]
     assert (peak.bytes, peak.name) == (planned.peak_bytes, planned.peak_at)
     rests = [find_holdings(planned, instant)[0].bytes - planned.static_bytes for instant in planned.timeline]
-    # Both tables of the rotation lie beside the blocks: 16 rows of a head's width, of 2 bytes each in bfloat16.
+    # Both tables of the rotation lie beside the blocks: 16 rows of a head's width, in bfloat16 or float32.
     config = tiny_config(name)
     width = config.hidden_size // config.num_attention_heads
     tables = 2 * 16 * width * (2 if "moe" in name else 4)
