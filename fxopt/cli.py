@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
+from fxopt.demo.plot_file import check_plot_file
 from fxopt.errors import FxoptError
 from fxopt.report.text import WIDTH
 
@@ -245,6 +246,9 @@ def plan(
 ) -> None:
     """Plan what a model's blocks save for backward and compute again, from its config alone."""
     model_type = _check_source("plan", source, arch or ())
+    check_plot_file(out, "fxopt-plan.png")
+    for path in (out, out.with_suffix(".csv")):
+        _check_writable(path)
     from fxopt.offline import Setting, plan_offline, render_curve
 
     chosen = tuple(fields or ())

@@ -58,6 +58,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (("plan", "--arch", "llama", "--4bit"), "--4bit: four-bit weights are not trained"),
         (("plan", "--arch", "llama", "--host-memory", "much"), "--host-memory: expected bytes"),
+        (
+            ("plan", "--arch", "llama", "--out", "gone/plan.png"),
+            "--out: .* no such folder.*\n.*fxopt-plan.png here",
+        ),
+        (("plan", "--arch", "llama", "--out", "plan.csv"), "--out: .* ends in one of .png.*, got plan.csv"),
+        (("plan", "--arch", "llama", "--out", "."), "--out: expected a file to write, got the folder ."),
         (("plan",), "plan: which model is not clear.*got neither"),
         (
             ("plan", "--arch", "llama", "--device", "TPU"),
@@ -80,7 +86,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (("demo", "--steps", "1"), "expected at least 2, got 1"),
         (("demo", "--out", "/no/such/folder/plot.png"), "no such folder: /no/such/folder\nmake that folder"),
-        (("demo", "--out", "curves.foo"), "ends in one of .png, .pdf, .svg, got curves.foo\nthe loss curves"),
+        (
+            ("demo", "--out", "curves.foo"),
+            "ends in one of .png, .pdf, .svg, got curves.foo\nit is for a plot: fxopt-demo.png",
+        ),
         (("trace",), "trace: which model is not clear, expected a path or hub name, .*, got neither\ntry"),
         (
             ("trace", __file__),

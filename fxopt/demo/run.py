@@ -15,6 +15,7 @@ import fxopt
 from fxopt.demo.comparison import Comparison, find_failures, save_plot, show_comparison
 from fxopt.demo.corpus import make_batches, read_corpus, train_tokenizer
 from fxopt.demo.models import build_small_model
+from fxopt.demo.plot_file import check_plot_file
 from fxopt.demo.training import DTYPES, Run, train
 from fxopt.errors import FxoptError
 
@@ -96,9 +97,6 @@ def run_demo(options: DemoOptions, console: Console, show_report: Callable[[str]
     return find_failures(comparison, report)
 
 
-PLOTS = (".png", ".pdf", ".svg")
-
-
 def check_options(options: DemoOptions) -> None:
     """Check what can be checked before training.
 
@@ -119,19 +117,7 @@ def check_options(options: DemoOptions) -> None:
         ) from error
     if torch.device(options.device).type == "meta":
         raise FxoptError("--device: a model on meta has no weights to train, expected cpu or cuda")
-    folder = options.out.absolute().parent
-    if not folder.is_dir():
-        raise FxoptError(
-            f"--out: expected a file in a folder that exists, got {options.out}: no such folder: {folder}\n"
-            "make that folder, or leave --out away to write fxopt-demo.png here"
-        )
-    if options.out.suffix not in PLOTS and not options.out.is_dir():
-        raise FxoptError(
-            f"--out: expected a file name that ends in one of {', '.join(PLOTS)}, got {options.out}\n"
-            "the loss curves are a plot: fxopt-demo.png, say"
-        )
-    if options.out.is_dir():
-        raise FxoptError(f"--out: expected a file to write, got the folder {options.out}")
+    check_plot_file(options.out, "fxopt-demo.png")
 
 
 def _progress(console: Console) -> Progress:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxopt.graph.torch_private import expression_of, hint_of, size_seen, tree_map_only
 
 EXAMPLE = "example_value"
+SIZED: tuple[Any, ...] = (Tensor, torch.Size, torch.SymInt)
 UNSEEN = 8
 """What a size is taken for that hangs on the values of a tensor."""
 
@@ -67,10 +68,16 @@ def settle_sizes(graph: fx.Graph) -> None:
     """
     for node in graph.nodes:
         if EXAMPLE in node.meta:
-            node.meta[EXAMPLE] = tree_map_only(Tensor, _settled, node.meta[EXAMPLE])
+            node.meta[EXAMPLE] = tree_map_only(SIZED, _settled, node.meta[EXAMPLE])
 
 
-def _settled(value: Tensor) -> Tensor:
+def _settled(value: Any) -> Any:
+    if isinstance(value, torch.Size):
+        return tuple(map(_as_number, value))
+    return _settled_tensor(value) if isinstance(value, Tensor) else _as_number(value)
+
+
+def _settled_tensor(value: Tensor) -> Tensor:
     if value.layout is not torch.strided or not any(map(_is_settled, (*value.shape, *value.stride()))):
         return value
     shape, stride = (tuple(map(_as_number, sizes)) for sizes in (value.shape, value.stride()))

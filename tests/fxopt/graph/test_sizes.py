@@ -41,3 +41,19 @@ def test_a_size_that_met_a_weights_is_a_number_in_all_values_and_others_are_left
         assert value.requires_grad
     x, transposed = seen[:2]
     assert x.untyped_storage()._cdata == transposed.untyped_storage()._cdata
+
+
+def test_a_shape_that_is_read_whole_before_its_sizes_were_known_has_numbers_too() -> None:
+    weight = torch.nn.Parameter(torch.ones(16))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        shape = x.size()
+        return (x.square() * weight).flatten().view(shape).sum(0)
+
+    graph = capture(scaled, torch.randn(3, 5, 16))
+    (shape,) = (
+        value
+        for node in graph.nodes
+        if isinstance(value := node.meta.get("example_value"), tuple) and len(value) == 3
+    )
+    assert [type(size) for size in shape] == [torch.SymInt, torch.SymInt, int]
