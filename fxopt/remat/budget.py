@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 
 from fxopt.errors import FxoptError
 
@@ -31,7 +32,7 @@ def check_budget(value: object) -> Budget:
         return value
     if isinstance(value, float) and 0 < value <= 1:
         return value
-    raise _refusal(repr(value))
+    raise _refusal(reprlib.repr(value))  # inputs given in its place may be long
 
 
 def parse_size(text: str, subject: str = "memory_budget") -> int:
