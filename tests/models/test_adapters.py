@@ -180,10 +180,7 @@ RESIZED_TOO = (
 """With those above, one of each form of graph, as scales and codes change no form."""
 CROSSED = ("nf4, dora", "nf4, one scale", "fp4", "nf4, dropout", "nf4, two adapters", "nf4, two projections")
 """Products of what other cases hold apart."""
-ALIKE = (
-    *("rank-stabilized", "one layer"),
-    *("nf4, bias on the base", "nf4, stored as of a floating dtype"),
-)
+ALIKE = ("rank-stabilized", "one layer", "nf4, bias on the base", "nf4, stored as of a floating dtype")
 """Cases whose graphs have the forms of others, but for a constant or for where they stand."""
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
