@@ -5,7 +5,7 @@ the GPU kept busy until the host has queued it, so that nobody's Python is timed
 
     fxopt      the op, through autograd
     liger      liger_kernel's functional form
-    cce        cut_cross_entropy without its gradient filter ("cce_exact")
+    cce        cut_cross_entropy without its gradient filter
     sdpa       torch's attention by its own choice; `cudnn`, `flash`, `efficient` by one backend of it
     flex       torch's flex_attention, compiled, with a block mask
     bnb        bitsandbytes

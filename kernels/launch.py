@@ -47,6 +47,7 @@ else:
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (7, 5)
 OLDEST_BFLOAT16_CAPABILITY = (8, 0)
+MOST_WARPS = 16
 SHARED_SLACK_BYTES = 16 * 1024  # for reductions
 INTERPRETED_PROGRAMS = 3  # few, so that each program of a persistent grid does several turns under test
 
@@ -190,7 +191,7 @@ def next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def num_warps_for(tile_elements: int, elements_per_thread: int = 16, at_most: int = 16) -> int:
+def num_warps_for(tile_elements: int, elements_per_thread: int = 16, at_most: int = MOST_WARPS) -> int:
     """Return a power of two of warps that gives each thread about `elements_per_thread` of a tile.
 
     >>> num_warps_for(4096), num_warps_for(128), num_warps_for(65536)
@@ -200,15 +201,15 @@ def num_warps_for(tile_elements: int, elements_per_thread: int = 16, at_most: in
 
 
 @functools.cache
-def num_stages_for(loop_bytes: int, device: torch.device) -> int:
-    """Return the stages of a loop whose turns load `loop_bytes`: 3 if its two buffers fit on a multiprocessor, else 1.
+def num_stages_for(loop_bytes: int, device: torch.device, stages: int = 3) -> int:
+    """Return `stages` for a loop whose turns load `loop_bytes` if its buffers fit on a multiprocessor, else 1.
 
-    With 2 stages Triton has a single buffer, filled after a turn's arithmetic: nothing overlaps.
+    Of n stages n - 1 have a buffer. With 2 stages the single one is filled after a turn's arithmetic: nothing overlaps.
     """
     if device.type != "cuda":
         return 1
     most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 3 if 2 * loop_bytes + SHARED_SLACK_BYTES <= most else 1
+    return stages if (stages - 1) * loop_bytes + SHARED_SLACK_BYTES <= most else 1
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

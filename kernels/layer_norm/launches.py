@@ -17,9 +17,11 @@ from fxopt.kernels.layer_norm.kernels import (
     layer_norm_forward_kernel,
     layer_norm_sum_kernel,
 )
+from fxopt.kernels.layer_norm.long_rows import layer_norm_long_backward_kernel
 from fxopt.kernels.rms_norm.launches import (
     FORWARD_ELEMENTS,
     MOST_EARLY_COLUMNS,
+    MOST_FORWARD_WARPS,
     SUM_COLUMNS,
     SUM_ROWS,
     TILE_ELEMENTS,
@@ -27,6 +29,11 @@ from fxopt.kernels.rms_norm.launches import (
 )
 
 MOST_KEPT_COLUMNS = 8192  # backward holds a row and the weight in registers; what is longer it reads again
+BACKWARD_TILE_ELEMENTS = 2048
+BACKWARD_ELEMENTS = 16  # a thread's, of tiles longer than TILE_ELEMENTS; of others as many as forward's
+SHORT_STAGES, LONG_STAGES = 4, 3
+LONG_PIECES, LONG_WARPS = 8, 16
+LONG_MULTIPLE = 8  # columns: rows that begin anywhere are read value by value, each in a register of its own
 
 
 def launch_forward(
@@ -40,7 +47,7 @@ def launch_forward(
     if num_rows == 0:
         return y, statistics
     block_rows, block_columns = tile_of(columns, TILE_ELEMENTS)
-    num_warps = num_warps_for(block_rows * block_columns, FORWARD_ELEMENTS)
+    num_warps = num_warps_for(block_rows * block_columns, FORWARD_ELEMENTS, MOST_FORWARD_WARPS)
     x, x_row_stride = with_row_stride(x)
     with on_device(x):
         launch(
@@ -84,8 +91,10 @@ def launch_backward(
     dbias = bias.new_empty(bias.shape) if need_bias and bias is not None else None
     if num_rows == 0:
         return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
-    block_rows, block_columns = tile_of(columns, TILE_ELEMENTS)
+    block_rows, block_columns = tile_of(columns, BACKWARD_TILE_ELEMENTS)
     tile_elements = block_rows * block_columns
+    per_thread = FORWARD_ELEMENTS if tile_elements <= TILE_ELEMENTS else BACKWARD_ELEMENTS
+    most_stages = SHORT_STAGES if tile_elements <= BACKWARD_TILE_ELEMENTS else LONG_STAGES
     per_processor = 1 if tile_elements > TILE_ELEMENTS else 2
     programs = min(num_processors(x.device) * per_processor, ceil_div(num_rows, block_rows))
     keep = block_columns <= MOST_KEPT_COLUMNS
@@ -96,32 +105,60 @@ def launch_backward(
     partial = x.new_empty((2, programs, columns), dtype=torch.float32) if num_sums else statistics
     x, x_row_stride = with_row_stride(x)
     dy, dy_row_stride = with_row_stride(dy)
+    in_pieces = (
+        not keep
+        and num_sums > 0
+        and columns <= block_columns
+        and columns % LONG_MULTIPLE == 0
+        and dy.element_size() == x.element_size() == 2
+    )
+    arguments = (
+        dy,
+        x,
+        x if weight is None else weight.contiguous(),
+        statistics,
+        x if dx is None else dx,
+        partial,
+        dy_row_stride,
+        x_row_stride,
+        num_rows,
+    )
+    needs = {
+        "HAS_WEIGHT": weight is not None,
+        "NEED_X": need_x,
+        "NEED_WEIGHT": dweight is not None,
+        "NEED_BIAS": dbias is not None,
+    }
     with on_device(x):
-        launch(
-            layer_norm_backward_kernel,
-            (programs,),
-            dy,
-            x,
-            x if weight is None else weight.contiguous(),
-            statistics,
-            x if dx is None else dx,
-            partial,
-            dy_row_stride,
-            x_row_stride,
-            num_rows,
-            WIDTH=columns,
-            HAS_WEIGHT=weight is not None,
-            NEED_X=need_x,
-            NEED_WEIGHT=dweight is not None,
-            NEED_BIAS=dbias is not None,
-            KEEP_WEIGHT=keep,
-            RELOAD=not keep and num_sums > 0,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            STAGES=num_stages_for(tile_bytes * per_processor, x.device) if columns <= block_columns else 1,
-            num_warps=num_warps_for(tile_elements),
-            enable_fp_fusion=False,  # a fused multiply-add would make a difference of equal products not 0
-        )
+        if in_pieces:
+            launch(
+                layer_norm_long_backward_kernel,
+                (programs,),
+                *arguments,
+                WIDTH=columns,
+                **needs,
+                BLOCK_COLUMNS=block_columns,
+                PIECES=LONG_PIECES,
+                num_warps=LONG_WARPS,
+                enable_fp_fusion=False,  # as below
+            )
+        else:
+            launch(
+                layer_norm_backward_kernel,
+                (programs,),
+                *arguments,
+                WIDTH=columns,
+                **needs,
+                KEEP_WEIGHT=keep,
+                RELOAD=not keep and num_sums > 0,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
+                STAGES=num_stages_for(tile_bytes * per_processor, x.device, most_stages)
+                if columns <= block_columns
+                else 1,
+                num_warps=num_warps_for(tile_elements, per_thread),
+                enable_fp_fusion=False,  # a fused multiply-add would make a difference of equal products not 0
+            )
         if num_sums:
             launch(
                 layer_norm_sum_kernel,

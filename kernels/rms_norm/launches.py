@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.launch import (
+    MOST_WARPS,
     ceil_div,
     next_power_of_two,
     num_processors,
@@ -22,6 +23,9 @@ from fxopt.kernels.rms_norm.reference import promoted
 MOST_TILE_COLUMNS = 16384  # longer rows go through in tiles
 TILE_ELEMENTS = 4096  # what a program holds at a time, unless one row is longer
 FORWARD_ELEMENTS = 32  # a thread's, where forward reads one tensor: fewer warps meet at a row's sum
+MOST_FORWARD_WARPS = (
+    8  # there: of rows of 16384 a thread has 64 values, and two programs fit on a multiprocessor
+)
 FORWARD_ELEMENTS_BESIDE = 16  # a thread's, of each of two
 MOST_EARLY_COLUMNS = 4096  # up to here weight and bias are on their way while the sums are made
 SUM_ROWS = 64
@@ -86,6 +90,7 @@ def run_forward(
     block_rows, block_columns = tile_of(width, TILE_ELEMENTS)
     reads_one = gate is None and h is None
     per_thread = FORWARD_ELEMENTS if reads_one else FORWARD_ELEMENTS_BESIDE
+    most_warps = MOST_FORWARD_WARPS if reads_one else MOST_WARPS
     x, x_row_stride = with_row_stride(x)
     skip, skip_row_stride = (x, 0) if skip is None else with_row_stride(skip)
     gate, gate_row_stride = (None, 0) if gate is None else with_row_stride(gate)
@@ -118,7 +123,7 @@ def run_forward(
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             EARLY=not reads_one or block_columns <= MOST_EARLY_COLUMNS,
-            num_warps=num_warps_for(block_rows * block_columns, per_thread),
+            num_warps=num_warps_for(block_rows * block_columns, per_thread, most_warps),
             # Sums of squares, x * scale + skip, n * w * act: a fused multiply-add only rounds less.
             enable_fp_fusion=True,
         )

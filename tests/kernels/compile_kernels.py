@@ -29,7 +29,7 @@ from fxopt.kernels.cross_entropy import kernels as cross_entropy
 from fxopt.kernels.experts import launches as experts
 from fxopt.kernels.glu import launches as glu
 from fxopt.kernels.glu.form import Form, passes_at_limit
-from fxopt.kernels.launch import num_warps_for
+from fxopt.kernels.launch import MOST_WARPS, num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
 from fxopt.kernels.lora_linear import dropped, extend, gated_products, one_read
@@ -72,28 +72,40 @@ def rms_norm_builds() -> Iterator[Build]:
         per_thread = rms_norm.FORWARD_ELEMENTS if reads_one else rms_norm.FORWARD_ELEMENTS_BESIDE
         early = not reads_one or columns <= rms_norm.MOST_EARLY_COLUMNS
         forward = form | dict(CAST_FIRST=True, EARLY=early)
-        yield rms_norm.rms_norm_forward_kernel, forward, fp32, num_warps_for(rows * columns, per_thread), True
+        most = rms_norm.MOST_FORWARD_WARPS if reads_one else MOST_WARPS
+        forward_warps = num_warps_for(rows * columns, per_thread, most)
+        yield rms_norm.rms_norm_forward_kernel, forward, fp32, forward_warps, True
         yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
         yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
     sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
     yield rms_norm.rms_norm_sum_kernel, sums, fp32, 4, True
 
 
-def layer_norm_builds() -> Iterator[Build]:
+def layer_norm_builds(dtype: str) -> Iterator[Build]:
     fp32 = {"p_statistics": "*fp32", "p_partial": "*fp32"}
     for width in (*WIDTHS, ODD_WIDTH):
         rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
         form = dict(HAS_WEIGHT=True, WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
-        warps = num_warps_for(rows * columns)
-        forward_warps = num_warps_for(rows * columns, rms_norm.FORWARD_ELEMENTS)
+        forward_warps = num_warps_for(rows * columns, rms_norm.FORWARD_ELEMENTS, rms_norm.MOST_FORWARD_WARPS)
         for biased in (True, False):
             forward = form | dict(HAS_BIAS=biased, EARLY=columns <= rms_norm.MOST_EARLY_COLUMNS)
             yield layer_norm.layer_norm_forward_kernel, forward, fp32, forward_warps, True
+        rows, columns = rms_norm.tile_of(width, layer_norm.BACKWARD_TILE_ELEMENTS)
+        form |= dict(BLOCK_ROWS=rows)
+        is_short = rows * columns <= rms_norm.TILE_ELEMENTS
+        warps = num_warps_for(
+            rows * columns, rms_norm.FORWARD_ELEMENTS if is_short else layer_norm.BACKWARD_ELEMENTS
+        )
         keep = columns <= layer_norm.MOST_KEPT_COLUMNS
         for trainable in (True, False):
             needs = dict(NEED_X=True, NEED_WEIGHT=trainable, NEED_BIAS=trainable)
+            if trainable and not keep and columns >= width and dtype != "float32":
+                pieces = dict(HAS_WEIGHT=True, WIDTH=width, BLOCK_COLUMNS=columns) | needs
+                pieces |= dict(PIECES=layer_norm.LONG_PIECES)
+                yield layer_norm.layer_norm_long_backward_kernel, pieces, fp32, layer_norm.LONG_WARPS, False
+                continue
             backward = form | needs | dict(KEEP_WEIGHT=keep, RELOAD=not keep and trainable)
-            for stages in (1, 3):
+            for stages in (1, layer_norm.SHORT_STAGES if is_short else layer_norm.LONG_STAGES):
                 kernel = layer_norm.layer_norm_backward_kernel
                 yield kernel, backward | dict(STAGES=stages), fp32, warps, True
     sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
@@ -389,7 +401,7 @@ def main() -> None:
     for dtype in dtypes:
         builds = (
             *rms_norm_builds(),
-            *layer_norm_builds(),
+            *layer_norm_builds(dtype),
             *glu_builds(),
             *experts_builds(int(arch), dtype),
             *route_builds(),

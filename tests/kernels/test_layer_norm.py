@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.kernels import layer_norm as file
-from fxopt.kernels.layer_norm import layer_norm, layer_norm_reference
+from fxopt.kernels.layer_norm import launches, layer_norm, layer_norm_reference
+from fxopt.kernels.layer_norm.launches import MOST_KEPT_COLUMNS
 from fxopt.kernels.layer_norm.op import backward_op, forward_op
 from fxopt.kernels.rms_norm.launches import MOST_TILE_COLUMNS
 
@@ -91,6 +92,50 @@ def test_long_rows(width: int, frozen: tuple[int, ...], device: str, check: Any,
     for index in frozen:
         inputs[index] = inputs[index].detach()  # type: ignore[union-attr]
     compare(inputs, check, gradients)
+
+
+LONG_WIDTH = MOST_KEPT_COLUMNS + 1000
+
+
+@pytest.mark.usefixtures("wide_sums")
+@pytest.mark.parametrize(
+    ("frozen", "weight", "dtype"),
+    [
+        ((), True, torch.bfloat16),
+        ((0,), True, torch.float16),
+        ((1,), True, torch.bfloat16),
+        ((2,), True, torch.bfloat16),
+        ((), False, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_long_rows_in_pieces(
+    frozen: tuple[int, ...],
+    weight: bool,
+    dtype: torch.dtype,
+    device: str,
+    check: Any,
+    gradients: Any,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(launches, "layer_norm_backward_kernel", None)  # the one for other rows
+    inputs = make((4, LONG_WIDTH), dtype, device, weight=weight)
+    for index in frozen:
+        inputs[index] = inputs[index].detach()  # type: ignore[union-attr]
+    compare(inputs, check, gradients)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_long_row_spoils_no_other(value: float, device: str) -> None:
+    inputs = make((4, LONG_WIDTH), torch.bfloat16, device)
+    dy = torch.randn(4, LONG_WIDTH, device=device).to(torch.bfloat16)
+    dy[1, 5] = value
+    with torch.no_grad():
+        _, (dx, _dweight, _dbias) = run_kernel(inputs, dy, (True, True, True))
+    assert dx is not None
+    assert not dx[1].isfinite().any()
+    assert dx[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.usefixtures("wide_sums")
