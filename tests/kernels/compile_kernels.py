@@ -90,12 +90,8 @@ def layer_norm_builds(dtype: str) -> Iterator[Build]:
         for biased in (True, False):
             forward = form | dict(HAS_BIAS=biased, EARLY=columns <= rms_norm.MOST_EARLY_COLUMNS)
             yield layer_norm.layer_norm_forward_kernel, forward, fp32, forward_warps, True
-        rows, columns = rms_norm.tile_of(width, layer_norm.BACKWARD_TILE_ELEMENTS)
+        rows, columns, warps, most_stages = layer_norm.backward_tile_of(width)
         form |= dict(BLOCK_ROWS=rows)
-        is_short = rows * columns <= rms_norm.TILE_ELEMENTS
-        warps = num_warps_for(
-            rows * columns, rms_norm.FORWARD_ELEMENTS if is_short else layer_norm.BACKWARD_ELEMENTS
-        )
         keep = columns <= layer_norm.MOST_KEPT_COLUMNS
         for trainable in (True, False):
             needs = dict(NEED_X=True, NEED_WEIGHT=trainable, NEED_BIAS=trainable)
@@ -105,7 +101,7 @@ def layer_norm_builds(dtype: str) -> Iterator[Build]:
                 yield layer_norm.layer_norm_long_backward_kernel, pieces, fp32, layer_norm.LONG_WARPS, False
                 continue
             backward = form | needs | dict(KEEP_WEIGHT=keep, RELOAD=not keep and trainable)
-            for stages in (1, layer_norm.SHORT_STAGES if is_short else layer_norm.LONG_STAGES):
+            for stages in (1, most_stages):
                 kernel = layer_norm.layer_norm_backward_kernel
                 yield kernel, backward | dict(STAGES=stages), fp32, warps, True
     sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
