@@ -11,7 +11,7 @@ from torch import nn
 
 from fxopt.capture.installation import Installation, Transform, slots_emptied
 from fxopt.capture.lowering import run_uncompiled
-from fxopt.capture.small_inputs import TOKENS, run_on_small_inputs
+from fxopt.capture.small_inputs import TOKENS, check_example_inputs, run_on_small_inputs
 from fxopt.capture.torch_lowering import trace_joint
 from fxopt.installing import new_installation
 from fxopt.options import Options
@@ -26,6 +26,7 @@ def report_on_small_inputs(
     model: nn.Module, options: Options, transform: Transform, example_inputs: dict[str, Any] | None
 ) -> Report:
     """Return the report of one forward pass of `model` with `options`, its graphs compiled by nothing."""
+    check_example_inputs(example_inputs)
     with slots_emptied(model):
         probe = new_installation(model, options, transform, run_uncompiled)
         with _run(probe, model, example_inputs):

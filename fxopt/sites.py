@@ -186,7 +186,7 @@ def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal, patterns: Sequence[
     """Return the record of a refused match of a form that the search for sites does not know: a user's own."""
     miss = _refused_miss(gm, refusal)
     module, location = (module_of(miss.nodes[0]), location_of(miss.nodes[0])) if miss.nodes else ("", "")
-    return _miss_record(miss, patterns, module, location)
+    return dataclasses.replace(_miss_record(miss, patterns, module, location), proof=refusal.proof)
 
 
 def _refused_miss(gm: fx.GraphModule, refusal: Refusal) -> Mismatch:

@@ -228,17 +228,43 @@ def test_the_command_writes_its_files_and_strict_fails_on_what_is_not_captured(
 
     def run(*arguments: str) -> int:
         with pytest.raises(SystemExit) as exit_info:
-            main(["coverage", "--arch", "lama", "--out", str(out), "--jobs", "1", "--resume", *arguments])
+            main(
+                [
+                    "coverage",
+                    "--arch",
+                    "vit:causal-lm",
+                    "--out",
+                    str(out),
+                    "--jobs",
+                    "1",
+                    "--resume",
+                    *arguments,
+                ]
+            )
         return int(exit_info.value.code or 0)
 
     assert run("--strict") == 0  # what cannot be built is no fault of the optimizer's
     assert "1 models: 1 not built; 0 of 0 sites rewritten" in capsys.readouterr().out
-    assert "| lama | not built |" in out.with_suffix(".md").read_text()
-    wrong = Row("lama", "lama", "causal-lm", "wrong", reason="layers.0 is off")
+    assert "| vit | not built |" in out.with_suffix(".md").read_text()
+    wrong = Row("vit", "vit", "causal-lm", "wrong", reason="layers.0 is off")
     out.with_suffix(".jsonl").write_text(json.dumps(versions()) + "\n" + json.dumps(vars(wrong)) + "\n")
     assert run() == 0
     assert run("--strict") == 1
-    assert "lama: wrong: layers.0 is off" in capsys.readouterr().err
+    assert "vit: wrong: layers.0 is off" in capsys.readouterr().err
+
+
+def test_an_unknown_type_is_an_error_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "coverage.json"
+    with pytest.raises(SystemExit) as exit_info:
+        main(["coverage", "--arch", "llama", "--arch", "lama:causal-lm", "--out", str(out)])
+    assert exit_info.value.code == 2
+    assert (
+        "--arch: unknown model type 'lama', expected one that transformers knows; the nearest are llama"
+        in (capsys.readouterr().err)
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_comes_from_the_json_alone() -> None:

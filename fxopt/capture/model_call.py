@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors, torch_modes, torch_modules, torch_settings
+from fxopt.capture import (
+    torch_dynamo,
+    torch_errors,
+    torch_modes,
+    torch_modules,
+    torch_settings,
+    torch_tensors,
+)
 from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
 from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
@@ -72,6 +79,10 @@ def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kw
 
 
 log = logging.getLogger("fxopt")
+OUTSIDE = (
+    "blocks were called in training by something else than the optimized {model}: what stands after them ran stock "
+    "there. Sites are those of the {model}'s own calls; fxopt.optimize the model that is called"
+)
 
 
 class ModelCall:
@@ -354,6 +365,8 @@ class ModelCall:
         """
         if self._owner not in (None, threading.get_ident()):
             return torch_modules.stock_call(block, *args, **kwargs)
+        if self.ledger.ways is None and torch.is_grad_enabled() and not torch_tensors.is_in_backward():
+            self.ledger.note(OUTSIDE.format(model=type(self.model).__name__))
         if self._meta_trunk.is_running:
             return self._meta_trunk.give(args, kwargs)
         collected = (self._collects and active()) or {}

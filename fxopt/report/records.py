@@ -102,7 +102,7 @@ class MismatchRecord:
 
     `matched` nodes fitted before it did; `wanted` is the pattern as a small graph, `found` the model's own around
     the place, the nodes that did not fit marked with ">". `anchor` is the kind of site it was at, "" at none, and
-    `count` the layers it stands for.
+    `count` the layers it stands for. `proof` has the figures of a match that was refused for them.
     """
 
     pattern: str
@@ -114,6 +114,7 @@ class MismatchRecord:
     wanted: str = ""
     found: str = ""
     count: int = 1
+    proof: Proof | None = dataclasses.field(default=None, metadata=CAME_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -360,6 +360,61 @@ def test_a_planted_error_in_the_op_is_refused_with_figures(monkeypatch):
         fxopt.optimize(gated(), strict=True, example_inputs=GATED)
 
 
+def swapped(gate, up):
+    return torch.atan(gate) * up
+
+
+class ArcTangentGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Linear(8, 16)
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, -1)
+        return x + gate.atan() * up
+
+
+def test_strict_raises_where_the_proof_of_a_form_of_the_users_own_fails():
+    examples = [(torch.randn(4, 8), torch.randn(4, 8))]
+    wrong = fxopt.pattern(swapped, lambda gate, up: torch.atan(up) * gate, examples=examples)
+    model = nn.Sequential(*(ArcTangentGate() for _ in range(3)))
+    example = {"input": torch.randn(2, 8)}
+    with pytest.raises(fxopt.ProofError, match=r"swapped: the proof failed, .*error .*\nat .*\nstrict=False"):
+        fxopt.optimize(model, patterns=(*fxopt.ALL, wrong), strict=True, example_inputs=example)
+    assert slots(model) == 0
+    fxopt.optimize(model, patterns=(*fxopt.ALL, wrong), strict=True, verify="off", example_inputs=example)
+
+
+@pytest.mark.parametrize("given", ["p", [1], (1,), {1}, 3, torch.ones(2)], ids=repr)
+def test_example_inputs_of_explain_that_are_no_dict_are_an_error(given):
+    with pytest.raises(fxopt.FxoptError, match=r"example_inputs: expected"):
+        fxopt.explain(llama(), given)
+
+
+def test_a_call_of_the_model_inside_the_optimized_one_is_noted():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    stock, outer = llama(), Wrapper(llama())
+    fxopt.optimize(outer)
+    outer(input_ids=IDS, labels=IDS).loss.backward()
+    assert not any("optimized Wrapper" in note for note in fxopt.explain(outer).notes)
+    outer.zero_grad()
+    losses = []
+    for model in (outer.inner, stock):
+        losses.append(model(input_ids=IDS, labels=IDS, use_cache=False).loss)
+        losses[-1].backward()
+    assert torch.allclose(*losses, rtol=1e-5)
+    notes = [note for note in fxopt.explain(outer).notes if "optimized Wrapper" in note]
+    assert len(notes) == 1
+    assert "what stands after them ran stock" in notes[0]
+
+
 def test_strict_raises_where_a_known_form_is_left_unmatched():
     model = llama()
     with pytest.raises(
