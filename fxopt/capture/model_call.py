@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,23 +28,21 @@ from fxopt.capture import (
 )
 from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
 from fxopt.capture.cache import Cache
-from fxopt.capture.checkpointing import Checkpointing, checkpoints_calls
+from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.collecting import uncollected
 from fxopt.capture.cuda_graphs import CudaGraphs
 from fxopt.capture.dispatch import find_opaque
 from fxopt.capture.engines import Sharding, find_kept
 from fxopt.capture.forwards import call_model_gathered, call_with_forward, run_uncaptured
 from fxopt.capture.hooks import (
-    Hidden,
     has_hooks,
     has_own_hooks,
-    hide_hooks,
     hooked_inside,
     is_not_recorder,
     place_of_hook,
-    show_hooks,
 )
 from fxopt.capture.lazy import put_through
+from fxopt.capture.leaves import Leaves
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.meta_trunk import MetaTrunk
 from fxopt.capture.modules import tensors_of, walk
@@ -126,8 +124,7 @@ class ModelCall:
         self._trunk = Trunk(model)
         self._meta_trunk = MetaTrunk(model, ledger.note)
         self._arguments: tuple[Any, Any] = ((), {})
-        self._checkpointed: frozenset[nn.Module] = frozenset()
-        self._hidden: Hidden = []
+        self._leaves = Leaves(model, self.blocks)
 
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
@@ -301,10 +298,10 @@ class ModelCall:
         try:
             with (
                 uncollected(needed=is_first),
-                self._leaves(),
+                self._leaves.called(),
                 torch_settings.tensors_left_unlisted(self._around),
                 self._sharding.gathered(),
-                self._hooks_hidden(),
+                self._leaves.hooks_hidden(is_not_recorder if self._collects else lambda hook: True),
             ):
                 return self.compiled(self.model, self._count_eager, args, kwargs)
         finally:
@@ -312,48 +309,6 @@ class ModelCall:
 
     def _count_eager(self) -> None:
         self.ledger.count_fallback(MODEL_REGION, "Dynamo ran the model uncaptured")
-
-    @contextlib.contextmanager
-    def _leaves(self) -> Iterator[None]:
-        """Make Dynamo take a block's call through its compile slot, where a leaf sits, not to its forward.
-
-        Dynamo goes straight to `forward` unless a module's `_call_impl` is not the stock method. Where
-        checkpointing wraps `__call__` (transformers before it wrapped `forward`), the leaf would end up
-        inside it, so its switch is off for the call and `call_block` does the same from within.
-        """
-        self._checkpointed = frozenset(block for block in self.blocks if checkpoints_calls(block))
-        for block in self.blocks:
-            block.__dict__[torch_modules.CALL] = functools.partial(torch_modules.stock_call, block)
-        for block in self._checkpointed:
-            block.__dict__["gradient_checkpointing"] = False
-        try:
-            yield
-        finally:
-            for block in self._checkpointed:
-                block.__dict__["gradient_checkpointing"] = True
-            self._checkpointed = frozenset()
-            for block in self.blocks:
-                block.__dict__.pop(torch_modules.CALL, None)
-
-    @contextlib.contextmanager
-    def _hooks_hidden(self) -> Iterator[None]:
-        """Hide from Dynamo the hooks on the modules around the blocks: the trunk, which is stock Python, runs them.
-
-        What they do is theirs, and need not be captured: PEFT's makes the embedding's result require a gradient,
-        which Dynamo refuses to follow.
-        """
-        around = [module for module in walk(self.model, but=self.blocks) if module is not self.model]
-        self._hidden = hide_hooks(around, is_not_recorder if self._collects else lambda hook: True)
-        try:
-            yield
-        finally:
-            self._show_hooks()
-
-    def _show_hooks(self) -> tuple[nn.Module, ...]:
-        """Put the hooks back, and return the modules that carry one which would run at this call."""
-        hidden, self._hidden = self._hidden, []
-        show_hooks(hidden)
-        return tuple(dict.fromkeys(module for module, _, _ in hidden if has_hooks(module)))
 
     def call_block(
         self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -371,7 +326,7 @@ class ModelCall:
             return self._meta_trunk.give(args, kwargs)
         collected = (self._collects and active()) or {}
         counts = count_collected(collected)
-        if block in self._checkpointed:
+        if block in self._leaves.checkpointed:
             checkpoint: Any = block._gradient_checkpointing_func
             value = checkpoint(functools.partial(run, **kwargs), *args)
         else:
@@ -418,7 +373,7 @@ class ModelCall:
             this = find_self()
             assert this is not None, "the model is gone, expected it to make this call"
             living = [module for find_module in modules if (module := find_module()) is not None]
-            for module in this._show_hooks():
+            for module in this._leaves.show_hooks():
                 if module not in before:
                     reason = (
                         f"a hook sits on the {type(module).__name__}, which does not run before the blocks only: "

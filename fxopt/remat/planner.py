@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -31,14 +30,14 @@ from fxopt.remat.figures import (
     find_limit,
     find_lower_goal,
     make_plan,
-    scale_decision,
-    scale_residuals,
     without_update,
 )
 from fxopt.remat.given import FROZEN, decided_number, follows, frozen_menu, menu_of
 from fxopt.remat.joint import Joint, read_joint
+from fxopt.remat.offers import Offers
 from fxopt.remat.offload import hides_host
-from fxopt.remat.step import Around, Beside, copy_shared, shared_bytes_of, spread_decision
+from fxopt.remat.step import Around
+from fxopt.remat.surroundings import Surroundings
 from fxopt.remat.tokens import Call, Tokens
 from fxopt.remat.variants import Chosen, Variants
 from fxopt.remat.views import Views
@@ -52,8 +51,6 @@ WHOLE = (
     "the plan that was given is for {planned} tokens a call: in shorter calls, and where lengths change, blocks run "
     "whole that run in chunks there or keep some rows of a value"
 )
-USABLE = 7 / 8
-"""How much of the host's memory plans count on: pieces do not fill the chunks they are cut from."""
 
 
 class StepPlanner:
@@ -69,11 +66,10 @@ class StepPlanner:
         self._seen: set[str] = set()
         self._tokens = Tokens()
         self._last: Goal | None = None
-        self._tail: list[Decision] = []
-        self._tail_tokens: int | None = None
+        self._surroundings = Surroundings()
         self._variants = Variants()
         self._goals: dict[Goal, Chosen] = {}
-        self._scaled: dict[tuple[int, int, Beside, int], tuple[Decision, ...]] = {}
+        self._offers = Offers()
         self._candidates: Candidates | None = None
         self._facts: Facts | None = None
         self._said: set[str] = set()
@@ -220,8 +216,7 @@ class StepPlanner:
     def _follow(self, path: str, call: Call) -> int:
         """Return the tokens of the model's call in which the block at `path` is called."""
         tokens = self._tokens.follow(path, call.tokens)
-        if not self._tail_tokens:
-            self._tail_tokens = tokens
+        self._surroundings.note_tokens(tokens)
         return tokens
 
     def _read_block(self, path: str, call: Call, graph: fx.Graph, held: frozenset[int]) -> tuple[Views, Any]:
@@ -276,12 +271,12 @@ class StepPlanner:
 
     def begin_tail(self) -> None:
         """Forget what follows the blocks: it is being captured anew, piece by piece."""
-        self._tail, self._tail_tokens = [], None
+        self._surroundings.forget()
 
     def read_tail(self, graph: fx.Graph, held: frozenset[int]) -> str:
         """Note what a piece after the blocks needs in memory; it is not planned."""
         joint = self._read(graph, held, last=True)
-        self._tail.append(make_decision(joint, read_tagged(joint)))
+        self._surroundings.add(make_decision(joint, read_tagged(joint)))
         return ""
 
     def _find_goal(self, call: Call, tokens: int) -> Goal | None:
@@ -336,22 +331,7 @@ class StepPlanner:
 
     def _offered(self, goal: Goal, forms: tuple[Any, ...]) -> list[tuple[Decision, ...]]:
         """Return the menu of each block, of its form among `forms`, for the tokens of `goal`."""
-        offered: list[tuple[Decision, ...]] = []
-        spread = self._look().spread
-        sizes = Counter(path.rpartition(".")[0] for path in self._look().paths)  # of the stacks
-        for place, path in enumerate(self._look().paths):
-            menu = self._menus[forms[place]]
-            beside = spread.of(place)
-            equal = sizes[path.rpartition(".")[0]]
-            key = id(menu), goal.tokens, beside, equal
-            if key not in self._scaled:
-                scale = goal.tokens / menu.tokens
-                scaled = [scale_decision(decision, scale) for decision in menu.decisions]
-                if self._look().replayed:
-                    scaled = [copy_shared(decision, equal) for decision in scaled]
-                self._scaled[key] = tuple(spread_decision(decision, beside) for decision in scaled)
-            offered.append(self._scaled[key])
-        return offered
+        return self._offers.find(goal, self._look(), [self._menus[form] for form in forms])
 
     def _candidates_of(self, menus: list[tuple[Decision, ...]]) -> Candidates:
         """Return the choices from `menus`; the last ones found serve all limits asked for."""
@@ -361,22 +341,7 @@ class StepPlanner:
         return last
 
     def _around(self, goal: Goal, facts: Facts, forms: tuple[Any, ...]) -> Around:
-        scale = goal.tokens / (self._tail_tokens or goal.tokens)
-        beside = facts.spread.tail
-        tail = tuple(spread_decision(scale_decision(decision, scale), beside) for decision in self._tail)
-        usable = int(facts.host_bytes * USABLE)
-        menus = [self._menus[form] for form in set(forms)]
-        kinds = (scale_residuals(menu.shared, goal.tokens / menu.tokens) for menu in menus)
-        whole = facts.spread.whole_bytes + shared_bytes_of(kinds)
-        return Around(
-            facts.static_bytes,
-            tail,
-            gradient_bytes=facts.gradient_bytes,
-            host_bytes=usable,
-            whole_bytes=whole,
-            reduced_bytes=facts.spread.reduced_bytes,
-            tied_bytes=facts.tied_bytes,
-        )
+        return self._surroundings.around(goal, facts, [self._menus[form] for form in set(forms)])
 
     def _limit(self, goal: Goal, facts: Facts, candidates: Candidates, around: Around) -> int | None:
         """Return the most that a step may allocate; what is to be said of it is said once."""
