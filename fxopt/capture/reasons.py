@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from fxopt.capture import torch_dynamo, torch_errors
-from fxopt.graph.view import FRAME, location_in
+from fxopt.graph.view import FRAME, location_in, own_location_in
 from fxopt.sentences import first_sentence
 
 PLAIN_WORDS = (
@@ -47,6 +47,9 @@ NOISE = re.compile(r" at 0x[0-9a-f]+| \(unhinted: [^\n]*?\)(?=\.|$)")
 SYMBOL = re.compile(r"\b(zuf|zf|u)\d+\b")
 """How torch writes a value that it does not know: with a number that differs from capture to capture."""
 
+MISTAKES = (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError)
+"""What fxopt never raises on purpose where it works on a graph."""
+
 
 def reason_of(error: BaseException, raised_in: Iterable[tuple[str, int]] = ()) -> str:
     """Return what a Dynamo error says, and the innermost line of the model's source.
@@ -67,7 +70,8 @@ def reason_of_failure(error: BaseException) -> str:
 
 def _name(error: BaseException) -> str:
     cause = torch_errors.root_cause(error)
-    return f"{type(cause).__name__}: {cause}"
+    own = own_location_in(frames_of(cause)) if isinstance(cause, MISTAKES) else ""
+    return (f"fxopt itself failed, at {own}: " if own else "") + f"{type(cause).__name__}: {cause}"
 
 
 def reason_of_break(gm: fx.GraphModule) -> str:

@@ -133,6 +133,14 @@ def location_in(frames: Iterable[tuple[str, int | str]]) -> str:
     return f"{os.path.basename(path)}:{line}" if path else ""
 
 
+def own_location_in(frames: Iterable[tuple[str, int]]) -> str:
+    """Return "fxopt/file.py:123" where the innermost of these files and lines is one of fxopt's own, else ""."""
+    path, line = next(reversed(tuple(frames)), ("", 0))
+    if not path.startswith(FXOPT_FOLDER):
+        return ""
+    return f"{os.path.relpath(path, os.path.dirname(os.path.dirname(FXOPT_FOLDER)))}:{line}"
+
+
 def is_of_standard_library(path: str) -> bool:
     """Return whether the file at `path` is of Python's own library: `contextlib`, `functools` and the like."""
     is_inside = path.startswith(LIBRARY_FOLDER) and not path.startswith(PACKAGES_FOLDERS)

@@ -15,6 +15,7 @@ import fxopt
 from fxopt.capture import torch_lowering
 from fxopt.capture.installation import Installation
 from fxopt.errors import FxoptError, VerifyError
+from fxopt.graph.sizes import span_of
 from fxopt.report.records import MODEL_REGION
 
 IDS = torch.arange(1, 17).reshape(2, 8)
@@ -85,6 +86,22 @@ def test_another_error_of_a_pass_is_told_by_its_type_and_text() -> None:
     reasons = [fallback.reason for fallback in installation.ledger.fallback_records()]
     assert reasons
     assert all("ZeroDivisionError: by nothing" in reason for reason in reasons)
+
+
+def test_a_mistake_of_fxopts_own_names_its_line_there() -> None:
+    model = Stack(*(nn.Tanh() for _ in range(3))).train()
+
+    def transform(gm, *, region, lazy_outputs):
+        span_of(None)  # type: ignore[arg-type]
+
+    installation = Installation(model, None, transform, torch_lowering.plain_backend, partial=False)
+    installation.install()
+    model(IDS).backward()
+    (reason,) = {f.reason for f in installation.ledger.fallback_records() if f.region != MODEL_REGION}
+    assert re.match(
+        r"capture failed: fxopt itself failed, at fxopt/graph/sizes\.py:\d+: AttributeError: .* 'shape'$",
+        reason,
+    )
 
 
 def test_hooks_fire_once_where_a_capture_fails() -> None:
