@@ -72,7 +72,8 @@ def find_sites(
                     miss = _find_own_miss(before, anchor, patterns, lazy_outputs, disabled)
                 miss = _placed(miss, anchor.location)
                 less = _told(miss)
-                mismatches.append(_miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind))
+                record = _miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind)
+                mismatches.append(dataclasses.replace(record, proof=refused and refused.proof))
             sites.append(_site(anchor, "rewritten", rewrite.record.op, less, rewrite.proof))
             continue
         refusals = [r for r in result.refused if anchor.node in r.origins]
@@ -183,7 +184,7 @@ def _miss_record(
 
 
 def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal, patterns: Sequence[Any]) -> MismatchRecord:
-    """Return the record of a refused match of a form that the search for sites does not know: a user's own."""
+    """Return the record of a match refused at no site, or of a form that the search for sites does not know."""
     miss = _refused_miss(gm, refusal)
     module, location = (module_of(miss.nodes[0]), location_of(miss.nodes[0])) if miss.nodes else ("", "")
     return dataclasses.replace(_miss_record(miss, patterns, module, location), proof=refusal.proof)

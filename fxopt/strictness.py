@@ -1,4 +1,4 @@
-"""What `strict=True` raises: the first known form of a report that was not rewritten, or region not captured."""
+"""What `strict=True` raises: the first failed proof of a report, known form not rewritten, or region not captured."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ CURE = "strict=False reports it and goes on"
 
 
 def check_strictly(report: Report) -> None:
-    """Check that every region of `report` was captured, and every site rewritten.
+    """Check that every region of `report` was captured, every proof passed, and every site was rewritten.
 
     Raises:
-        ProofError: the proof of one failed.
+        ProofError: a proof failed, at a site, at none or of a form of the user's own.
         UnmatchedError: anything else.
     """
     for region in report.regions:

@@ -78,9 +78,15 @@ def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kw
 
 log = logging.getLogger("fxopt")
 OUTSIDE = (
-    "blocks were called in training by something else than the optimized {model}: what stands after them ran stock "
+    "blocks were called with gradients, but not by a call of the optimized {model}: what stands after them ran stock "
     "there. Sites are those of the {model}'s own calls; fxopt.optimize the model that is called"
 )
+
+
+class OfThread(threading.local):
+    """What holds in one thread: whether it is within a call of the model."""
+
+    is_within = False
 
 
 class ModelCall:
@@ -106,6 +112,7 @@ class ModelCall:
         self.obstacles: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._thread = OfThread()
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
@@ -133,6 +140,13 @@ class ModelCall:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
+        outer, self._thread.is_within = self._thread.is_within, True
+        try:
+            return self._run(*args, **kwargs)
+        finally:
+            self._thread.is_within = outer
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._trunk.is_running or self._meta_trunk.is_running:
@@ -316,11 +330,11 @@ class ModelCall:
         """Run a block in the trunk through `run`, checkpointed where its own call would have been.
 
         While one thread runs the model, blocks called by another one run stock: what a call is planned for and what
-        serves it are noted once for the model.
+        serves it are noted once for the model. One that is called outside of the model's calls is noted.
         """
         if self._owner not in (None, threading.get_ident()):
             return torch_modules.stock_call(block, *args, **kwargs)
-        if self.ledger.ways is None and torch.is_grad_enabled() and not torch_tensors.is_in_backward():
+        if not self._thread.is_within and torch.is_grad_enabled() and not torch_tensors.is_in_backward():
             self.ledger.note(OUTSIDE.format(model=type(self.model).__name__))
         if self._meta_trunk.is_running:
             return self._meta_trunk.give(args, kwargs)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from fxopt.coverage.inputs import Case, all_cases, find_cases
 from fxopt.coverage.record import Row, versions
 from fxopt.coverage.render import find_main, render_json, render_page, summary_line
+from fxopt.demo.models import check_model_type
 from fxopt.errors import FxoptError
 
 SECONDS = 180
@@ -60,8 +61,11 @@ def cover(
     Beside a `coverage.json` a `coverage-<version>.json` is of other versions: the page of the first sums it up too.
 
     Raises:
+        UnknownNameError: no such type; the text lists the nearest.
         FxoptError: the files cannot be written.
     """
+    for name in names or ():
+        check_model_type("--arch", name.partition(":")[0])
     lines = out.with_suffix(".jsonl")
     cases = find_cases(tuple(names)) if names else all_cases()
     try:

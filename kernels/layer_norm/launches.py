@@ -1,5 +1,7 @@
 """How the kernels are launched: tiles, programs, warps and stages."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,10 @@ from fxopt.kernels.rms_norm.launches import (
     tile_of,
 )
 
-MOST_KEPT_COLUMNS = 8192  # backward holds a row and the weight in registers; what is longer it reads again
+MOST_KEPT_COLUMNS = 8192  # of a row and the weight, in registers; longer rows go in pieces, or are read again
 LONG_PIECES, LONG_WARPS = 8, 16
-LONG_MULTIPLE = 8  # columns: rows that begin anywhere are read value by value, each in a register of its own
+LONG_MULTIPLE = 16
+"""Columns and strides of rows that go in pieces: of others Triton reads value by value, each into a register."""
 
 
 def launch_forward(
@@ -116,7 +119,7 @@ def launch_backward(
         not keep
         and num_sums > 0
         and columns <= block_columns
-        and columns % LONG_MULTIPLE == 0
+        and not any(size % LONG_MULTIPLE for size in (columns, x_row_stride, dy_row_stride))
         and dy.element_size() == x.element_size() == 2
     )
     arguments = (
@@ -136,36 +139,30 @@ def launch_backward(
         "NEED_WEIGHT": dweight is not None,
         "NEED_BIAS": dbias is not None,
     }
+    kernel: Any = layer_norm_backward_kernel
+    form = {
+        "KEEP_WEIGHT": keep,
+        "RELOAD": not keep and num_sums > 0,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "STAGES": 1,
+    }
+    if columns <= block_columns:
+        form["STAGES"] = num_stages_for(tile_bytes * per_processor, x.device, stages)
+    if in_pieces:
+        kernel, num_warps = layer_norm_long_backward_kernel, LONG_WARPS
+        form = {"BLOCK_COLUMNS": block_columns, "PIECES": LONG_PIECES}
     with on_device(x):
-        if in_pieces:
-            launch(
-                layer_norm_long_backward_kernel,
-                (programs,),
-                *arguments,
-                WIDTH=columns,
-                **needs,
-                BLOCK_COLUMNS=block_columns,
-                PIECES=LONG_PIECES,
-                num_warps=LONG_WARPS,
-                enable_fp_fusion=False,  # as below
-            )
-        else:
-            launch(
-                layer_norm_backward_kernel,
-                (programs,),
-                *arguments,
-                WIDTH=columns,
-                **needs,
-                KEEP_WEIGHT=keep,
-                RELOAD=not keep and num_sums > 0,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-                STAGES=num_stages_for(tile_bytes * per_processor, x.device, stages)
-                if columns <= block_columns
-                else 1,
-                num_warps=num_warps,
-                enable_fp_fusion=False,  # a fused multiply-add would make a difference of equal products not 0
-            )
+        launch(
+            kernel,
+            (programs,),
+            *arguments,
+            WIDTH=columns,
+            **needs,
+            **form,
+            num_warps=num_warps,
+            enable_fp_fusion=False,  # a fused multiply-add would make a difference of equal products not 0
+        )
         if num_sums:
             launch(
                 layer_norm_sum_kernel,

@@ -1,8 +1,8 @@
 """The backward kernel for rows so long that two accumulators of a row leave few registers.
 
-A program walks the rows, one at a time and in pieces. It keeps what it has read of a row as it came, in 2 bytes a value
-for most dtypes, and widens it twice: for the row's sums, and behind them for dx. Meanwhile the next row is on its way
-into the L2 cache, for which no register is needed.
+A program walks the rows, one at a time and in pieces. It keeps what it has read of a row as it came, in 2 bytes a
+value (it is launched for no other), and widens it twice: for the row's sums, and behind them for dx. Meanwhile the next
+row is on its way into the L2 cache, for which no register is needed.
 """
 # ruff: noqa: RUF005 (Triton unpacks no tuple within another)
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
@@ -10,15 +10,14 @@ into the L2 cache, for which no register is needed.
 
 from fxopt.kernels.launch import INTERPRETED, jit, tl
 
-SECTOR = tl.constexpr(32)  # bytes of the L2 cache that one request brings
+SECTOR = tl.constexpr(16)  # values: the 32 bytes of the L2 cache that one request brings
 CAN_PREFETCH = tl.constexpr(not INTERPRETED)  # the interpreter runs no assembly
 
 
 @jit
 def _ask_for(p_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Have a row brought into the L2 cache."""
-    STEP: tl.constexpr = SECTOR * 8 // p_row.dtype.element_ty.primitive_bitwidth
-    b_column = tl.minimum(tl.arange(0, BLOCK // STEP) * STEP, WIDTH - 1)
+    b_column = tl.minimum(tl.arange(0, BLOCK // SECTOR) * SECTOR, WIDTH - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -32,10 +31,7 @@ def _ask_for(p_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @jit
 def _widen_later(b_values, is_later):
     """Return the values in fp32, which the compiler cannot know before `is_later`, a number that is 0."""
-    if b_values.dtype.primitive_bitwidth == 16:
-        b_bits = b_values.to(tl.int16, bitcast=True) ^ is_later.to(tl.int16)
-    else:
-        b_bits = b_values.to(tl.int32, bitcast=True) ^ is_later
+    b_bits = b_values.to(tl.int16, bitcast=True) ^ is_later.to(tl.int16)
     return b_bits.to(b_values.dtype, bitcast=True).to(tl.float32)
 
 
@@ -115,8 +111,8 @@ def layer_norm_long_backward_kernel(
                 b_dn = _widen_later(b_dys[piece], is_later)
                 b_n = (_widen_later(b_xs[piece], is_later) - mean) * rstd
                 if HAS_WEIGHT:
-                    b_later = b_columns + is_later
-                    b_dn *= tl.load(p_weight + b_later, mask=b_later < WIDTH, other=0.0).to(tl.float32)
+                    b_mask = (b_columns < WIDTH) & (is_later == 0)
+                    b_dn *= tl.load(p_weight + b_columns, mask=b_mask, other=0.0).to(tl.float32)
                 b_dx = (b_dn - dn_mean - b_n * inner) * rstd
                 tl.store(p_row_dx + b_columns, b_dx.to(p_dx.dtype.element_ty), mask=b_columns < WIDTH)
 

@@ -23,9 +23,7 @@ from fxopt.kernels.rms_norm.reference import promoted
 MOST_TILE_COLUMNS = 16384  # longer rows go through in tiles
 TILE_ELEMENTS = 4096  # what a program holds at a time, unless one row is longer
 FORWARD_ELEMENTS = 32  # a thread's, where forward reads one tensor: fewer warps meet at a row's sum
-MOST_FORWARD_WARPS = (
-    8  # there: of rows of 16384 a thread has 64 values, and two programs fit on a multiprocessor
-)
+MOST_FORWARD_WARPS = 8  # where forward reads one tensor: of 16384 columns two programs then fit
 FORWARD_ELEMENTS_BESIDE = 16  # a thread's, of each of two
 MOST_EARLY_COLUMNS = 4096  # up to here weight and bias are on their way while the sums are made
 SUM_ROWS = 64

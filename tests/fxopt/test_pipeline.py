@@ -360,6 +360,20 @@ def test_a_planted_error_in_the_op_is_refused_with_figures(monkeypatch):
         fxopt.optimize(gated(), strict=True, example_inputs=GATED)
 
 
+def test_strict_raises_where_the_proof_of_a_head_fails_though_its_loss_is_rewritten(monkeypatch):
+    from fxopt.kernels.linear_cross_entropy import op
+
+    right = op.plain_losses
+    monkeypatch.setattr(op, "plain_losses", lambda *arguments: right(*arguments) * 1.01)
+    with pytest.raises(fxopt.ProofError, match=r"linear_cross_entropy: the proof failed, .*error .*\nat "):
+        fxopt.optimize(llama(), strict=True)
+    model = fxopt.optimize(llama())
+    model(input_ids=IDS, labels=IDS)
+    sites = {site.pattern: site for site in fxopt.explain(model).sites}
+    assert sites["linear_cross_entropy"].status == "rewritten"
+    assert sites["linear_cross_entropy"].op == "cross_entropy"
+
+
 def swapped(gate, up):
     return torch.atan(gate) * up
 
