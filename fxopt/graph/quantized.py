@@ -15,6 +15,7 @@ from torch import fx
 from fxopt.graph.edit import Editor
 from fxopt.graph.names import op_name
 from fxopt.graph.purity import is_pure
+from fxopt.graph.sizes import find_settled
 from fxopt.graph.torch_private import (
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
@@ -80,9 +81,10 @@ def _unfold(
     node: fx.Node, result: fx.Node, arguments: dict[str, Any], scopes: list[Autocast], editor: Editor
 ) -> None:
     """Replace `result`, the product that `node` computes from `arguments`, where a linear layer gives the same."""
-    x, bias, shape = arguments["A"], arguments["bias"], tuple(arguments["shapeB"])
+    x, bias, shape = arguments["A"], arguments["bias"], find_settled(arguments["shapeB"])
     values = [item for item in (x, bias) if item is not None]
-    if not all(map(is_tensor, values)) or len(shape) != 2 or requires_grad(arguments["B"]):
+    is_matrix = shape is not None and len(shape) == 2
+    if not all(map(is_tensor, values)) or not is_matrix or requires_grad(arguments["B"]):
         return
     dtype, device = x.meta["example_value"].dtype, x.meta["example_value"].device
     if any(item.meta["example_value"].dtype != dtype for item in values):
@@ -121,11 +123,12 @@ def _ambient_autocast(device: str) -> Autocast:
 def _name_decoding(node: fx.Node, editor: Editor) -> None:
     """Replace the library's decoding of a weight by the canonical one, the decoding of its absmax in it."""
     named = arguments_of(node)
-    if requires_grad(named["A"]):
+    shape = find_settled(named["shape"])
+    if requires_grad(named["A"]) or shape is None:
         return
     tensors = _nested_scales(named["absmax"]) or (named["absmax"], None, None, None)
     options = {
-        "shape": tuple(named["shape"]),
+        "shape": shape,
         "blocksize": named["blocksize"],
         "quant_type": named["quant_type"],
         "dtype": named["dtype"],
@@ -229,7 +232,8 @@ def _is_its_derivative(body: fx.Graph, arguments: dict[str, Any], x_place: int, 
     decodings = [node for node in body.nodes if op_of(node) == DECODING]
     (output,) = body.find_nodes(op="output")
     gradient = next(iter(body.find_nodes(op="placeholder")))
-    if len(decodings) > 1 or any(_options_of(node) != _options_of(arguments) for node in decodings):
+    options = _options_of(arguments)
+    if options is None or len(decodings) > 1 or any(_options_of(node) != options for node in decodings):
         return False
     for place, result in enumerate(output.args[0]):
         if result is None:
@@ -246,8 +250,8 @@ def _is_its_derivative(body: fx.Graph, arguments: dict[str, Any], x_place: int, 
     return True
 
 
-def _options_of(source: fx.Node | dict[str, Any]) -> tuple[Any, ...]:
-    """Return how codes are decoded, as the decoding or the arguments of a product say."""
+def _options_of(source: fx.Node | dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return how codes are decoded, as the decoding or the arguments of a product say; None where that is not fixed."""
     named = arguments_of(source) if isinstance(source, fx.Node) else source
-    shape = named["shape"] if "shape" in named else named["shapeB"]
-    return named["blocksize"], named["quant_type"], tuple(shape)
+    shape = find_settled(named["shape"] if "shape" in named else named["shapeB"])
+    return None if shape is None else (named["blocksize"], named["quant_type"], shape)

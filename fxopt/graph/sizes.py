@@ -71,6 +71,17 @@ def settle_sizes(graph: fx.Graph) -> None:
             node.meta[EXAMPLE] = tree_map_only(SIZED, _settled, node.meta[EXAMPLE])
 
 
+def find_settled(shape: Any) -> tuple[int, ...] | None:
+    """Return a shape that is an argument, or a node's, as numbers; None where capture has not fixed all of its sizes.
+
+    >>> find_settled([2, 3])
+    (2, 3)
+    """
+    sizes = shape.meta[EXAMPLE] if isinstance(shape, fx.Node) else shape
+    numbers = tuple(map(_as_number, sizes))
+    return numbers if all(isinstance(number, int) for number in numbers) else None
+
+
 def _settled(value: Any) -> Any:
     if isinstance(value, torch.Size):
         return tuple(map(_as_number, value))

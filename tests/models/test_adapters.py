@@ -497,8 +497,7 @@ def test_layers_that_cast_their_bias_at_the_first_call_are_captured_at_the_secon
         steps.append(tools.run_step(model, batch, torch.bfloat16))
         if optimized:
             report = fxopt.explain(model)
-            assert [fallback.count for fallback in report.fallbacks] == [LAYERS]
-            assert report.fallbacks[0].reason.startswith("a piece runs as stock")
+            assert report.fallbacks == ()
             sites = [site for site in report.sites if site.pattern == "lora_linear"]
             assert sum(site.count for site in sites) == LAYERS * PROJECTIONS
             assert {site.status for site in sites} == {"rewritten"}
