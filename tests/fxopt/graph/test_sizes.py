@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.graph.sizes import settle_sizes
+from fxopt.graph.sizes import find_settled, settle_sizes
 
 
 def capture(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.Graph:
@@ -57,3 +57,24 @@ def test_a_shape_that_is_read_whole_before_its_sizes_were_known_has_numbers_too(
         if isinstance(value := node.meta.get("example_value"), tuple) and len(value) == 3
     )
     assert [type(size) for size in shape] == [torch.SymInt, torch.SymInt, int]
+
+
+def test_a_shape_that_is_a_node_is_known_where_capture_has_fixed_all_its_sizes() -> None:
+    weight = torch.nn.Parameter(torch.ones(16))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        shape = x.size()
+        return (x.square() * weight).flatten().view(shape).sum(0)
+
+    def of_node(value: Any) -> tuple[int, ...] | None:
+        node = fx.Graph().placeholder("shape")
+        node.meta["example_value"] = value
+        return find_settled(node)
+
+    nodes = capture(scaled, torch.randn(3, 5, 16)).nodes
+    values = [node.meta.get("example_value") for node in nodes]
+    (shape,) = (value for value in values if isinstance(value, tuple) and len(value) == 3)
+    assert of_node(shape) is None
+    assert of_node(shape[2:]) == (16,)
+    assert find_settled((shape[2], 4)) == (16, 4)
+    assert find_settled((fx.Graph().placeholder("size"), 4)) is None
