@@ -11,7 +11,7 @@ from torch import fx
 
 from fxopt.graph.anchors import KINDS, Anchor
 from fxopt.graph.view import find_subgraphs, location_of, module_of
-from fxopt.report.records import GraphRecord, MismatchRecord, RewriteElsewhere, Site, Work
+from fxopt.report.records import GraphRecord, MismatchRecord, Proof, RewriteElsewhere, Site, Work
 from fxopt.rewriting.near_miss import find_nearest_miss
 from fxopt.rewriting.near_places import find_near_places
 from fxopt.rewriting.pattern import Mismatch
@@ -72,8 +72,10 @@ def find_sites(
                     miss = _find_own_miss(before, anchor, patterns, lazy_outputs, disabled)
                 miss = _placed(miss, anchor.location)
                 less = _told(miss)
-                record = _miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind)
-                mismatches.append(dataclasses.replace(record, proof=refused and refused.proof))
+                proof = None if refused is None else refused.proof
+                mismatches.append(
+                    _miss_record(miss, patterns, anchor.module, anchor.location, anchor.kind, proof)
+                )
             sites.append(_site(anchor, "rewritten", rewrite.record.op, less, rewrite.proof))
             continue
         refusals = [r for r in result.refused if anchor.node in r.origins]
@@ -173,21 +175,28 @@ def _misses_of(
 
 
 def _miss_record(
-    miss: Mismatch, patterns: Sequence[Any], module: str, location: str, anchor: str = ""
+    miss: Mismatch,
+    patterns: Sequence[Any],
+    module: str,
+    location: str,
+    anchor: str = "",
+    proof: Proof | None = None,
 ) -> MismatchRecord:
     """Return `miss` as a record with the two small graphs that show it."""
     pattern = next((pattern for pattern in patterns if pattern.name == miss.pattern), None)
     near = find_near(miss)
     wanted = render_wanted(pattern, near) if pattern is not None and near else ""
     found = render_found(near, miss.nodes)
-    return MismatchRecord(miss.pattern, miss.reason, module, location, miss.progress, anchor, wanted, found)
+    return MismatchRecord(
+        miss.pattern, miss.reason, module, location, miss.progress, anchor, wanted, found, proof=proof
+    )
 
 
 def _refused_elsewhere(gm: fx.GraphModule, refusal: Refusal, patterns: Sequence[Any]) -> MismatchRecord:
     """Return the record of a match refused at no site, or of a form that the search for sites does not know."""
     miss = _refused_miss(gm, refusal)
     module, location = (module_of(miss.nodes[0]), location_of(miss.nodes[0])) if miss.nodes else ("", "")
-    return dataclasses.replace(_miss_record(miss, patterns, module, location), proof=refusal.proof)
+    return _miss_record(miss, patterns, module, location, proof=refusal.proof)
 
 
 def _refused_miss(gm: fx.GraphModule, refusal: Refusal) -> Mismatch:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.graph.torch_private import expression_of, hint_of, size_seen, tree_map_only
+from fxopt.graph.torch_private import constant_of, hint_of, size_seen, tree_map_only
 
 EXAMPLE = "example_value"
 SIZED: tuple[Any, ...] = (Tensor, torch.Size, torch.SymInt)
@@ -97,8 +97,8 @@ def _settled_tensor(value: Tensor) -> Tensor:
 
 
 def _is_settled(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and bool(expression_of(size).is_Integer)
+    return isinstance(size, torch.SymInt) and constant_of(size) is not None
 
 
 def _as_number(size: Any) -> Any:
-    return int(expression_of(size)) if _is_settled(size) else size
+    return constant_of(size) if _is_settled(size) else size

@@ -24,6 +24,20 @@ def capture(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.Graph:
     return graphs[0]
 
 
+def shape_read_whole() -> Any:
+    """Return the settled value of a shape of three sizes, the last of which meets a weight's after it is read."""
+    weight = torch.nn.Parameter(torch.ones(16))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        shape = x.size()
+        return (x.square() * weight).flatten().view(shape).sum(0)
+
+    graph = capture(scaled, torch.randn(3, 5, 16))
+    values = [node.meta.get("example_value") for node in graph.nodes]
+    (shape,) = (value for value in values if isinstance(value, tuple) and len(value) == 3)
+    return shape
+
+
 def test_a_size_that_met_a_weights_is_a_number_in_all_values_and_others_are_left() -> None:
     weight = torch.nn.Parameter(torch.ones(16))
 
@@ -44,36 +58,17 @@ def test_a_size_that_met_a_weights_is_a_number_in_all_values_and_others_are_left
 
 
 def test_a_shape_that_is_read_whole_before_its_sizes_were_known_has_numbers_too() -> None:
-    weight = torch.nn.Parameter(torch.ones(16))
-
-    def scaled(x: torch.Tensor) -> torch.Tensor:
-        shape = x.size()
-        return (x.square() * weight).flatten().view(shape).sum(0)
-
-    graph = capture(scaled, torch.randn(3, 5, 16))
-    (shape,) = (
-        value
-        for node in graph.nodes
-        if isinstance(value := node.meta.get("example_value"), tuple) and len(value) == 3
-    )
+    shape = shape_read_whole()
     assert [type(size) for size in shape] == [torch.SymInt, torch.SymInt, int]
 
 
 def test_a_shape_that_is_a_node_is_known_where_capture_has_fixed_all_its_sizes() -> None:
-    weight = torch.nn.Parameter(torch.ones(16))
-
-    def scaled(x: torch.Tensor) -> torch.Tensor:
-        shape = x.size()
-        return (x.square() * weight).flatten().view(shape).sum(0)
-
     def of_node(value: Any) -> tuple[int, ...] | None:
         node = fx.Graph().placeholder("shape")
         node.meta["example_value"] = value
         return find_settled(node)
 
-    nodes = capture(scaled, torch.randn(3, 5, 16)).nodes
-    values = [node.meta.get("example_value") for node in nodes]
-    (shape,) = (value for value in values if isinstance(value, tuple) and len(value) == 3)
+    shape = shape_read_whole()
     assert of_node(shape) is None
     assert of_node(shape[2:]) == (16,)
     assert find_settled((shape[2], 4)) == (16, 4)
