@@ -12,6 +12,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 STAMP := .venv/setup.stamp
 DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
+WITH_DEEPSPEED := PYTHONPATH=$(CURDIR)/build/deepspeed TORCH_EXTENSIONS_DIR=$(CURDIR)/build/deepspeed/torch_extensions
 GATES := tests/test_architecture.py tests/test_packaging.py tests/test_public_api.py tests/test_docs.py tests/test_naming.py
 
 help: ## Show the targets
@@ -29,9 +30,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Beside the other tools and not among them: where it can be imported, accelerate and transformers do so.
+# With the op that its processes would each build otherwise.
 build/deepspeed: constraints.txt
 	rm -rf $@
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check --no-deps -c $< --target $@ $(DEEPSPEED)
+	$(WITH_DEEPSPEED) $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as op; op().load()"
 	@touch $@
 
 demo: setup ## Train a 10 M parameter Llama on real English, stock and optimized, and compare
@@ -58,12 +61,12 @@ test-slow: setup
 	$(PYTEST) -m "slow and not exhaustive and not gpu and not deepspeed" $(ARGS)
 
 test-deepspeed: setup build/deepspeed ## The slow tests of DeepSpeed, which is at hand for them alone
-	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "deepspeed and not exhaustive and not gpu" tests/distributed $(ARGS)
+	$(WITH_DEEPSPEED) $(PYTEST) -m "deepspeed and not exhaustive and not gpu" tests/distributed $(ARGS)
 
 test-all: test test-slow test-deepspeed ## test, and the slow tests
 
 test-exhaustive: setup build/deepspeed ## What is too long for every change: combinations of what the slow tests hold apart
-	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) -m "exhaustive and not gpu" $(ARGS)
+	$(WITH_DEEPSPEED) $(PYTEST) -m "exhaustive and not gpu" $(ARGS)
 
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,9 +191,15 @@ def is_error(answer: str) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let processes build DeepSpeed's ops in a folder of this session, whose locks are known to be its own."""
+    """Let processes build DeepSpeed's ops in a folder of this session, whose locks are known to be its own.
+
+    What was built before comes from the folder that the environment names, with its times: nothing is built anew.
+    """
+    own = tmp_path_factory.mktemp("torch_extensions")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("torch_extensions")))
+        if built := os.environ.get("TORCH_EXTENSIONS_DIR"):
+            shutil.copytree(built, own, dirs_exist_ok=True)
+        environment.setenv("TORCH_EXTENSIONS_DIR", str(own))
         yield
 
 

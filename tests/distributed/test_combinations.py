@@ -91,7 +91,6 @@ STAGES: dict[str, Case] = {
 }
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 ON_FOUR = {
-    "ddp",
     "ddp, unused parameters",
     "ddp, lora",
     "fsdp2, carved, tied",
@@ -102,7 +101,9 @@ ON_FOUR = {
 }
 """What is a slow test on four processes, and an exhaustive one on two; of each engine some, and of each form."""
 MIXED = {
+    "ddp",
     "ddp, four bits",
+    "fsdp2",
     "fsdp2, carved",
     "fsdp2, four bits",
     "fsdp2, lora",
@@ -113,15 +114,16 @@ MIXED = {
     "zero-1, lora",
     "zero-2",
 }
-"""What is exhaustive on both: its options are slow tests with others beside them, or under the other engine."""
-ACCELERATED_MIXED = {"ddp", "ddp, lora", "fsdp2"}
-"""`tests/distributed/test_others.py` has accelerate's DistributedDataParallel under trainers."""
+"""What is exhaustive on both: its options are slow tests with others beside them, or under the other engine.
+
+`test_engines.py` has the plain engines.
+"""
 
 
-def by_turns(names: Iterable[str], *, four: bool, mixed: set[str] = MIXED) -> list[Any]:
-    """Return `names`, those of `mixed` and those whose turn is on the other number of processes as exhaustive."""
+def by_turns(names: Iterable[str], *, four: bool) -> list[Any]:
+    """Return `names`, those of `MIXED` and those whose turn is on the other number of processes as exhaustive."""
     return [
-        pytest.param(name, marks=slow if (name in ON_FOUR) == four and name not in mixed else exhaustive)
+        pytest.param(name, marks=slow if (name in ON_FOUR) == four and name not in MIXED else exhaustive)
         for name in names
     ]
 
@@ -179,13 +181,15 @@ def test_four_processes_under_a_policy(name, four):
     check_policy(four.run("combination", **POLICIES[name]))
 
 
-@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=False, mixed=ACCELERATED_MIXED))
+@exhaustive  # `test_others.py` has both of accelerate's engines under trainers
+@pytest.mark.parametrize("name", ACCELERATED)
 def test_two_processes_under_accelerate(name, two):
     case, sites = ACCELERATED[name]
     check(two.run("combination_of_accelerate", **case), sites)
 
 
-@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=True, mixed=ACCELERATED_MIXED))
+@exhaustive
+@pytest.mark.parametrize("name", ACCELERATED)
 def test_four_processes_under_accelerate(name, four):
     case, sites = ACCELERATED[name]
     check(four.run("combination_of_accelerate", **case), sites)

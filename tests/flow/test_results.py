@@ -130,11 +130,14 @@ def test_a_saved_adapter_is_read_back_on_a_stock_base(
 
 
 @pytest.mark.parametrize(
-    "restored",
+    ("base", "restored"),
     [
-        pytest.param(True, id="after restore", marks=pytest.mark.slow),
-        pytest.param(False, id="without restore", marks=pytest.mark.slow),
+        pytest.param("dense", True, id="dense, after restore", marks=pytest.mark.slow),
+        pytest.param("nf4", False, id="nf4, without restore", marks=pytest.mark.slow),
+        pytest.param("dense", False, id="dense, without restore", marks=pytest.mark.exhaustive),
+        pytest.param("nf4", True, id="nf4, after restore", marks=pytest.mark.exhaustive),
     ],
+    indirect=["base"],
 )
 def test_adapters_are_merged(trained: Any, flow: Any, tmp_path: Path, restored: bool) -> None:
     stock = copy.deepcopy(trained).merge_and_unload()

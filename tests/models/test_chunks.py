@@ -29,7 +29,7 @@ CASES = [
         pytest.param(arch, trained, dtype, marks=mark)
         for arch, trained, dtype, mark in (
             ("llama", "lora", torch.bfloat16, pytest.mark.exhaustive),
-            ("gemma2", "full", torch.bfloat16, pytest.mark.slow),
+            ("gemma2", "full", torch.bfloat16, pytest.mark.exhaustive),
             ("gemma2", "lora", torch.float32, pytest.mark.exhaustive),
             ("gpt2", "full", torch.float32, pytest.mark.exhaustive),
             ("gpt2", "lora", torch.bfloat16, pytest.mark.slow),

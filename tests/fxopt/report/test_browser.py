@@ -19,7 +19,11 @@ NAMES = (
     pytest.param("llama", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS),
 )
-DRAWN = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
+DRAWN = (
+    "llama",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "qlora")),
+    pytest.param("gemma2", marks=pytest.mark.exhaustive),
+)
 
 OVERLAPS = """() => {
   const found = [];
