@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fxopt.kernels.launch import Declared, can_launch, register_gradient, register_op, wide_dtype
 from fxopt.kernels.linear_cross_entropy.chunks import (
-    CHUNK_BYTES,
     MOST_ROUNDED_SUMS,
     Outputs,
+    find_chunk_bytes,
     plan_chunk_rows,
     run_chunks,
 )
@@ -222,14 +222,14 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     z_rows: str = "labelled",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the cross entropy of h weight^T + bias against `labels`: a scalar of `out_dtype`, fp32 by default.
 
     h: [N, H]; weight: [V, H]; bias: [V] or None; all of one float dtype; labels: [N], integers; denominator: one
     number, constant, or None; softcap 0: none; z_rows as in `cross_entropy`; chunk_bytes: the most that logits may take
-    at any time.
+    at any time; None: 512 MiB, with the gradient of weight up to 1 GiB.
 
     >>> linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor(1.3863)
@@ -246,6 +246,9 @@ def linear_cross_entropy(
         )
     check_loss("linear_cross_entropy", reduction, z_rows, denominator)
     grad = torch.is_grad_enabled()
+    trains_weight = grad and weight.requires_grad
+    if chunk_bytes is None:
+        chunk_bytes = find_chunk_bytes(weight.shape[0], h.element_size(), trains_weight=trains_weight)
     loss = _apply(
         h,
         weight,
@@ -257,7 +260,7 @@ def linear_cross_entropy(
         *Shaping(scale, softcap, label_smoothing, z_loss, z_rows == "all"),
         chunk_bytes,
         grad and h.requires_grad,
-        grad and weight.requires_grad,
+        trains_weight,
         grad and bias is not None and bias.requires_grad,
     )[0]
     return loss if out_dtype is None else loss.to(out_dtype)

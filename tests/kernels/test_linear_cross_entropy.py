@@ -214,6 +214,33 @@ def test_the_chunk_follows_the_budget() -> None:
             assert 1 <= chunk <= max(1, min(rows, most))
 
 
+@pytest.mark.parametrize(("vocabulary", "frozen", "trained"), [(32_000, 8192, 8192), (256_000, 1024, 2048)])
+def test_a_trained_head_has_fewer_chunks_where_its_rows_are_long(
+    vocabulary: int, frozen: int, trained: int
+) -> None:
+    for rows, trains in ((frozen, False), (trained, True)):
+        most = chunks.find_chunk_bytes(vocabulary, 2, trains_weight=trains)
+        assert most <= 2**30
+        assert chunks.plan_chunk_rows(8192, 2 * vocabulary, most) == rows
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_chunks_are_those_of_what_is_trained(
+    trains: bool, op_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (h, weight, _), labels = make(9, 48, 100, torch.float32, op_device, ignored=0)
+    weight.requires_grad_(trains)  # type: ignore[union-attr]
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 3 * 112 * 4)
+    monkeypatch.setattr(chunks, "TRAINED_ROWS", 5)
+    monkeypatch.setattr(chunks, "FIRST_ROWS", 3)
+    taken: list[int] = []
+    for module, name in ((op, "_plain_rows"), (kernels, "_launch_rows")):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda z, *rest, run=run: (taken.append(len(z)), run(z, *rest)))
+    linear_cross_entropy(h, weight, labels)  # type: ignore[arg-type]
+    assert taken == ([5, 4] if trains else [3, 3, 3])
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 def test_only_the_gradients_needed(frozen: tuple[int, ...], device: str, check: Any, gradients: Any) -> None:
     inputs, labels = make(9, 48, 100, torch.float32, device)
