@@ -58,11 +58,15 @@ def rms_norm_builds() -> Iterator[Build]:
     plain = dict(GROUPS=1, HAS_SKIP=False, HAS_WEIGHT=True, GATE="", GATE_BEFORE=False, CENTRE=False)
     forms = [(width, plain | dict(HAS_SKIP=skip)) for width in (*WIDTHS, ODD_WIDTH) for skip in (False, True)]
     forms += [(4096, plain | dict(CENTRE=True)), (4096, plain | dict(HAS_WEIGHT=False))]
-    forms += [(4096, plain | dict(GATE="silu", GATE_BEFORE=before)) for before in (True, False)]
+    forms += [(2048, plain | dict(HAS_SKIP=skip)) for skip in (False, True)]
+    forms += [
+        (width, plain | dict(GATE="silu", GATE_BEFORE=before))
+        for width in (ODD_WIDTH, 2048, 4096)
+        for before in (True, False)
+    ]
     for width, form in forms:
         rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
         form = form | dict(WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
-        warps = num_warps_for(rows * columns)
         gated = form["GATE"] != ""
         keep = columns <= rms_norm.MOST_KEPT_COLUMNS
         backward = form | dict(NEED_X=True, NEED_WEIGHT=form["HAS_WEIGHT"], NEED_GATE=gated, KEEP_WEIGHT=keep)
@@ -75,8 +79,10 @@ def rms_norm_builds() -> Iterator[Build]:
         most = rms_norm.MOST_FORWARD_WARPS if reads_one else MOST_WARPS
         forward_warps = num_warps_for(rows * columns, per_thread, most)
         yield rms_norm.rms_norm_forward_kernel, forward, fp32, forward_warps, True
-        yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=1), fp32, warps, True
-        yield rms_norm.rms_norm_backward_kernel, backward | dict(STAGES=3), fp32, warps, True
+        rows, _, warps, most_stages = rms_norm.backward_tile_of(width, gated=gated)
+        for stages in (1, most_stages):
+            kernel, stage = rms_norm.rms_norm_backward_kernel, dict(BLOCK_ROWS=rows, STAGES=stages)
+            yield kernel, backward | stage, fp32, warps, True
     sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
     yield rms_norm.rms_norm_sum_kernel, sums, fp32, 4, True
 
