@@ -12,7 +12,8 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 STAMP := .venv/setup.stamp
 DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
-WITH_DEEPSPEED := PYTHONPATH=$(CURDIR)/build/deepspeed TORCH_EXTENSIONS_DIR=$(CURDIR)/build/deepspeed/torch_extensions
+DEEPSPEED_STAMP := build/deepspeed/setup.stamp
+WITH_DEEPSPEED := PATH="$(CURDIR)/build/deepspeed/bin:$$PATH" PYTHONPATH=$(CURDIR)/build/deepspeed TORCH_EXTENSIONS_DIR=$(CURDIR)/build/deepspeed/torch_extensions
 GATES := tests/test_architecture.py tests/test_packaging.py tests/test_public_api.py tests/test_docs.py tests/test_naming.py
 
 help: ## Show the targets
@@ -31,10 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Beside the other tools and not among them: where it can be imported, accelerate and transformers do so.
 # With the op that its processes would each build otherwise.
-build/deepspeed: constraints.txt
-	rm -rf $@
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check --no-deps -c $< --target $@ $(DEEPSPEED)
-	$(WITH_DEEPSPEED) $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as op; op().load()"
+$(DEEPSPEED_STAMP): constraints.txt | $(STAMP)
+	rm -rf build/deepspeed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check --no-deps -c $< --target build/deepspeed $(DEEPSPEED)
+	$(WITH_DEEPSPEED) $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as op; op().is_compatible() and op().load()"
 	@touch $@
 
 demo: setup ## Train a 10 M parameter Llama on real English, stock and optimized, and compare
@@ -60,12 +61,12 @@ test: check ## check, and every test that is not slow and needs no GPU
 test-slow: setup
 	$(PYTEST) -m "slow and not exhaustive and not gpu and not deepspeed" $(ARGS)
 
-test-deepspeed: setup build/deepspeed ## The slow tests of DeepSpeed, which is at hand for them alone
+test-deepspeed: setup $(DEEPSPEED_STAMP) ## The slow tests of DeepSpeed, which is at hand for them alone
 	$(WITH_DEEPSPEED) $(PYTEST) -m "deepspeed and not exhaustive and not gpu" tests/distributed $(ARGS)
 
 test-all: test test-slow test-deepspeed ## test, and the slow tests
 
-test-exhaustive: setup build/deepspeed ## What is too long for every change: combinations of what the slow tests hold apart
+test-exhaustive: setup $(DEEPSPEED_STAMP) ## What is too long for every change: combinations of what the slow tests hold apart
 	$(WITH_DEEPSPEED) $(PYTEST) -m "exhaustive and not gpu" $(ARGS)
 
 test-gpu: setup ## The tests that need a CUDA device

@@ -202,14 +202,14 @@ def num_warps_for(tile_elements: int, elements_per_thread: int = 16, at_most: in
 
 @functools.cache
 def num_stages_for(loop_bytes: int, device: torch.device, stages: int = 3) -> int:
-    """Return `stages` for a loop whose turns load `loop_bytes` if its buffers fit on a multiprocessor, else 1.
+    """Return the stages of a loop whose turns load `loop_bytes`: `stages`, 3 if these do not fit, 1 if neither does.
 
     Of n stages n - 1 have a buffer. With 2 stages the single one is filled after a turn's arithmetic: nothing overlaps.
     """
     if device.type != "cuda":
         return 1
     most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return stages if (stages - 1) * loop_bytes + SHARED_SLACK_BYTES <= most else 1
+    return next((n for n in (stages, 3) if (n - 1) * loop_bytes + SHARED_SLACK_BYTES <= most), 1)
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

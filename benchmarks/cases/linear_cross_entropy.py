@@ -19,7 +19,7 @@ def make_cases() -> list[Case]:
 
     def gemms(tensors: list[torch.Tensor]) -> Callable[[], None]:
         h, weight, _ = (value.detach() for value in tensors)
-        most = chunks.find_chunk_bytes(CLASSES, 2, trains_weight=tensors[1].requires_grad)
+        most = chunks.plan_chunk_bytes(CLASSES, 2, trains_weight=tensors[1].requires_grad)
         chunk = chunks.plan_chunk_rows(h.shape[0], CLASSES * 2, most)
         logits, dh = h.new_empty(chunk, CLASSES), torch.empty_like(h)
         dweight = torch.empty_like(weight) if tensors[1].requires_grad else None

@@ -33,8 +33,8 @@ from fxopt.kernels.row_loss import Shaping, find_divisor, find_z_weight
 
 CHUNK_BYTES = 512 * 2**20
 TRAINED_ROWS = 2048
-"""What a chunk has where dW is needed, if that takes at most twice CHUNK_BYTES: each chunk reads and writes dW, and
-many are summed in fp32. 8192 rows of 2304 x 256000 in bf16, an H200: 47.5 ms by 2048 rows, 55.5 by the 1024 of 512 MiB.
+"""What a chunk has where dW is needed, or as many as twice CHUNK_BYTES hold: each chunk reads and writes dW, and many
+are summed in fp32. 8192 rows of 2304 x 256000 in bf16, an H200: 47.5 ms by 2048 rows, 55.5 by the 1024 of 512 MiB.
 """
 ROW_MULTIPLE = 128  # GEMM tiles are full in chunks of whole multiples
 ROW_ALIGNMENT = 16
@@ -52,18 +52,20 @@ class Outputs(NamedTuple):
     dbias: Tensor | None
 
 
-def find_chunk_bytes(vocabulary: int, itemsize: int, *, trains_weight: bool) -> int:
+def plan_chunk_bytes(vocabulary: int, itemsize: int, *, trains_weight: bool) -> int:
     """Return the most bytes of logits that are held at a time if the caller does not say.
 
-    >>> [find_chunk_bytes(256_000, 2, trains_weight=trains) // 512_000 for trains in (False, True)]
+    >>> [plan_chunk_bytes(256_000, 2, trains_weight=trains) // 512_000 for trains in (False, True)]
     [1048, 2048]
     """
-    rows = TRAINED_ROWS if trains_weight else 0
-    return max(CHUNK_BYTES, min(2 * CHUNK_BYTES, rows * _row_bytes(vocabulary, itemsize)))
+    if not trains_weight:
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, min(2 * CHUNK_BYTES, TRAINED_ROWS * padded(vocabulary) * itemsize))
 
 
-def _row_bytes(vocabulary: int, itemsize: int) -> int:
-    return ceil_div(vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT * itemsize
+def padded(vocabulary: int) -> int:
+    """Return the columns that a row of logits takes."""
+    return ceil_div(vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def plan_chunk_rows(num_rows: int, row_bytes: int, chunk_bytes: int) -> int:
@@ -113,7 +115,8 @@ def run_chunks(
 
     labelled = None if shaping.reads_ignored_rows else find_labelled(labels, ignore_index)
     num_rows = labelled.num_rows if labelled and labelled.is_counted else labels.shape[0]
-    row_bytes = _row_bytes(vocabulary, h.element_size())
+    width = padded(vocabulary)
+    row_bytes = width * h.element_size()
     rows = plan_chunk_rows(num_rows, row_bytes, chunk_bytes)
     with_gradient = need_h or need_weight or need_bias
     sum_wide = divide_later or num_rows > rows * MOST_ROUNDED_SUMS
@@ -127,7 +130,7 @@ def run_chunks(
     if dweight is not None and num_rows == 0:
         dweight.zero_()
     losses = make(num_rows, dtype=wide)
-    buffer = h.new_empty((min(rows, num_rows), row_bytes // h.element_size()))[:, :vocabulary]
+    buffer = h.new_empty((min(rows, num_rows), width))[:, :vocabulary]
 
     first = rows if need_weight else min(rows, FIRST_ROWS)
     plan = functools.partial(plan_chunk_rows, row_bytes=row_bytes, chunk_bytes=max(1, rows) * row_bytes)

@@ -13,7 +13,8 @@ from fxopt.kernels.launch import Declared, can_launch, register_gradient, regist
 from fxopt.kernels.linear_cross_entropy.chunks import (
     MOST_ROUNDED_SUMS,
     Outputs,
-    find_chunk_bytes,
+    padded,
+    plan_chunk_bytes,
     plan_chunk_rows,
     run_chunks,
 )
@@ -150,7 +151,7 @@ def _flops(h: Tensor, weight: Tensor, *arguments: Any) -> int:
 def _workspace(h: Tensor, weight: Tensor, *arguments: Any) -> int:
     """Return the bytes of one chunk's logits and of its rows of h and dh, and of sums of dW that are rounded last."""
     chunk_bytes, _need_h, need_weight, _need_bias = arguments[-4:]
-    row_bytes = weight.shape[0] * h.element_size()
+    row_bytes = padded(weight.shape[0]) * h.element_size()
     rows = plan_chunk_rows(h.shape[0], row_bytes, chunk_bytes)
     is_rounded_last = need_weight and h.dtype != torch.float16 and h.shape[0] > rows * MOST_ROUNDED_SUMS
     wide = wide_dtype(h.dtype)
@@ -248,7 +249,7 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     trains_weight = grad and weight.requires_grad
     if chunk_bytes is None:
-        chunk_bytes = find_chunk_bytes(weight.shape[0], h.element_size(), trains_weight=trains_weight)
+        chunk_bytes = plan_chunk_bytes(weight.shape[0], h.element_size(), trains_weight=trains_weight)
     loss = _apply(
         h,
         weight,

@@ -26,6 +26,7 @@ FORWARD_ELEMENTS = 32  # a thread's, where forward reads one tensor: fewer warps
 MOST_FORWARD_WARPS = 8  # where forward reads one tensor: of 16384 columns two programs then fit
 FORWARD_ELEMENTS_BESIDE = 16  # a thread's, of each of two
 MOST_EARLY_COLUMNS = 4096  # up to here weight and bias are on their way while the sums are made
+LEAST_WIDE_COLUMNS, MOST_WIDE_COLUMNS = 257, 2048  # rows of which backward's threads hold 32 values each
 SUM_ROWS = 64
 SUM_COLUMNS = 16  # many programs of a few columns each: partial sums are few, and all of them wait
 LOOP_COLUMNS = 4096
@@ -42,19 +43,34 @@ def tile_of(width: int, elements: int) -> tuple[int, int]:
 
 
 @functools.cache
-def backward_tile_of(width: int, *, gated: bool) -> tuple[int, int, int, int]:
-    """Return BLOCK_ROWS, BLOCK_COLUMNS, warps and stages for rows of `width`, by what an H200 takes for 8192 of them.
+def backward_tiles_of(width: int, *, gated: bool) -> tuple[tuple[int, int, int, int], ...]:
+    """Return BLOCK_ROWS, BLOCK_COLUMNS, warps and stages for rows of `width`, then those for where these do not fit.
 
-    32 values a thread in place of 16: rows of 768 20 us in place of 24, gated ones 29 in place of 45. A power of two of
-    columns, with no mask, in tiles of half the rows: 1024 22 us in place of 26. Rows of 128 take longer by either.
+    By what an H200 takes for 8192 rows. 32 values a thread in place of 16: rows of 768 20 us in place of 24, gated ones
+    29 in place of 45; rows of 128 take longer, and of 4096 but for gated ones (97 us in place of 103). Where no column
+    is masked, in tiles of half the rows: 1024 22 us in place of 26.
     """
-    elements, per_thread, stages = TILE_ELEMENTS, 16, 3
-    if 256 < width <= (4096 if gated else 2048):
-        per_thread = 32
-        if width <= 2048 and width == next_power_of_two(width):
-            elements, stages = TILE_ELEMENTS // 2, 4
-    rows, columns = tile_of(width, elements)
-    return rows, columns, num_warps_for(rows * columns, per_thread), stages
+    rows, columns = tile_of(width, TILE_ELEMENTS)
+    tiles = [(rows, columns, num_warps_for(rows * columns), 3)]
+    if LEAST_WIDE_COLUMNS <= width <= (2 if gated else 1) * MOST_WIDE_COLUMNS:
+        is_filled = width == columns <= MOST_WIDE_COLUMNS
+        rows = rows // 2 if is_filled else rows
+        tiles.insert(0, (rows, columns, num_warps_for(rows * columns, 32), 4 if is_filled else 3))
+    return tuple(tiles)
+
+
+@functools.cache
+def plan_backward(
+    width: int, value_bytes: int, row_bytes: int, device: torch.device, *, gated: bool
+) -> tuple[int, int, int]:
+    """Return BLOCK_ROWS, warps and stages; a turn of the loop loads so much for each value of its tile, and once."""
+    planned: list[tuple[int, int, int]] = []
+    for rows, columns, warps, most_stages in backward_tiles_of(width, gated=gated):
+        loop_bytes = rows * columns * value_bytes + row_bytes
+        stages = num_stages_for(loop_bytes, device, most_stages) if width <= columns else 1
+        planned.append((rows, warps, stages))
+    fitting = (tile for tile in planned if tile[-1] > 1)
+    return next(fitting, planned[0] if device.type == "cpu" else planned[-1])
 
 
 def launch_forward(
@@ -195,16 +211,19 @@ def run_backward(
     if num_rows == 0:
         return None if dweight is None else dweight.zero_()
     width = columns // groups
-    block_rows, block_columns, num_warps, stages = backward_tile_of(width, gated=gate is not None)
-    tile_elements = block_rows * block_columns
-    per_processor = 1 if tile_elements > TILE_ELEMENTS else 2
+    _, block_columns = tile_of(width, TILE_ELEMENTS)
+    keep_weight = block_columns <= MOST_KEPT_COLUMNS
+    per_processor = 1 if block_columns > TILE_ELEMENTS else 2
+    read = (dy, x, gate, dh)
+    value_bytes = sum(tensor.element_size() for tensor in read if tensor is not None)
+    weight_bytes = 0
+    if weight is not None and not keep_weight and dh is None:
+        weight_bytes = block_columns * weight.element_size()
+    block_rows, num_warps, stages = plan_backward(
+        width, per_processor * value_bytes, per_processor * weight_bytes, x.device, gated=gate is not None
+    )
     programs = max(1, num_processors(x.device) * per_processor // groups)
     programs = min(programs, ceil_div(num_rows, block_rows))
-    keep_weight = block_columns <= MOST_KEPT_COLUMNS
-    read = (dy, x, gate, dh)
-    tile_bytes = tile_elements * sum(tensor.element_size() for tensor in read if tensor is not None)
-    if weight is not None and not keep_weight and dh is None:
-        tile_bytes += block_columns * weight.element_size()
     partial = None if dweight is None else x.new_empty((programs, columns), dtype=torch.float32)
     x, x_row_stride = with_row_stride(x)
     dy, dy_row_stride = with_row_stride(dy)
@@ -245,9 +264,7 @@ def run_backward(
             KEEP_WEIGHT=keep_weight,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
-            STAGES=num_stages_for(tile_bytes * per_processor, x.device, stages)
-            if width <= block_columns
-            else 1,
+            STAGES=stages,
             num_warps=num_warps,
             enable_fp_fusion=True,  # products and sums of fp32 values: a fused multiply-add only rounds less
         )

@@ -193,12 +193,13 @@ def is_error(answer: str) -> bool:
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let processes build DeepSpeed's ops in a folder of this session, whose locks are known to be its own.
 
-    What was built before comes from the folder that the environment names, with its times: nothing is built anew.
+    What of theirs is in the folder that the environment names comes with its times, so that it is not built anew.
     """
     own = tmp_path_factory.mktemp("torch_extensions")
     with pytest.MonkeyPatch.context() as environment:
         if built := os.environ.get("TORCH_EXTENSIONS_DIR"):
-            shutil.copytree(built, own, dirs_exist_ok=True)
+            for folder in Path(built).glob("deepspeed_*"):
+                shutil.copytree(folder, own / folder.name, ignore=shutil.ignore_patterns("lock"))
         environment.setenv("TORCH_EXTENSIONS_DIR", str(own))
         yield
 

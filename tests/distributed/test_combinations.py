@@ -103,7 +103,6 @@ ON_FOUR = {
 MIXED = {
     "ddp",
     "ddp, four bits",
-    "fsdp2",
     "fsdp2, carved",
     "fsdp2, four bits",
     "fsdp2, lora",
@@ -116,14 +115,16 @@ MIXED = {
 }
 """What is exhaustive on both: its options are slow tests with others beside them, or under the other engine.
 
-`test_engines.py` has the plain engines.
+`test_engines.py` has plain DistributedDataParallel.
 """
+ACCELERATED_MIXED = {"ddp", "ddp, lora", "fsdp2"}
+"""`test_others.py` has accelerate's DistributedDataParallel under trainers, and its FSDP2 there."""
 
 
-def by_turns(names: Iterable[str], *, four: bool) -> list[Any]:
-    """Return `names`, those of `MIXED` and those whose turn is on the other number of processes as exhaustive."""
+def by_turns(names: Iterable[str], *, four: bool, mixed: set[str] = MIXED) -> list[Any]:
+    """Return `names`, those of `mixed` and those whose turn is on the other number of processes as exhaustive."""
     return [
-        pytest.param(name, marks=slow if (name in ON_FOUR) == four and name not in MIXED else exhaustive)
+        pytest.param(name, marks=slow if (name in ON_FOUR) == four and name not in mixed else exhaustive)
         for name in names
     ]
 
@@ -181,15 +182,13 @@ def test_four_processes_under_a_policy(name, four):
     check_policy(four.run("combination", **POLICIES[name]))
 
 
-@exhaustive  # `test_others.py` has both of accelerate's engines under trainers
-@pytest.mark.parametrize("name", ACCELERATED)
+@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=False, mixed=ACCELERATED_MIXED))
 def test_two_processes_under_accelerate(name, two):
     case, sites = ACCELERATED[name]
     check(two.run("combination_of_accelerate", **case), sites)
 
 
-@exhaustive
-@pytest.mark.parametrize("name", ACCELERATED)
+@pytest.mark.parametrize("name", by_turns(ACCELERATED, four=True, mixed=ACCELERATED_MIXED))
 def test_four_processes_under_accelerate(name, four):
     case, sites = ACCELERATED[name]
     check(four.run("combination_of_accelerate", **case), sites)

@@ -64,6 +64,7 @@ def rms_norm_builds() -> Iterator[Build]:
         for width in (ODD_WIDTH, 2048, 4096)
         for before in (True, False)
     ]
+    forms += [(4096, plain | dict(GATE="sigmoid", GATE_BEFORE=True, CENTRE=True))]
     for width, form in forms:
         rows, columns = rms_norm.tile_of(width, rms_norm.TILE_ELEMENTS)
         form = form | dict(WIDTH=width, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
@@ -79,10 +80,10 @@ def rms_norm_builds() -> Iterator[Build]:
         most = rms_norm.MOST_FORWARD_WARPS if reads_one else MOST_WARPS
         forward_warps = num_warps_for(rows * columns, per_thread, most)
         yield rms_norm.rms_norm_forward_kernel, forward, fp32, forward_warps, True
-        rows, _, warps, most_stages = rms_norm.backward_tile_of(width, gated=gated)
-        for stages in (1, most_stages):
-            kernel, stage = rms_norm.rms_norm_backward_kernel, dict(BLOCK_ROWS=rows, STAGES=stages)
-            yield kernel, backward | stage, fp32, warps, True
+        for rows, _, warps, most_stages in rms_norm.backward_tiles_of(width, gated=gated):
+            for stages in (1, most_stages):
+                kernel, stage = rms_norm.rms_norm_backward_kernel, dict(BLOCK_ROWS=rows, STAGES=stages)
+                yield kernel, backward | stage, fp32, warps, True
     sums = dict(BLOCK_ROWS=rms_norm.SUM_ROWS, BLOCK_COLUMNS=rms_norm.SUM_COLUMNS)
     yield rms_norm.rms_norm_sum_kernel, sums, fp32, 4, True
 

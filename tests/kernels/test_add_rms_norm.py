@@ -107,6 +107,14 @@ def test_widths(width: int, dtype: torch.dtype, device: str, check: Any) -> None
     compare(make((2, 5, width), dtype, device), {}, check)
 
 
+@pytest.mark.usefixtures("wide_sums")
+@pytest.mark.parametrize("name", ["llama", "granite"])
+@pytest.mark.parametrize("width", [512, 700])
+def test_programs_take_several_turns(width: int, name: str, device: str, check: Any) -> None:
+    rows = 61 if device == "cpu" else 5003
+    compare(make((rows, width), torch.bfloat16, device), FORMS[name], check)
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_dh", [True, False])

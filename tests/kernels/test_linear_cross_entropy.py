@@ -214,12 +214,14 @@ def test_the_chunk_follows_the_budget() -> None:
             assert 1 <= chunk <= max(1, min(rows, most))
 
 
-@pytest.mark.parametrize(("vocabulary", "frozen", "trained"), [(32_000, 8192, 8192), (256_000, 1024, 2048)])
+@pytest.mark.parametrize(
+    ("vocabulary", "frozen", "trained"), [(32_000, 8192, 8192), (256_000, 1024, 2048), (300_000, 768, 1664)]
+)
 def test_a_trained_head_has_fewer_chunks_where_its_rows_are_long(
     vocabulary: int, frozen: int, trained: int
 ) -> None:
     for rows, trains in ((frozen, False), (trained, True)):
-        most = chunks.find_chunk_bytes(vocabulary, 2, trains_weight=trains)
+        most = chunks.plan_chunk_bytes(vocabulary, 2, trains_weight=trains)
         assert most <= 2**30
         assert chunks.plan_chunk_rows(8192, 2 * vocabulary, most) == rows
 

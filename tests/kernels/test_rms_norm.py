@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxopt.kernels import rms_norm as file
-from fxopt.kernels.rms_norm import rms_norm, rms_norm_reference
+from fxopt.kernels.rms_norm import launches, rms_norm, rms_norm_reference
 from fxopt.kernels.rms_norm.launches import MOST_TILE_COLUMNS
 from fxopt.kernels.rms_norm.op import backward_op, forward_op
 
@@ -120,6 +120,28 @@ def test_rows_longer_than_a_tile(name: str, device: str, check: Any, gradients: 
 
 def test_many_short_rows(device: str, check: Any, gradients: Any) -> None:
     compare(make((2, 301, 1, 128), {}, torch.bfloat16, device), {}, check, gradients)
+
+
+@pytest.mark.usefixtures("wide_sums")
+@pytest.mark.parametrize("name", ["llama", "gate_after", "centred_gate_before"])
+@pytest.mark.parametrize("width", [512, 700])
+def test_programs_take_several_turns(width: int, name: str, device: str, check: Any, gradients: Any) -> None:
+    rows = 61 if device == "cpu" else 5003
+    compare(make((rows, width), FORMS[name], torch.bfloat16, device), FORMS[name], check, gradients)
+
+
+def test_a_tile_that_leaves_no_room_for_stages_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = launches.backward_tiles_of(1024, gated=True)
+    assert wide != narrow
+    monkeypatch.setattr(
+        launches, "num_stages_for", lambda loop_bytes, device, stages: stages * (stages in fit)
+    )
+    plan = launches.plan_backward.__wrapped__
+    for fit, tile in (((3, 4), wide), ((3,), narrow), ((), narrow)):
+        rows, warps, stages = plan(1024, 12, 0, torch.device("cuda"), gated=True)
+        assert (rows, warps) == (tile[0], tile[2])
+        assert stages == (tile[3] if fit else 0)
+    assert plan(1024, 12, 0, torch.device("cpu"), gated=True) == (wide[0], wide[2], 0)
 
 
 def test_weight_of_another_dtype(device: str, check: Any, gradients: Any) -> None:
