@@ -91,7 +91,14 @@ class Installation:
         self.cuda_graphs = CudaGraphs(obstacle, self.ledger.note)
         if blocks:
             self.model_call: ModelCall | None = ModelCall(
-                self.ledger, model, blocks, self._compile_model, checkpointing, self.cuda_graphs, self.cache
+                self.ledger,
+                model,
+                blocks,
+                self._compile_model,
+                self._compile_behind,
+                checkpointing,
+                self.cuda_graphs,
+                self.cache,
             )
         else:
             self.model_call = None
@@ -254,29 +261,39 @@ class Installation:
     def _compile_model(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         assert self.model_call is not None
         tail = cut_tail(gm, is_leaf)
-        check_spread([example_inputs[index] for index in tail.placeholders])
-        outside = find_outside_loss(tail.graph, self.model) if self.model.training else ""
+        given = [example_inputs[index] for index in tail.placeholders]
+        leaves = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
+        values = [node.meta["example_value"] for node in leaves]
+        return self.model_call.compile_tail(tail, self._compile_tail(tail.graph, values, given))
+
+    def _compile_behind(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        assert self.model_call is not None
+        self.model_call.behind.check(gm)
+        return self._compile_tail(gm, [], example_inputs)
+
+    def _compile_tail(self, gm: fx.GraphModule, values: list[Any], given: list[Any]) -> Callable[..., Any]:
+        """Return what runs `gm`, which stands after the blocks; it takes `values` of theirs and what Dynamo gave."""
+        assert self.model_call is not None
+        check_spread(given)
+        outside = find_outside_loss(gm, self.model) if self.model.training else ""
         if outside:
             self.ledger.note(outside)
         progress = self.ledger.progress
         progress.show(AFTER_BLOCKS, "rewriting and proving")
-        outcome = self._transform(tail.graph, region=MODEL_REGION, lazy_outputs=self.model.training)
-        order = order_of([example_inputs[index] for index in tail.placeholders], self.model)
-        capture = self.ledger.add_capture(MODEL_REGION, outcome, order=order)
-        placeholders = [node for node in tail.graph.graph.nodes if node.op == "placeholder"]
-        examples = [node.meta["example_value"] for node in placeholders[: len(tail.leaves)]]
-        examples += [example_inputs[index] for index in tail.placeholders]
-        segments = find_segments(tail.graph)
+        outcome = self._transform(gm, region=MODEL_REGION, lazy_outputs=self.model.training)
+        capture = self.ledger.add_capture(MODEL_REGION, outcome, order=order_of(given, self.model))
+        examples = [*values, *given]
+        segments = find_segments(gm)
         if segments.unkept:
             self.ledger.note(f"logits are computed at every step: after the blocks {segments.write}")
         progress.show(AFTER_BLOCKS, "compiling")
-        note_held(tail.graph, examples, self.model)
+        note_held(gm, examples, self.model)
         planner, mark, shortage = self.planner, None, self.model_call.shortage
         if planner is not None and shortage is not None and shortage.begin_tail():
             planner.begin_tail()
             mark = Mark(planner.read_tail, decides=False)
         lower = keep_stock_gradients(with_mark(self._lower, mark), MODEL_REGION)
-        call = compile_model_graph(tail.graph, examples, lower, segments)
+        call = compile_model_graph(gm, examples, lower, segments)
         progress.done(AFTER_BLOCKS)
         ledger = self.ledger
 
@@ -285,7 +302,7 @@ class Installation:
             ledger.refused.pop(MODEL_REGION, None)
             return call(*args)
 
-        return self.model_call.compile_tail(tail, run)
+        return run
 
 
 def _unhooked(transform: Transform) -> Transform:

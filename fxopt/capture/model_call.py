@@ -27,6 +27,7 @@ from fxopt.capture import (
     torch_tensors,
 )
 from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
+from fxopt.capture.behind import Behind
 from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.collecting import uncollected
@@ -45,6 +46,7 @@ from fxopt.capture.lazy import put_through
 from fxopt.capture.leaves import Leaves
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.meta_trunk import MetaTrunk
+from fxopt.capture.model_entry import model_entry
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.places import forward_line, with_place
@@ -65,16 +67,6 @@ from fxopt.capture.tail import Tail, TailRefusal
 from fxopt.capture.trunk import TailMismatch, Trunk, find_other_form
 from fxopt.capture.zero import Gathering
 from fxopt.report.records import MODEL_REGION
-
-
-def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kwargs: Any) -> Any:
-    """Run `model`'s forward; Dynamo captures this frame, and what runs it uncaptured is counted."""
-    if not torch.compiler.is_compiling():
-        count_eager()
-    # Read so that Dynamo guards it: a capture for training returns lazy logits and must not serve evaluation.
-    bool(model.training)
-    return model.forward(*args, **kwargs)
-
 
 log = logging.getLogger("fxopt")
 OUTSIDE = (
@@ -98,6 +90,7 @@ class ModelCall:
         model: nn.Module,
         blocks: dict[str, nn.Module],
         backend: Callable[..., Any],
+        backend_behind: Callable[..., Any],
         checkpointing: Checkpointing,
         cuda_graphs: CudaGraphs,
         cache: Cache,
@@ -116,6 +109,9 @@ class ModelCall:
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
+        self.behind = Behind(
+            model, self.blocks, self._around, backend_behind, self._sharding, ledger, self._count_eager
+        )
         self._cache = cache
         self.stand_ins = StandIns()
         self._collects = False
@@ -135,8 +131,8 @@ class ModelCall:
 
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
-        """The frame that Dynamo captures the model in."""
-        return (self.compiled,)
+        """The frames that Dynamo captures the model in."""
+        return (self.compiled, self.behind.compiled)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
@@ -146,10 +142,15 @@ class ModelCall:
         finally:
             self._thread.is_within = outer
 
+    @property
+    def _is_running(self) -> bool:
+        """Whether a stock forward is being run for a call of the model, so that a nested call of it is a stock one."""
+        return self.behind.is_running or self._trunk.is_running or self._meta_trunk.is_running
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         with torch_settings.capture_scope(self._settings):
-            if not torch.is_grad_enabled() or self._trunk.is_running or self._meta_trunk.is_running:
+            if not torch.is_grad_enabled() or self._is_running:
                 return torch_modules.stock_call(model, *args, **kwargs)
             gatherings = self._sharding.find_gatherings()
             kept = self._cache.find_obstacle(kwargs, is_gathered=bool(gatherings))
@@ -215,39 +216,63 @@ class ModelCall:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
         if self.shortage is not None and self.shortage.needs_tail:
             self.compiled = torch_dynamo.compile_frame(model_entry, self._backend, fullgraph=True)
+            self.behind.compile_anew()
+        is_behind = not self.behind.is_empty() and self.behind.serves(self._form_of(args, kwargs))
+        reason = None
         try:
-            return self._capture_and_run(*args, **kwargs)
+            return (self.behind.run if is_behind else self._capture_and_run)(*args, **kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
-            self.ledger.progress.wipe()
-            cause = torch_errors.cause_to_raise(error)
-            if cause is not None:
-                raise cause from None
-            root = torch_errors.root_cause(error)
-            reason = find_kept(self.blocks) or (
-                with_place(str(root), forward_line(self.model))
-                if isinstance(root, TailRefusal)
-                else reason_of(error, self.stand_ins.failed_in)
-            )
-            reason = f"what stands after the blocks was not captured: {reason}"
-            # a call that fails in stock too is no obstacle to others
-            output = self._run_uncaptured(*args, **kwargs)
-            self.obstacles[self._form_of(args, kwargs)] = reason
-            if MODEL_REGION not in self.ledger.served:
-                if not self.ledger.captures and MODEL_REGION not in self.ledger.refused:
-                    log.warning("the model runs as stock, slower and with more memory: %s", reason)
-                self.ledger.refused[MODEL_REGION] = reason
-            self.ledger.count_fallback(MODEL_REGION, reason)
-            for line in find_own_forwards(self.model):
-                self.ledger.note(line)
-            return output
+            reason = self._explain(error)
         except TailMismatch as error:
-            reason = with_place(str(error), forward_line(self.model))
-            self.ledger.count_fallback(MODEL_REGION, reason)
+            text = with_place(str(error), forward_line(self.model))
+            self.ledger.count_fallback(MODEL_REGION, text)
             if error.output is not None:
                 return error.output[0]
         finally:
             self.stand_ins.clear()
-        return self._run_uncaptured(*args, **kwargs)
+        if reason is None:
+            return self._run_uncaptured(*args, **kwargs)
+        if not is_behind and self.behind.is_possible():
+            served = self.behind.attempt(self._form_of(args, kwargs), reason, self._explain, args, kwargs)
+            if isinstance(served, tuple):
+                return served[0]
+            reason = f"{reason}; {served}"
+        return self._serve_uncaptured(
+            f"what stands after the blocks was not captured: {reason}", args, kwargs
+        )
+
+    def _explain(self, error: Exception) -> str:
+        """Return why the model was not captured.
+
+        Raises:
+            Exception: what `error` wraps, where that is the user's or a pass's mistake.
+        """
+        self.ledger.progress.wipe()
+        cause = torch_errors.cause_to_raise(error)
+        if cause is not None:
+            raise cause from None
+        root = torch_errors.root_cause(error)
+        return find_kept(self.blocks) or (
+            with_place(str(root), forward_line(self.model))
+            if isinstance(root, TailRefusal)
+            else reason_of(error, self.stand_ins.failed_in)
+        )
+
+    def _serve_uncaptured(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the call as it is, as all calls of its form from now on."""
+        # a call that fails in stock too is no obstacle to others
+        output = self._run_uncaptured(*args, **kwargs)
+        form = self._form_of(args, kwargs)
+        self.behind.forget(form)
+        self.obstacles[form] = reason
+        if MODEL_REGION not in self.ledger.served:
+            if not self.ledger.captures and MODEL_REGION not in self.ledger.refused:
+                log.warning("the model runs as stock, slower and with more memory: %s", reason)
+            self.ledger.refused[MODEL_REGION] = reason
+        self.ledger.count_fallback(MODEL_REGION, reason)
+        for line in find_own_forwards(self.model):
+            self.ledger.note(line)
+        return output
 
     def _run_uncaptured(self, *args: Any, **kwargs: Any) -> Any:
         return run_uncaptured(self.model, self._sharding.find_gatherings(), args, kwargs)

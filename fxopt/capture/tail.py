@@ -68,14 +68,14 @@ def cut_tail(captured: fx.GraphModule, is_leaf: Callable[[fx.Node], bool]) -> Ta
                 with_place("it reads what a block put into a mapping that it was given", location_of(node))
             )
     for node in nodes[:last]:
-        if node in needed and node not in leaf_nodes and not _repeatable(node):
+        if node in needed and node not in leaf_nodes and not is_repeatable(node):
             raise TailRefusal(
                 f"it reads {op_name(node) or node.name} at {location_of(node)} "
                 "(before the last block), which may give another value when it is computed again"
             )
     _check_no_writes(captured.graph, nodes[:last], needed, set(leaf_nodes))
     for node in nodes[last:]:
-        if node not in needed and not _repeatable(node) and not _is_put(node):
+        if node not in needed and not is_repeatable(node) and not _is_put(node):
             needed.add(node)
             needed |= _ancestors(node, stop=set(leaf_nodes))
     graph = fx.Graph()
@@ -160,6 +160,6 @@ def _is_put(node: fx.Node) -> bool:
     return getattr(node.target, "fxopt_put", False)
 
 
-def _repeatable(node: fx.Node) -> bool:
+def is_repeatable(node: fx.Node) -> bool:
     """Return whether running `node` a second time changes nothing and gives the same value."""
     return node.op in ("placeholder", "output") or node.target in MODE_SWITCHES or is_pure(node)

@@ -115,6 +115,11 @@ def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def find_capture() -> Any:
+    """Return what Dynamo is making right now: the same object until it begins anew, with the `graph` so far."""
+    return InstructionTranslator.current_tx().output
+
+
 def changes_python_state(but: object = None) -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 

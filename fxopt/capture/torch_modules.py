@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch._dynamo as dynamo
@@ -31,6 +33,17 @@ CHILDREN = "_modules"
 
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
+
+
+@contextlib.contextmanager
+def called_by(module: torch.nn.Module, entry: Callable[..., Any]) -> Iterator[None]:
+    """Make calls of `module`, whose slot is empty, run `entry` within the scope; Dynamo traces it, not the forward."""
+    module.__dict__[SLOT] = entry
+    module.__dict__[CALL] = functools.partial(stock_call, module)
+    try:
+        yield
+    finally:
+        del module.__dict__[SLOT], module.__dict__[CALL]
 
 
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:

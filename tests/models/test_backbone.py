@@ -1,0 +1,313 @@
+"""Models whose way to their blocks hangs on values, as those with images: captured behind their backbone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxopt
+from fxopt.capture import backbone
+from fxopt.capture.torch_modules import CALL, SLOT
+from fxopt.coverage.inputs import make_batch
+from fxopt.coverage.shrink import tiny_config
+
+WIDTH, CLASSES = 32, 64
+
+
+@dataclasses.dataclass
+class Output:
+    """What the model returns."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x) * self.gain
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate, self.up = Norm(), nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 48)
+        self.down = nn.Linear(48, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+@dataclasses.dataclass
+class Found:
+    """What no capture takes apart."""
+
+    last: torch.Tensor
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(CLASSES, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.norm = Norm()
+        self.returned = "tensor"
+        self.count = 0
+
+    def forward(self, ids: torch.Tensor, images: torch.Tensor | None = None) -> Any:
+        x = self.embed(ids)
+        if images is not None:
+            if int((ids == 1).sum()) != images.shape[0]:
+                raise ValueError("as many images as places")
+            x = x.masked_scatter((ids == 1)[..., None], images)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        self.count += self.returned == "counted"
+        return {"tensor": x, "tuple": (x, (ids, None)), "own": Found(x), "counted": (x, self.count)}[
+            self.returned
+        ]
+
+
+class Model(nn.Module):
+    def __init__(self, returned: str = "tensor", before: str = "", again: bool = False) -> None:
+        super().__init__()
+        self.trunk, self.head = Trunk(), nn.Linear(WIDTH, CLASSES, bias=False)
+        self.trunk.returned, self.before, self.again = returned, before, again
+        self.count = 0
+
+    def forward(
+        self, ids: torch.Tensor, images: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> Output:
+        if images is not None and self.before == "random":
+            images = F.dropout(images, 0.5)
+        if self.before == "state":
+            self.count += 1
+        x = self.trunk(ids, images)
+        if self.again:
+            x = x + self.trunk(ids, images)
+        x = x[0] if isinstance(x, tuple) else x.last if isinstance(x, Found) else x
+        logits = self.head(x)
+        loss = F.cross_entropy(logits.view(-1, CLASSES).float(), labels.view(-1))
+        return Output(loss=loss, logits=logits)
+
+
+def make(**options: Any) -> tuple[Model, Model]:
+    torch.manual_seed(0)
+    model = Model(**options).train()
+    return model, copy.deepcopy(model)
+
+
+def batch_of(length: int = 12, *, images: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(2, CLASSES, (2, length), generator=generator)
+    batch = {"ids": ids, "labels": ids.roll(-1, 1)}
+    if images:
+        ids[:, 3:5] = 1
+        batch["images"] = torch.randn(4, WIDTH, generator=generator)
+    return batch
+
+
+def check(tools: Any, model: Any, stock: Any, batch: dict[str, torch.Tensor], most: float = 1e-4) -> None:
+    ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+    assert tools.relative(ours.loss, theirs.loss) < 1e-5
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        assert tools.relative(ours.gradients[name], gradient) < most, name
+
+
+def captures_of_model(report: fxopt.Report) -> int:
+    (region,) = (region for region in report.regions if region.kind == "model")
+    return region.captures
+
+
+def forms(report: fxopt.Report) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for site in report.sites:
+        assert site.status == "rewritten", site
+        found[site.pattern] = found.get(site.pattern, 0) + site.count
+    return found
+
+
+@pytest.mark.parametrize("returned", ["tensor", "tuple"])
+def test_head_and_loss_are_captured_behind_the_backbone(returned: str, tools: Any) -> None:
+    model, stock = make(returned=returned)
+    fxopt.optimize(model)
+    for length in (12, 12, 20, 9):
+        check(tools, model, stock, batch_of(length))
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert forms(report) == {"rms_norm": 3, "glu": 3, "linear_cross_entropy": 1}
+    (note,) = (note for note in report.notes if "behind its Trunk" in note)
+    assert "stands in that around the blocks runs stock: what is computed depends on the values" in note
+    assert captures_of_model(report) <= 2, "one of a size and one of all"
+    assert not {SLOT, CALL} & model.trunk.__dict__.keys()
+    batch = batch_of()
+    assert torch.allclose(model(**batch).logits, stock(**batch).logits, atol=1e-6)
+
+
+def test_calls_that_can_be_captured_whole_still_are(tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    for images in (False, True, False, True):
+        check(tools, model, stock, batch_of(images=images))
+    assert fxopt.explain(model).fallbacks == ()
+    check(tools, model, stock, batch_of(images=False))
+    assert forms(fxopt.explain(model))["rms_norm"] == 4, "the last one too"
+    assert captures_of_model(fxopt.explain(model)) <= 3, (
+        "behind, and whole with leaves that hand on less and more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"before": "random"}, "before the Trunk trunk it reads dropout at test_backbone.py:"),
+        ({"before": "state"}, "before the Trunk trunk Python objects are changed"),
+        ({"again": True}, "the Trunk trunk is called more than once"),
+        ({"returned": "own"}, "the Trunk trunk returned a Found, which holds more than tensors"),
+    ],
+)
+def test_what_would_be_done_twice_or_cannot_be_taken_apart_is_left(
+    options: dict[str, Any], reason: str, tools: Any
+) -> None:
+    model, stock = make(**options)
+    fxopt.optimize(model)
+    for _ in range(2):
+        torch.manual_seed(3)
+        ours = tools.run_step(model, batch_of())
+        torch.manual_seed(3)
+        theirs = tools.run_step(stock, batch_of())
+        assert torch.equal(ours.loss, theirs.loss) or tools.relative(ours.loss, theirs.loss) < 1e-5
+        assert tools.relative(ours.gradients["head.weight"], theirs.gradients["head.weight"]) < 1e-4
+    assert model.count == stock.count
+    report = fxopt.explain(model)
+    assert sum(fallback.count for fallback in report.fallbacks) == 2
+    assert all(reason in fallback.reason for fallback in report.fallbacks), report.fallbacks
+
+
+def test_hooks_in_the_backbone_run_and_one_on_the_head_sends_calls_to_stock(tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    seen: list[str] = []
+    for each in (model, stock):
+        each.trunk.norm.register_forward_hook(lambda *_: seen.append("norm"))
+        each.trunk.register_forward_hook(lambda *_: seen.append("trunk"))
+    check(tools, model, stock, batch_of())
+    assert seen == ["norm", "trunk"] * 2
+    assert fxopt.explain(model).fallbacks == ()
+    handle = model.head.register_forward_hook(lambda *_: seen.append("head"))
+    check(tools, model, stock, batch_of())
+    assert seen.count("head") == 1
+    (fallback,) = fxopt.explain(model).fallbacks
+    assert "a hook sits on the Linear, outside the Trunk trunk; at head (test_backbone.py:" in fallback.reason
+    handle.remove()
+    check(tools, model, stock, batch_of())
+    assert fxopt.explain(model).fallbacks == (fallback,)
+
+
+def test_a_users_mistake_is_raised_and_the_next_call_is_served(tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    wrong = batch_of() | {"images": torch.randn(3, WIDTH)}
+    with pytest.raises(ValueError, match="as many images as places"):
+        model(**wrong)
+    check(tools, model, stock, batch_of())
+    with pytest.raises(ValueError, match="as many images as places"):
+        model(**wrong)
+    check(tools, model, stock, batch_of())
+    assert fxopt.explain(model).fallbacks == ()
+
+
+@pytest.mark.parametrize("budget", ["min", None])
+def test_a_plan_is_followed(budget: str | None, tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model, memory_budget=budget)
+    for _ in range(2):
+        check(tools, model, stock, batch_of())
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    (plan,) = report.plans
+    assert plan.budget == str(budget)
+
+
+def test_numbers_of_its_own_in_each_call_end_in_stock(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "MOST_FORMS", 2)
+    model, stock = make(returned="counted")
+    fxopt.optimize(model)
+    for _ in range(5):
+        check(tools, model, stock, batch_of())
+    (fallback,) = fxopt.explain(model).fallbacks
+    assert fallback.count == 2
+    assert "the Trunk trunk returned constants of its own in 2 calls" in fallback.reason
+
+
+def test_evaluation_and_restore_are_stock() -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    batch = batch_of()
+    model(**batch).loss.backward()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, stock(**batch).logits)
+    fxopt.restore(model)
+    assert torch.equal(model(**batch).logits, stock(**batch).logits)
+    assert not {SLOT, CALL} & model.trunk.__dict__.keys()
+
+
+def test_a_model_captured_behind_its_backbone_is_freed_with_its_last_reference() -> None:
+    model, _ = make()
+    fxopt.optimize(model)
+    model(**batch_of()).loss.backward()
+    gone = weakref.ref(model.trunk)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_backbone_stands_beside_other_weights() -> None:
+    model, _ = make()
+    outer = nn.ModuleDict({"base": nn.Sequential(model)})
+    blocks = frozenset(model.trunk.layers)
+    assert backbone.find_backbone(model, blocks) is model.trunk
+    assert backbone.find_backbone(outer, blocks) is model.trunk
+    assert backbone.find_backbone(model.trunk, blocks) is None, "a list of blocks is no module that is called"
+    assert backbone.find_backbone(model, blocks | {model.head}) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_with_images_has_its_head_fused(adapted: bool, tools: Any) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(tiny_config("qwen2_vl")).train()
+    batch = make_batch(model, model.config, "image-text")
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+        )
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for _ in range(2):
+        check(tools, model, stock, batch)
+    ours, theirs = (each(**batch, output_hidden_states=True) for each in (model, stock))
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    for value, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert torch.allclose(value, expected, atol=1e-5)
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert forms(report)["linear_cross_entropy"] == 1
