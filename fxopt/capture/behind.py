@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors
+from fxopt.capture import torch_distributed, torch_dynamo, zero
 from fxopt.capture.backbone import Backbone, find_backbone
-from fxopt.capture.engines import Sharding
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_entry import model_entry
-from fxopt.capture.modules import tensors_of
-from fxopt.capture.trunk import TailMismatch
-from fxopt.capture.undo import Before
+from fxopt.capture.modules import tensors_of, walk
 from fxopt.report.records import MODEL_REGION
 
 
@@ -27,13 +24,13 @@ class Behind:
         blocks: frozenset[nn.Module],
         around: tuple[nn.Module, ...],
         backend: Callable[..., Any],
-        sharding: Sharding,
         ledger: Ledger,
+        explain: Callable[[Exception], str],
         count_eager: Callable[[], None],
     ) -> None:
         self._model, self._blocks, self._around = model, blocks, around
-        self._backend, self._sharding, self._ledger = backend, sharding, ledger
-        self._count_eager = count_eager
+        self._backend, self._ledger = backend, ledger
+        self._explain, self._count_eager = explain, count_eager
         self._backbone: Backbone | None = None
         self._forms: set[Any] = set()
         self.compile_anew()
@@ -44,8 +41,13 @@ class Behind:
 
     @property
     def is_running(self) -> bool:
-        """Whether the stock forward is being run up to the backbone right now."""
+        """Whether this thread runs the stock forward for a call right now."""
         return self._backbone is not None and self._backbone.is_running
+
+    def note_nested(self) -> None:
+        """Note that the model calls itself: a backbone that is called there is not the one of this call."""
+        if self._backbone is not None:
+            self._backbone.note_nested()
 
     def serves(self, form: Any) -> bool:
         """Return whether calls of `form` are captured so."""
@@ -55,66 +57,50 @@ class Behind:
         """Return whether no calls are."""
         return not self._forms
 
-    def forget(self, form: Any) -> None:
-        """Let calls of `form` be captured so no longer."""
-        self._forms.discard(form)
-
-    def is_possible(self) -> bool:
-        """Return whether the model has a backbone whose calls can be interrupted: on this rank alone, with values."""
+    def find_backbone(self) -> Backbone | None:
+        """Return the backbone, where the model has one, and its calls may be left at its return, or None."""
         if self._backbone is None:
-            is_alone = not self._sharding.find_modules() and not self._sharding.find_gatherings()
-            module = find_backbone(self._model, self._blocks) if is_alone else None
+            module = find_backbone(self._model, self._blocks)
             if module is not None and not any(tensor.is_meta for tensor in tensors_of(self._model)):
-                self._backbone = Backbone(self._model, module, self._run_compiled, self._around)
-        return self._backbone is not None
+                self._backbone = Backbone(
+                    self._model, module, self._run_compiled, self._explain, self._around
+                )
+        return None if self._is_sharded() else self._backbone
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns.
+    def run(
+        self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str = ""
+    ) -> tuple[Any, str | None]:
+        """Return what the model returns, and why that was computed without a capture, or None.
 
-        Raises:
-            TailMismatch: something is in the way; the forward ran to its end, or not at all.
+        A call of a new `form` could not be captured whole for `reason`.
         """
-        assert self._backbone is not None, "no call is captured behind a backbone"
-        obstacle = self._backbone.find_obstacle(kwargs)
-        if obstacle is not None:
-            raise TailMismatch(obstacle)
-        self._ledger.begin(MODEL_REGION)
-        return self._backbone.run(args, kwargs)
-
-    def attempt(
-        self,
-        form: Any,
-        reason: str,
-        explain: Callable[[Exception], str],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any] | str:
-        """Return what the model returns, or why this call cannot be captured behind the backbone either.
-
-        It could not be captured whole for `reason`; explain(error) says why this was not.
-        """
-        assert self._backbone is not None
-        before, name = Before(self._model), type(self._backbone.module).__name__
-        try:
-            output = self.run(*args, **kwargs)
-        except torch_errors.CAPTURE_ERRORS as error:
-            before.undo()
-            return f"nor behind the {name}: {explain(error)}"
-        except TailMismatch as mismatch:
-            if mismatch.output is None:
-                return f"nor behind the {name}: {mismatch}"
-            self._ledger.count_fallback(MODEL_REGION, str(mismatch))
-            return mismatch.output
-        self._forms.add(form)
-        self._ledger.note(
-            f"the model was captured behind its {name}, and what stands in that around the blocks runs stock: {reason}"
-        )
-        return (output,)
+        backbone = self._backbone
+        assert backbone is not None, "no call is captured behind a backbone"
+        output, refusal = backbone.run(args, kwargs)
+        if refusal is not None:
+            self._forms.discard(form)
+        elif form not in self._forms:
+            self._forms.add(form)
+            self._ledger.note(
+                f"the model was captured behind its {backbone.name}, and what stands in that around the blocks runs "
+                f"stock: {reason}"
+            )
+        return output, refusal
 
     def check(self, gm: fx.GraphModule) -> None:
         """Check what Dynamo has captured; see `Backbone.check`."""
         assert self._backbone is not None
         self._backbone.check(gm)
 
+    def _is_sharded(self) -> bool:
+        if torch_distributed.num_ranks() == 1:
+            return False
+        is_managed = any(torch_distributed.fsdp_state_of(module) is not None for module in walk(self._model))
+        parameters = self._model.parameters()
+        return is_managed or any(
+            zero.is_partitioned(p) or torch_distributed.is_dtensor(p) for p in parameters
+        )
+
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._ledger.begin(MODEL_REGION)  # blocks have begun since
         return self.compiled(self._model, self._count_eager, args, kwargs)

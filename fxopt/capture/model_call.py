@@ -69,6 +69,7 @@ from fxopt.capture.zero import Gathering
 from fxopt.report.records import MODEL_REGION
 
 log = logging.getLogger("fxopt")
+NOT_CAPTURED = "what stands after the blocks was not captured"
 OUTSIDE = (
     "blocks were called with gradients, but not by a call of the optimized {model}: what stands after them ran stock "
     "there. Sites are those of the {model}'s own calls; fxopt.optimize the model that is called"
@@ -110,7 +111,7 @@ class ModelCall:
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
         self.behind = Behind(
-            model, self.blocks, self._around, backend_behind, self._sharding, ledger, self._count_eager
+            model, self.blocks, self._around, backend_behind, ledger, self._explain, self._count_eager
         )
         self._cache = cache
         self.stand_ins = StandIns()
@@ -151,6 +152,7 @@ class ModelCall:
         model = self.model
         with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._is_running:
+                self.behind.note_nested()
                 return torch_modules.stock_call(model, *args, **kwargs)
             gatherings = self._sharding.find_gatherings()
             kept = self._cache.find_obstacle(kwargs, is_gathered=bool(gatherings))
@@ -217,10 +219,11 @@ class ModelCall:
         if self.shortage is not None and self.shortage.needs_tail:
             self.compiled = torch_dynamo.compile_frame(model_entry, self._backend, fullgraph=True)
             self.behind.compile_anew()
-        is_behind = not self.behind.is_empty() and self.behind.serves(self._form_of(args, kwargs))
+        if not self.behind.is_empty() and self.behind.serves(self._form_of(args, kwargs)):
+            return self._serve_behind(args, kwargs)
         reason = None
         try:
-            return (self.behind.run if is_behind else self._capture_and_run)(*args, **kwargs)
+            return self._capture_and_run(*args, **kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
             reason = self._explain(error)
         except TailMismatch as error:
@@ -232,14 +235,27 @@ class ModelCall:
             self.stand_ins.clear()
         if reason is None:
             return self._run_uncaptured(*args, **kwargs)
-        if not is_behind and self.behind.is_possible():
-            served = self.behind.attempt(self._form_of(args, kwargs), reason, self._explain, args, kwargs)
-            if isinstance(served, tuple):
-                return served[0]
-            reason = f"{reason}; {served}"
-        return self._serve_uncaptured(
-            f"what stands after the blocks was not captured: {reason}", args, kwargs
-        )
+        if self.behind.find_backbone() is not None:
+            return self._serve_behind(args, kwargs, reason)
+        output = self._run_uncaptured(*args, **kwargs)
+        self._refuse(f"{NOT_CAPTURED}: {reason}", args, kwargs)
+        return output
+
+    def _serve_behind(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str = "") -> Any:
+        """Run the call captured behind its backbone where that can be; `reason` is why it was not captured whole."""
+        backbone = self.behind.find_backbone()
+        obstacle = "its weights are sharded" if backbone is None else backbone.find_obstacle(kwargs)
+        if obstacle is not None:
+            self.ledger.count_fallback(MODEL_REGION, obstacle)
+            return self._run_uncaptured(*args, **kwargs)
+        assert backbone is not None
+        output, refusal = self.behind.run(self._form_of(args, kwargs), args, kwargs, reason)
+        if refusal is not None:
+            text = f"nor behind the {backbone.name}: {refusal}"
+            self._refuse(
+                f"{NOT_CAPTURED}: {reason}; {text}" if reason else f"{NOT_CAPTURED}, {text}", args, kwargs
+            )
+        return output
 
     def _explain(self, error: Exception) -> str:
         """Return why the model was not captured.
@@ -258,13 +274,12 @@ class ModelCall:
             else reason_of(error, self.stand_ins.failed_in)
         )
 
-    def _serve_uncaptured(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the call as it is, as all calls of its form from now on."""
-        # a call that fails in stock too is no obstacle to others
-        output = self._run_uncaptured(*args, **kwargs)
-        form = self._form_of(args, kwargs)
-        self.behind.forget(form)
-        self.obstacles[form] = reason
+    def _refuse(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a call that ran as it is, as all calls of its form will from now on.
+
+        One that fails in stock too comes not so far: it is no obstacle to others.
+        """
+        self.obstacles[self._form_of(args, kwargs)] = reason
         if MODEL_REGION not in self.ledger.served:
             if not self.ledger.captures and MODEL_REGION not in self.ledger.refused:
                 log.warning("the model runs as stock, slower and with more memory: %s", reason)
@@ -272,7 +287,6 @@ class ModelCall:
         self.ledger.count_fallback(MODEL_REGION, reason)
         for line in find_own_forwards(self.model):
             self.ledger.note(line)
-        return output
 
     def _run_uncaptured(self, *args: Any, **kwargs: Any) -> Any:
         return run_uncaptured(self.model, self._sharding.find_gatherings(), args, kwargs)

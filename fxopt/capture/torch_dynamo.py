@@ -120,6 +120,18 @@ def find_capture() -> Any:
     return InstructionTranslator.current_tx().output
 
 
+def is_nested(capture: Any) -> bool:
+    """Return whether Dynamo traces a graph within that of `capture`, as of a checkpointed function."""
+    return capture.current_tracer is not capture.root_tracer
+
+
+def changes_given_mappings() -> bool:
+    """Return whether the frame that Dynamo is compiling right now changes a mapping among its arguments."""
+    effects = InstructionTranslator.current_tx().output.side_effects
+    items = list(effects.id_to_variable.values())
+    return any(_is_given_mapping(item) and effects.is_modified(item) for item in items)
+
+
 def changes_python_state(but: object = None) -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 

@@ -5,11 +5,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch as python_dispatch
+
+
+class Around(NamedTuple):
+    """What surrounds a call and changes what it computes or saves."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[Any, ...]
+    saved_hooks: Any
+    function_modes: int
+    dispatch_modes: int
+
+
+def find_around() -> Around:
+    """Return what surrounds the code that runs now."""
+    torchs: Any = torch._C
+    autocast = [torch.is_autocast_cache_enabled()]
+    for device in ("cpu", "cuda"):
+        autocast += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
+    return Around(
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple(autocast),
+        torchs._autograd._top_saved_tensors_default_hooks(True),
+        torchs._len_torch_function_stack(),
+        torchs._len_torch_dispatch_stack(),
+    )
 
 
 def find_mode() -> str | None:

@@ -37,13 +37,16 @@ stock_call = torch.nn.Module._call_impl
 
 @contextlib.contextmanager
 def called_by(module: torch.nn.Module, entry: Callable[..., Any]) -> Iterator[None]:
-    """Make calls of `module`, whose slot is empty, run `entry` within the scope; Dynamo traces it, not the forward."""
+    """Make calls of `module` run `entry` within the scope; Dynamo traces it, not the forward."""
+    before = {name: module.__dict__[name] for name in (SLOT, CALL) if name in module.__dict__}
     module.__dict__[SLOT] = entry
     module.__dict__[CALL] = functools.partial(stock_call, module)
     try:
         yield
     finally:
-        del module.__dict__[SLOT], module.__dict__[CALL]
+        for name in (SLOT, CALL):
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
 
 
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:

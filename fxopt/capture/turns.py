@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fxopt.capture.undo import Before
 from fxopt.graph.torch_private import FakeTensor, tree_leaves
 from fxopt.graph.turns import END, ONE_HIT, ROWS, SKIPS
 
@@ -74,7 +73,10 @@ class StockCheck:
 
     def __init__(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._block, self._args, self._kwargs = block, args, kwargs
-        self._before = Before(block)
+        devices = {each.device for each in block.parameters() if each.device.type == "cuda"}
+        self._random = torch.random.get_rng_state()
+        self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self._buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
 
     def agrees(self, output: Any) -> bool:
         """Return whether stock returns about the same, run once more from the same random state.
@@ -84,9 +86,9 @@ class StockCheck:
         ours = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
         if any(value.device.type == "meta" or isinstance(value, FakeTensor) for value in ours):
             return True
-        devices = [device.index for device in self._before.devices]
+        devices = [device.index for device in self._random_on]
         with torch.random.fork_rng(devices), torch.no_grad():
-            self._before.put_random_state_back()
+            self._put_random_state_back()
             weights: dict[int, Any] = {id(each): each for each in self._block.parameters()}
             stock = copy.deepcopy(self._block, weights).forward(*self._args, **self._kwargs)
         theirs = [value for value in tree_leaves(stock) if isinstance(value, torch.Tensor)]
@@ -94,7 +96,16 @@ class StockCheck:
 
     def undo(self) -> None:
         """Put the random state and the block's buffers back to where they were, for the block to run once more."""
-        self._before.undo()
+        self._put_random_state_back()
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+    def _put_random_state_back(self) -> None:
+        torch.random.set_rng_state(self._random)
+        for device, state in self._random_on.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -97,3 +97,21 @@ def test_calls_under_a_mode_are_stocks_and_later_ones_are_served(
     assert_same_step(model, stock)
     assert dict(installation.ledger.fallbacks) == told, "a call without a mode runs stock"
     assert not installation.ledger.refused
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+        lambda: torch.device("meta"),
+        Passing,
+    ],
+)
+def test_what_surrounds_a_call_is_told_and_what_was_left_is_not(enter: Callable[[], Any]) -> None:
+    before = torch_modes.find_around()
+    with enter():
+        assert torch_modes.find_around() != before, "torch moved what find_around reads"
+    assert torch_modes.find_around() == before
