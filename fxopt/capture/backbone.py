@@ -9,14 +9,25 @@ nothing was done twice. What stands in the backbone around its compiled blocks, 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_errors, torch_modes, torch_modules, torch_settings
+from fxopt.capture import (
+    torch_dynamo,
+    torch_errors,
+    torch_modes,
+    torch_modules,
+    torch_settings,
+    torch_tensors,
+)
+from fxopt.capture.guarded import is_guarded
 from fxopt.capture.hooks import has_own_hooks, hooks_hidden, place_of_hook
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.places import with_place
@@ -27,6 +38,9 @@ from fxopt.graph.view import location_of
 
 TENSOR = "tensor"
 CONSTANT = "constant"
+SCALARS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "fxopt")
+"""What their contexts do when they are left may be done twice."""
 MOST_FORMS = 16
 """Of what a backbone returns: each is a capture."""
 Form = tuple[Any, Any]
@@ -51,8 +65,20 @@ def _is_container(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
+class RanUncaptured(Exception):
+    """Raised where Dynamo would run what stands behind the backbone uncaptured, with the backbone once more."""
+
+
 class BackboneDone(BaseException):
     """Raised in the stock forward when what stands behind the backbone was run; not an Exception, as `TrunkDone`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a call was not captured; `lasts` if that holds for all calls of its form."""
+
+    reason: str
+    lasts: bool
 
 
 @dataclasses.dataclass
@@ -61,14 +87,13 @@ class Run:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    given: Any
     forward: Any
     around: torch_modes.Around
-    refusal: str
+    refusal: Refusal
     is_entered: bool = False
+    is_done: bool = False
     output: Any = None
-    attributes: dict[nn.Module, dict[str, Any]] = dataclasses.field(
-        default_factory=dict[nn.Module, dict[str, Any]]
-    )
 
 
 class OfThread(threading.local):
@@ -84,6 +109,7 @@ class Backbone:
         self,
         model: nn.Module,
         module: nn.Module,
+        blocks: frozenset[nn.Module],
         compiled: Callable[[tuple[Any, ...], dict[str, Any]], Any],
         explain: Callable[[Exception], str],
         around: tuple[nn.Module, ...],
@@ -91,7 +117,7 @@ class Backbone:
         self.module = module
         self.path = walk(model)[module]
         self.name = f"{type(module).__name__} {self.path}"
-        self._model = model
+        self._model, self._blocks = model, blocks
         self._compiled, self._explain = compiled, explain
         self._around = around
         self._thread = OfThread()
@@ -108,7 +134,7 @@ class Backbone:
         """Note that the model calls itself in this thread's run, if there is one."""
         run = self._thread.run
         if run is not None and not run.is_entered:
-            run.is_entered, run.refusal = True, "the model calls itself"
+            run.is_entered, run.refusal = True, Refusal("the model calls itself", lasts=False)
 
     def find_obstacle(self, kwargs: dict[str, Any]) -> str | None:
         """Return why this call may not be captured behind the backbone, as others may, or None."""
@@ -126,30 +152,23 @@ class Backbone:
         outside = walk(self._model, but=(self.module,))
         return [module for module in outside if module is not self._model]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str | None]:
-        """Return what the model returns, and why that is from the stock forward alone, or None.
-
-        Where the rest is captured, the stock forward is left at the backbone's return: what it does to attributes of
-        modules while it is left is undone, since what was captured has done it.
-        """
-        copied_args, copied_kwargs = copy_containers(args), copy_containers(kwargs)
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Refusal | None]:
+        """Return what the model returns, and why that is from the stock forward alone, or None."""
+        given = note_values((args, kwargs))
         own = self._model.__dict__.get("forward")
-        run = Run(
-            copied_args, copied_kwargs, own, torch_modes.find_around(), f"the {self.name} was not called"
-        )
+        not_called = Refusal(f"the {self.name} was not called", lasts=False)
+        run = Run(args, kwargs, given, own, torch_modes.find_around(), not_called)
         self._thread.run = run
         try:
             with torch_modules.called_by(self.module, self._call):
-                return self._model.forward(*args, **kwargs), run.refusal
+                output = self._model.forward(*args, **kwargs)
         except BackboneDone:
-            for module, attributes in run.attributes.items():
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
             return run.output, None
         finally:
             self._thread.run = None
             self._returned.clear()
             self._traced.clear()
+        return (run.output, None) if run.is_done else (output, run.refusal)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the backbone as stock does; then, the first time in a run, run what was captured behind it."""
@@ -157,39 +176,74 @@ class Backbone:
         if run is None or run.is_entered:  # another thread's call, or one within the backbone or after it
             return torch_modules.stock_call(self.module, *args, **kwargs)
         run.is_entered = True
+        given, attributes = note_values((args, kwargs)), self._note_attributes()
         value = torch_modules.stock_call(self.module, *args, **kwargs)
-        refusal = self._run_rest(run, value)
+        self._traced.changed = frozenset(
+            name
+            for module, before in attributes.items()
+            for name, item in module.__dict__.items()
+            if before.get(name, before) is not item
+        )
+        refusal = self._find_refusal(run, given, args, kwargs) or self._run_rest(run, value)
         if refusal is None:
+            run.is_done = True
             raise BackboneDone
         run.refusal = refusal
         return value
 
-    def _run_rest(self, run: Run, value: Any) -> str | None:
+    def _find_refusal(
+        self, run: Run, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Refusal | None:
+        """Return why the rest must not run on what the model was given, now that the backbone has run on `given`."""
+        if given is None or run.given is None:
+            return Refusal(
+                f"the model or the {self.name} is given an object that may have been changed", lasts=True
+            )
+        if given != note_values((args, kwargs)) or run.given != note_values((run.args, run.kwargs)):
+            return Refusal(f"the {self.name}, or what stands before it, changes what it is given", lasts=True)
+        line = find_guarded_line(sys._getframe(2), Backbone.run.__code__)
+        if line:
+            return Refusal(f"the {self.name} is called inside a try or with statement at {line}", lasts=True)
+        if torch_modes.find_around()._replace(autocast=()) != run.around._replace(autocast=()):
+            reason = f"the {self.name} is called in a context of its own (checkpointing, without gradients)"
+            return Refusal(reason, lasts=True)
+        if self._model.__dict__.get("forward") is not run.forward:
+            return Refusal("the model's forward puts another one in its place", lasts=True)
+        if self._traced.is_stale():
+            return Refusal(f"the {self.name} changes what is read outside", lasts=False)
+        return None
+
+    def _note_attributes(self) -> dict[nn.Module, dict[str, Any]]:
+        return {module: dict(module.__dict__) for module in walk(self.module, but=self._blocks)}
+
+    def _run_rest(self, run: Run, value: Any) -> Refusal | None:
         """Run what was captured, on what the backbone returned; return why that cannot be."""
         tensors: list[torch.Tensor] = []
         form = take_apart(value, tensors)
         if form is None:
-            return f"the {self.name} returned a {type(value).__name__}, which holds more than tensors"
-        if torch_modes.find_around() != run.around:
-            return f"the {self.name} is called in a context of its own (checkpointing, autocast, without gradients)"
-        if self._model.__dict__.get("forward") is not run.forward:
-            return "the model's forward puts another one in its place"
+            reason = f"the {self.name} returned a {type(value).__name__}, which holds more than tensors"
+            return Refusal(reason, lasts=True)
         if form not in self._entries:
             if len(self._entries) == MOST_FORMS:
-                return f"the {self.name} returned constants of its own in {MOST_FORMS} calls"
+                reason = f"the {self.name} returned constants of its own in {MOST_FORMS} calls"
+                return Refusal(reason, lasts=False)
             self._entries[form] = self._make_entry(build(form))
         self._returned[:] = tensors
-        outside = self._find_outside()
         try:
             with (
                 torch_modules.called_by(self.module, self._entries[form]),
                 torch_settings.tensors_left_unlisted(self._around),
-                hooks_hidden(outside, lambda hook: True),
+                hooks_hidden(self._find_outside(), lambda hook: True),
+                torch_modes.autocast_as(run.around),
             ):
                 run.output = self._compiled(run.args, run.kwargs)
+        except RanUncaptured:
+            return Refusal("Dynamo ran the model uncaptured", lasts=False)
         except torch_errors.CAPTURE_ERRORS as error:
-            return self._explain(error)
-        run.attributes = {module: dict(module.__dict__) for module in (self._model, *outside)}
+            root = torch_errors.root_cause(error)
+            if isinstance(root, torch.OutOfMemoryError):
+                raise root from None
+            return Refusal(self._explain(error), lasts=True)
         return None
 
     def _make_entry(self, rebuild: Callable[[list[torch.Tensor]], Any]) -> Callable[..., Any]:
@@ -222,6 +276,10 @@ class Traced:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.read: frozenset[str] = frozenset()
+        """The attributes that any capture read."""
+        self.changed: frozenset[str] = frozenset()
+        """Those that the backbone changed in this run."""
         self.clear()
 
     def clear(self) -> None:
@@ -229,6 +287,10 @@ class Traced:
         self._capture: Any = None
         self._names: frozenset[str] = frozenset()
         self._refusal = ""
+
+    def is_stale(self) -> bool:
+        """Return whether the backbone changed, in this run, what is read outside."""
+        return not self.changed.isdisjoint(self.read)
 
     def note_before(self) -> bool:
         """Note what was traced so far; called while Dynamo traces."""
@@ -240,16 +302,20 @@ class Traced:
             self._refusal = f"the {self._name} is called more than once"
         elif torch_dynamo.is_nested(capture):
             self._refusal = f"the {self._name} is called inside a nested graph (checkpointing)"
-        elif torch_dynamo.changes_python_state():
-            self._refusal = f"before the {self._name} Python objects are changed, which would be done twice"
+        elif torch_dynamo.changes_python_state() or capture.random_calls:
+            self._refusal = (
+                f"before the {self._name} objects are changed or random numbers drawn, done twice then"
+            )
         return True
 
     def check(self, gm: fx.GraphModule) -> None:
         """Check what was traced before the backbone in `gm`; see `Backbone.check`."""
         if self._refusal:
             raise TailRefusal(self._refusal)
-        if torch_dynamo.changes_given_mappings():
-            raise TailRefusal("a mapping that the model is given is changed")
+        # Dynamo notes late what it has read: whether that was before the backbone cannot be told
+        self.read |= torch_dynamo.find_attributes_read(self._capture)
+        if self.is_stale():
+            raise TailRefusal(f"the {self._name} changes what is read outside")
         for node in gm.graph.nodes:
             if node.name in self._names and not is_repeatable(node):
                 raise TailRefusal(
@@ -258,13 +324,30 @@ class Traced:
                 )
 
 
-def copy_containers(value: Any) -> Any:
-    """Return `value` with its mappings, lists and tuples copied, and what is in them as it is."""
-    if type(value) is dict:
-        return {key: copy_containers(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)([copy_containers(item) for item in value])
-    return value
+def note_values(value: Any) -> Any:
+    """Return what tells whether `value` was changed, by tensors' versions; None where it holds what cannot tell."""
+    if isinstance(value, torch.Tensor):
+        return id(value), torch_tensors.version_of(value)
+    if type(value) in SCALARS:
+        return type(value), value
+    if isinstance(value, dict):
+        keys, items = tuple(value), tuple(value.values())
+    elif type(value) in (tuple, list):
+        keys, items = (), tuple(value)
+    else:
+        return None
+    noted = tuple(map(note_values, items))
+    return None if None in noted else (id(value) if keys else len(items), keys, noted)
+
+
+def find_guarded_line(frame: types.FrameType | None, last: types.CodeType) -> str:
+    """Return the line up from `frame` to that of `last` where a user's code would see that its call is left, or ""."""
+    while frame is not None and frame.f_code is not last:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in LIBRARIES and is_guarded(frame.f_code, frame.f_lasti):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def take_apart(value: Any, tensors: list[torch.Tensor]) -> Form | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxopt.capture import torch_distributed, torch_dynamo, zero
-from fxopt.capture.backbone import Backbone, find_backbone
+from fxopt.capture.backbone import Backbone, RanUncaptured, Refusal, find_backbone
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_entry import model_entry
 from fxopt.capture.modules import tensors_of, walk
@@ -16,7 +16,7 @@ from fxopt.report.records import MODEL_REGION
 
 
 class Behind:
-    """The calls of one model that are captured behind its backbone, by their forms."""
+    """The calls of one model that are captured behind its backbone."""
 
     def __init__(
         self,
@@ -26,13 +26,10 @@ class Behind:
         backend: Callable[..., Any],
         ledger: Ledger,
         explain: Callable[[Exception], str],
-        count_eager: Callable[[], None],
     ) -> None:
         self._model, self._blocks, self._around = model, blocks, around
-        self._backend, self._ledger = backend, ledger
-        self._explain, self._count_eager = explain, count_eager
+        self._backend, self._ledger, self._explain = backend, ledger, explain
         self._backbone: Backbone | None = None
-        self._forms: set[Any] = set()
         self.compile_anew()
 
     def compile_anew(self) -> None:
@@ -49,38 +46,25 @@ class Behind:
         if self._backbone is not None:
             self._backbone.note_nested()
 
-    def serves(self, form: Any) -> bool:
-        """Return whether calls of `form` are captured so."""
-        return form in self._forms
-
-    def is_empty(self) -> bool:
-        """Return whether no calls are."""
-        return not self._forms
-
     def find_backbone(self) -> Backbone | None:
         """Return the backbone, where the model has one, and its calls may be left at its return, or None."""
         if self._backbone is None:
             module = find_backbone(self._model, self._blocks)
             if module is not None and not any(tensor.is_meta for tensor in tensors_of(self._model)):
                 self._backbone = Backbone(
-                    self._model, module, self._run_compiled, self._explain, self._around
+                    self._model, module, self._blocks, self._run_compiled, self._explain, self._around
                 )
         return None if self._is_sharded() else self._backbone
 
-    def run(
-        self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str = ""
-    ) -> tuple[Any, str | None]:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> tuple[Any, Refusal | None]:
         """Return what the model returns, and why that was computed without a capture, or None.
 
-        A call of a new `form` could not be captured whole for `reason`.
+        The call could not be captured whole for `reason`.
         """
         backbone = self._backbone
         assert backbone is not None, "no call is captured behind a backbone"
         output, refusal = backbone.run(args, kwargs)
-        if refusal is not None:
-            self._forms.discard(form)
-        elif form not in self._forms:
-            self._forms.add(form)
+        if refusal is None:
             self._ledger.note(
                 f"the model was captured behind its {backbone.name}, and what stands in that around the blocks runs "
                 f"stock: {reason}"
@@ -103,4 +87,8 @@ class Behind:
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._ledger.begin(MODEL_REGION)  # blocks have begun since
-        return self.compiled(self._model, self._count_eager, args, kwargs)
+        return self.compiled(self._model, _stop, args, kwargs)
+
+
+def _stop() -> None:
+    raise RanUncaptured

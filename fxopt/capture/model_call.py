@@ -110,9 +110,9 @@ class ModelCall:
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
-        self.behind = Behind(
-            model, self.blocks, self._around, backend_behind, ledger, self._explain, self._count_eager
-        )
+        self.behind = Behind(model, self.blocks, self._around, backend_behind, ledger, self._explain)
+        self._not_whole: dict[Any, str] = {}
+        """By form of a call: why it cannot be captured whole, but may be behind the backbone."""
         self._cache = cache
         self.stand_ins = StandIns()
         self._collects = False
@@ -219,9 +219,9 @@ class ModelCall:
         if self.shortage is not None and self.shortage.needs_tail:
             self.compiled = torch_dynamo.compile_frame(model_entry, self._backend, fullgraph=True)
             self.behind.compile_anew()
-        if not self.behind.is_empty() and self.behind.serves(self._form_of(args, kwargs)):
-            return self._serve_behind(args, kwargs)
-        reason = None
+        reason = self._not_whole.get(self._form_of(args, kwargs)) if self._not_whole else None
+        if reason is not None:
+            return self._serve_behind(args, kwargs, reason)
         try:
             return self._capture_and_run(*args, **kwargs)
         except torch_errors.CAPTURE_ERRORS as error:
@@ -236,25 +236,27 @@ class ModelCall:
         if reason is None:
             return self._run_uncaptured(*args, **kwargs)
         if self.behind.find_backbone() is not None:
+            self._not_whole[self._form_of(args, kwargs)] = reason
             return self._serve_behind(args, kwargs, reason)
         output = self._run_uncaptured(*args, **kwargs)
         self._refuse(f"{NOT_CAPTURED}: {reason}", args, kwargs)
         return output
 
-    def _serve_behind(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str = "") -> Any:
+    def _serve_behind(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
         """Run the call captured behind its backbone where that can be; `reason` is why it was not captured whole."""
         backbone = self.behind.find_backbone()
         obstacle = "its weights are sharded" if backbone is None else backbone.find_obstacle(kwargs)
-        if obstacle is not None:
-            self.ledger.count_fallback(MODEL_REGION, obstacle)
+        if backbone is None or obstacle is not None:
+            self.ledger.count_fallback(MODEL_REGION, f"{NOT_CAPTURED}: {reason}; {obstacle}")
             return self._run_uncaptured(*args, **kwargs)
-        assert backbone is not None
-        output, refusal = self.behind.run(self._form_of(args, kwargs), args, kwargs, reason)
-        if refusal is not None:
-            text = f"nor behind the {backbone.name}: {refusal}"
-            self._refuse(
-                f"{NOT_CAPTURED}: {reason}; {text}" if reason else f"{NOT_CAPTURED}, {text}", args, kwargs
-            )
+        output, refusal = self.behind.run(args, kwargs, reason)
+        if refusal is None:
+            return output
+        text = f"{NOT_CAPTURED}: {reason}; nor behind the {backbone.name}: {refusal.reason}"
+        if refusal.lasts:
+            self._refuse(text, args, kwargs)
+        else:
+            self.ledger.count_fallback(MODEL_REGION, text)
         return output
 
     def _explain(self, error: Exception) -> str:

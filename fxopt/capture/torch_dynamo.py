@@ -120,16 +120,15 @@ def find_capture() -> Any:
     return InstructionTranslator.current_tx().output
 
 
+def find_attributes_read(capture: Any) -> frozenset[str]:
+    """Return the names of attributes that `capture` has guarded so far, of whatever object."""
+    names = [str(guard.name() if callable(guard.name) else guard.name) for guard in capture.guards]
+    return frozenset(name.rpartition(".")[2] for name in names if "." in name)
+
+
 def is_nested(capture: Any) -> bool:
     """Return whether Dynamo traces a graph within that of `capture`, as of a checkpointed function."""
     return capture.current_tracer is not capture.root_tracer
-
-
-def changes_given_mappings() -> bool:
-    """Return whether the frame that Dynamo is compiling right now changes a mapping among its arguments."""
-    effects = InstructionTranslator.current_tx().output.side_effects
-    items = list(effects.id_to_variable.values())
-    return any(_is_given_mapping(item) and effects.is_modified(item) for item in items)
 
 
 def changes_python_state(but: object = None) -> bool:

@@ -6,7 +6,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -228,24 +227,3 @@ def test_what_dynamo_is_making_can_be_asked_while_it_traces() -> None:
     (outer, is_nested), (_, is_nested_inside) = seen
     assert outer == ["placeholder", "call_method"]
     assert (is_nested, is_nested_inside) == (False, True)
-
-
-def test_a_backend_can_tell_whether_a_given_mapping_is_changed() -> None:
-    changed: list[bool] = []
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        changed.append(torch_dynamo.changes_given_mappings())
-        return gm
-
-    def frame(model: Any, count: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        return model(*args, **kwargs)
-
-    def put(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        batch["y"] = batch["x"] * 2
-        return batch["y"]
-
-    for function in (lambda batch: batch["x"] * 2, put):
-        torch_dynamo.compile_frame(frame, backend, fullgraph=True)(
-            function, None, ({"x": torch.ones(2)},), {}
-        )
-    assert changed == [False, True]
