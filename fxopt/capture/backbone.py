@@ -115,8 +115,7 @@ class Backbone:
         around: tuple[nn.Module, ...],
     ) -> None:
         self.module = module
-        self.path = walk(model)[module]
-        self.name = f"{type(module).__name__} {self.path}"
+        self.name = f"{type(module).__name__} {walk(model)[module]}"
         self._model, self._blocks = model, blocks
         self._compiled, self._explain = compiled, explain
         self._around = around

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxopt.capture import torch_distributed, torch_dynamo, zero
+from fxopt.capture import torch_distributed, torch_dynamo
 from fxopt.capture.backbone import Backbone, RanUncaptured, Refusal, find_backbone
+from fxopt.capture.engines import gathers
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_entry import model_entry
-from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.modules import tensors_of
 from fxopt.report.records import MODEL_REGION
 
 
@@ -79,11 +80,7 @@ class Behind:
     def _is_sharded(self) -> bool:
         if torch_distributed.num_ranks() == 1:
             return False
-        is_managed = any(torch_distributed.fsdp_state_of(module) is not None for module in walk(self._model))
-        parameters = self._model.parameters()
-        return is_managed or any(
-            zero.is_partitioned(p) or torch_distributed.is_dtensor(p) for p in parameters
-        )
+        return gathers(self._model) or any(map(torch_distributed.is_dtensor, self._model.parameters()))
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._ledger.begin(MODEL_REGION)  # blocks have begun since

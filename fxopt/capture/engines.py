@@ -64,6 +64,12 @@ def check_spread(values: Sequence[Any]) -> None:
             )
 
 
+def gathers(model: nn.Module) -> bool:
+    """Return whether parameters in `model` are gathered from all ranks while it runs: under FSDP2 or ZeRO-3."""
+    is_managed = any(torch_distributed.fsdp_state_of(module) is not None for module in model.modules())
+    return is_managed or any(map(zero.is_partitioned, model.parameters()))
+
+
 def say_kept(module: nn.Module) -> str | None:
     """Return how an engine keeps the weights of `module` that no other code may read, or None."""
     for tensor in module.parameters(recurse=False):

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture import torch_distributed, torch_modules, torch_tensors, zero
+from fxopt.capture import torch_distributed, torch_modules, torch_tensors
 from fxopt.capture.checkpointing import Checkpointing
+from fxopt.capture.engines import gathers
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.planning import Planner
 
@@ -129,8 +130,7 @@ class Shortage:
 
     def _find_obstacle(self) -> str:
         model = self._model()
-        is_sharded = any(torch_distributed.fsdp_state_of(module) is not None for module in model.modules())
-        if is_sharded or any(map(zero.is_partitioned, model.parameters())):
+        if gathers(model):
             return "its parameters are gathered from all ranks, which do not run it again"
         if self._ledger.changes_state:
             return "a block changes Python objects, which a second forward pass would do twice"
