@@ -45,7 +45,7 @@ INTEGERS = re.compile(
     r".*_stride$|^num_.*|^tail_.*|^rank$|.*_rank$|^blocks_per_row$|^group_size$|^ignore_index$|^queries_per_row$"
 )
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-WIDTHS = (128, 3584, 4096, 8192, 16384, 18944)
+WIDTHS = (128, 2048, 3584, 4096, 8192, 16384, 18944)
 ODD_WIDTH = 1001
 DEFAULT_STAGES = 3
 

@@ -185,9 +185,13 @@ def test_what_is_not_finite_in_a_long_row_spoils_no_other(value: float, device: 
     ("num_rows", "width"),
     [
         (7, 4096),
+        (13, 2048),
+        (13, 1500),
         pytest.param(1, MOST_TILE_COLUMNS, marks=pytest.mark.slow),
         pytest.param(7, MOST_TILE_COLUMNS, marks=pytest.mark.slow),
         pytest.param(300, 4096, marks=pytest.mark.gpu),
+        pytest.param(5003, 2048, marks=pytest.mark.gpu),
+        pytest.param(5003, 1500, marks=pytest.mark.gpu),
         pytest.param(300, MOST_TILE_COLUMNS, marks=pytest.mark.gpu),
     ],
 )
