@@ -110,18 +110,20 @@ class Shortage:
         Raises:
             torch.OutOfMemoryError: the step would not fit, and may be run twice.
         """
-        if self._levels is None:
+        levels = self._levels  # read once: a thread that evaluates may come here too
+        if levels is None:
             return
-        device = next(self._model().parameters()).device
-        if not self._levels:
+        if not levels:
             tokens = self._planner.num_tokens
             if tokens <= self._most_tokens or torch_distributed.num_ranks() > 1:
                 self._levels = None
                 return
-        self._levels.append(torch_tensors.allocated_bytes(device))
-        if len(self._levels) < PROBED:
+        device = next(self._model().parameters()).device
+        levels.append(torch_tensors.allocated_bytes(device))
+        if len(levels) < PROBED:
             return
-        kept, self._levels = self._levels[-1] - self._levels[-2], None
+        self._levels = None
+        kept = levels[-1] - levels[-2]
         if kept <= 0:
             return
         self._most_tokens = self._planner.num_tokens
