@@ -20,7 +20,6 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import (
-    torch_dynamo,
     torch_errors,
     torch_modes,
     torch_modules,
@@ -32,9 +31,7 @@ from fxopt.capture.hooks import has_own_hooks, hooks_hidden, place_of_hook
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.places import with_place
 from fxopt.capture.recorders import active, find_asked
-from fxopt.capture.tail import TailRefusal, is_repeatable
-from fxopt.graph.names import op_name
-from fxopt.graph.view import location_of
+from fxopt.capture.traced import ReadAnew, Traced
 
 TENSOR = "tensor"
 CONSTANT = "constant"
@@ -85,6 +82,7 @@ class Refusal:
 class Run:
     """One run of the stock forward: what the rest is captured with, what comes of it, or why it was not."""
 
+    form: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     given: Any
@@ -121,7 +119,7 @@ class Backbone:
         self._around = around
         self._thread = OfThread()
         self._returned: list[torch.Tensor] = []
-        self._traced = Traced(self.name)
+        self._traced = Traced(self.name, model)
         self._entries: dict[Form, Callable[..., Any]] = {}
 
     @property
@@ -151,12 +149,15 @@ class Backbone:
         outside = walk(self._model, but=(self.module,))
         return [module for module in outside if module is not self._model]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Refusal | None]:
-        """Return what the model returns, and why that is from the stock forward alone, or None."""
+    def run(self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Refusal | None]:
+        """Return what the model returns, and why that is from the stock forward alone, or None.
+
+        Calls of one `form` read the same attributes and globals, or are captured anew.
+        """
         given = note_values((args, kwargs))
         own = self._model.__dict__.get("forward")
         not_called = Refusal(f"the {self.name} was not called", lasts=False)
-        run = Run(args, kwargs, given, own, torch_modes.find_around(), not_called)
+        run = Run(form, args, kwargs, given, own, torch_modes.find_around(), not_called)
         self._thread.run = run
         try:
             with torch_modules.called_by(self.module, self._call):
@@ -175,14 +176,9 @@ class Backbone:
         if run is None or run.is_entered:  # another thread's call, or one within the backbone or after it
             return torch_modules.stock_call(self.module, *args, **kwargs)
         run.is_entered = True
-        given, attributes = note_values((args, kwargs)), self._note_attributes()
-        value = torch_modules.stock_call(self.module, *args, **kwargs)
-        self._traced.changed = frozenset(
-            name
-            for module, before in attributes.items()
-            for name, item in module.__dict__.items()
-            if before.get(name, before) is not item
-        )
+        given = note_values((args, kwargs))
+        with self._traced.watching(run.form):
+            value = torch_modules.stock_call(self.module, *args, **kwargs)
         refusal = self._find_refusal(run, given, args, kwargs) or self._run_rest(run, value)
         if refusal is None:
             run.is_done = True
@@ -208,19 +204,21 @@ class Backbone:
             return Refusal(reason, lasts=True)
         if self._model.__dict__.get("forward") is not run.forward:
             return Refusal("the model's forward puts another one in its place", lasts=True)
-        if self._traced.is_stale():
-            return Refusal(f"the {self.name} changes what is read outside", lasts=False)
+        if self._traced.stale:
+            return Refusal(
+                f"the {self.name} changes what is read outside ({self._traced.stale})", lasts=False
+            )
         return None
-
-    def _note_attributes(self) -> dict[nn.Module, dict[str, Any]]:
-        return {module: dict(module.__dict__) for module in walk(self.module, but=self._blocks)}
 
     def _run_rest(self, run: Run, value: Any) -> Refusal | None:
         """Run what was captured, on what the backbone returned; return why that cannot be."""
         tensors: list[torch.Tensor] = []
         form = take_apart(value, tensors)
         if form is None:
-            reason = f"the {self.name} returned a {type(value).__name__}, which holds more than tensors"
+            reason = (
+                f"the {self.name} returned a {type(value).__name__}, expected tensors and constants in tuples, lists, "
+                "dicts by name or outputs of transformers"
+            )
             return Refusal(reason, lasts=True)
         if form not in self._entries:
             if len(self._entries) == MOST_FORMS:
@@ -242,7 +240,7 @@ class Backbone:
             root = torch_errors.root_cause(error)
             if isinstance(root, torch.OutOfMemoryError):
                 raise root from None
-            return Refusal(self._explain(error), lasts=True)
+            return Refusal(self._explain(error), lasts=not isinstance(root, ReadAnew))
         return None
 
     def _make_entry(self, rebuild: Callable[[list[torch.Tensor]], Any]) -> Callable[..., Any]:
@@ -268,59 +266,6 @@ class Backbone:
             TailRefusal: before the backbone something random or in place was done, or the backbone is called again.
         """
         self._traced.check(gm)
-
-
-class Traced:
-    """What Dynamo had traced of one capture when it came to the backbone `name`: the stock forward has done that."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.read: frozenset[str] = frozenset()
-        """The attributes that any capture read."""
-        self.changed: frozenset[str] = frozenset()
-        """Those that the backbone changed in this run."""
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the capture."""
-        self._capture: Any = None
-        self._names: frozenset[str] = frozenset()
-        self._refusal = ""
-
-    def is_stale(self) -> bool:
-        """Return whether the backbone changed, in this run, what is read outside."""
-        return not self.changed.isdisjoint(self.read)
-
-    def note_before(self) -> bool:
-        """Note what was traced so far; called while Dynamo traces."""
-        capture = torch_dynamo.find_capture()
-        is_again, self._capture = self._capture is capture, capture
-        self._names = frozenset(node.name for node in capture.graph.nodes)
-        self._refusal = ""
-        if is_again:
-            self._refusal = f"the {self._name} is called more than once"
-        elif torch_dynamo.is_nested(capture):
-            self._refusal = f"the {self._name} is called inside a nested graph (checkpointing)"
-        elif torch_dynamo.changes_python_state() or capture.random_calls:
-            self._refusal = (
-                f"before the {self._name} objects are changed or random numbers drawn, done twice then"
-            )
-        return True
-
-    def check(self, gm: fx.GraphModule) -> None:
-        """Check what was traced before the backbone in `gm`; see `Backbone.check`."""
-        if self._refusal:
-            raise TailRefusal(self._refusal)
-        # Dynamo notes late what it has read: whether that was before the backbone cannot be told
-        self.read |= torch_dynamo.find_attributes_read(self._capture)
-        if self.is_stale():
-            raise TailRefusal(f"the {self._name} changes what is read outside")
-        for node in gm.graph.nodes:
-            if node.name in self._names and not is_repeatable(node):
-                raise TailRefusal(
-                    f"before the {self._name} it reads {op_name(node) or node.name} at {location_of(node)}, which may "
-                    "give another value when it is computed again"
-                )
 
 
 def note_values(value: Any) -> Any:
@@ -358,9 +303,14 @@ def take_apart(value: Any, tensors: list[torch.Tensor]) -> Form | None:
         return CONSTANT, (type(value), value)
     if type(value) in (tuple, list):
         names, items = (), tuple(value)
-    elif isinstance(value, dict) and dataclasses.is_dataclass(value):  # transformers' outputs are both
-        names, items = tuple(value), tuple(value.values())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        named: Any = value
+        names, items = named._fields, tuple(value)
+    elif type(value) is dict or (isinstance(value, dict) and dataclasses.is_dataclass(value)):
+        names, items = tuple(value), tuple(value.values())  # transformers' outputs are both
     else:
+        return None
+    if not all(type(name) is str for name in names):
         return None
     forms = tuple(take_apart(item, tensors) for item in items)
     return None if None in forms else (type(value), (names, forms))

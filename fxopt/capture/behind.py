@@ -57,14 +57,16 @@ class Behind:
                 )
         return None if self._is_sharded() else self._backbone
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> tuple[Any, Refusal | None]:
+    def run(
+        self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+    ) -> tuple[Any, Refusal | None]:
         """Return what the model returns, and why that was computed without a capture, or None.
 
-        The call could not be captured whole for `reason`.
+        The call, which is of `form`, could not be captured whole for `reason`.
         """
         backbone = self._backbone
         assert backbone is not None, "no call is captured behind a backbone"
-        output, refusal = backbone.run(args, kwargs)
+        output, refusal = backbone.run(form, args, kwargs)
         if refusal is None:
             self._ledger.note(
                 f"the model was captured behind its {backbone.name}, and what stands in that around the blocks runs "

@@ -46,7 +46,7 @@ from fxopt.capture.lazy import put_through
 from fxopt.capture.leaves import Leaves
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.meta_trunk import MetaTrunk
-from fxopt.capture.model_entry import model_entry
+from fxopt.capture.model_entry import MODEL, model_entry
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.places import forward_line, with_place
@@ -249,7 +249,7 @@ class ModelCall:
         if backbone is None or obstacle is not None:
             self.ledger.count_fallback(MODEL_REGION, f"{NOT_CAPTURED}: {reason}; {obstacle}")
             return self._run_uncaptured(*args, **kwargs)
-        output, refusal = self.behind.run(args, kwargs, reason)
+        output, refusal = self.behind.run(self._form_of(args, kwargs), args, kwargs, reason)
         if refusal is None:
             return output
         text = f"{NOT_CAPTURED}: {reason}; nor behind the {backbone.name}: {refusal.reason}"
@@ -392,6 +392,15 @@ class ModelCall:
             value, flatten(value, find_added(counts, collected)) if collected else value
         )
 
+    def _find_idle_modules(self) -> frozenset[nn.Module]:
+        """Return the modules that the frame which Dynamo captures right now never looks at."""
+        capture = torch_dynamo.find_capture()
+        scope = {"L": {MODEL: self.model}, "G": torch_dynamo.find_globals(capture)}
+        reads = torch_dynamo.find_reads(capture, MODEL).values()
+        values = (torch_dynamo.evaluate(code, scope) for code in reads)
+        seen = {value for value in values if isinstance(value, nn.Module)}
+        return frozenset(module for module in walk(self.model) if seen.isdisjoint(walk(module)))
+
     def compile_tail(self, tail: Tail, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return the callable Dynamo runs for a captured model: the trunk, then `call` on its values.
 
@@ -399,7 +408,7 @@ class ModelCall:
         """
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
-        before = weakref.WeakSet(find_trunk_modules(self.model, tail))
+        free = weakref.WeakSet(find_trunk_modules(self.model, tail) | self._find_idle_modules())
         modules = [weakref.ref(module) for module in find_tail_modules(self.model, self.blocks, tail.graph)]
         on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
@@ -429,7 +438,7 @@ class ModelCall:
             assert this is not None, "the model is gone, expected it to make this call"
             living = [module for find_module in modules if (module := find_module()) is not None]
             for module in this._leaves.show_hooks():
-                if module not in before:
+                if module not in free:
                     reason = (
                         f"a hook sits on the {type(module).__name__}, which does not run before the blocks only: "
                         "the calls run stock around the compiled blocks"

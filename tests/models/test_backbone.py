@@ -8,7 +8,7 @@ import gc
 import random
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -63,6 +63,13 @@ class Found:
     last: torch.Tensor
 
 
+class Named(NamedTuple):
+    """What is taken apart as a tuple is."""
+
+    last: torch.Tensor
+    ids: torch.Tensor
+
+
 class Trunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,9 +94,14 @@ class Trunk(nn.Module):
             x = layer(x)
         x = self.norm(x)
         self.count += self.returned == "counted"
-        return {"tensor": x, "tuple": (x, (ids, None)), "own": Found(x), "counted": (x, self.count)}[
-            self.returned
-        ]
+        return {
+            "tensor": x,
+            "tuple": (x, (ids, None)),
+            "dict": {"last": x, "ids": ids},
+            "named": Named(x, ids),
+            "own": Found(x),
+            "counted": (x, self.count),
+        }[self.returned]
 
 
 class Model(nn.Module):
@@ -109,7 +121,8 @@ class Model(nn.Module):
         x = self.trunk(ids, images)
         if self.again:
             x = x + self.trunk(ids, images)
-        x = x[0] if isinstance(x, tuple) else x.last if isinstance(x, Found) else x
+        x = x["last"] if isinstance(x, dict) else x.last if isinstance(x, Found | Named) else x
+        x = x[0] if isinstance(x, tuple) else x
         logits = self.head(x)
         loss = F.cross_entropy(logits.view(-1, CLASSES).float(), labels.view(-1))
         return Output(loss=loss, logits=logits)
@@ -152,7 +165,7 @@ def forms(report: fxopt.Report) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("returned", ["tensor", "tuple"])
+@pytest.mark.parametrize("returned", ["tensor", "tuple", "dict", "named"])
 def test_head_and_loss_are_captured_behind_the_backbone(returned: str, tools: Any) -> None:
     model, stock = make(returned=returned)
     fxopt.optimize(model)
@@ -188,7 +201,7 @@ def test_calls_that_can_be_captured_whole_still_are(tools: Any) -> None:
         ({"before": "random"}, "before the Trunk trunk it reads dropout at test_backbone.py:"),
         ({"before": "state"}, "before the Trunk trunk objects are changed"),
         ({"again": True}, "the Trunk trunk is called more than once"),
-        ({"returned": "own"}, "the Trunk trunk returned a Found, which holds more than tensors"),
+        ({"returned": "own"}, "the Trunk trunk returned a Found, expected tensors and constants"),
     ],
 )
 def test_what_would_be_done_twice_or_cannot_be_taken_apart_is_left(
