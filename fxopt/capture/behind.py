@@ -31,6 +31,7 @@ class Behind:
         self._model, self._blocks, self._around = model, blocks, around
         self._backend, self._ledger, self._explain = backend, ledger, explain
         self._backbone: Backbone | None = None
+        self._noted: set[str] = set()
         self.compile_anew()
 
     def compile_anew(self) -> None:
@@ -67,7 +68,9 @@ class Behind:
         backbone = self._backbone
         assert backbone is not None, "no call is captured behind a backbone"
         output, refusal = backbone.run(form, args, kwargs)
-        if refusal is None:
+        place = reason.rpartition("; at ")[2]  # what is said of it may name the number of images
+        if refusal is None and place not in self._noted:
+            self._noted.add(place)
             self._ledger.note(
                 f"the model was captured behind its {backbone.name}, and what stands in that around the blocks runs "
                 f"stock: {reason}"

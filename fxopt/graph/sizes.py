@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxopt.graph.torch_private import constant_of, hint_of, size_seen, tree_map_only
+from fxopt.graph.torch_private import constant_of, hint_of, known_as, size_seen, tree_map_only
 
 EXAMPLE = "example_value"
 SIZED: tuple[Any, ...] = (Tensor, torch.Size, torch.SymInt)
@@ -60,15 +62,17 @@ def span_of(value: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
-def settle_sizes(graph: fx.Graph) -> None:
+def settle_sizes(graph: fx.Graph, known: Mapping[Any, int] = MappingProxyType({})) -> None:
     """Make numbers of the symbolic sizes in the example values of `graph` that capture has found to be numbers since.
 
     A size that a frame was captured for as one that changes, and that met a weight's on the way, is guarded to be equal
-    to it; the tensors made before that still carry the symbol. Values in the same memory stay so.
+    to it; the tensors made before that still carry the symbol. So do sizes with a part that is `known`, by expression.
+    Values in the same memory stay so.
     """
+    settled = functools.partial(_settled, known=known)
     for node in graph.nodes:
         if EXAMPLE in node.meta:
-            node.meta[EXAMPLE] = tree_map_only(SIZED, _settled, node.meta[EXAMPLE])
+            node.meta[EXAMPLE] = tree_map_only(SIZED, settled, node.meta[EXAMPLE])
 
 
 def find_settled(shape: Any) -> tuple[int, ...] | None:
@@ -78,27 +82,30 @@ def find_settled(shape: Any) -> tuple[int, ...] | None:
     (2, 3)
     """
     sizes = shape.meta[EXAMPLE] if isinstance(shape, fx.Node) else shape
-    numbers = tuple(map(_as_number, sizes))
+    numbers = tuple(_as_number(size, {}) for size in sizes)
     return numbers if all(isinstance(number, int) for number in numbers) else None
 
 
-def _settled(value: Any) -> Any:
+def _settled(value: Any, known: Mapping[Any, int]) -> Any:
     if isinstance(value, torch.Size):
-        return tuple(map(_as_number, value))
-    return _settled_tensor(value) if isinstance(value, Tensor) else _as_number(value)
+        return tuple(_as_number(size, known) for size in value)
+    return _settled_tensor(value, known) if isinstance(value, Tensor) else _as_number(value, known)
 
 
-def _settled_tensor(value: Tensor) -> Tensor:
-    if value.layout is not torch.strided or not any(map(_is_settled, (*value.shape, *value.stride()))):
+def _settled_tensor(value: Tensor, known: Mapping[Any, int]) -> Tensor:
+    if value.layout is not torch.strided:
         return value
-    shape, stride = (tuple(map(_as_number, sizes)) for sizes in (value.shape, value.stride()))
-    settled = value.detach().as_strided(shape, stride, _as_number(value.storage_offset()))
+    form = (value.shape, value.stride())
+    shape, stride = (tuple(_as_number(size, known) for size in sizes) for sizes in form)
+    if all(type(new) is type(old) for new, old in zip((*shape, *stride), (*form[0], *form[1]), strict=True)):
+        return value
+    settled = value.detach().as_strided(shape, stride, _as_number(value.storage_offset(), known))
     return settled.requires_grad_(value.requires_grad)
 
 
-def _is_settled(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and constant_of(size) is not None
-
-
-def _as_number(size: Any) -> Any:
-    return constant_of(size) if _is_settled(size) else size
+def _as_number(size: Any, known: Mapping[Any, int]) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    number = constant_of(size)
+    number = known_as(size, known) if number is None and known else number
+    return size if number is None else number

@@ -195,6 +195,18 @@ def constant_of(number: Any) -> int | float | None:
     return node.maybe_as_int() if isinstance(number, torch.SymInt) else node.maybe_as_float()
 
 
+def part_known(size: torch.SymInt, number: int) -> tuple[Any, int]:
+    """Return the expression in `size` that is known, and its value, where the whole is known to be `number`."""
+    factor, part = size.node.expr.as_coeff_Mul()
+    return (part, int(number / factor)) if number % factor == 0 else (size.node.expr, number)
+
+
+def known_as(size: torch.SymInt, known: Mapping[Any, int]) -> int | None:
+    """Return `size` as a number where the expressions that are `known` make it one, else None; no guard is made."""
+    expression = size.node.expr.xreplace(dict(known))
+    return int(expression) if isinstance(expression, int) or expression.is_number else None
+
+
 def storage_key(value: Tensor) -> int:
     """Return what identifies the storage of `value`, stand-ins included.
 
