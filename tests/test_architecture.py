@@ -268,7 +268,6 @@ def test_the_floors_have_no_cycle() -> None:
 NOT_OF_TORCH = {
     "_asdict": "a public method of named tuples",
     "_getframe": "of sys, documented",
-    "_fields": "of namedtuple, documented",
     "_active_collector": "of transformers",
     "_gradient_checkpointing_func": "of transformers",
     "_model_mapping": "of transformers",

@@ -1,23 +1,59 @@
-"""Which calls of a model are captured behind its backbone: those that could not be captured whole."""
+"""A model captured in pieces around its backbone, the module that holds all blocks, where it cannot be captured whole.
+
+Models with images look at values on the way to their blocks: the sizes of images, the places of their tokens. Of such a
+call Dynamo captures the frames that lead to the backbone up to its call, which runs as stock does, around compiled
+blocks, and goes on behind it with what these frames hold: head and loss are one graph as ever. Nothing is done twice.
+What stands in the backbone around its blocks, a last norm for one, runs stock.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
-from fxopt.capture import torch_distributed, torch_dynamo
-from fxopt.capture.backbone import Backbone, RanUncaptured, Refusal, find_backbone
+from fxopt.capture import torch_distributed, torch_dynamo, torch_modules, torch_settings
 from fxopt.capture.engines import gathers
+from fxopt.capture.hooks import has_own_hooks, hooks_hidden, place_of_hook
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_entry import model_entry
-from fxopt.capture.modules import tensors_of
+from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.pieces import or_as_captured
+from fxopt.capture.places import with_place
+from fxopt.capture.recorders import active, find_asked
+from fxopt.errors import FxoptError, VerifyError
 from fxopt.report.records import MODEL_REGION
+
+NOT_CAPTURED = "what stands after the blocks was not captured"
+CANNOT = "within a try statement it cannot, and what else stopped it TORCH_LOGS=graph_breaks tells"
+
+
+def find_backbone(model: nn.Module, blocks: frozenset[nn.Module]) -> nn.Module | None:
+    """Return the outermost module below `model` that holds all `blocks` and stands beside other weights, or None."""
+    holder = model
+    while True:
+        children = [child for child in torch_modules.children_of(holder).values() if child is not None]
+        inside = [child for child in children if not blocks.isdisjoint(walk(child))]
+        if len(inside) != 1 or inside[0] in blocks or type(inside[0]).forward is nn.Module.forward:
+            return None
+        (found,) = inside
+        if any(tensors_of(child) for child in children if child is not found):
+            return found
+        holder = found
+
+
+class OfThread(threading.local):
+    """Whether this thread runs such a call and its backbone has run, and a mistake that was met in it."""
+
+    is_running = False
+    is_after = False
+    mistake: BaseException | None = None
 
 
 class Behind:
-    """The calls of one model that are captured behind its backbone."""
+    """The calls of one model that are captured in pieces around its backbone."""
 
     def __init__(
         self,
@@ -26,71 +62,114 @@ class Behind:
         around: tuple[nn.Module, ...],
         backend: Callable[..., Any],
         ledger: Ledger,
-        explain: Callable[[Exception], str],
     ) -> None:
         self._model, self._blocks, self._around = model, blocks, around
-        self._backend, self._ledger, self._explain = backend, ledger, explain
-        self._backbone: Backbone | None = None
+        self._compile_piece, self._ledger = or_as_captured(backend, ledger, MODEL_REGION), ledger
+        self._thread = OfThread()
         self._noted: set[str] = set()
+        self._backbone: nn.Module | None = None
         self.compile_anew()
 
     def compile_anew(self) -> None:
         """Give Dynamo a frame anew, which has no captures."""
-        self.compiled = torch_dynamo.compile_frame(model_entry, self._backend, fullgraph=True)
+        self.compiled = torch_dynamo.compile_frame(model_entry, self._compile, fullgraph=False)
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one piece; what Dynamo would pass over as a failure is kept, to be raised."""
+        try:
+            return self._compile_piece(gm, example_inputs)
+        except (FxoptError, VerifyError) as error:
+            self._thread.mistake = error
+            raise
 
     @property
     def is_running(self) -> bool:
-        """Whether this thread runs the stock forward for a call right now."""
-        return self._backbone is not None and self._backbone.is_running
+        """Whether this thread runs such a call right now, so that a nested call of the model is a stock one."""
+        return self._thread.is_running
 
-    def note_nested(self) -> None:
-        """Note that the model calls itself: a backbone that is called there is not the one of this call."""
-        if self._backbone is not None:
-            self._backbone.note_nested()
+    @property
+    def is_after(self) -> bool:
+        """Whether the backbone of this thread's last such call has run."""
+        return self._thread.is_after
 
-    def find_backbone(self) -> Backbone | None:
-        """Return the backbone, where the model has one, and its calls may be left at its return, or None."""
-        if self._backbone is None:
-            module = find_backbone(self._model, self._blocks)
-            if module is not None and not any(tensor.is_meta for tensor in tensors_of(self._model)):
-                self._backbone = Backbone(
-                    self._model, module, self._blocks, self._run_compiled, self._explain, self._around
-                )
+    def find_backbone(self) -> nn.Module | None:
+        """Return the backbone, where the model has one and is captured around it, or None."""
+        if self._backbone is None and not any(tensor.is_meta for tensor in tensors_of(self._model)):
+            self._backbone = find_backbone(self._model, self._blocks)
         return None if self._is_sharded() else self._backbone
 
-    def run(
-        self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
-    ) -> tuple[Any, Refusal | None]:
-        """Return what the model returns, and why that was computed without a capture, or None.
+    def name_of(self, backbone: nn.Module) -> str:
+        """Return what to call the backbone: class and path."""
+        return f"{type(backbone).__name__} {walk(self._model)[backbone]}"
 
-        The call, which is of `form`, could not be captured whole for `reason`.
+    def find_obstacle(self, backbone: nn.Module, kwargs: dict[str, Any]) -> str | None:
+        """Return why this call may not be captured around the backbone, or None."""
+        name, outside = self.name_of(backbone), self._find_outside(backbone)
+        if backbone.__dict__.get(torch_modules.SLOT) is not None:
+            return f"the {name} is compiled by somebody else"
+        if active() or find_asked((self._model, *outside), kwargs):
+            return f"outputs are collected in the {name} for what stands around it"
+        for module in outside:
+            if has_own_hooks(module):
+                reason = f"a hook sits on the {type(module).__name__}, outside the {name}"
+                return with_place(reason, place_of_hook(self._model, module))
+        return None
+
+    def run(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+        """Return what the model returns; what ran uncaptured behind the backbone is counted.
+
+        The call could not be captured whole for `reason`.
         """
-        backbone = self._backbone
-        assert backbone is not None, "no call is captured behind a backbone"
-        output, refusal = backbone.run(form, args, kwargs)
+        ledger = self._ledger
+
+        def call_stock(*args: Any, **kwargs: Any) -> Any:
+            with torch_settings.failures_suppressed(False):
+                output = torch_modules.stock_call(backbone, *args, **kwargs)
+            ledger.begin(MODEL_REGION)  # blocks have begun since
+            self._thread.is_after = True
+            return output
+
+        ledger.begin(MODEL_REGION)
+        self._thread.is_running, self._thread.is_after = True, False
+        try:
+            with (
+                torch_modules.called_by(backbone, torch_dynamo.untraced(call_stock)),
+                torch_settings.tensors_left_unlisted(self._around),
+                hooks_hidden(self._find_outside(backbone), lambda hook: True),
+                torch_dynamo.frames_of_pieces_captured(),
+                torch_settings.failures_suppressed(True),
+            ):
+                output = self.compiled(self._model, lambda: None, args, kwargs)
+        finally:
+            self._thread.is_running = False
+            mistake, self._thread.mistake = self._thread.mistake, None
+        if mistake is not None:
+            raise mistake
+        self._tell(backbone, reason)
+        return output
+
+    def _tell(self, backbone: nn.Module, reason: str) -> None:
+        """Note how a call that could not be captured whole was, or count it."""
+        name = self.name_of(backbone)
+        if not self._ledger.is_served:
+            text = (
+                f"{NOT_CAPTURED}: {reason}; nor behind the {name}, where Dynamo went on in no frame: {CANNOT}"
+            )
+            self._ledger.count_fallback(MODEL_REGION, text)
+            return
         place = reason.rpartition("; at ")[2]  # what is said of it may name the number of images
-        if refusal is None and place not in self._noted:
+        if place not in self._noted:
             self._noted.add(place)
             self._ledger.note(
-                f"the model was captured behind its {backbone.name}, and what stands in that around the blocks runs "
-                f"stock: {reason}"
+                f"the model was captured behind its {name}, and what stands in that around the blocks runs stock: "
+                f"{reason}"
             )
-        return output, refusal
 
-    def check(self, gm: fx.GraphModule) -> None:
-        """Check what Dynamo has captured; see `Backbone.check`."""
-        assert self._backbone is not None
-        self._backbone.check(gm)
+    def _find_outside(self, backbone: nn.Module) -> list[nn.Module]:
+        outside = walk(self._model, but=(backbone,))
+        return [module for module in outside if module is not self._model]
 
     def _is_sharded(self) -> bool:
         if torch_distributed.num_ranks() == 1:
             return False
         return gathers(self._model) or any(map(torch_distributed.is_dtensor, self._model.parameters()))
-
-    def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._ledger.begin(MODEL_REGION)  # blocks have begun since
-        return self.compiled(self._model, _stop, args, kwargs)
-
-
-def _stop() -> None:
-    raise RanUncaptured

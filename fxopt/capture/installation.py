@@ -268,11 +268,17 @@ class Installation:
 
     def _compile_behind(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         assert self.model_call is not None
-        self.model_call.behind.check(gm)
-        return self._compile_tail(gm, [], example_inputs)
+        # What is captured before the backbone ends with its call.
+        broken = reason_of_break(gm) if self.model_call.behind.is_after else ""
+        return self._compile_tail(gm, [], example_inputs, broken)
 
-    def _compile_tail(self, gm: fx.GraphModule, values: list[Any], given: list[Any]) -> Callable[..., Any]:
-        """Return what runs `gm`, which stands after the blocks; it takes `values` of theirs and what Dynamo gave."""
+    def _compile_tail(
+        self, gm: fx.GraphModule, values: list[Any], given: list[Any], broken: str = ""
+    ) -> Callable[..., Any]:
+        """Return what runs `gm`, which stands after the blocks; it takes `values` of theirs and what Dynamo gave.
+
+        `broken` says why the graph ends before the model's forward does.
+        """
         assert self.model_call is not None
         check_spread(given)
         outside = find_outside_loss(gm, self.model) if self.model.training else ""
@@ -281,7 +287,7 @@ class Installation:
         progress = self.ledger.progress
         progress.show(AFTER_BLOCKS, "rewriting and proving")
         outcome = self._transform(gm, region=MODEL_REGION, lazy_outputs=self.model.training)
-        capture = self.ledger.add_capture(MODEL_REGION, outcome, order=order_of(given, self.model))
+        capture = self.ledger.add_capture(MODEL_REGION, outcome, broken, order_of(given, self.model))
         examples = [*values, *given]
         segments = find_segments(gm)
         if segments.unkept:

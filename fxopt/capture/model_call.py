@@ -27,7 +27,7 @@ from fxopt.capture import (
     torch_tensors,
 )
 from fxopt.capture.around import find_around, find_tail_modules, find_trunk_modules
-from fxopt.capture.behind import Behind
+from fxopt.capture.behind import NOT_CAPTURED, Behind
 from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing
 from fxopt.capture.collecting import uncollected
@@ -46,7 +46,7 @@ from fxopt.capture.lazy import put_through
 from fxopt.capture.leaves import Leaves
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.meta_trunk import MetaTrunk
-from fxopt.capture.model_entry import MODEL, model_entry
+from fxopt.capture.model_entry import model_entry
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_own_forwards
 from fxopt.capture.places import forward_line, with_place
@@ -69,7 +69,6 @@ from fxopt.capture.zero import Gathering
 from fxopt.report.records import MODEL_REGION
 
 log = logging.getLogger("fxopt")
-NOT_CAPTURED = "what stands after the blocks was not captured"
 OUTSIDE = (
     "blocks were called with gradients, but not by a call of the optimized {model}: what stands after them ran stock "
     "there. Sites are those of the {model}'s own calls; fxopt.optimize the model that is called"
@@ -110,7 +109,7 @@ class ModelCall:
         self._settings = torch_settings.make_capture_settings()
         self._around = (model, *find_around(model, self.blocks))
         self._sharding = Sharding(model, self.blocks, self._around)
-        self.behind = Behind(model, self.blocks, self._around, backend_behind, ledger, self._explain)
+        self.behind = Behind(model, self.blocks, self._around, backend_behind, ledger)
         self._not_whole: dict[Any, str] = {}
         """By form of a call: why it cannot be captured whole, but may be behind the backbone."""
         self._cache = cache
@@ -152,7 +151,6 @@ class ModelCall:
         model = self.model
         with torch_settings.capture_scope(self._settings):
             if not torch.is_grad_enabled() or self._is_running:
-                self.behind.note_nested()
                 return torch_modules.stock_call(model, *args, **kwargs)
             gatherings = self._sharding.find_gatherings()
             kept = self._cache.find_obstacle(kwargs, is_gathered=bool(gatherings))
@@ -245,19 +243,13 @@ class ModelCall:
     def _serve_behind(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
         """Run the call captured behind its backbone where that can be; `reason` is why it was not captured whole."""
         backbone = self.behind.find_backbone()
-        obstacle = "its weights are sharded" if backbone is None else backbone.find_obstacle(kwargs)
+        obstacle = (
+            "its weights are sharded" if backbone is None else self.behind.find_obstacle(backbone, kwargs)
+        )
         if backbone is None or obstacle is not None:
             self.ledger.count_fallback(MODEL_REGION, f"{NOT_CAPTURED}: {reason}; {obstacle}")
             return self._run_uncaptured(*args, **kwargs)
-        output, refusal = self.behind.run(self._form_of(args, kwargs), args, kwargs, reason)
-        if refusal is None:
-            return output
-        text = f"{NOT_CAPTURED}: {reason}; nor behind the {backbone.name}: {refusal.reason}"
-        if refusal.lasts:
-            self._refuse(text, args, kwargs)
-        else:
-            self.ledger.count_fallback(MODEL_REGION, text)
-        return output
+        return self.behind.run(backbone, args, kwargs, reason)
 
     def _explain(self, error: Exception) -> str:
         """Return why the model was not captured.
@@ -392,15 +384,6 @@ class ModelCall:
             value, flatten(value, find_added(counts, collected)) if collected else value
         )
 
-    def _find_idle_modules(self) -> frozenset[nn.Module]:
-        """Return the modules that the frame which Dynamo captures right now never looks at."""
-        capture = torch_dynamo.find_capture()
-        scope = {"L": {MODEL: self.model}, "G": torch_dynamo.find_globals(capture)}
-        reads = torch_dynamo.find_reads(capture, MODEL).values()
-        values = (torch_dynamo.evaluate(code, scope) for code in reads)
-        seen = {value for value in values if isinstance(value, nn.Module)}
-        return frozenset(module for module in walk(self.model) if seen.isdisjoint(walk(module)))
-
     def compile_tail(self, tail: Tail, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return the callable Dynamo runs for a captured model: the trunk, then `call` on its values.
 
@@ -408,7 +391,7 @@ class ModelCall:
         """
         leaf_nodes = [node for node in tail.graph.graph.nodes if node.op == "placeholder"][: len(tail.leaves)]
         examples = [node.meta["example_value"] for node in leaf_nodes]
-        free = weakref.WeakSet(find_trunk_modules(self.model, tail) | self._find_idle_modules())
+        before = weakref.WeakSet(find_trunk_modules(self.model, tail))
         modules = [weakref.ref(module) for module in find_tail_modules(self.model, self.blocks, tail.graph)]
         on_meta = any(tensor.is_meta for tensor in tensors_of(self.model))
         rehearsed = tail.calls if on_meta else ()
@@ -438,7 +421,7 @@ class ModelCall:
             assert this is not None, "the model is gone, expected it to make this call"
             living = [module for find_module in modules if (module := find_module()) is not None]
             for module in this._leaves.show_hooks():
-                if module not in free:
+                if module not in before:
                     reason = (
                         f"a hook sits on the {type(module).__name__}, which does not run before the blocks only: "
                         "the calls run stock around the compiled blocks"

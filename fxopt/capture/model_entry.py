@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-MODEL = "model"
-"""The variable of the frame that holds the model."""
-
 
 def model_entry(model: nn.Module, count_eager: Callable[[], None], args: Any, kwargs: Any) -> Any:
     """Run `model`'s forward; Dynamo captures this frame, and what runs it uncaptured is counted."""

@@ -23,15 +23,8 @@ from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.torch_function import TorchFunctionModeStackVariable
 
-from fxopt.capture.torch_errors import telling_captures
-
 GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
 """How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
-
-BUILTINS = "G['__builtins_dict__"
-"""How Dynamo names Python's builtins, which no model changes."""
-NUMBERED = re.compile(r"(?:_c|___)\d+(?='\])")
-"""What tells the globals that Dynamo adds for one capture from those for another."""
 
 _COPIES = itertools.count()
 P = ParamSpec("P")
@@ -80,7 +73,7 @@ def compile_frame(
         living: Any = alive()
         return living.fxopt_backend(gm, example_inputs)
 
-    compiled: Any = telling_captures(torch.compile(frame, backend=call_backend, fullgraph=fullgraph))
+    compiled: Any = torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
     compiled.fxopt_code = frame.__code__
     return compiled
 
@@ -127,39 +120,10 @@ def find_capture() -> Any:
     return InstructionTranslator.current_tx().output
 
 
-def find_reads(capture: Any, held: str) -> dict[str, types.CodeType]:
-    """Return the expressions of what `capture` has guarded so far of the frame's variable `held`, and of globals.
-
-    They are evaluated by `evaluate`, as Dynamo's guards are.
-    """
-    names = {str(guard.name() if callable(guard.name) else guard.name) for guard in capture.guards}
-    read = (f"L['{held}']", "G[")
-    return {
-        NUMBERED.sub("", name): expression_of(name)
-        for name in names
-        if name.startswith(read) and not name.startswith(BUILTINS)
-    }
-
-
-def expression_of(name: str) -> types.CodeType:
-    """Return what evaluates the name of a guard; where that is no expression, it raises as it is evaluated."""
-    try:
-        return compile(name, "<guard>", "eval")
-    except SyntaxError:
-        return compile(f"_ + {name!r}", "<guard>", "eval")
-
-
-def evaluate(expression: types.CodeType, scope: dict[str, Any]) -> Any:
-    """Return the value of one of `find_reads`; the exception that says why there is none now."""
-    try:
-        return eval(expression, scope)
-    except Exception as error:
-        return repr(error)
-
-
-def find_globals(capture: Any) -> dict[str, Any]:
-    """Return the globals of the frame that is captured, with the modules that Dynamo has put there."""
-    return capture.global_scope
+def find_attributes_read(capture: Any) -> frozenset[str]:
+    """Return the names of attributes that `capture` has guarded so far, of whatever object."""
+    names = [str(guard.name() if callable(guard.name) else guard.name) for guard in capture.guards]
+    return frozenset(name.rpartition(".")[2] for name in names if "." in name)
 
 
 def is_nested(capture: Any) -> bool:

@@ -5,26 +5,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 from torch._dynamo import exc as dynamo_exc
 from torch._subclasses import fake_tensor
 from torch.fx.experimental import symbolic_shapes
 
 from fxopt.errors import FxoptError, VerifyError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class CaptureFailed(Exception):
-    """Dynamo let an error through that was raised while it captured; it is the cause, and the text says which."""
-
-
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (
-    CaptureFailed,
     dynamo_exc.TorchDynamoException,
     dynamo_exc.FailOnRecompileLimitHit,
     symbolic_shapes.GuardOnDataDependentSymNode,
@@ -36,9 +23,6 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (
 """What Dynamo raises when it cannot capture, or lets through of the stand-in tensors it traces with; never an error of
 the user's own code at run time."""
 
-FOUND = "innermost_user_frame_summary"
-"""What Dynamo adds to every error that a capture ends with."""
-
 HANDLED_BY_DYNAMO: tuple[type[Exception], ...] = (
     dynamo_exc.TorchDynamoException,
     fake_tensor.DataDependentOutputException,
@@ -46,27 +30,6 @@ HANDLED_BY_DYNAMO: tuple[type[Exception], ...] = (
     fake_tensor.UnsupportedFakeTensorException,
 )
 """What Dynamo takes from what it gave a graph to for a word to itself: it begins again, or breaks the graph there."""
-
-
-def telling_captures(compiled: Callable[P, R]) -> Callable[P, R]:
-    """Return `compiled`, which Dynamo captures, so that it raises one of CAPTURE_ERRORS wherever that fails.
-
-    Dynamo lets some errors through as they are (an IndexError of its own guards, say), with what it found of the
-    model's stack.
-    """
-
-    @functools.wraps(compiled)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return compiled(*args, **kwargs)
-        except CAPTURE_ERRORS:
-            raise
-        except Exception as error:
-            if not hasattr(error, FOUND):
-                raise
-            raise CaptureFailed(f"{type(error).__name__}: {error}") from error
-
-    return run
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -31,9 +31,6 @@ HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 CHILDREN = "_modules"
 """The dictionary of the modules right inside a module."""
 
-OF_TORCH = frozenset(vars(torch.nn.Module())) - {"training"} | {SLOT, CALL}
-"""Attributes of a module that are torch's own, and those by which it is called otherwise."""
-
 stock_call = torch.nn.Module._call_impl
 """What `module(...)` runs when nothing is installed: hooks and `forward`."""
 
@@ -55,12 +52,6 @@ def called_by(module: torch.nn.Module, entry: Callable[..., Any]) -> Iterator[No
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     """Return the modules right inside `module` by name, without the generator that `named_children` is."""
     return module._modules
-
-
-def own_holders(module: torch.nn.Module) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what `module` holds by name, each with what tells its holder apart: attributes, modules, tensors."""
-    yield id(module), {name: item for name, item in module.__dict__.items() if name not in OF_TORCH}
-    yield from ((id(items), items) for items in (module._modules, module._parameters, module._buffers))
 
 
 def find_buffers(module: torch.nn.Module) -> list[dict[str, torch.Tensor | None]]:

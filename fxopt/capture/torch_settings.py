@@ -95,6 +95,11 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
             funcname_cache.cache = FUNCTION_NAMES
 
 
+def failures_suppressed(are_suppressed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Let frames that Dynamo fails to capture, and that need not be, run as they are; or, within that, raise again."""
+    return dynamo_config.patch(suppress_errors=are_suppressed)
+
+
 def is_artifact_logged(name: str) -> bool:
     """Return whether `TORCH_LOGS` asks for what torch calls an artifact by this name."""
     return log_state.is_artifact_enabled(name)

@@ -214,43 +214,6 @@ def test_a_module_of_two_names_stands_where_it_is_called_by_either(install, is_c
     assert [reason.split(";")[0] for reason in reasons_of(installation)] == (told if is_called_after else [])
 
 
-class WithTower(WithIdentities):
-    """The same, with a tower that runs where something is given to it, and a layer whose value nobody uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tower, self.unused = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)
-
-    def forward(self, input_ids: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.table(input_ids)
-        if given is not None:
-            x = x + self.tower(given)
-        for layer in self.layers:
-            x = layer(x)
-        self.unused(x)
-        return self.head(x)
-
-
-def test_a_hook_on_a_module_that_a_call_leaves_out_is_no_obstacle_to_it(install) -> None:
-    torch.manual_seed(0)
-    model, ids = WithTower(), torch.randint(0, 32, (2, 5))
-    stock = copy.deepcopy(model)
-    installation = install(model)
-    seen: list[str] = []
-    for each in (model, stock):
-        each.tower[0].register_forward_hook(lambda *_: seen.append("tower"))
-    for given in (None, torch.randn(2, 5, 8), None):
-        assert torch.equal(model(ids, given=given), stock(ids, given=given))
-    assert seen == ["tower"] * 2
-    assert reasons_of(installation) == []
-    for each in (model, stock):
-        each.unused.register_forward_hook(lambda *_: seen.append("unused"))
-    assert torch.equal(model(ids), stock(ids))
-    assert seen[2:] == ["unused"] * 2
-    (reason,) = reasons_of(installation)
-    assert "a hook sits on the Linear" in reason
-
-
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("early", [False, True])
 def test_a_hook_on_a_module_that_computes_nothing_is_obeyed(install, place, early) -> None:

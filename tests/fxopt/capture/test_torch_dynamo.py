@@ -92,38 +92,6 @@ def test_guards_of_a_captured_frame_can_be_read() -> None:
     assert any(guard.startswith("TENSOR_MATCH: ") and "size=[2, 3]" in guard for guard in found), found
 
 
-COUNTS = {"calls": 1}
-
-
-def test_what_a_capture_reads_can_be_read_again() -> None:
-    """Moved if this fails: the names of Dynamo's guards, or the globals of the frame that it captures."""
-    found: list[dict[str, object]] = []
-    model = torch.nn.Linear(2, 2)
-    model.factor = 3
-
-    def note(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        capture = torch_dynamo.find_capture()
-        scope = {"L": {"model": model}, "G": torch_dynamo.find_globals(capture)}
-        reads = torch_dynamo.find_reads(capture, "model")
-        found.append({name: torch_dynamo.evaluate(code, scope) for name, code in reads.items()})
-        del model.factor
-        (gone,) = (code for name, code in reads.items() if name.endswith(".factor"))
-        assert "factor" in torch_dynamo.evaluate(gone, scope)
-        model.factor = 3
-        return gm.forward
-
-    def entry(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return model.weight * model.factor * COUNTS["calls"] * len([x]) + x
-
-    for _ in range(2):
-        torch_dynamo.compile_frame(entry, note, fullgraph=True)(model, torch.ones(2))
-    first, second = found
-    assert first.keys() == second.keys(), "names hang on the capture"
-    values = {id(value) for value in first.values()}
-    assert {id(model.weight), id(model.factor), id(COUNTS)} <= values
-    assert not any("builtins" in name or "L['x']" in name for name in first)
-
-
 def test_isolated_functions_have_code_objects_of_their_own():
     def function(x: int) -> int:
         return x + 1

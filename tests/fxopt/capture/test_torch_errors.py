@@ -36,29 +36,6 @@ def test_what_a_backend_raises_is_told_from_a_refused_capture_and_its_cause_is_f
     assert not torch_errors.hangs_on_values(caught.value)
 
 
-def test_what_dynamo_lets_through_as_it_is_says_that_it_could_not_capture():
-    def fails(x: torch.Tensor) -> torch.Tensor:
-        return x.sum(7)
-
-    compiled = torch_dynamo.compile_frame(fails, lambda gm, _: gm.forward, fullgraph=True)
-    with pytest.raises(torch_errors.CAPTURE_ERRORS) as caught:
-        compiled(torch.ones(2))
-    assert torch_errors.cause_to_raise(caught.value) is None
-    assert "out of range" in reason_of(caught.value)
-
-
-def test_an_error_of_what_runs_is_none_of_a_capture():
-    def fails(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        def run(*args: object) -> object:
-            raise IndexError("while it runs")
-
-        return run
-
-    compiled = torch_dynamo.compile_frame(lambda x: x + 1, fails, fullgraph=True)
-    with pytest.raises(IndexError, match="while it runs"):
-        compiled(torch.ones(2))
-
-
 LONG = f"a view of a leaf was written to, {'and read again, ' * 20}\nwhich no backward can follow"
 
 
