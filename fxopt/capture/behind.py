@@ -20,6 +20,7 @@ from fxopt.capture.hooks import has_own_hooks, hooks_hidden, place_of_hook
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_entry import model_entry
 from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.patched import find_replaced
 from fxopt.capture.pieces import or_as_captured
 from fxopt.capture.places import with_place
 from fxopt.capture.recorders import active, find_asked
@@ -109,6 +110,11 @@ class Behind:
             return f"the {name} is compiled by somebody else"
         if active() or find_asked((self._model, *outside), kwargs):
             return f"outputs are collected in the {name} for what stands around it"
+        replaced = find_replaced((self._model, *outside))
+        if replaced is not None:
+            return (
+                f"the forward of the {type(replaced).__name__} is another package's, which is left as it is"
+            )
         for module in outside:
             if has_own_hooks(module):
                 reason = f"a hook sits on the {type(module).__name__}, outside the {name}"

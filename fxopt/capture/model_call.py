@@ -248,6 +248,8 @@ class ModelCall:
         )
         if backbone is None or obstacle is not None:
             self.ledger.count_fallback(MODEL_REGION, f"{NOT_CAPTURED}: {reason}; {obstacle}")
+            for line in find_own_forwards(self.model):
+                self.ledger.note(line)
             return self._run_uncaptured(*args, **kwargs)
         return self.behind.run(backbone, args, kwargs, reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from fxopt.capture.modules import walk
 from fxopt.capture.places import line_of, with_place
 
 OURS = "fxopt"
+WRAPPERS = ("accelerate", "torch")
 
 
 def find_patched(model: nn.Module) -> tuple[str, ...]:
@@ -46,6 +48,22 @@ def find_own_forwards(model: nn.Module) -> tuple[str, ...]:
                 )
             )
     return tuple(lines)
+
+
+def find_replaced(modules: Iterable[nn.Module]) -> nn.Module | None:
+    """Return the first of `modules` whose class's forward another package has replaced by one of its own, or None.
+
+    What accelerate and torch put around a forward, autocast for one, leaves as it is what that computes.
+    """
+    for module in modules:
+        forward: Any = module.__dict__.get("forward")
+        function: Any = getattr(forward, "__func__", forward)
+        while function is not None:  # one that is wrapped need not be called by what wraps it
+            package = _package_of(getattr(function, "__globals__", {}).get("__name__"))
+            if package and package not in (OURS, *WRAPPERS, *_packages_of(type(module))):
+                return module
+            function = getattr(function, "__wrapped__", None)
+    return None
 
 
 def _packages_of(kind: type) -> set[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
+from typing import Any
 
 import torch
 from torch import nn
 
 import fxopt
-from fxopt.capture.patched import find_own_forwards, find_patched
+from fxopt.capture.patched import find_own_forwards, find_patched, find_replaced
 
 
 class Block(nn.Module):
@@ -57,3 +58,20 @@ def test_a_forward_on_the_object_is_named_with_the_package_that_put_it_there() -
     model[1].forward = types.MethodType(foreign, model[1])
     (line,) = find_own_forwards(model)
     assert line.startswith("Block: a_trainer put a forward of its own on this model")
+
+
+def forward_of(package: str, original: Any) -> Any:
+    """Return a forward that code of `package` wraps around `original`."""
+    scope: dict[str, Any] = {"__name__": package}
+    exec("def forward(self, x):\n    return self.linear(x)", scope)
+    return functools.wraps(original)(scope["forward"])
+
+
+def test_a_forward_is_replaced_where_another_package_than_a_wrapper_of_forwards_put_it() -> None:
+    model = nn.Sequential(Block(), Block())
+    assert find_replaced(model) is None
+    model[0].forward = types.MethodType(forward_of("accelerate.utils", Block.forward), model[0])
+    assert find_replaced(model) is None
+    trained = forward_of("a_trainer.utils", Block.forward)
+    model[1].forward = types.MethodType(forward_of("accelerate.utils", trained), model[1])
+    assert find_replaced(model) is model[1], "what a wrapper wraps counts as well"
