@@ -69,6 +69,7 @@ class Behind:
         self._thread = OfThread()
         self._noted: set[str] = set()
         self._backbone: nn.Module | None = None
+        self._entry = torch_dynamo.untraced(self._call_backbone)
         self.compile_anew()
 
     def compile_anew(self) -> None:
@@ -126,20 +127,11 @@ class Behind:
 
         The call could not be captured whole for `reason`.
         """
-        ledger = self._ledger
-
-        def call_stock(*args: Any, **kwargs: Any) -> Any:
-            with torch_settings.failures_suppressed(False):
-                output = torch_modules.stock_call(backbone, *args, **kwargs)
-            ledger.begin(MODEL_REGION)  # blocks have begun since
-            self._thread.is_after = True
-            return output
-
-        ledger.begin(MODEL_REGION)
+        self._ledger.begin(MODEL_REGION)
         self._thread.is_running, self._thread.is_after = True, False
         try:
             with (
-                torch_modules.called_by(backbone, torch_dynamo.untraced(call_stock)),
+                torch_modules.called_by(backbone, self._entry),
                 torch_settings.tensors_left_unlisted(self._around),
                 hooks_hidden(self._find_outside(backbone), lambda hook: True),
                 torch_dynamo.frames_of_pieces_captured(),
@@ -152,6 +144,17 @@ class Behind:
         if mistake is not None:
             raise mistake
         self._tell(backbone, reason)
+        return output
+
+    def _call_backbone(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the backbone as stock does; another thread's call of it meanwhile is no part of a run."""
+        assert self._backbone is not None
+        if not self._thread.is_running:
+            return torch_modules.stock_call(self._backbone, *args, **kwargs)
+        with torch_settings.failures_suppressed(False):
+            output = torch_modules.stock_call(self._backbone, *args, **kwargs)
+        self._ledger.begin(MODEL_REGION)  # blocks have begun since
+        self._thread.is_after = True
         return output
 
     def _tell(self, backbone: nn.Module, reason: str) -> None:

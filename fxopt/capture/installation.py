@@ -281,7 +281,7 @@ class Installation:
         """
         assert self.model_call is not None
         check_spread(given)
-        outside = find_outside_loss(gm, self.model) if self.model.training else ""
+        outside = find_outside_loss(gm, self.model) if self.model.training and not broken else ""
         if outside:
             self.ledger.note(outside)
         progress = self.ledger.progress

@@ -202,6 +202,34 @@ def test_what_stands_before_the_backbone_is_done_once(options: dict[str, Any], t
     assert forms(report)["linear_cross_entropy"] == 1
 
 
+class Looking(Model):
+    """A model that looks at a value between its head and its loss."""
+
+    def forward(
+        self, ids: torch.Tensor, images: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> Output:
+        logits = self.head(self.trunk(ids, images))
+        if logits.detach().isnan().any().item():
+            raise ValueError("logits are no numbers")
+        return Output(loss=F.cross_entropy(logits.view(-1, CLASSES), labels.view(-1)), logits=logits)
+
+
+def test_pieces_behind_the_backbone_say_where_they_break(tools: Any) -> None:
+    torch.manual_seed(0)
+    model = Looking().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for length in (12, 12, 9):
+        check(tools, model, stock, batch_of(length))
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert forms(report) == {"rms_norm": 3, "glu": 3, "cross_entropy": 1}
+    assert "breaks into pieces: what is computed depends on the values of a tensor" in str(report)
+    assert not any("no loss" in note for note in report.notes)
+    batch = batch_of()
+    assert torch.allclose(model(**batch).logits, stock(**batch).logits, atol=1e-6)
+
+
 def test_hooks_in_the_backbone_run_and_one_on_the_head_sends_calls_to_stock(tools: Any) -> None:
     model, stock = make()
     fxopt.optimize(model)
