@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_distributed, torch_dynamo, torch_modules, torch_settings
+from fxopt.capture import torch_distributed, torch_dynamo, torch_errors, torch_modules, torch_settings
 from fxopt.capture.engines import gathers
 from fxopt.capture.hooks import has_own_hooks, hooks_hidden, place_of_hook
 from fxopt.capture.ledger import Ledger
@@ -28,7 +29,7 @@ from fxopt.errors import FxoptError, VerifyError
 from fxopt.report.records import MODEL_REGION
 
 NOT_CAPTURED = "what stands after the blocks was not captured"
-CANNOT = "within a try statement it cannot, and what else stopped it TORCH_LOGS=graph_breaks tells"
+CANNOT = "within a try statement Dynamo cannot go on, and what else stopped it TORCH_LOGS=graph_breaks tells"
 
 
 def find_backbone(model: nn.Module, blocks: frozenset[nn.Module]) -> nn.Module | None:
@@ -43,6 +44,10 @@ def find_backbone(model: nn.Module, blocks: frozenset[nn.Module]) -> nn.Module |
         if any(tensors_of(child) for child in children if child is not found):
             return found
         holder = found
+
+
+def _count_nothing() -> None:
+    """Count no call: what ran uncaptured is told by what did not run captured."""
 
 
 class OfThread(threading.local):
@@ -65,23 +70,40 @@ class Behind:
         ledger: Ledger,
     ) -> None:
         self._model, self._blocks, self._around = model, blocks, around
-        self._compile_piece, self._ledger = or_as_captured(backend, ledger, MODEL_REGION), ledger
+        self._backend, self._ledger = backend, ledger
+        self._compile_piece = or_as_captured(self._compile, ledger, MODEL_REGION)
         self._thread = OfThread()
         self._noted: set[str] = set()
         self._backbone: nn.Module | None = None
+        self._path = ""
         self._entry = torch_dynamo.untraced(self._call_backbone)
-        self.compile_anew()
+        self._frames: dict[bool, Callable[..., Any]] = {}
+        """By whether the model trains, which only the first of its frames is guarded by: others return lazy logits."""
+
+    @property
+    def frames(self) -> tuple[Callable[..., Any], ...]:
+        """The frames that Dynamo captures the model in."""
+        return tuple(self._frames.values())
 
     def compile_anew(self) -> None:
-        """Give Dynamo a frame anew, which has no captures."""
-        self.compiled = torch_dynamo.compile_frame(model_entry, self._compile, fullgraph=False)
+        """Have Dynamo capture the model anew."""
+        self._frames.clear()
+
+    def _find_frame(self) -> Callable[..., Any]:
+        mode = self._model.training
+        if mode not in self._frames:
+            self._frames[mode] = torch_dynamo.compile_frame(model_entry, self._compile_piece, fullgraph=False)
+        return self._frames[mode]
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Compile one piece; what Dynamo would pass over as a failure is kept, to be raised."""
+        """Compile one piece; what Dynamo or the piece itself would pass over as a failure is kept, to be raised."""
         try:
-            return self._compile_piece(gm, example_inputs)
-        except (FxoptError, VerifyError) as error:
+            return self._backend(gm, example_inputs)
+        except (FxoptError, VerifyError, torch.OutOfMemoryError) as error:
             self._thread.mistake = error
+            raise
+        except Exception as error:
+            self._thread.mistake = torch_errors.cause_to_raise(error) or self._thread.mistake
             raise
 
     @property
@@ -96,13 +118,23 @@ class Behind:
 
     def find_backbone(self) -> nn.Module | None:
         """Return the backbone, where the model has one and is captured around it, or None."""
+        if self._backbone is not None and not self._is_in_place(self._backbone):
+            self._backbone = None
         if self._backbone is None and not any(tensor.is_meta for tensor in tensors_of(self._model)):
             self._backbone = find_backbone(self._model, self._blocks)
+            self._path = "" if self._backbone is None else walk(self._model)[self._backbone]
         return None if self._is_sharded() else self._backbone
+
+    def _is_in_place(self, backbone: nn.Module) -> bool:
+        """Return whether the backbone still is where it was found: a user may have put another one there."""
+        try:
+            return self._model.get_submodule(self._path) is backbone
+        except AttributeError:
+            return False
 
     def name_of(self, backbone: nn.Module) -> str:
         """Return what to call the backbone: class and path."""
-        return f"{type(backbone).__name__} {walk(self._model)[backbone]}"
+        return f"{type(backbone).__name__} {self._path}"
 
     def find_obstacle(self, backbone: nn.Module, kwargs: dict[str, Any]) -> str | None:
         """Return why this call may not be captured around the backbone, or None."""
@@ -137,7 +169,7 @@ class Behind:
                 torch_dynamo.frames_of_pieces_captured(),
                 torch_settings.failures_suppressed(True),
             ):
-                output = self.compiled(self._model, lambda: None, args, kwargs)
+                output = self._find_frame()(self._model, _count_nothing, args, kwargs)
         finally:
             self._thread.is_running = False
             mistake, self._thread.mistake = self._thread.mistake, None

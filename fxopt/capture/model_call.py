@@ -132,7 +132,7 @@ class ModelCall:
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
         """The frames that Dynamo captures the model in."""
-        return (self.compiled, self.behind.compiled)
+        return (self.compiled, *self.behind.frames)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""

@@ -202,6 +202,49 @@ def test_what_stands_before_the_backbone_is_done_once(options: dict[str, Any], t
     assert forms(report)["linear_cross_entropy"] == 1
 
 
+def test_lazy_logits_are_those_of_training_calls_alone(tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    batch = batch_of()
+    for training in (False, True, False):
+        model.train(training)
+        stock.train(training)
+        check(tools, model, stock, batch)
+        logits = model(**batch).logits
+        assert (type(logits) is torch.Tensor) is not training
+        assert torch.allclose(logits + 0, stock(**batch).logits, atol=1e-6)
+
+
+def test_another_module_in_the_place_of_the_backbone_is_the_backbone(tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    check(tools, model, stock, batch_of())
+    layers, model.trunk = model.trunk.layers, copy.deepcopy(stock.trunk)
+    model.trunk.layers = layers
+    check(tools, model, stock, batch_of())
+
+
+def test_a_mistake_in_a_piece_is_raised(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dynamo passes over a frame of the same code ever after.
+    own = type("Mistaken", (Model,), {"forward": isolate(Model.forward)})
+    torch.manual_seed(0)
+    model = own().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    installation = find_installation(model)
+    assert installation is not None
+    behind = installation.model_call.behind  # type: ignore[union-attr]
+
+    def fail(*_: Any) -> Any:
+        raise fxopt.FxoptError("a mistake")
+
+    monkeypatch.setattr(behind, "_backend", fail)
+    with pytest.raises(fxopt.FxoptError, match="a mistake"):
+        model(**batch_of())
+    monkeypatch.undo()
+    check(tools, model, stock, batch_of())
+
+
 class Looking(Model):
     """A model that looks at a value between its head and its loss."""
 
