@@ -115,22 +115,6 @@ def mark_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def find_capture() -> Any:
-    """Return what Dynamo is making right now: the same object until it begins anew, with the `graph` so far."""
-    return InstructionTranslator.current_tx().output
-
-
-def find_attributes_read(capture: Any) -> frozenset[str]:
-    """Return the names of attributes that `capture` has guarded so far, of whatever object."""
-    names = [str(guard.name() if callable(guard.name) else guard.name) for guard in capture.guards]
-    return frozenset(name.rpartition(".")[2] for name in names if "." in name)
-
-
-def is_nested(capture: Any) -> bool:
-    """Return whether Dynamo traces a graph within that of `capture`, as of a checkpointed function."""
-    return capture.current_tracer is not capture.root_tracer
-
-
 def changes_python_state(but: object = None) -> bool:
     """Return whether the frame that Dynamo is compiling right now changes objects that were there before it.
 

@@ -5,15 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch as python_dispatch
-
-AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 class Around(NamedTuple):
@@ -31,7 +27,7 @@ def find_around() -> Around:
     """Return what surrounds the code that runs now."""
     torchs: Any = torch._C
     autocast = [torch.is_autocast_cache_enabled()]
-    for device in AUTOCAST_DEVICES:
+    for device in ("cpu", "cuda"):
         autocast += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
     return Around(
         torch.is_grad_enabled(),
@@ -41,18 +37,6 @@ def find_around() -> Around:
         torchs._len_torch_function_stack(),
         torchs._len_torch_dispatch_stack(),
     )
-
-
-@contextlib.contextmanager
-def autocast_as(around: Around) -> Iterator[None]:
-    """Run the body under the autocast state that `around` has."""
-    now, (_, *wanted) = find_around().autocast, around.autocast
-    with contextlib.ExitStack() as stack:
-        for place, device in enumerate(AUTOCAST_DEVICES):
-            enabled, dtype = wanted[2 * place : 2 * place + 2]
-            if (enabled, dtype) != tuple(now[1 + 2 * place : 3 + 2 * place]):
-                stack.enter_context(torch.autocast(device, dtype, enabled))
-        yield
 
 
 def find_mode() -> str | None:

@@ -23,8 +23,8 @@ Pairs = Iterator[tuple[Any, Any]]
 def equate_sizes(graph: fx.Graph) -> dict[Any, int]:
     """Have capture guard sizes to be equal that ops in `graph` need to be and that were, and return what that tells.
 
-    That is by expression: of a symbol alone torch knows it itself. A call in which they differ would be an error of the
-    op's in stock; it is captured anew, or fails there.
+    That is by expression: of a symbol alone torch knows it itself. A call in which they differ is captured anew: a
+    batch of one goes with any other in stock, and what else differs is an error of the op's there.
     """
     known: dict[Any, int] = {}
     for node in graph.nodes:
@@ -56,7 +56,7 @@ def _value(item: Any) -> Any:
 
 
 def _of_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Pairs:
-    """Yield the sizes of torch's `scaled_dot_product_attention` that have to be equal, but for those that are 1."""
+    """Yield the sizes of torch's `scaled_dot_product_attention` that have to be equal, a mask's unless they are 1."""
     if not all(isinstance(tensor, Tensor) for tensor in (query, key, value)):
         return
     yield key.shape[-2], value.shape[-2]

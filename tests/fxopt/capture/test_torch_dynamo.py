@@ -202,28 +202,3 @@ def test_what_dynamo_traces_is_recorded_only_where_it_exports():
     torch.compile(Seeing(), backend="eager")(x)
     torch.export.export(Seeing(), (x,), strict=False)
     assert seen == [False, True], "torch.compiler._is_exporting_flag moved"
-
-
-def test_what_dynamo_is_making_can_be_asked_while_it_traces() -> None:
-    seen: list[tuple[list[str], bool]] = []
-
-    @torch.compiler.assume_constant_result
-    def note() -> bool:
-        capture = torch_dynamo.find_capture()
-        seen.append(([node.op for node in capture.graph.nodes], torch_dynamo.is_nested(capture)))
-        return True
-
-    def inner(x: torch.Tensor) -> torch.Tensor:
-        note()
-        return x.sin()
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        x = x.cos()
-        note()
-        return torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
-
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
-    compiled(torch.ones(3, requires_grad=True))
-    (outer, is_nested), (_, is_nested_inside) = seen
-    assert outer == ["placeholder", "call_method"]
-    assert (is_nested, is_nested_inside) == (False, True)
