@@ -9,6 +9,7 @@ What stands in the backbone around its blocks, a last norm for one, runs stock.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,14 @@ from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.patched import find_replaced
 from fxopt.capture.pieces import or_as_captured
 from fxopt.capture.places import with_place
+from fxopt.capture.reasons import reason_of_frame
 from fxopt.capture.recorders import active, find_asked
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.report.records import MODEL_REGION
 
 NOT_CAPTURED = "what stands after the blocks was not captured"
+PASSED_OVER: weakref.WeakKeyDictionary[type[nn.Module], set[str]] = weakref.WeakKeyDictionary()
+"""By class of model: the functions that Dynamo has passed over, as it then does for good, for all of a class."""
 CANNOT = "within a try statement Dynamo cannot go on, and what else stopped it TORCH_LOGS=graph_breaks tells"
 
 
@@ -46,16 +50,23 @@ def find_backbone(model: nn.Module, blocks: frozenset[nn.Module]) -> nn.Module |
         holder = found
 
 
+def _without(frames: list[Any], known: list[Any]) -> list[Any]:
+    identities = set(map(id, known))
+    return [frame for frame in frames if id(frame) not in identities]
+
+
 def _count_nothing() -> None:
     """Count no call: what ran uncaptured is told by what did not run captured."""
 
 
 class OfThread(threading.local):
-    """Whether this thread runs such a call and its backbone has run, and a mistake that was met in it."""
+    """Whether this thread runs such a call and its backbone has run, and what was met in it."""
 
     is_running = False
     is_after = False
     mistake: BaseException | None = None
+    within: list[Any]
+    """Of the frames that Dynamo has passed over, those of the backbone, whose blocks tell of themselves."""
 
 
 class Behind:
@@ -161,6 +172,7 @@ class Behind:
         """
         self._ledger.begin(MODEL_REGION)
         self._thread.is_running, self._thread.is_after = True, False
+        known, self._thread.within = torch_dynamo.frames_passed_over(), []
         try:
             with (
                 torch_modules.called_by(backbone, self._entry),
@@ -175,6 +187,9 @@ class Behind:
             mistake, self._thread.mistake = self._thread.mistake, None
         if mistake is not None:
             raise mistake
+        known += self._thread.within
+        passed_over = map(reason_of_frame, _without(torch_dynamo.frames_passed_over(), known))
+        PASSED_OVER.setdefault(type(self._model), set()).update(passed_over)
         self._tell(backbone, reason)
         return output
 
@@ -183,8 +198,10 @@ class Behind:
         assert self._backbone is not None
         if not self._thread.is_running:
             return torch_modules.stock_call(self._backbone, *args, **kwargs)
+        known = torch_dynamo.frames_passed_over()
         with torch_settings.failures_suppressed(False):
             output = torch_modules.stock_call(self._backbone, *args, **kwargs)
+        self._thread.within += _without(torch_dynamo.frames_passed_over(), known)
         self._ledger.begin(MODEL_REGION)  # blocks have begun since
         self._thread.is_after = True
         return output
@@ -192,12 +209,17 @@ class Behind:
     def _tell(self, backbone: nn.Module, reason: str) -> None:
         """Note how a call that could not be captured whole was, or count it."""
         name = self.name_of(backbone)
+        functions = PASSED_OVER[type(self._model)]
         if not self._ledger.is_served:
+            cause = "; ".join(sorted(functions)) or CANNOT
             text = (
-                f"{NOT_CAPTURED}: {reason}; nor behind the {name}, where Dynamo went on in no frame: {CANNOT}"
+                f"{NOT_CAPTURED}: {reason}; nor behind the {name}, where Dynamo went on in no frame: {cause}"
             )
             self._ledger.count_fallback(MODEL_REGION, text)
             return
+        for function in sorted(functions - self._noted):
+            self._noted.add(function)
+            self._ledger.note(f"around the {name} this runs as stock, but for what it calls: {function}")
         place = reason.rpartition("; at ")[2]  # what is said of it may name the number of images
         if place not in self._noted:
             self._noted.add(place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx
 
@@ -29,6 +30,10 @@ PLAIN_WORDS = (
         r"Missing `as_proxy\(\)`",
         "a block is given an object that no graph can hold, as a key/value cache is (use_cache=False)",
     ),
+    (
+        r"Skip calling .*(.|\n)*Behind\._call_backbone",
+        "the backbone is called in a try or with statement, behind which Dynamo cannot go on",
+    ),
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
     (
         r"when making fake tensor call",
@@ -44,6 +49,8 @@ FAILED_CALL = re.compile(
 """An op's error in Dynamo's words: after the op and its arguments, sizes and all, as Python writes the error."""
 NOISE = re.compile(r" at 0x[0-9a-f]+| \(unhinted: [^\n]*?\)(?=\.|$)")
 """Addresses, and an expression told a second time."""
+RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_(\d+)")
+"""How Dynamo names what it makes of the rest of a function behind a break."""
 SYMBOL = re.compile(r"\b(zuf|zf|u)\d+\b")
 """How torch writes a value that it does not know: with a number that differs from capture to capture."""
 
@@ -81,6 +88,17 @@ def reason_of_break(gm: fx.GraphModule) -> str:
         return ""
     reason, stack = found
     return _say(reason, location_in(_frames(stack)))
+
+
+def reason_of_frame(frame: Any) -> str:
+    """Return which function Dynamo passed over and why, from what `torch_dynamo.frames_passed_over` tells of it."""
+    resumed = RESUMED.fullmatch(frame.co_name)
+    name, line = (resumed[1], int(resumed[2])) if resumed else (frame.co_name, frame.co_firstlineno)
+    begin = location_in([(frame.co_filename, line)])
+    where = location_in([(frame.fail_user_frame_filename or "", frame.fail_user_frame_lineno or 0)])
+    return (
+        f"{name}{f' from {begin} on' if begin else ''}: {_say(frame.fail_reason or frame.fail_type, where)}"
+    )
 
 
 def _frames(lines: Iterable[str]) -> list[tuple[str, int]]:

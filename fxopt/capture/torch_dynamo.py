@@ -166,6 +166,12 @@ def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:
     return cause.reason, [f'File "{frame.filename}", line {frame.lineno}' for frame in cause.user_stack]
 
 
+def frames_passed_over() -> list[Any]:
+    """Return what Dynamo notes of the last frames in this process that it could not capture, oldest first."""
+    noted: Any = dynamo.utils.get_compilation_metrics()
+    return [frame for frame in noted if frame.fail_type is not None]
+
+
 def num_unrecorded() -> int:
     """Return how many compiled graphs Inductor declined to record as CUDA graphs, in this process."""
     return dynamo.utils.counters["inductor"]["cudagraph_skips"]

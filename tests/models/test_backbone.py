@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
-import random
 import threading
 import weakref
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt.capture.behind import find_backbone
@@ -24,120 +21,7 @@ from fxopt.capture.torch_modules import CALL, SLOT
 from fxopt.coverage.inputs import make_batch
 from fxopt.coverage.shrink import tiny_config
 from fxopt.report.records import MODEL_REGION
-
-WIDTH, CLASSES = 32, 64
-
-
-@dataclasses.dataclass
-class Output:
-    """What the model returns."""
-
-    loss: torch.Tensor
-    logits: torch.Tensor
-
-
-class Norm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x) * self.gain
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.gate, self.up = Norm(), nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 48)
-        self.down = nn.Linear(48, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-@dataclasses.dataclass
-class Found:
-    """What no capture takes apart."""
-
-    last: torch.Tensor
-
-
-class Trunk(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(CLASSES, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
-        self.norm = Norm()
-        self.returned = "tensor"
-        self.count = self.seen = self.counts = 0
-
-    def forward(self, ids: torch.Tensor, images: torch.Tensor | None = None, added: Any = None) -> Any:
-        x = self.embed(ids)
-        self.seen += self.counts
-        if isinstance(added, list):
-            added.append(x.mean())
-        elif added is not None:
-            added += 1
-        if images is not None:
-            if int((ids == 1).sum()) != images.shape[0]:
-                raise ValueError("as many images as places")
-            x = x.masked_scatter((ids == 1)[..., None], images)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x)
-        self.count += self.returned == "counted"
-        return {"tensor": x, "tuple": (x, (ids, None)), "own": Found(x), "counted": (x, self.count)}[
-            self.returned
-        ]
-
-
-class Model(nn.Module):
-    def __init__(self, returned: str = "tensor", before: str = "", again: bool = False) -> None:
-        super().__init__()
-        self.trunk, self.head = Trunk(), nn.Linear(WIDTH, CLASSES, bias=False)
-        self.trunk.returned, self.before, self.again = returned, before, again
-        self.count = 0
-
-    def forward(
-        self, ids: torch.Tensor, images: torch.Tensor | None = None, labels: torch.Tensor | None = None
-    ) -> Output:
-        if images is not None and self.before == "random":
-            images = F.dropout(images, 0.5)
-        if self.before == "state":
-            self.count += 1
-        x = self.trunk(ids, images)
-        if self.again:
-            x = x + self.trunk(ids, images)
-        x = x[0] if isinstance(x, tuple) else x.last if isinstance(x, Found) else x
-        logits = self.head(x)
-        loss = F.cross_entropy(logits.view(-1, CLASSES).float(), labels.view(-1))
-        return Output(loss=loss, logits=logits)
-
-
-def make(**options: Any) -> tuple[Model, Model]:
-    torch.manual_seed(0)
-    model = Model(**options).train()
-    return model, copy.deepcopy(model)
-
-
-def batch_of(length: int = 12, *, images: bool = True) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(2, CLASSES, (2, length), generator=generator)
-    batch = {"ids": ids, "labels": ids.roll(-1, 1)}
-    if images:
-        ids[:, 3:5] = 1
-        batch["images"] = torch.randn(4, WIDTH, generator=generator)
-    return batch
-
-
-def check(tools: Any, model: Any, stock: Any, batch: dict[str, torch.Tensor], most: float = 1e-4) -> None:
-    ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
-    assert tools.relative(ours.loss, theirs.loss) < 1e-5
-    assert ours.gradients.keys() == theirs.gradients.keys()
-    for name, gradient in theirs.gradients.items():
-        assert tools.relative(ours.gradients[name], gradient) < most, name
+from tests.models.backbones import CLASSES, WIDTH, Model, Output, batch_of, check, make
 
 
 def captures_of_model(report: fxopt.Report) -> int:
@@ -383,137 +267,6 @@ def test_a_model_with_images_has_its_head_fused(adapted: bool, tools: Any) -> No
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     assert forms(report)["linear_cross_entropy"] == 1
-
-
-class Wrapped(nn.Module):
-    """A model whose forward does something around its backbone's call."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.trunk, self.head, self.way = Trunk(), nn.Linear(WIDTH, CLASSES, bias=False), way
-        self.count, self.nested = 0, False
-        self.trunk.counts = int(way == "attribute")
-        self.register_buffer("steps", torch.zeros(()))
-
-    def forward(self, batch: dict[str, torch.Tensor], labels: torch.Tensor | None = None) -> Output:
-        ids, images = batch["ids"], batch["images"]
-        if self.way == "mapping":
-            labels = batch.pop("labels")
-        if self.way == "scaled":
-            images = batch["images"] = images * 0.5
-        if self.way == "in place":
-            images.mul_(0.5)
-        read = self.trunk.seen if self.way == "attribute" else 1
-        if self.way == "drawn":
-            read = random.uniform(1, 2)
-        added: list[torch.Tensor] = []
-        if self.way in ("list", "its list", "out", "attribute"):
-            out = torch.zeros(()) if self.way == "out" else None
-            added = batch["added"] if self.way == "its list" else added  # type: ignore[assignment]
-            handed: Any = None if self.way == "attribute" else out if self.way == "out" else added
-            x = self.trunk(ids, images, handed)
-            factor = read + sum(added) + (0 if out is None else out)
-            logits = self.head(x) * factor
-            loss = F.cross_entropy(logits.view(-1, CLASSES), batch["labels"].view(-1))
-            return Output(loss=loss, logits=logits)
-        dropped = F.dropout(images, 0.5) if self.way == "nested graph" else images
-        if self.way in ("reentrant", "nested graph"):
-            x = checkpoint(self.trunk, ids, dropped, use_reentrant=self.way == "reentrant")
-        elif self.way == "autocast":
-            with torch.autocast("cpu", torch.bfloat16):
-                x = self.trunk(ids, images)
-        elif self.way == "library":
-            x = torch.amp.autocast("cpu", torch.bfloat16)(lambda: self.trunk(ids, images))()
-        elif self.way == "finally":
-            try:
-                x = self.trunk(ids, images)
-            finally:
-                self.count += 1
-        else:
-            x = self.trunk(ids, images)
-        if self.way == "later" and self.count == 2 and (x.detach() > 0).any():
-            x = x * 2
-        if self.way == "later":
-            self.steps += 1
-        if self.way == "after":
-            batch["seen"] = x.detach().sum()
-            self.kept = x.detach().mean()
-            self.trunk.seen += 1
-        x = x * read
-        logits = self.head(x.float()) + dropped.sum()
-        loss = F.cross_entropy(
-            logits.view(-1, CLASSES), (batch["labels"] if labels is None else labels).view(-1)
-        )
-        return Output(loss=loss, logits=logits)
-
-
-WAYS = (
-    "reentrant",
-    "nested graph",
-    "autocast",
-    "mapping",
-    "scaled",
-    "in place",
-    "finally",
-    "list",
-    "its list",
-    "out",
-    "attribute",
-    "drawn",
-    "after",
-    "library",
-    "later",
-)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.filterwarnings("ignore")
-def test_whatever_stands_around_the_backbone_is_done_once(way: str, tools: Any) -> None:
-    torch.manual_seed(0)
-    # A frame that Dynamo cannot go on in once is passed over for good: each way has a code of its own.
-    own = type(f"Wrapped_{way}", (Wrapped,), {"forward": isolate(Wrapped.forward)})
-    model = own(way).train()
-    stock = copy.deepcopy(model)
-    fxopt.optimize(model)
-    for step in range(3):
-        found = []
-        for each in (model, stock):
-            if way == "later":
-                each.count = step
-            torch.manual_seed(step)
-            random.seed(step)
-            batch: dict[str, Any] = batch_of()
-            if way == "its list":
-                batch["added"] = []
-            each.zero_grad()
-            output = each(batch)
-            output.loss.backward()
-            drawn = torch.cat([torch.rand(1), torch.tensor([random.random()])])
-            found.append(
-                (output.loss.detach(), {n: p.grad for n, p in each.named_parameters()}, batch, drawn)
-            )
-        (loss, gradients, given, drawn), (their_loss, theirs, their_batch, their_drawn) = found
-        assert tools.relative(loss, their_loss) < (1e-2 if way in ("autocast", "library") else 1e-5)
-        assert torch.equal(drawn, their_drawn), "as many random numbers"
-        assert given.keys() == their_batch.keys()
-        assert all(
-            len(given[name]) == len(their_batch[name])
-            if isinstance(given[name], list)
-            else torch.allclose(given[name], their_batch[name], atol=1e-4)
-            for name in given
-        )
-        assert model.trunk.seen == stock.trunk.seen
-        assert (model.count, model.steps) == (stock.count, stock.steps)
-        for name, gradient in theirs.items():
-            if gradient is None:  # of what is checkpointed reentrantly, whose inputs need none
-                assert gradients[name] is None
-                continue
-            assert tools.relative(gradients[name], gradient) < (
-                5e-2 if way in ("autocast", "library") else 1e-4
-            ), name
-    found_reasons = [fallback.reason for fallback in fxopt.explain(model).fallbacks]
-    assert len(found_reasons) == (way == "finally"), "Dynamo goes on behind a call in all but a try statement"
-    assert all("nor behind the Trunk trunk" in reason for reason in found_reasons)
 
 
 def test_a_call_like_one_before_is_not_traced_again(tools: Any) -> None:

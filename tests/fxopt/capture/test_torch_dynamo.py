@@ -202,3 +202,20 @@ def test_what_dynamo_traces_is_recorded_only_where_it_exports():
     torch.compile(Seeing(), backend="eager")(x)
     torch.export.export(Seeing(), (x,), strict=False)
     assert seen == [False, True], "torch.compiler._is_exporting_flag moved"
+
+
+def test_frames_passed_over_tell_where_and_why():
+    def look(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x + 1 if x.sum() > 0 else x - 1
+        except ZeroDivisionError:
+            return x
+
+    known = torch_dynamo.frames_passed_over()
+    torch_dynamo.compile_frame(look, lambda gm, _: gm.forward, fullgraph=False)(torch.ones(2))
+    frame = torch_dynamo.frames_passed_over()[-1]
+    assert all(frame is not each for each in known), "Dynamo no longer keeps its metrics of frames that fail"
+    assert frame.co_name.startswith("look")
+    assert frame.co_filename == frame.fail_user_frame_filename == __file__
+    assert frame.fail_user_frame_lineno == frame.co_firstlineno + 2
+    assert "Data-dependent" in frame.fail_reason
