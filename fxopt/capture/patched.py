@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -36,14 +37,12 @@ def find_own_forwards(model: nn.Module) -> tuple[str, ...]:
     """Return one line per module of `model` that another package gave a forward of its own, as trainers do."""
     lines: dict[str, None] = {}
     for module in walk(model):
-        forward: Any = module.__dict__.get("forward")
-        function = getattr(forward, "__func__", forward)  # wrapped or not, what is called is this one
-        package = _package_of(getattr(function, "__globals__", {}).get("__name__"))
-        if package and package != OURS and package not in _packages_of(type(module)):
+        function = _find_foreign(module)
+        if function is not None:
             lines.setdefault(
                 with_place(
-                    f"{type(module).__name__}: {package} put a forward of its own on this model; what that "
-                    "computes after the blocks is left as it is",
+                    f"{type(module).__name__}: {_package_of_code(function)} put a forward of its own on this model; "
+                    "what that computes after the blocks is left as it is",
                     line_of(function),
                 )
             )
@@ -51,19 +50,29 @@ def find_own_forwards(model: nn.Module) -> tuple[str, ...]:
 
 
 def find_replaced(modules: Iterable[nn.Module]) -> nn.Module | None:
-    """Return the first of `modules` whose class's forward another package has replaced by one of its own, or None.
+    """Return the first of `modules` whose class's forward another package has replaced by one of its own, or None."""
+    return next((module for module in modules if _find_foreign(module) is not None), None)
 
-    What accelerate and torch put around a forward, autocast for one, leaves as it is what that computes.
+
+def _find_foreign(module: nn.Module) -> Any:
+    """Return the function of another package's that was put on `module` as its forward, or None.
+
+    What accelerate and torch put around a forward, autocast for one, leaves as it is what that computes; one that is
+    wrapped need not be called by what wraps it.
     """
-    for module in modules:
-        forward: Any = module.__dict__.get("forward")
-        function: Any = getattr(forward, "__func__", forward)
-        while function is not None:  # one that is wrapped need not be called by what wraps it
-            package = _package_of(getattr(function, "__globals__", {}).get("__name__"))
-            if package and package not in (OURS, *WRAPPERS, *_packages_of(type(module))):
-                return module
-            function = getattr(function, "__wrapped__", None)
+    function: Any = module.__dict__.get("forward")
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        package = _package_of_code(function)
+        if package and package not in (OURS, *WRAPPERS, *_packages_of(type(module))):
+            return function
+        inner = function.func if isinstance(function, functools.partial) else None
+        function = inner or getattr(function, "__wrapped__", None)
     return None
+
+
+def _package_of_code(function: Any) -> str:
+    return _package_of(getattr(function, "__globals__", {}).get("__name__"))
 
 
 def _packages_of(kind: type) -> set[str]:

@@ -6,6 +6,7 @@ import functools
 import types
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,23 +49,21 @@ def test_a_wrapped_forward_is_no_patch(monkeypatch) -> None:
     assert find_patched(nn.Sequential(Block())) == ()
 
 
-def test_a_forward_on_the_object_is_named_with_the_package_that_put_it_there() -> None:
-    original = Block.forward
-    scope: dict = {"__name__": "a_trainer.utils"}
-    exec("def forward(self, x):\n    return self.linear(x)", scope)
-    foreign = functools.wraps(original)(scope["forward"])
-    model = nn.Sequential(Block(), Block())
-    assert find_own_forwards(model) == ()
-    model[1].forward = types.MethodType(foreign, model[1])
-    (line,) = find_own_forwards(model)
-    assert line.startswith("Block: a_trainer put a forward of its own on this model")
-
-
 def forward_of(package: str, original: Any) -> Any:
     """Return a forward that code of `package` wraps around `original`."""
     scope: dict[str, Any] = {"__name__": package}
     exec("def forward(self, x):\n    return self.linear(x)", scope)
     return functools.wraps(original)(scope["forward"])
+
+
+@pytest.mark.parametrize("bind", [types.MethodType, functools.partial])
+def test_a_forward_on_the_object_is_named_with_the_package_that_put_it_there(bind: Any) -> None:
+    model = nn.Sequential(Block(), Block())
+    assert find_own_forwards(model) == ()
+    model[1].forward = bind(forward_of("a_trainer.utils", Block.forward), model[1])
+    (line,) = find_own_forwards(model)
+    assert line.startswith("Block: a_trainer put a forward of its own on this model")
+    assert find_replaced(model) is model[1]
 
 
 def test_a_forward_is_replaced_where_another_package_than_a_wrapper_of_forwards_put_it() -> None:
