@@ -88,23 +88,21 @@ class Behind:
         self._backbone: nn.Module | None = None
         self._path = ""
         self._entry = torch_dynamo.untraced(self._call_backbone)
-        self._frames: dict[bool, Callable[..., Any]] = {}
+        self._frames = {
+            mode: torch_dynamo.FramesByForm(model_entry, self._compile_piece, fullgraph=False)
+            for mode in (True, False)
+        }
         """By whether the model trains, which only the first of its frames is guarded by: others return lazy logits."""
 
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
         """The frames that Dynamo captures the model in."""
-        return tuple(self._frames.values())
+        return tuple(frame for frames in self._frames.values() for frame in frames.values())
 
     def compile_anew(self) -> None:
         """Have Dynamo capture the model anew."""
-        self._frames.clear()
-
-    def _find_frame(self) -> Callable[..., Any]:
-        mode = self._model.training
-        if mode not in self._frames:
-            self._frames[mode] = torch_dynamo.compile_frame(model_entry, self._compile_piece, fullgraph=False)
-        return self._frames[mode]
+        for frames in self._frames.values():
+            frames.clear()
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one piece; what Dynamo or the piece itself would pass over as a failure is kept, to be raised."""
@@ -181,17 +179,26 @@ class Behind:
                 torch_dynamo.frames_of_pieces_captured(),
                 torch_settings.failures_suppressed(True),
             ):
-                output = self._find_frame()(self._model, _count_nothing, args, kwargs)
+                frame = self._frames[self._model.training].find(args, kwargs)
+                output = frame(self._model, _count_nothing, args, kwargs)
+        except Exception as error:  # the user's own: the next call may be right
+            self._note_passed_over(torch_dynamo.capture_again(error, self._find_passed_over(known)))
+            raise
         finally:
             self._thread.is_running = False
             mistake, self._thread.mistake = self._thread.mistake, None
         if mistake is not None:
             raise mistake
-        known += self._thread.within
-        passed_over = map(reason_of_frame, _without(torch_dynamo.frames_passed_over(), known))
-        PASSED_OVER.setdefault(type(self._model), set()).update(passed_over)
+        self._note_passed_over(self._find_passed_over(known))
         self._tell(backbone, reason)
         return output
+
+    def _find_passed_over(self, known: list[Any]) -> list[Any]:
+        """Return the frames that Dynamo has passed over since it knew `known`, outside of the backbone."""
+        return _without(torch_dynamo.frames_passed_over(), known + self._thread.within)
+
+    def _note_passed_over(self, frames: list[Any]) -> None:
+        PASSED_OVER.setdefault(type(self._model), set()).update(map(reason_of_frame, frames))
 
     def _call_backbone(self, *args: Any, **kwargs: Any) -> Any:
         """Call the backbone as stock does; another thread's call of it meanwhile is no part of a run."""

@@ -98,8 +98,7 @@ class ModelCall:
         self.ledger = ledger
         self.model = model
         self.blocks = frozenset(blocks.values())
-        self._backend = backend
-        self.compiled = torch_dynamo.compile_frame(model_entry, backend, fullgraph=True)
+        self._frames = torch_dynamo.FramesByForm(model_entry, backend, fullgraph=True)
         self._checkpointing = checkpointing
         self._cuda_graphs = cuda_graphs
         self.obstacles: dict[Any, str] = {}
@@ -132,7 +131,7 @@ class ModelCall:
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
         """The frames that Dynamo captures the model in."""
-        return (self.compiled, *self.behind.frames)
+        return (*self._frames.values(), *self.behind.frames)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
@@ -215,7 +214,7 @@ class ModelCall:
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward with the compiled tail, or as it is where that cannot be had."""
         if self.shortage is not None and self.shortage.needs_tail:
-            self.compiled = torch_dynamo.compile_frame(model_entry, self._backend, fullgraph=True)
+            self._frames.clear()
             self.behind.compile_anew()
         reason = self._not_whole.get(self._form_of(args, kwargs)) if self._not_whole else None
         if reason is not None:
@@ -234,8 +233,9 @@ class ModelCall:
         if reason is None:
             return self._run_uncaptured(*args, **kwargs)
         if self.behind.find_backbone() is not None:
-            self._not_whole[self._form_of(args, kwargs)] = reason
-            return self._serve_behind(args, kwargs, reason)
+            output = self._serve_behind(args, kwargs, reason)
+            self._not_whole[self._form_of(args, kwargs)] = reason  # not where the call fails, in stock too
+            return output
         output = self._run_uncaptured(*args, **kwargs)
         self._refuse(f"{NOT_CAPTURED}: {reason}", args, kwargs)
         return output
@@ -352,7 +352,7 @@ class ModelCall:
                 self._sharding.gathered(),
                 self._leaves.hooks_hidden(is_not_recorder if self._collects else lambda hook: True),
             ):
-                return self.compiled(self.model, self._count_eager, args, kwargs)
+                return self._frames.find(args, kwargs)(self.model, self._count_eager, args, kwargs)
         finally:
             self._arguments = previous
 

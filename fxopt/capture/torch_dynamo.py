@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import types
@@ -26,6 +27,8 @@ from torch._dynamo.variables.torch_function import TorchFunctionModeStackVariabl
 GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
 """How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
 
+CODE = ("co_name", "co_filename", "co_firstlineno")
+"""What tells a function's code apart, in itself and in what Dynamo notes of a frame."""
 _COPIES = itertools.count()
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +79,25 @@ def compile_frame(
     compiled: Any = torch.compile(frame, backend=call_backend, fullgraph=fullgraph)
     compiled.fxopt_code = frame.__code__
     return compiled
+
+
+class FramesByForm(dict[Any, Callable[..., Any]]):
+    """One compiled frame of a function for each number of positional and set of keyword arguments it is called with.
+
+    Each needs a capture of its own anyway. Asked why it captures anew, Dynamo looks in the call at hand for tensors
+    that those before were given, and fails with a KeyError where there is none by that name.
+    """
+
+    def __init__(self, function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool) -> None:
+        super().__init__()
+        self._make = functools.partial(compile_frame, function, backend, fullgraph=fullgraph)
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """Return the frame for such a call, made where it is the first."""
+        form = len(args), frozenset(kwargs)
+        if form not in self:
+            self[form] = self._make()
+        return self[form]
 
 
 GUARD = re.compile(r"\+- ([A-Z][A-Z_]+): (.+?)(?:\s{2,}# .*)?$")
@@ -170,6 +192,26 @@ def frames_passed_over() -> list[Any]:
     """Return what Dynamo notes of the last frames in this process that it could not capture, oldest first."""
     noted: Any = dynamo.utils.get_compilation_metrics()
     return [frame for frame in noted if frame.fail_type is not None]
+
+
+def capture_again(error: BaseException, frames: list[Any]) -> list[Any]:
+    """Let Dynamo capture those of `frames` that `error` came through another time; return the others.
+
+    It passed them over since they could not be captured, and why they could not was that they fail.
+    """
+    codes = {tuple(getattr(code, name) for name in CODE): code for code in _codes_of(error)}
+    failed = [codes.get(tuple(getattr(frame, name) for name in CODE)) for frame in frames]
+    for code in failed:
+        if code is not None:
+            eval_frame.reset_code(code)
+    return [frame for frame, code in zip(frames, failed, strict=True) if code is None]
+
+
+def _codes_of(error: BaseException) -> Iterator[types.CodeType]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame.f_code
+        traceback = traceback.tb_next
 
 
 def num_unrecorded() -> int:

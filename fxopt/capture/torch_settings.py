@@ -25,6 +25,9 @@ LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info
 """Methods of loggers, transformers' own among them; a log line breaks a capture, so under capture it says nothing."""
 
 
+LOGGER_OF_FAILURES = "torch._dynamo.convert_frame"
+
+
 class FunctionSet(str):
     """A set of functions that is a text to JSON: torch before 2.13 writes its settings into a log, and fails
     with a traceback per capture where one is a `set` of functions."""
@@ -95,9 +98,21 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
             funcname_cache.cache = FUNCTION_NAMES
 
 
-def failures_suppressed(are_suppressed: bool) -> contextlib.AbstractContextManager[Any]:
-    """Let frames that Dynamo fails to capture, and that need not be, run as they are; or, within that, raise again."""
-    return dynamo_config.patch(suppress_errors=are_suppressed)
+@contextlib.contextmanager
+def failures_suppressed(are_suppressed: bool) -> Iterator[None]:
+    """Let frames that Dynamo fails to capture, and that need not be, run as they are; or, within that, raise again.
+
+    It logs a traceback of each such failure as a warning, one that the user will see raised as well.
+    """
+    logger = logging.getLogger(LOGGER_OF_FAILURES)
+    level, is_quiet = logger.level, are_suppressed and logger.isEnabledFor(logging.WARNING)
+    if is_quiet and not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.ERROR)
+    try:
+        with dynamo_config.patch(suppress_errors=are_suppressed):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def is_artifact_logged(name: str) -> bool:

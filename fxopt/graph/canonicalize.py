@@ -7,7 +7,7 @@ from torch import fx
 
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.cse import merge_equal_nodes
-from fxopt.graph.edit import Editor
+from fxopt.graph.edit import Editor, note_modes
 from fxopt.graph.equal_sizes import equate_sizes
 from fxopt.graph.grouped import name_grouped_products
 from fxopt.graph.identities import remove_identities, remove_returned_inputs
@@ -52,6 +52,7 @@ def _canonicalize_graph(gm: fx.GraphModule, prefix: str) -> None:
     graph = gm.graph
     settle_sizes(graph, equate_sizes(graph))
     fold_constants(graph)
+    note_modes(graph)
     make_pure(graph)
     remove_idle_grad_switches(graph)
     editor = Editor(graph, Aliases(graph), prefix)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.graph.aliases import Aliases
+from fxopt.graph.torch_private import SET_GRAD
 
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+NO_GRAD = "no_grad"
+"""Noted in the meta of nodes that run with gradients off: a view made so says that it needs one all the same."""
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
@@ -69,7 +72,7 @@ class Editor:
                 new = self.graph.call_method(target, args, kwargs)
             else:
                 new = self.graph.call_function(target, args, kwargs)
-        new.meta = {key: node.meta[key] for key in (*PROVENANCE, "origins") if key in node.meta}
+        new.meta = {key: node.meta[key] for key in (*PROVENANCE, NO_GRAD, "origins") if key in node.meta}
         new.meta["example_value"] = value
         return new
 
@@ -94,10 +97,13 @@ def can_bypass(node: fx.Node, source: fx.Node) -> bool:
     """Return whether readers of `node`, an exact copy of `source`, may read `source` for the same gradients.
 
     Autograd sums the gradients of a value in the order in which they arrive. Three terms summed in another
-    order round differently, and a placeholder may get more terms from outside the graph.
+    order round differently, and a placeholder may get more terms from outside the graph. A copy that was made with
+    gradients off passes none on.
     """
     if not may_need_grad(source):
         return True
+    if not may_need_grad(node):
+        return False
     edges, others = num_edges(node), num_edges(source) - 1
     if source.op == "placeholder":
         return others == 0 and edges <= 1
@@ -114,7 +120,17 @@ def fresh_like(value: Tensor) -> Tensor:
 def may_need_grad(node: fx.Node) -> bool:
     """Return whether a gradient may flow into `node`; True for what is not one tensor."""
     value = node.meta.get("example_value")
-    return not isinstance(value, Tensor) or value.requires_grad
+    return not isinstance(value, Tensor) or (value.requires_grad and NO_GRAD not in node.meta)
+
+
+def note_modes(graph: fx.Graph) -> None:
+    """Note at each node whether the graph's own switches have gradients off where it runs."""
+    is_off = False
+    for node in graph.nodes:
+        if node.target is SET_GRAD:
+            is_off = not node.args[0]
+        elif is_off:
+            node.meta[NO_GRAD] = True
 
 
 def _num_reads(user: fx.Node, node: fx.Node) -> int:

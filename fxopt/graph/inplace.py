@@ -9,6 +9,7 @@ from torch import fx
 
 from fxopt.graph.aliases import Aliases
 from fxopt.graph.arguments import bind, is_number
+from fxopt.graph.edit import NO_GRAD, may_need_grad
 from fxopt.graph.names import op_name
 from fxopt.graph.view import is_tensor
 
@@ -32,12 +33,15 @@ def make_pure(graph: fx.Graph) -> int:
     """Turn in-place arithmetic into its pure form wherever nobody can tell, and return how often.
 
     The pure form has the same dtype, which is checked by torch's own promotion; autograd sees the same
-    function of the same values.
+    function of the same values. Written to with gradients off, a value keeps the gradient that it had, which what a
+    pure form returns there would not have.
     """
     aliases = Aliases(graph)
     count = 0
     for node in graph.nodes:
         target = _pure_target(node)
+        if target is not None and NO_GRAD in node.meta and may_need_grad(node.args[0]):
+            continue
         earlier = None if target is None else _find_overwritten(node, aliases)
         if earlier is None:
             continue

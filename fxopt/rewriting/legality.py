@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.graph import vocabulary
+from fxopt.graph.names import op_name
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
 from fxopt.graph.storage import UNKNOWN, keys_of
 from fxopt.graph.view import tensors_of
@@ -22,6 +23,8 @@ from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 from fxopt.rewriting.trees import name_of
 
 LAYOUT_OPS = ("cast", "reshape", "contiguous", "transpose", "permute", "unsqueeze", "squeeze", "getitem")
+DATA = "_get_data_attr"
+"""How Dynamo calls `.data`."""
 LAYOUT = frozenset(vocabulary.BY_NAME[name].target for name in LAYOUT_OPS)
 """What may stand between a kept value and the graph's output: what computes nothing new."""
 
@@ -34,6 +37,8 @@ class GraphState:
     modes: dict[fx.Node, Mode]
     by_target: dict[Any, list[fx.Node]]
     writes: list[tuple[int, frozenset[int]]]
+    data: frozenset[int] = frozenset()
+    """Storages that are read as `.data`: autograd is not told of writes to that."""
     erased: set[fx.Node] = dataclasses.field(default_factory=set[fx.Node])
 
     def add(self, node: fx.Node, at: fx.Node) -> None:
@@ -58,6 +63,8 @@ def read_state(graph: fx.Graph) -> GraphState:
         if node.op == "call_function":
             state.by_target.setdefault(node.target, []).append(node)
         written = mutated_inputs(node)
+        if op_name(node) == DATA:
+            state.data |= keys_of(node)
         if written:
             state.writes.append((place, frozenset[int]().union(*map(keys_of, written))))
     return state
@@ -122,6 +129,12 @@ def judge(
     for node in (*match.inputs, *nodes) if written else ():
         if _may_be_written(keys_of(node), written):
             reason = f"{node.name} is written to in place between the nodes of the match"
+            return Mismatch(pattern.name, reason, (node,), progress, True, True)
+    later = state.written_between(state.places[at], len(state.places) + len(state.erased)) - {UNKNOWN}
+    for node in (*match.inputs, *nodes) if later else ():
+        relevant = later if node in match.inputs else later & state.data
+        if not relevant.isdisjoint(keys_of(node)):
+            reason = f"{node.name} is written to in place after the match, whose gradients may read it"
             return Mismatch(pattern.name, reason, (node,), progress, True, True)
     return match
 

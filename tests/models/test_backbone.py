@@ -190,6 +190,30 @@ def test_a_users_mistake_is_raised_and_the_next_call_is_served(tools: Any) -> No
     assert fxopt.explain(model).fallbacks == ()
 
 
+@pytest.mark.parametrize("first", ["wrong", "right"])
+@pytest.mark.parametrize("images", [True, False], ids=["with images", "text"])
+def test_labels_that_do_not_fit_are_no_obstacle_to_others(
+    first: str, images: bool, tools: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a loss that fails in stock too, Dynamo passes over the frame otherwise, in this model and in all others."""
+    for _ in range(2):
+        model, stock = make()
+        fxopt.optimize(model)
+        batch = batch_of(images=images)
+        if first == "right":
+            check(tools, model, stock, batch)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="to match target batch_size"):
+                model(**batch | {"labels": batch["labels"][:, :-1].contiguous()})
+        for length in (12, 17):
+            check(tools, model, stock, batch_of(length, images=images))
+        report = fxopt.explain(model)
+        assert report.fallbacks == ()
+        assert forms(report)["linear_cross_entropy"] == 1
+        assert not any("runs as stock" in note for note in report.notes)
+    assert "WON'T CONVERT" not in caplog.text
+
+
 @pytest.mark.parametrize("budget", ["min", None])
 def test_a_plan_is_followed(budget: str | None, tools: Any) -> None:
     model, stock = make()

@@ -183,3 +183,39 @@ def test_what_dynamo_passes_over_is_told_of_every_model_of_the_class(tools: Any)
         model.head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="not a number"):
         model(batch_of())
+
+
+class Masking(nn.Module):
+    """A model without images that takes a mask or scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = Trunk(), nn.Linear(WIDTH, CLASSES, bias=False)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+    ) -> Output:
+        x = self.trunk(ids)
+        for factor in (mask, scales):
+            x = x if factor is None else x * factor[..., None]
+        logits = self.head(x)
+        return Output(loss=loss_of(logits, labels), logits=logits)
+
+
+def test_one_tensor_given_twice_beside_other_arguments_than_before(tools: Any) -> None:
+    """Dynamo, asked why it captures anew, fails with a KeyError of the argument that is not there."""
+    model = Masking().train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    ids, ones = torch.randint(CLASSES, (2, 12)), torch.ones(2, 12)
+    first = dict(ids=ids, labels=ids.clone(), mask=ones)
+    for batch in (first, dict(ids=ids, labels=ids, scales=ones), dict(ids=ids, labels=ids), first):
+        ours, theirs = tools.run_step(model, batch), tools.run_step(stock, batch)
+        assert tools.relative(ours.loss, theirs.loss) < 1e-5
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    assert all(site.status == "rewritten" for site in report.sites)
