@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxopt.capture.joint_codes import NAMESPACE, are_alike, argument_names, is_ours, read_codes
 from fxopt.capture.joint_outputs import write_outputs_beside_gradients
 from fxopt.capture.joint_parts import copy_saved_parts
-from fxopt.capture.joint_units import join_unit_backwards
+from fxopt.capture.joint_units import join_unit_backwards, join_units
 from fxopt.capture.planning import Mark
 from fxopt.graph.backward import find_backward
 from fxopt.graph.torch_private import OpOverload, schema_of
@@ -54,6 +54,7 @@ def prepare_joint(graph: fx.Graph, mark: Mark | None = None, held: frozenset[int
         replay_inputs(graph)
     write_outputs_beside_gradients(graph)
     join_unit_backwards(graph)
+    join_units(graph)
     copy_saved_parts(graph, find_backward(graph.nodes))
     if not decides:
         mark_recomputed(graph)

@@ -1,12 +1,15 @@
-"""A pass over the joint graph: a pointwise op's backward, and those of the layers around it, become one op.
+"""A pass over the joint graph: a pointwise op and the layers around it become one op, in forward and in backward.
 
 After `joint_outputs` the backward of a pointwise op between layers with adapters writes its gradients and its value,
 and two backward ops read these: the one of the layer that reads the value, for its adapters, and the one of the layers
 that computed what the pointwise op read. Nobody else reads them, so an op that does all three need not write the value,
 nor read the gradients again for adapters.
 
+In forward, a layer that alone reads the value of a pointwise op becomes one op with it.
+
 Ops are known by what they declare: `<op>_backward_output`, `<op>_layers_backward` of the same arguments and those of
-both others, and a layer's backward by its arguments `dys` and `xs`.
+both others, a layer's backward by its arguments `dys` and `xs`; `<op>_layers` of the arguments of `<op>` and of a layer
+but for its `xs`.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from torch import fx
 from fxopt.capture.joint_codes import NAMESPACE, argument_names
 from fxopt.capture.joint_outputs import SPLIT, name_of
 from fxopt.graph.edit import move_behind
+from fxopt.graph.torch_private import schema_of
 
 OUTPUT = "_backward_output"
+LAYER = {"xs", "weights", "biases", "a", "b", "inputs", "owners"}
+"""Arguments that a layer with adapters has, forward and backward."""
 
 
 def join_unit_backwards(graph: fx.Graph) -> int:
@@ -33,6 +39,33 @@ def join_unit_backwards(graph: fx.Graph) -> int:
         if found is not None:
             _join(node, packet, *found)
             count += 1
+    return count
+
+
+def join_units(graph: fx.Graph) -> int:
+    """Join pointwise ops and the layers that alone read their values, and return how many were joined.
+
+    To be run after `join_unit_backwards`: a backward that still reads the value keeps it apart.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        packet = getattr(getattr(torch.ops, NAMESPACE), f"{name_of(node)}_layers", None)
+        layer = next(iter(node.users), None)
+        if packet is None or layer is None or len(node.users) != 1 or node.kwargs or layer.kwargs:
+            continue
+        names = argument_names(layer)
+        if not set(names) >= LAYER or "dys" in names or layer.args[names.index("xs")] != [node]:
+            continue
+        others = [item for name, item in zip(names, layer.args, strict=True) if name != "xs"]
+        if None in node.args[:2] or len(schema_of(packet.default).arguments) != len(node.args) + len(others):
+            continue
+        with graph.inserting_before(layer):
+            joined = graph.call_function(packet.default, (*node.args, *others))
+        joined.meta = dict(layer.meta)
+        layer.replace_all_uses_with(joined)
+        graph.erase_node(layer)
+        graph.erase_node(node)
+        count += 1
     return count
 
 

@@ -15,12 +15,13 @@ and after the factor.
 
 The A of all adapters that read one tensor are joined: one product reads it for all. Of a wide gradient, both scale dY B
 and dB come from one read (`one_read`), their sums in fp32 and in a fixed order. What reads the value and the gradients
-of a gated unit between such layers comes from the kernel that computes these (`gated`). Where adapters are wider than
-x, rows are widened a chunk at a time, so no whole copy of an activation exists.
+of a gated unit between such layers comes from the kernel that computes these (`gated`), and in forward the value's
+product with A from the unit's own kernel (`gated_forward`). Where adapters are wider than x, rows are widened a chunk
+at a time, so no whole copy of an activation exists.
 """
 
-from fxopt.kernels.lora_linear import gated
+from fxopt.kernels.lora_linear import gated, gated_forward
 from fxopt.kernels.lora_linear.op import lora_linear
 from fxopt.kernels.lora_linear.reference import lora_linear_reference
 
-__all__ = ["gated", "lora_linear", "lora_linear_reference"]
+__all__ = ["gated", "gated_forward", "lora_linear", "lora_linear_reference"]

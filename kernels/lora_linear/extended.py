@@ -38,8 +38,19 @@ def adapters_of_x(form: Form, b: Sequence[Tensor]) -> list[tuple[int, slice, flo
     ]
 
 
-def extends_forward(x: Tensor, weights: Sequence[Weight], a: Tensor, b: Sequence[Tensor], form: Form) -> bool:
-    """Return whether y = [x | scale x A^T] [W | B]^T is possible and moves fewer bytes than sums would."""
+def extends_forward(
+    x: Tensor,
+    weights: Sequence[Weight],
+    a: Tensor,
+    b: Sequence[Tensor],
+    form: Form,
+    *,
+    is_copied: bool = True,
+) -> bool:
+    """Return whether y = [x | scale x A^T] [W | B]^T is possible and moves fewer bytes than sums would.
+
+    Rows of x need be copied unless they are written so in the first place.
+    """
     adapters = adapters_of_x(form, b)
     owners = [owner for owner, *_ in adapters]
     dtypes = {x.dtype, a.dtype, form.out_dtype, *(weights[owner].dtype for owner in owners)}
@@ -48,7 +59,7 @@ def extends_forward(x: Tensor, weights: Sequence[Weight], a: Tensor, b: Sequence
     width = x.shape[1] + padded(a.shape[0])
     added = 2 * x.shape[0] * sum(weights[owner].width for owner in owners)
     copied = sum(weights[owner].width for owner in set(owners) if not weights[owner].coding)
-    return moves_less(x.shape[0] * width + 2 * copied * width, added)
+    return moves_less(is_copied * x.shape[0] * width + 2 * copied * width, added)
 
 
 def extends_backward(
@@ -91,13 +102,30 @@ def extended_forward(
     That of a single layer may be written to `out`.
     """
     in_width, rank = x.shape[1], a.shape[0]
-    adapters = adapters_of_x(form, b)
-    longer = x.new_empty((x.shape[0], in_width + padded(rank)))
-    runs = list(_runs_of_scale(adapters))
-    for columns, scale in runs:
+    longer = new_longer(x, rank)
+    for columns, scale in runs_of_scale(adapters_of_x(form, b)):
         stop = longer.shape[1] if columns.stop == rank else in_width + columns.stop
         copy = longer[:, :in_width] if columns.start == 0 else None
         extend_rows(x, a[columns].t(), scale, copy, longer[:, in_width + columns.start : stop])
+    return multiply_longer(longer, x, weights, biases, b, form, out)
+
+
+def new_longer(x: Tensor, rank: int) -> Tensor:
+    """Return memory for rows of `x` with `rank` columns more."""
+    return x.new_empty((x.shape[0], x.shape[1] + padded(rank)))
+
+
+def multiply_longer(
+    longer: Tensor,
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    b: list[Tensor],
+    form: Form,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the results of the layers on [x | scale x A^T]; a layer without an adapter reads x alone."""
+    adapters = adapters_of_x(form, b)
     results: list[Tensor] = []
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         mine = [(columns, factor) for owner, columns, _, factor in adapters if owner == index]
@@ -115,7 +143,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None 
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _runs_of_scale(adapters: Sequence[tuple[int, slice, float, Tensor]]) -> Iterator[tuple[slice, float]]:
+def runs_of_scale(adapters: Sequence[tuple[int, slice, float, Tensor]]) -> Iterator[tuple[slice, float]]:
     """Yield the columns of neighbouring adapters of one scale."""
     start = 0
     for place, (_, columns, scale, _) in enumerate(adapters):

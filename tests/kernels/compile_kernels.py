@@ -32,7 +32,7 @@ from fxopt.kernels.glu.form import Form, passes_at_limit
 from fxopt.kernels.launch import MOST_WARPS, num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
-from fxopt.kernels.lora_linear import dropped, extend, gated_products, one_read
+from fxopt.kernels.lora_linear import dropped, extend, gated_products, gated_rows, one_read
 from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
@@ -253,6 +253,13 @@ def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
             constants = unit.constants() | tile | dict(PASSES_AT_LIMIT=passes_at_limit())
             del constants["INTERLEAVED"], constants["GATE_FIRST"]
             yield gated_products.gated_products_kernel, constants, products, launch, True
+    for rank in (16, 256):
+        tile = gated_rows.tile_of(rank) | dict(BLOCK_WRITTEN=max(rank, 64))
+        launch = tile.pop("num_warps"), tile.pop("num_stages")
+        for unit in (Form("silu"), Form("gelu_tanh"), Form("sigmoid_alpha", gate_limit=7.0, up_limit=7.0)):
+            constants = unit.constants() | tile
+            del constants["INTERLEAVED"], constants["GATE_FIRST"]
+            yield gated_rows.gated_rows_kernel, constants, {}, launch, True
 
 
 def rope_builds() -> Iterator[Build]:

@@ -71,7 +71,13 @@ def gradients(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
 
 
 def compiled(function: Any, mark: Mark | None = None) -> tuple[list[torch.Tensor], list[str]]:
-    """Return results and gradients, and fxopt's ops in the backward graph."""
+    """Return results and gradients, and fxopt's ops in the backward graph; see `compiled_both`."""
+    found, _, backward = compiled_both(function, mark)
+    return found, backward
+
+
+def compiled_both(function: Any, mark: Mark | None = None) -> tuple[list[torch.Tensor], list[str], list[str]]:
+    """Return results and gradients, and fxopt's ops in both graphs."""
     targets: list[list[str]] = []
 
     def run_partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
@@ -87,11 +93,12 @@ def compiled(function: Any, mark: Mark | None = None) -> tuple[list[torch.Tensor
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=run_nodes, bw_compiler=run_nodes, partition_fn=run_partition)
     found = gradients(torch.compile(function, backend=backend, fullgraph=True))
-    return found, targets[1]
+    return found, *targets
 
 
 def test_one_op_does_a_units_backward_and_the_rest_of_the_layers() -> None:
-    found, backward = compiled(plain)
+    found, forward, backward = compiled_both(plain)
+    assert forward == ["lora_linear", "glu_layers"]
     assert backward == ["lora_linear_backward", "glu_layers_backward"]
     for value, stock in zip(found, gradients(plain), strict=True):
         assert (value - stock).norm() <= 1e-6 * stock.norm()
@@ -105,10 +112,28 @@ def test_one_op_does_a_units_backward_and_the_rest_of_the_layers() -> None:
     ],
 )
 def test_what_somebody_else_reads_stays_apart(function: Any) -> None:
-    found, backward = compiled(function)
+    found, forward, backward = compiled_both(function)
+    assert forward[-1] == "glu_layers", "nobody else reads the unit's value"
     assert "glu_backward_output" in backward
     assert "glu_layers_backward" not in backward
     for value, stock in zip(found, gradients(function), strict=True):
+        assert (value - stock).norm() <= 1e-6 * stock.norm()
+
+
+def value_read_twice(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    weights, a, b = rest[:3], rest[3:6], rest[6:]
+    gate, up = lora_linear(
+        x, weights[:2], [None, None], [None, None], a[:2], b[:2], owners=[0, 1], scales=[0.5, 2.0]
+    )
+    h = glu(gate, up, act="silu")
+    y = lora_linear(h, [weights[2]], [None], [None], [a[2]], [b[2]], owners=[0], scales=[0.25])[0]
+    return torch.tanh(y) + h.sum(-1, keepdim=True)
+
+
+def test_a_value_that_somebody_else_reads_is_computed_by_itself() -> None:
+    found, forward, _ = compiled_both(value_read_twice)
+    assert forward == ["lora_linear", "glu", "lora_linear"]
+    for value, stock in zip(found, gradients(value_read_twice), strict=True):
         assert (value - stock).norm() <= 1e-6 * stock.norm()
 
 
