@@ -57,7 +57,8 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
     names = {line["kernel"] for line in built}
     # Before 8.0 attention runs in plain torch: there its kernels' tiles would take all memory for their stack. So do
     # the narrow products of adapters there, and those in fp32 everywhere.
-    narrow = {"extend_rows_kernel", "narrow_products_kernel", "gated_products_kernel", "narrow_sum_kernel"}
+    narrow = {"extend_rows_kernel", "narrow_products_kernel", "narrow_sum_kernel"}
+    narrow |= {"gated_products_kernel", "gated_rows_kernel"}
     is_narrow = arch >= 80 and dtype != "float32"
     long = {"layer_norm_long_backward_kernel"} if dtype != "float32" else set()
     products = {
