@@ -273,4 +273,6 @@ def test_what_chunks_compute_again_is_not_counted_twice(tmp_path, monkeypatch):
     for decision in plan.decisions:
         again = [r for r in decision.recomputed if r.op.startswith("fxopt.lora_linear_output/chunk")]
         assert len(again) == 2
-        assert 0 < decision.chunk_ms < sum(residual.recompute_ms for residual in again) / 2
+        # Counted twice, all of it would be there; 0.50 of it are the weights read again, and the unit's value, which
+        # one kernel writes with its product only from 4096 rows on.
+        assert 0 < decision.chunk_ms < 0.75 * sum(residual.recompute_ms for residual in again)
