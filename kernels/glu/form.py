@@ -47,6 +47,8 @@ class Form:
         """Return what the kernels are compiled for."""
         return {
             "ACT": self.act,
+            "HAS_GATE_SCALE": self.gate_scale != 1.0,
+            "HAS_UP_OFFSET": self.up_offset != 0.0,
             "HAS_GATE_LIMIT": self.gate_limit is not None,
             "HAS_UP_LIMIT": self.up_limit is not None,
             "INTERLEAVED": self.layout == "interleaved",

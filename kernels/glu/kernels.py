@@ -34,16 +34,21 @@ def enter_tile(
     gate_limit,
     up_limit,
     up_offset,
+    HAS_GATE_SCALE: tl.constexpr,
+    HAS_UP_OFFSET: tl.constexpr,
     HAS_GATE_LIMIT: tl.constexpr,
     HAS_UP_LIMIT: tl.constexpr,
 ):
     """Return gate and up after their scale, limits and offset."""
-    b_gate = b_gate * gate_scale
+    if HAS_GATE_SCALE:
+        b_gate = b_gate * gate_scale
     if HAS_GATE_LIMIT:
         b_gate = tl.where(b_gate > gate_limit, gate_limit, b_gate)  # keeps a NaN
     if HAS_UP_LIMIT:
         b_up = tl.where(b_up > up_limit, up_limit, tl.where(b_up < -up_limit, -up_limit, b_up))
-    return b_gate, b_up + up_offset
+    if HAS_UP_OFFSET:
+        b_up = b_up + up_offset
+    return b_gate, b_up
 
 
 @jit
@@ -67,6 +72,8 @@ def leave_tile(
     up_limit,
     up_offset,
     ACT: tl.constexpr,
+    HAS_GATE_SCALE: tl.constexpr,
+    HAS_UP_OFFSET: tl.constexpr,
     HAS_GATE_LIMIT: tl.constexpr,
     HAS_UP_LIMIT: tl.constexpr,
     PASSES_AT_LIMIT: tl.constexpr,
@@ -74,12 +81,23 @@ def leave_tile(
 ):
     """Return the unit before its scale, and the gradients of gate and up; `b_dy` is scaled."""
     b_entered, b_lifted = enter_tile(
-        b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+        b_gate,
+        b_up,
+        gate_scale,
+        gate_limit,
+        up_limit,
+        up_offset,
+        HAS_GATE_SCALE,
+        HAS_UP_OFFSET,
+        HAS_GATE_LIMIT,
+        HAS_UP_LIMIT,
     )
     b_act, b_dgate = act_backward(b_dy * b_lifted, b_entered, alpha, ACT, APPROXIMATE)
-    b_dgate *= gate_scale
+    if HAS_GATE_SCALE:
+        b_dgate *= gate_scale
+        b_gate = b_gate * gate_scale
     if HAS_GATE_LIMIT:
-        b_dgate = tl.where(is_within(b_gate * gate_scale, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
+        b_dgate = tl.where(is_within(b_gate, gate_limit, PASSES_AT_LIMIT), b_dgate, 0.0)
     b_dup = b_dy * b_act
     if HAS_UP_LIMIT:
         b_dup = tl.where(is_within(tl.abs(b_up), up_limit, PASSES_AT_LIMIT), b_dup, 0.0)
@@ -102,6 +120,8 @@ def glu_forward_kernel(
     up_offset,
     scale,
     ACT: tl.constexpr,
+    HAS_GATE_SCALE: tl.constexpr,
+    HAS_UP_OFFSET: tl.constexpr,
     HAS_GATE_LIMIT: tl.constexpr,
     HAS_UP_LIMIT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -119,7 +139,16 @@ def glu_forward_kernel(
         p_gate += start  # two columns a value
     b_gate, b_up = load_pair(p_gate, p_up, num_left, BLOCK, INTERLEAVED, GATE_FIRST)
     b_gate, b_up = enter_tile(
-        b_gate, b_up, gate_scale, gate_limit, up_limit, up_offset, HAS_GATE_LIMIT, HAS_UP_LIMIT
+        b_gate,
+        b_up,
+        gate_scale,
+        gate_limit,
+        up_limit,
+        up_offset,
+        HAS_GATE_SCALE,
+        HAS_UP_OFFSET,
+        HAS_GATE_LIMIT,
+        HAS_UP_LIMIT,
     )
     b_act = act_forward(b_gate, alpha, ACT)
     b_at = tl.arange(0, BLOCK)
@@ -149,6 +178,8 @@ def glu_backward_kernel(
     up_offset,
     scale,
     ACT: tl.constexpr,
+    HAS_GATE_SCALE: tl.constexpr,
+    HAS_UP_OFFSET: tl.constexpr,
     HAS_GATE_LIMIT: tl.constexpr,
     HAS_UP_LIMIT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -185,6 +216,8 @@ def glu_backward_kernel(
         up_limit,
         up_offset,
         ACT,
+        HAS_GATE_SCALE,
+        HAS_UP_OFFSET,
         HAS_GATE_LIMIT,
         HAS_UP_LIMIT,
         PASSES_AT_LIMIT,

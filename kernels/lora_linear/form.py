@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.dequantize_4bit import decode_into
+from fxopt.kernels.lora_linear.joined import join_rows
 
 CODE_TENSORS = 4
 """Tensors beside the packed codes of a four-bit weight: absmax, codebook, nested absmax, offset."""
@@ -58,12 +59,7 @@ class Weight(NamedTuple):
             codes = self.stored, absmax, codebook, nested, offset
             decode_into(out, *codes, self.in_width, int(block), kind, tail, tail_start)
             return
-        out[:, : self.in_width].copy_(self.stored)
-        rest = out[:, self.in_width :]
-        if tail is None or tail.shape[1] < rest.shape[1]:
-            rest.zero_()
-        if tail is not None:
-            rest[:, tail_start : tail_start + tail.shape[1]].copy_(tail)
+        join_rows(out, self.stored, tail, tail_start)
 
 
 def read_weights(

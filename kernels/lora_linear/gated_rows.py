@@ -44,6 +44,8 @@ def gated_rows_kernel(
     up_offset,
     scale,
     ACT: tl.constexpr,
+    HAS_GATE_SCALE: tl.constexpr,
+    HAS_UP_OFFSET: tl.constexpr,
     HAS_GATE_LIMIT: tl.constexpr,
     HAS_UP_LIMIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -71,6 +73,8 @@ def gated_rows_kernel(
             gate_limit,
             up_limit,
             up_offset,
+            HAS_GATE_SCALE,
+            HAS_UP_OFFSET,
             HAS_GATE_LIMIT,
             HAS_UP_LIMIT,
         )
@@ -146,6 +150,8 @@ def launch_gated_rows(
             product_scale,
             *unit.rounded(gate, up).numbers(),
             ACT=constants["ACT"],
+            HAS_GATE_SCALE=constants["HAS_GATE_SCALE"],
+            HAS_UP_OFFSET=constants["HAS_UP_OFFSET"],
             HAS_GATE_LIMIT=constants["HAS_GATE_LIMIT"],
             HAS_UP_LIMIT=constants["HAS_UP_LIMIT"],
             enable_fp_fusion=True,  # as in the unit's own kernels and in narrow products

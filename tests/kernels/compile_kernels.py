@@ -32,7 +32,7 @@ from fxopt.kernels.glu.form import Form, passes_at_limit
 from fxopt.kernels.launch import MOST_WARPS, num_warps_for
 from fxopt.kernels.layer_norm import launches as layer_norm
 from fxopt.kernels.linear_cross_entropy import kernels
-from fxopt.kernels.lora_linear import dropped, extend, gated_products, gated_rows, one_read
+from fxopt.kernels.lora_linear import dropped, extend, gated_products, gated_rows, joined, one_read
 from fxopt.kernels.norm_rope import launches as norm_rope
 from fxopt.kernels.rms_norm import launches as rms_norm
 from fxopt.kernels.rope import launches as rope
@@ -229,6 +229,8 @@ def lora_linear_builds(arch: int, dtype: str) -> Iterator[Build]:
     bits = dict.fromkeys(("p_kept", "p_packed"), "*u8")
     yield dropped.pack_bits_kernel, dict(BLOCK_BYTES=dropped.BLOCK_BYTES), bits, 4, False
     yield dropped.drop_items_kernel, dict(BLOCK=dropped.BLOCK), bits, dropped.NUM_WARPS, False
+    for block in (64, joined.MOST_COLUMNS):
+        yield joined.join_rows_kernel, dict(BLOCK=block), {}, joined.num_warps_of(block), False
     if dtype == "float32" or arch < 80:  # plain torch there
         return
     for rows in (64, 8192):

@@ -96,6 +96,7 @@ def test_kernels_compile_and_do_not_spill(arch: int, dtype: str) -> None:
         "norm_rope_sum_kernel",
         "pack_bits_kernel",
         "drop_items_kernel",
+        "join_rows_kernel",
         "mask_intervals_kernel",
         "key_ranges_kernel",
     }
