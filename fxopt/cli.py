@@ -90,7 +90,8 @@ def demo(
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1.")] = "cpu",
     steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 60,
     arch: Annotated[
-        str, typer.Option(metavar="MODEL_TYPE", help="Architecture: llama, gemma2, olmo2.")
+        str,
+        typer.Option(metavar="MODEL_TYPE", help="Any architecture with a causal LM: llama, gemma2, bert."),
     ] = "llama",
     dtype: Annotated[str, typer.Option(help="fp32, or autocast to bf16 or fp16.")] = "fp32",
     out: Annotated[Path, typer.Option(help="Where the loss curves go, as a PNG.")] = Path("fxopt-demo.png"),

@@ -9,7 +9,6 @@ What stands in the backbone around its blocks, a last norm for one, runs stock.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +21,16 @@ from fxopt.capture.hooks import has_own_hooks, hooks_hidden, place_of_hook
 from fxopt.capture.ledger import Ledger
 from fxopt.capture.model_entry import model_entry
 from fxopt.capture.modules import tensors_of, walk
+from fxopt.capture.passed_over import Forward, find_passed_over, forwards_of, note_passed_over
 from fxopt.capture.patched import find_replaced
 from fxopt.capture.pieces import or_as_captured
 from fxopt.capture.places import with_place
-from fxopt.capture.reasons import reason_of_frame
+from fxopt.capture.reasons import reason_of_failure, reason_of_frame
 from fxopt.capture.recorders import active, find_asked
 from fxopt.errors import FxoptError, VerifyError
 from fxopt.report.records import MODEL_REGION
 
 NOT_CAPTURED = "what stands after the blocks was not captured"
-PASSED_OVER: weakref.WeakKeyDictionary[type[nn.Module], set[str]] = weakref.WeakKeyDictionary()
-"""By class of model: the functions that Dynamo has passed over, as it then does for good, for all of a class."""
 CANNOT = "within a try statement Dynamo cannot go on, and what else stopped it TORCH_LOGS=graph_breaks tells"
 
 
@@ -85,6 +83,10 @@ class Behind:
         self._compile_piece = or_as_captured(self._compile, ledger, MODEL_REGION)
         self._thread = OfThread()
         self._noted: set[str] = set()
+        self._limits: set[str] = set()
+        """What stopped Dynamo in this model's calls in no function that it names."""
+        self._failure = ""
+        """Why a piece could not be compiled, where one could not."""
         self._backbone: nn.Module | None = None
         self._path = ""
         self._entry = torch_dynamo.untraced(self._call_backbone)
@@ -97,7 +99,7 @@ class Behind:
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
         """The frames that Dynamo captures the model in."""
-        return tuple(frame for frames in self._frames.values() for frame in frames.values())
+        return tuple(frame for frames in self._frames.values() for frame in frames.frames())
 
     def compile_anew(self) -> None:
         """Have Dynamo capture the model anew."""
@@ -110,8 +112,10 @@ class Behind:
             return self._backend(gm, example_inputs)
         except (FxoptError, VerifyError, torch.OutOfMemoryError) as error:
             self._thread.mistake = error
+            self._failure = reason_of_failure(error)
             raise
         except Exception as error:
+            self._failure = reason_of_failure(error)
             self._thread.mistake = torch_errors.cause_to_raise(error) or self._thread.mistake
             raise
 
@@ -179,26 +183,30 @@ class Behind:
                 torch_dynamo.frames_of_pieces_captured(),
                 torch_settings.failures_suppressed(True),
             ):
-                frame = self._frames[self._model.training].find(args, kwargs)
+                frame = self._frames[self._model.training].frame_of(args, kwargs)
                 output = frame(self._model, _count_nothing, args, kwargs)
         except Exception as error:  # the user's own: the next call may be right
-            self._note_passed_over(torch_dynamo.capture_again(error, self._find_passed_over(known)))
+            self._note_passed_over(torch_dynamo.capture_again(error, self._find_new(known)))
             raise
         finally:
             self._thread.is_running = False
             mistake, self._thread.mistake = self._thread.mistake, None
         if mistake is not None:
             raise mistake
-        self._note_passed_over(self._find_passed_over(known))
+        self._note_passed_over(self._find_new(known))
         self._tell(backbone, reason)
         return output
 
-    def _find_passed_over(self, known: list[Any]) -> list[Any]:
+    def _find_new(self, known: list[Any]) -> list[Any]:
         """Return the frames that Dynamo has passed over since it knew `known`, outside of the backbone."""
         return _without(torch_dynamo.frames_passed_over(), known + self._thread.within)
 
     def _note_passed_over(self, frames: list[Any]) -> None:
-        PASSED_OVER.setdefault(type(self._model), set()).update(map(reason_of_frame, frames))
+        self._limits.update(reason_of_frame(frame) for frame in frames if frame.co_name is None)
+        note_passed_over((frame for frame in frames if frame.co_name is not None), self._find_forwards())
+
+    def _find_forwards(self) -> frozenset[Forward]:
+        return forwards_of((self._model, *self._find_outside(self._backbone)))
 
     def _call_backbone(self, *args: Any, **kwargs: Any) -> Any:
         """Call the backbone as stock does; another thread's call of it meanwhile is no part of a run."""
@@ -206,9 +214,11 @@ class Behind:
         if not self._thread.is_running:
             return torch_modules.stock_call(self._backbone, *args, **kwargs)
         known = torch_dynamo.frames_passed_over()
-        with torch_settings.failures_suppressed(False):
-            output = torch_modules.stock_call(self._backbone, *args, **kwargs)
-        self._thread.within += _without(torch_dynamo.frames_passed_over(), known)
+        try:
+            with torch_settings.failures_suppressed(False):
+                output = torch_modules.stock_call(self._backbone, *args, **kwargs)
+        finally:
+            self._thread.within += _without(torch_dynamo.frames_passed_over(), known)
         self._ledger.begin(MODEL_REGION)  # blocks have begun since
         self._thread.is_after = True
         return output
@@ -216,9 +226,9 @@ class Behind:
     def _tell(self, backbone: nn.Module, reason: str) -> None:
         """Note how a call that could not be captured whole was, or count it."""
         name = self.name_of(backbone)
-        functions = PASSED_OVER[type(self._model)]
+        functions = find_passed_over(self._find_forwards()) | self._limits
         if not self._ledger.is_served:
-            cause = "; ".join(sorted(functions)) or CANNOT
+            cause = "; ".join(sorted(functions)) or self._failure or CANNOT
             text = (
                 f"{NOT_CAPTURED}: {reason}; nor behind the {name}, where Dynamo went on in no frame: {cause}"
             )
@@ -235,8 +245,8 @@ class Behind:
                 f"{reason}"
             )
 
-    def _find_outside(self, backbone: nn.Module) -> list[nn.Module]:
-        outside = walk(self._model, but=(backbone,))
+    def _find_outside(self, backbone: nn.Module | None) -> list[nn.Module]:
+        outside = walk(self._model, but=() if backbone is None else (backbone,))
         return [module for module in outside if module is not self._model]
 
     def _is_sharded(self) -> bool:

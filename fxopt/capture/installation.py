@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from fxopt.capture import torch_dynamo, torch_modules, torch_settings, torch_stand_ins
+from fxopt.capture import torch_dynamo, torch_modules, torch_settings, torch_stand_ins, torch_tensors
 from fxopt.capture.agreement import Agreement
 from fxopt.capture.cache import Cache
 from fxopt.capture.checkpointing import Checkpointing
@@ -319,7 +319,7 @@ def _unhooked(transform: Transform) -> Transform:
     """
 
     def run(gm: fx.GraphModule, *, region: str, lazy_outputs: bool) -> Any:
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        with torch_tensors.hooks_left_out():
             return transform(gm, region=region, lazy_outputs=lazy_outputs)
 
     return run

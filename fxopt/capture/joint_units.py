@@ -49,24 +49,33 @@ def join_units(graph: fx.Graph) -> int:
     """
     count = 0
     for node in list(graph.nodes):
-        packet = getattr(getattr(torch.ops, NAMESPACE), f"{name_of(node)}_layers", None)
+        name = name_of(node)
+        packet = name and getattr(getattr(torch.ops, NAMESPACE), f"{name}_layers", None)
         layer = next(iter(node.users), None)
-        if packet is None or layer is None or len(node.users) != 1 or node.kwargs or layer.kwargs:
+        if not packet or layer is None or len(node.users) != 1 or node.kwargs or layer.kwargs:
             continue
         names = argument_names(layer)
         if not set(names) >= LAYER or "dys" in names or layer.args[names.index("xs")] != [node]:
             continue
-        others = [item for name, item in zip(names, layer.args, strict=True) if name != "xs"]
-        if None in node.args[:2] or len(schema_of(packet.default).arguments) != len(node.args) + len(others):
+        given = dict(zip(argument_names(node), node.args, strict=True))
+        given |= {name: item for name, item in zip(names, layer.args, strict=True) if name != "xs"}
+        if not _takes(packet.default, given):
             continue
         with graph.inserting_before(layer):
-            joined = graph.call_function(packet.default, (*node.args, *others))
+            joined = graph.call_function(packet.default, tuple(given.values()))
         joined.meta = dict(layer.meta)
         layer.replace_all_uses_with(joined)
         graph.erase_node(layer)
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _takes(op: Any, given: dict[str, Any]) -> bool:
+    """Return whether `op` has the arguments `given`, by name and in this order, and none of its tensors is missing."""
+    arguments = schema_of(op).arguments
+    missing = [a.name for a in arguments if str(a.type) == "Tensor" and given.get(a.name) is None]
+    return [a.name for a in arguments] == list(given) and not missing
 
 
 def _find_layers(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -66,7 +66,7 @@ class LogitsSource:
                         f"step, got a weight of shape {tuple(value.shape)} at version {written}\n"
                         f"at {self._location}\nread outputs.logits before optimizer.step(), or call the model again"
                     )
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), torch_tensors.hooks_left_out():
                 scopes = [
                     torch.autocast(device, dtype=dtype, enabled=enabled)
                     for device, dtype, enabled in self._autocast
@@ -294,7 +294,12 @@ def _refuse_gradient(gradient: torch.Tensor | None) -> None:
 
 def _put(step: Step, value: torch.Tensor) -> torch.Tensor:
     """Return `step` of the values of logits, with its gradient whoever reads them first: they are computed once."""
-    with torch_tensors.with_torch_function(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch_tensors.with_torch_function(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch_tensors.hooks_left_out(),
+    ):
         return step(value)
 
 

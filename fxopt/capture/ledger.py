@@ -117,7 +117,7 @@ class Ledger:
         self.captures.append(capture)
         if number + 1 == MANY:
             pieces = [c.broken for c in self.captures if c.region == region and c.broken]
-            cause = "what its forward reads in Python differs from call to call or from layer to layer, a counter say; "
+            cause = "calls or layers differ in their arguments, or in what its forward reads in Python; "
             if pieces:
                 cause = f"{len(pieces)} of these are pieces that its forward breaks into ({pieces[0]}); "
             text = (

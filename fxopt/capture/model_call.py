@@ -131,7 +131,7 @@ class ModelCall:
     @property
     def frames(self) -> tuple[Callable[..., Any], ...]:
         """The frames that Dynamo captures the model in."""
-        return (*self._frames.values(), *self.behind.frames)
+        return (*self._frames.frames(), *self.behind.frames)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: with the compiled tail where fxopt serves the call, else stock Python."""
@@ -352,7 +352,7 @@ class ModelCall:
                 self._sharding.gathered(),
                 self._leaves.hooks_hidden(is_not_recorder if self._collects else lambda hook: True),
             ):
-                return self._frames.find(args, kwargs)(self.model, self._count_eager, args, kwargs)
+                return self._frames.frame_of(args, kwargs)(self.model, self._count_eager, args, kwargs)
         finally:
             self._arguments = previous
 

@@ -50,7 +50,7 @@ def find_own_forwards(model: nn.Module) -> tuple[str, ...]:
 
 
 def find_replaced(modules: Iterable[nn.Module]) -> nn.Module | None:
-    """Return the first of `modules` whose class's forward another package has replaced by one of its own, or None."""
+    """Return the first of `modules` whose forward another package has replaced by one of its own, or None."""
     return next((module for module in modules if _find_foreign(module) is not None), None)
 
 
@@ -66,8 +66,14 @@ def _find_foreign(module: nn.Module) -> Any:
         package = _package_of_code(function)
         if package and package not in (OURS, *WRAPPERS, *_packages_of(type(module))):
             return function
-        inner = function.func if isinstance(function, functools.partial) else None
-        function = inner or getattr(function, "__wrapped__", None)
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            # What an object does when it is called is what its class says.
+            call = inspect.getattr_static(type(function), "__call__", None)
+            function = call if inspect.isfunction(call) else None
     return None
 
 

@@ -19,11 +19,11 @@ PLAIN_WORDS = (
         "what is computed depends on the values of a tensor",
     ),
     (
-        r"op returned non-Tensor(.|\n)*call_block",
+        r"op returned non-Tensor[\s\S]*call_block",
         "a block returns something else than a tensor or a tuple of tensors",
     ),
     (
-        r"Missing `as_proxy\(\)`(?:.|\n)*UserDefinedObjectVariable\((\w+)\)",
+        r"Missing `as_proxy\(\)`[\s\S]*UserDefinedObjectVariable\((\w+)\)",
         r"a block is given an object that no graph can hold, as a key/value cache is (use_cache=False): a \1",
     ),
     (
@@ -31,7 +31,7 @@ PLAIN_WORDS = (
         "a block is given an object that no graph can hold, as a key/value cache is (use_cache=False)",
     ),
     (
-        r"Skip calling .*(.|\n)*Behind\._call_backbone",
+        r"Skip calling [\s\S]*Behind\._call_backbone",
         "the backbone is called in a try or with statement, behind which Dynamo cannot go on",
     ),
     (r"recompile.limit", "the calls took too many forms, each of which needs a capture of its own"),
@@ -92,13 +92,14 @@ def reason_of_break(gm: fx.GraphModule) -> str:
 
 def reason_of_frame(frame: Any) -> str:
     """Return which function Dynamo passed over and why, from what `torch_dynamo.frames_passed_over` tells of it."""
+    where = location_in([(frame.fail_user_frame_filename or "", frame.fail_user_frame_lineno or 0)])
+    reason = _say(frame.fail_reason or frame.fail_type, where)
+    if frame.co_name is None:
+        return reason
     resumed = RESUMED.fullmatch(frame.co_name)
     name, line = (resumed[1], int(resumed[2])) if resumed else (frame.co_name, frame.co_firstlineno)
     begin = location_in([(frame.co_filename, line)])
-    where = location_in([(frame.fail_user_frame_filename or "", frame.fail_user_frame_lineno or 0)])
-    return (
-        f"{name}{f' from {begin} on' if begin else ''}: {_say(frame.fail_reason or frame.fail_type, where)}"
-    )
+    return f"{name}{f' from {begin} on' if begin else ''}: {reason}"
 
 
 def _frames(lines: Iterable[str]) -> list[tuple[str, int]]:

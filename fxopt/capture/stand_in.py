@@ -16,6 +16,7 @@ from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.places import forward_line, with_place
 from fxopt.capture.reasons import frames_of
 from fxopt.capture.recorders import Counts, active, count_collected, run_collecting
+from fxopt.capture.shadow import shadow_of
 from fxopt.capture.tail import TailRefusal
 from fxopt.capture.torch_distributed import is_dtensor
 from fxopt.capture.trial import try_on_values
@@ -113,20 +114,18 @@ class StandIns:
                 for name, tensor in (*block.named_parameters(), *block.named_buffers())
             }
             FourBitLayers(block).restore_in(block, state)
+            own = (*block.named_parameters(), *block.named_buffers())
+            shadow = shadow_of(block, {id(tensor): state[name] for name, tensor in own})
+            shadows = {module: dict(module.__dict__) for module in shadow.modules()}
             args, kwargs = cast_inputs(block, args, kwargs)
             out: Any = None
             failure: Exception | None = None
             try:
                 with (
                     torch_stand_ins.real_tensors_allowed(mode),
-                    hooks_hidden(block.modules(), is_not_recorder),
+                    hooks_hidden(shadows, is_not_recorder),
                 ):
-                    out, added = run_collecting(
-                        lambda *args, **kwargs: torch.func.functional_call(block, state, args, kwargs),
-                        counts,
-                        args,
-                        kwargs,
-                    )
+                    out, added = run_collecting(shadow, counts, args, kwargs)
                     out = cast_output(block, out), added
             except Exception as error:
                 failure = error
@@ -136,7 +135,7 @@ class StandIns:
                     out = try_on_values(block, args, kwargs, counts)
                 if out is None:
                     raise failure
-            changed = _find_change(before)
+            changed = _find_change(before) or (_find_change(shadows) if failure is None else "")
         except Exception as error:
             self.failed_in = frames_of(error)
             raise
@@ -150,9 +149,11 @@ class StandIns:
 
 
 def _put_back(before: dict[nn.Module, dict[str, Any]]) -> None:
+    """Give modules back what they had; other threads may run them, so nothing is away meanwhile."""
     for module, attributes in before.items():
-        module.__dict__.clear()
         module.__dict__.update(attributes)
+        for name in module.__dict__.keys() - attributes.keys():
+            del module.__dict__[name]
 
 
 def _form_of(value: Any, fakes: list[torch.Tensor]) -> Any:

@@ -27,8 +27,6 @@ from torch._dynamo.variables.torch_function import TorchFunctionModeStackVariabl
 GIVEN = re.compile(r"L\['(args|kwargs)'\]\[[^\[\]]+\](\.data)?")
 """How Dynamo names a mapping among a captured block's arguments, and the dict inside a `UserDict`."""
 
-CODE = ("co_name", "co_filename", "co_firstlineno")
-"""What tells a function's code apart, in itself and in what Dynamo notes of a frame."""
 _COPIES = itertools.count()
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,7 +79,7 @@ def compile_frame(
     return compiled
 
 
-class FramesByForm(dict[Any, Callable[..., Any]]):
+class FramesByForm:
     """One compiled frame of a function for each number of positional and set of keyword arguments it is called with.
 
     Each needs a capture of its own anyway. Asked why it captures anew, Dynamo looks in the call at hand for tensors
@@ -89,15 +87,23 @@ class FramesByForm(dict[Any, Callable[..., Any]]):
     """
 
     def __init__(self, function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool) -> None:
-        super().__init__()
         self._make = functools.partial(compile_frame, function, backend, fullgraph=fullgraph)
+        self._frames: dict[tuple[int, frozenset[str]], Callable[..., Any]] = {}
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def frame_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """Return the frame for such a call, made where it is the first."""
         form = len(args), frozenset(kwargs)
-        if form not in self:
-            self[form] = self._make()
-        return self[form]
+        if form not in self._frames:
+            self._frames[form] = self._make()
+        return self._frames[form]
+
+    def frames(self) -> tuple[Callable[..., Any], ...]:
+        """Return the frames made so far."""
+        return tuple(self._frames.values())
+
+    def clear(self) -> None:
+        """Forget all frames: the next calls are captured anew."""
+        self._frames.clear()
 
 
 GUARD = re.compile(r"\+- ([A-Z][A-Z_]+): (.+?)(?:\s{2,}# .*)?$")
@@ -189,9 +195,12 @@ def find_break(gm: torch.fx.GraphModule) -> tuple[str, list[str]] | None:
 
 
 def frames_passed_over() -> list[Any]:
-    """Return what Dynamo notes of the last frames in this process that it could not capture, oldest first."""
+    """Return what Dynamo notes of the last frames in this process that it could not capture, oldest first.
+
+    Where it has reached its limit of captures, what it notes has no name (`co_name`): the frame is known no more.
+    """
     noted: Any = dynamo.utils.get_compilation_metrics()
-    return [frame for frame in noted if frame.fail_type is not None]
+    return [frame for frame in noted if frame.fail_type is not None and frame.is_forward is not False]
 
 
 def capture_again(error: BaseException, frames: list[Any]) -> list[Any]:
@@ -199,12 +208,16 @@ def capture_again(error: BaseException, frames: list[Any]) -> list[Any]:
 
     It passed them over since they could not be captured, and why they could not was that they fail.
     """
-    codes = {tuple(getattr(code, name) for name in CODE): code for code in _codes_of(error)}
-    failed = [codes.get(tuple(getattr(frame, name) for name in CODE)) for frame in frames]
+    codes = {_place_of(code): code for code in _codes_of(error)}
+    failed = [codes.get(_place_of(frame)) for frame in frames]
     for code in failed:
         if code is not None:
             eval_frame.reset_code(code)
     return [frame for frame, code in zip(frames, failed, strict=True) if code is None]
+
+
+def _place_of(item: Any) -> tuple[Any, ...]:
+    return item.co_filename, item.co_firstlineno, item.co_name
 
 
 def _codes_of(error: BaseException) -> Iterator[types.CodeType]:

@@ -28,6 +28,9 @@ FORWARD_HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks")
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The hook dictionaries of a module that `Module._call_impl` looks at."""
 
+TENSOR_DICTS = ("_parameters", "_buffers")
+"""The dictionaries of a module's own tensors."""
+
 CHILDREN = "_modules"
 """The dictionary of the modules right inside a module."""
 

@@ -16,16 +16,15 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import funcname_cache
 from torch._logging._internal import log_state
 
-from fxopt.graph.torch_private import quiet_fakes
+from fxopt.graph.torch_private import quiet, quiet_fakes
 
 RECOMPILE_LIMIT = 64
 """Captures one region of one model may have; Dynamo's own limit of 8 is met by a short training run."""
 
 LOG_METHODS = ("debug", "info", "warning", "error", "log", "warning_once", "info_once", "warning_advice")
 """Methods of loggers, transformers' own among them; a log line breaks a capture, so under capture it says nothing."""
-
-
 LOGGER_OF_FAILURES = "torch._dynamo.convert_frame"
+"""Where Dynamo logs a traceback of each frame that it fails to capture and passes over."""
 
 
 class FunctionSet(str):
@@ -102,17 +101,11 @@ def capture_scope(settings: dict[str, Any]) -> Iterator[None]:
 def failures_suppressed(are_suppressed: bool) -> Iterator[None]:
     """Let frames that Dynamo fails to capture, and that need not be, run as they are; or, within that, raise again.
 
-    It logs a traceback of each such failure as a warning, one that the user will see raised as well.
+    What is passed over so is told by a report.
     """
-    logger = logging.getLogger(LOGGER_OF_FAILURES)
-    level, is_quiet = logger.level, are_suppressed and logger.isEnabledFor(logging.WARNING)
-    if is_quiet and not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.ERROR)
-    try:
-        with dynamo_config.patch(suppress_errors=are_suppressed):
-            yield
-    finally:
-        logger.setLevel(level)
+    silence = quiet(LOGGER_OF_FAILURES) if are_suppressed else contextlib.nullcontext()
+    with silence, dynamo_config.patch(suppress_errors=are_suppressed):
+        yield
 
 
 def is_artifact_logged(name: str) -> bool:

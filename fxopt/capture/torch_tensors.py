@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,16 @@ def top_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] |
     """Return the hooks on saved tensors that are in force, or None; those set within take their place."""
     autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009
     return autograd._top_saved_tensors_default_hooks(True)
+
+
+def hooks_left_out() -> contextlib.AbstractContextManager[Any]:
+    """Return a scope in which what is saved for backward stays as it is, whatever hooks stand around it.
+
+    A non-reentrant checkpoint counts what its function saves, and saves it anew in backward.
+    """
+    if top_saved_tensors_hooks() is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def packs_saved_tensors() -> bool:

@@ -14,7 +14,10 @@ from fxopt.graph.names import op_name
 from fxopt.graph.storage import UNKNOWN, keys_of
 from fxopt.graph.torch_private import (
     ENTER_AUTOCAST,
+    ENTER_INFERENCE,
     EXIT_AUTOCAST,
+    EXIT_INFERENCE,
+    GET_DATA,
     SET_GRAD,
     HigherOrderOperator,
     OpOverload,
@@ -95,7 +98,7 @@ RANDOM = frozenset({"scaled_dot_product_attention"})
 """Canonical ops that draw random numbers if an argument says so."""
 CANONICAL = frozenset(op.target for op in vocabulary.OPS)
 INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "idiv", "ipow", "imatmul", "ifloordiv", "iand", "ior"})
-MODE_SWITCHES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD})
+MODE_SWITCHES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST, ENTER_INFERENCE, EXIT_INFERENCE, SET_GRAD})
 """Nodes that change how all later nodes run."""
 
 MAX_NORM_POSITION = 3
@@ -165,7 +168,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """
     if node.op not in ("call_function", "call_method") or node.target in MODE_SWITCHES or is_pure(node):
         return ()
-    if "rewritten_by" in node.meta:
+    if "rewritten_by" in node.meta or node.target is GET_DATA:
         return ()
     if node.target in NORMS_OF_BATCHES:
         written = (_argument(node, 1, "running_mean"), _argument(node, 2, "running_var"))

@@ -39,7 +39,12 @@ GROUPED_PRODUCTS = frozenset({"grouped_mm", "_grouped_mm"})
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
 SET_GRAD = torch._C._set_grad_enabled
+ENTER_INFERENCE: Any = torch.autograd.grad_mode._enter_inference_mode
+EXIT_INFERENCE: Any = torch.autograd.grad_mode._exit_inference_mode
 """The targets of nodes that change how all later nodes run."""
+
+GET_DATA: Any = getattr(torch._C, "_autograd")._get_data_attr  # noqa: B009
+"""What Dynamo makes of `.data`: the same memory, of whose writes autograd is not told."""
 
 unset_fake_temporarily = fake_tensor.unset_fake_temporarily
 """A scope in which tensors are made as real ones, whatever capture is under way."""
@@ -137,24 +142,29 @@ def are_logs_asked_for() -> bool:
 
 
 @contextlib.contextmanager
-def quiet_fakes() -> Generator[None]:
-    """Keep torch from logging, in this thread, a traceback for what does not run on tensors without storage.
-
-    An error or a report tells it. Where the user asked torch for logs, they are left whole.
-    """
+def quiet(logger_name: str) -> Generator[None]:
+    """Keep one of torch's loggers silent in this thread; where the user asked torch for logs, they are left whole."""
     if are_logs_asked_for():
         yield
         return
-    fakes, own = logging.getLogger(fake_tensor.__name__), threading.get_ident()
+    logger, own = logging.getLogger(logger_name), threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != own
 
-    fakes.addFilter(is_of_others)
+    logger.addFilter(is_of_others)
     try:
         yield
     finally:
-        fakes.removeFilter(is_of_others)
+        logger.removeFilter(is_of_others)
+
+
+def quiet_fakes() -> contextlib.AbstractContextManager[None]:
+    """Keep torch from logging, in this thread, a traceback for what does not run on tensors without storage.
+
+    An error or a report tells it.
+    """
+    return quiet(fake_tensor.__name__)
 
 
 def leaving_no_symbols(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:

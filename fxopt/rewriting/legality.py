@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
 
 from fxopt.graph import vocabulary
-from fxopt.graph.names import op_name
 from fxopt.graph.purity import MODE_SWITCHES, mutated_inputs  # pyright: ignore[reportUnknownVariableType]
 from fxopt.graph.storage import UNKNOWN, keys_of
+from fxopt.graph.torch_private import GET_DATA
 from fxopt.graph.view import tensors_of
 from fxopt.rewriting.matcher import Bindings
 from fxopt.rewriting.modes import Mode, switched
@@ -23,8 +25,6 @@ from fxopt.rewriting.pattern import Match, Mismatch, Pattern
 from fxopt.rewriting.trees import name_of
 
 LAYOUT_OPS = ("cast", "reshape", "contiguous", "transpose", "permute", "unsqueeze", "squeeze", "getitem")
-DATA = "_get_data_attr"
-"""How Dynamo calls `.data`."""
 LAYOUT = frozenset(vocabulary.BY_NAME[name].target for name in LAYOUT_OPS)
 """What may stand between a kept value and the graph's output: what computes nothing new."""
 
@@ -45,11 +45,16 @@ class GraphState:
         """Note a new node that stands just before `at`."""
         self.places[node], self.modes[node] = self.places[at], self.modes[at]
 
-    def written_between(self, first: int, last: int) -> frozenset[int]:
+    def written_between(self, first: int, last: float) -> frozenset[int]:
         """Return the storages that nodes after `first` and before `last` write to."""
         start = bisect.bisect_right(self.writes, first, key=lambda write: write[0])
         stop = bisect.bisect_left(self.writes, last, key=lambda write: write[0])
         return frozenset[int]().union(*(storages for _, storages in self.writes[start:stop]))
+
+    @property
+    def written(self) -> frozenset[int]:
+        """The storages that any node writes to."""
+        return frozenset[int]().union(*(storages for _, storages in self.writes))
 
 
 def read_state(graph: fx.Graph) -> GraphState:
@@ -63,7 +68,7 @@ def read_state(graph: fx.Graph) -> GraphState:
         if node.op == "call_function":
             state.by_target.setdefault(node.target, []).append(node)
         written = mutated_inputs(node)
-        if op_name(node) == DATA:
+        if node.target is GET_DATA:
             state.data |= keys_of(node)
         if written:
             state.writes.append((place, frozenset[int]().union(*map(keys_of, written))))
@@ -75,12 +80,12 @@ def judge(
 ) -> Match | Mismatch:
     """Return the match that `bindings` make, or the reason why it may not be replaced."""
     nodes = tuple(sorted(bindings.nodes, key=state.places.__getitem__))
-    progress = len(nodes)
+    refuse = functools.partial(_refuse, pattern, len(nodes))
     mode = state.modes[outputs[0]]
     for node in nodes:
         if state.modes[node] != mode:
             reason = f"{node.name} runs under another autocast or gradient mode than {outputs[0].name}"
-            return Mismatch(pattern.name, reason, (node,), progress, True, True)
+            return refuse(reason, node)
     kept: set[fx.Node] = set()
     exports: dict[str, fx.Node] = {}
     for node in nodes:
@@ -92,16 +97,14 @@ def judge(
         told = "returned" if read_by.op == "output" else f"read by {describe_node(read_by)}"
         reader = f"{describe_node(node)} is also {told}"
         if policy is None or policy.policy == "refuse":
-            return Mismatch(pattern.name, reader, (node, read_by), progress, True, True)
+            return refuse(reader, node, read_by)
         if policy.policy == "export":
             exports[policy.name] = node
         elif policy.cheap or (lazy_outputs and feeds_output_only(outside)):
             kept.add(node)
         else:
             needed = "only the graph's output" if lazy_outputs else "no reader outside (nothing is lazy here)"
-            return Mismatch(
-                pattern.name, f"{reader}, expected {needed}", (node, read_by), progress, True, True
-            )
+            return refuse(f"{reader}, expected {needed}", node, read_by)
     for node in reversed(nodes):
         if any(user in kept for user in node.users):
             kept.add(node)
@@ -120,23 +123,39 @@ def judge(
             reason = (
                 f"{node.name} is of class {kind}, which has arithmetic of its own, expected a plain tensor"
             )
-            return Mismatch(pattern.name, reason, (node,), progress, True, True)
+            return refuse(reason, node)
     at = find_insertion(match, state)
     if at is None:
         reason = f"a value is read before the last input of {outputs[-1].name} is computed"
-        return Mismatch(pattern.name, reason, outputs, progress, True, True)
-    written = state.written_between(state.places[nodes[0]], state.places[at])
-    for node in (*match.inputs, *nodes) if written else ():
-        if _may_be_written(keys_of(node), written):
-            reason = f"{node.name} is written to in place between the nodes of the match"
-            return Mismatch(pattern.name, reason, (node,), progress, True, True)
-    later = state.written_between(state.places[at], len(state.places) + len(state.erased)) - {UNKNOWN}
-    for node in (*match.inputs, *nodes) if later else ():
-        relevant = later if node in match.inputs else later & state.data
-        if not relevant.isdisjoint(keys_of(node)):
-            reason = f"{node.name} is written to in place after the match, whose gradients may read it"
-            return Mismatch(pattern.name, reason, (node,), progress, True, True)
+        return refuse(reason, *outputs)
+    found = _find_write(match, at, state)
+    if found is not None:
+        node, when = found
+        reason = f"{node.name} is written to in place {when}"
+        return refuse(reason, node)
     return match
+
+
+def _refuse(pattern: Pattern, progress: int, reason: str, *nodes: fx.Node) -> Mismatch:
+    return Mismatch(pattern.name, reason, nodes, progress, has_rare_op=True, has_site=True, is_complete=True)
+
+
+def _find_write(match: Match, at: fx.Node, state: GraphState) -> tuple[fx.Node, str] | None:
+    """Return a node whose memory is written to where its match may not stand, before `at`, and when; or None.
+
+    Afterwards only what is known to be written to counts: in-place ops of unknown storage are everywhere, and autograd
+    raises an error where one of them changes what a backward pass reads. It is not told of writes to `.data`.
+    """
+    first, last = state.places[match.nodes[0]], state.places[at]
+    between = state.written_between(first, last)
+    later = state.written_between(last, math.inf) - {UNKNOWN}
+    for node in (*match.inputs, *match.nodes):
+        keys = keys_of(node)
+        if _may_be_written(keys, between):
+            return node, "between the nodes of the match"
+        if not keys.isdisjoint(later if node in match.inputs else later & state.data):
+            return node, "after the match, whose gradients may read it"
+    return None
 
 
 def find_own_arithmetic(node: fx.Node) -> str:
@@ -150,7 +169,7 @@ def find_own_arithmetic(node: fx.Node) -> str:
 
 def _may_be_written(keys: frozenset[int], written: frozenset[int]) -> bool:
     """Return whether a write to the storages `written` may change `keys`: any may where one is not known."""
-    return bool(keys) and (UNKNOWN in keys or UNKNOWN in written or not keys.isdisjoint(written))
+    return bool(keys and written) and (UNKNOWN in keys or UNKNOWN in written or not keys.isdisjoint(written))
 
 
 def find_insertion(match: Match, state: GraphState) -> fx.Node | None:

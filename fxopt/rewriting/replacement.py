@@ -11,6 +11,7 @@ from torch import fx
 
 from fxopt.graph import vocabulary
 from fxopt.graph.edit import PROVENANCE
+from fxopt.graph.storage import keys_of
 from fxopt.graph.torch_private import leaving_no_symbols, quiet_fakes, tree_leaves, tree_map_only
 from fxopt.rewriting.failures import cure_of, function_place, kinds_of, said_by
 from fxopt.rewriting.modes import autocast_scope
@@ -52,6 +53,23 @@ def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[i
             expected = f"{example.dtype} with {example.dim()} on {example.device}"
             return f"{where} returned {got}, expected {expected}; {OTHERWISE}"
     return known
+
+
+def keep_storages(
+    match: Match, outputs: Sequence[Call | fx.Node], examples: dict[int, Any], written: frozenset[int]
+) -> str:
+    """Have what replaces a value that is written to lie in the storage of that value, or return why it cannot.
+
+    Views of a value and writes to it are known by its storage, to matches that are still to come as well.
+    """
+    for old, item in zip((*match.outputs, *match.exports.values()), outputs, strict=True):
+        if keys_of(old).isdisjoint(written):
+            continue
+        stock, new = old.meta["example_value"], examples.get(id(item))
+        if new is None or new.shape != stock.shape or new.stride() != stock.stride():
+            return f"{old.name} is written to in place, and what comes in its place lies otherwise in memory"
+        examples[id(item)] = stock
+    return ""
 
 
 def evaluate_call(

@@ -34,6 +34,7 @@ from fxopt.rewriting.replacement import (
     evaluate_examples,
     find_main_call,
     insert_call,
+    keep_storages,
 )
 from fxopt.rewriting.roots import find_climbing_terms, find_rare_ops, find_roots, make_climb_test
 from fxopt.rewriting.trace import Trace
@@ -172,7 +173,9 @@ class _Rewriter:
             return self._refuse(match, replacement)
         outputs = replacement if isinstance(replacement, tuple) else (replacement,)
         examples = check_progress(match, outputs) or evaluate_examples(match, outputs)
-        reason = examples if isinstance(examples, str) else ""
+        reason = (
+            examples if isinstance(examples, str) else keep_storages(match, outputs, examples, state.written)
+        )
         if not reason and self._context.prove is not None:
             proof = self._context.prove(match, replacement)
             reason = "" if proof.passed else proof.reason

@@ -49,7 +49,7 @@ def extends_forward(
 ) -> bool:
     """Return whether y = [x | scale x A^T] [W | B]^T is possible and moves fewer bytes than sums would.
 
-    Rows of x need be copied unless they are written so in the first place.
+    `is_copied`: whether rows of x have to be copied for that; else they were written as longer ones.
     """
     adapters = adapters_of_x(form, b)
     owners = [owner for owner, *_ in adapters]
@@ -59,7 +59,7 @@ def extends_forward(
     width = x.shape[1] + padded(a.shape[0])
     added = 2 * x.shape[0] * sum(weights[owner].width for owner in owners)
     copied = sum(weights[owner].width for owner in set(owners) if not weights[owner].coding)
-    return moves_less(is_copied * x.shape[0] * width + 2 * copied * width, added)
+    return moves_less((x.shape[0] * width if is_copied else 0) + 2 * copied * width, added)
 
 
 def extends_backward(
@@ -103,7 +103,7 @@ def extended_forward(
     """
     in_width, rank = x.shape[1], a.shape[0]
     longer = new_longer(x, rank)
-    for columns, scale in runs_of_scale(adapters_of_x(form, b)):
+    for columns, scale in _runs_of_scale(adapters_of_x(form, b)):
         stop = longer.shape[1] if columns.stop == rank else in_width + columns.stop
         copy = longer[:, :in_width] if columns.start == 0 else None
         extend_rows(x, a[columns].t(), scale, copy, longer[:, in_width + columns.start : stop])
@@ -111,7 +111,7 @@ def extended_forward(
 
 
 def new_longer(x: Tensor, rank: int) -> Tensor:
-    """Return memory for rows of `x` with `rank` columns more."""
+    """Return memory for rows of `x`, [T, K], with `rank` columns more, filled up: [T, K + padded(rank)]."""
     return x.new_empty((x.shape[0], x.shape[1] + padded(rank)))
 
 
@@ -124,7 +124,10 @@ def multiply_longer(
     form: Form,
     out: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return the results of the layers on [x | scale x A^T]; a layer without an adapter reads x alone."""
+    """Return the results of the layers on `longer`, [T, K + padded(r)], which is [x | scale x A^T | zeros].
+
+    A layer without an adapter reads `x` alone, which may be a view of `longer`.
+    """
     adapters = adapters_of_x(form, b)
     results: list[Tensor] = []
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -143,7 +146,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None 
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def runs_of_scale(adapters: Sequence[tuple[int, slice, float, Tensor]]) -> Iterator[tuple[slice, float]]:
+def _runs_of_scale(adapters: Sequence[tuple[int, slice, float, Tensor]]) -> Iterator[tuple[slice, float]]:
     """Yield the columns of neighbouring adapters of one scale."""
     start = 0
     for place, (_, columns, scale, _) in enumerate(adapters):

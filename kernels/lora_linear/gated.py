@@ -8,6 +8,7 @@ that is not worth it, the three backward ops run one after the other.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from fxopt.kernels.lora_linear.one_read import LEAST_BYTES, MOST_RANK
 from fxopt.kernels.lora_linear.op import fake_backward
 from fxopt.kernels.lora_linear.products import as_rows, write_product
 
-NUM_UNIT = 11
+NUM_UNIT = len(dataclasses.fields(Unit)) + 2
 """Attributes of the unit, and whether the gradients of gate and of up are needed, which they always are here."""
 NUM_LAYER = 11
 """Arguments of a layer's backward behind `dys` and `xs`."""

@@ -7,6 +7,7 @@ beside it, and base and adapter are one product. Elsewhere the two ops run one a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from fxopt.kernels.lora_linear.forward import run_forward
 from fxopt.kernels.lora_linear.gated_rows import launch_gated_rows, writes_rows_once
 from fxopt.kernels.lora_linear.products import add_product, as_rows
 
-NUM_UNIT = 9
-"""Attributes of the unit."""
+NUM_UNIT = len(dataclasses.fields(Unit))
+"""Attributes of the unit, before the layer's arguments."""
 
 
 def _run_apart(gate: Tensor, up: Tensor, *arguments: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxopt
+from fxopt.capture import torch_settings
 from fxopt.capture.behind import find_backbone
 from fxopt.capture.installation import find_installation
 from fxopt.capture.torch_dynamo import isolate
@@ -212,6 +213,66 @@ def test_labels_that_do_not_fit_are_no_obstacle_to_others(
         assert forms(report)["linear_cross_entropy"] == 1
         assert not any("runs as stock" in note for note in report.notes)
     assert "WON'T CONVERT" not in caplog.text
+
+
+def test_what_fails_within_the_backbone_is_told_of_no_other_call(tools: Any) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    for size in (40, 41):
+        for layer in model.trunk.layers:
+            layer.down.weight.data = torch.randn(WIDTH, size)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(**batch_of())
+    for layer, right in zip(model.trunk.layers, stock.trunk.layers, strict=True):
+        layer.down.weight.data = right.down.weight.detach().clone()
+    other, other_stock = make()
+    fxopt.optimize(other)
+    for ours, theirs in ((model, stock), (other, other_stock)):
+        check(tools, ours, theirs, batch_of())
+        assert not any("runs as stock" in note for note in fxopt.explain(ours).notes)
+
+
+def test_a_piece_that_cannot_be_compiled_says_why(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stock = make()
+    fxopt.optimize(model)
+    installation = find_installation(model)
+    assert installation is not None
+    behind = installation.model_call.behind  # type: ignore[union-attr]
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(behind, "_backend", fail)
+    for _ in range(2):
+        check(tools, model, stock, batch_of())
+    reasons = [fallback.reason for fallback in fxopt.explain(model).fallbacks]
+    assert any("no kernel for this" in reason for reason in reasons)
+    assert not any("within a try statement" in reason for reason in reasons)
+
+
+class Counting(Model):
+    """A model that reads a number in Python that differs from call to call."""
+
+    def forward(
+        self, ids: torch.Tensor, images: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> Output:
+        self.count += 1
+        logits = self.head(self.trunk(ids, images)) * f"{self.count}".count("1") * (self.count + 0.5)
+        return Output(loss=F.cross_entropy(logits.view(-1, CLASSES), labels.view(-1)), logits=logits)
+
+
+def test_more_forms_than_there_may_be_captures_run_on(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Dynamo then notes is a frame without a name."""
+    monkeypatch.setattr(torch_settings, "RECOMPILE_LIMIT", 2)
+    torch.manual_seed(0)
+    model = Counting().train()
+    model.trunk.returned = "tensor"
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for _ in range(6):
+        check(tools, model, stock, batch_of())
+    reasons = [fallback.reason for fallback in fxopt.explain(model).fallbacks]
+    assert any("the calls took too many forms" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("budget", ["min", None])

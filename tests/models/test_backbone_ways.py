@@ -146,6 +146,7 @@ def test_whatever_stands_around_the_backbone_is_done_once(way: str, tools: Any) 
     found_reasons = [fallback.reason for fallback in fxopt.explain(model).fallbacks]
     assert len(found_reasons) == (way == "finally"), "Dynamo goes on behind a call in all but a try statement"
     assert all("nor behind the Trunk trunk" in reason for reason in found_reasons)
+    assert all("the backbone is called in a try or with statement" in reason for reason in found_reasons)
 
 
 class Trying(Wrapped):
@@ -161,6 +162,17 @@ class Trying(Wrapped):
         except ZeroDivisionError:
             loss = x.sum()
         return Output(loss=loss, logits=logits)
+
+
+class Outer(nn.Module):
+    """A model within another, as one with adapters is: its class does not tell what runs."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> Output:
+        return self.inner(batch)
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -179,6 +191,15 @@ def test_what_dynamo_passes_over_is_told_of_every_model_of_the_class(tools: Any)
         assert "this runs as stock, but for what it calls: forward from test_backbone_ways.py:" in note
         assert "depends on the values of a tensor" in note
         assert report.fallbacks == (), "the loss was captured"
+    for inner, is_told in ((Trying, True), (type("Inheriting", (Trying,), {}), True), (Wrapped, False)):
+        model = Outer(inner("")).train()
+        fxopt.optimize(model)
+        model(batch_of())
+        told = [note for note in fxopt.explain(model).notes if note.startswith("around the Trunk")]
+        assert bool(told) == is_told, inner
+    model = Trying("").train()
+    fxopt.optimize(model)
+    model(batch_of())
     with torch.no_grad():
         model.head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="not a number"):

@@ -35,8 +35,44 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+def written_between(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    held = h.data
+    squares = h.pow(2).mean(-1, keepdim=True)
+    held.mul_(2)
+    return h * torch.rsqrt(squares + 1e-6) * weight
+
+
+def written_between_views(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    held = h.detach()
+    root = torch.rsqrt(h.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+    held.mul_(2)
+    return weight * (h.double() * root).float()
+
+
+def written_after(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+    h.data.mul_(2)
+    return y + h
+
+
+def written_in_a_product(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    held, gate = h.data, F.silu(h)
+    held.mul_(2)
+    return gate * h * weight
+
+
+def read_after(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return h * weight.data.abs().max() + h.data
+
+
+PAST_AUTOGRAD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    each.__name__: each
+    for each in (written_between, written_between_views, written_after, written_in_a_product, read_after)
+}
+
+
 class Block(nn.Module):
-    """A norm, something done to its result with gradients off, and a layer."""
+    """A norm, something done to its result with gradients off or past autograd, and a layer."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -44,6 +80,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, weight = self.norm(x), self.linear.weight
+        if self.way in PAST_AUTOGRAD:
+            h = PAST_AUTOGRAD[self.way](h, self.norm.weight)
         if self.way in COPIES:
             with torch.no_grad():
                 h = COPIES[self.way](h)
@@ -54,6 +92,10 @@ class Block(nn.Module):
             with torch.no_grad():
                 weight = weight.t()
             return x + torch.matmul(h, weight).tanh()
+        elif self.way == "inference":
+            with torch.inference_mode():
+                held = h * 1
+            h = h + held.clone()
         elif self.way == "read in both modes":
             with torch.no_grad():
                 held = h.view(h.shape)
@@ -86,7 +128,7 @@ def compare(tools: Any, model: nn.Module, stock: nn.Module, *batch: torch.Tensor
             assert tools.relative(ours.grad, theirs.grad) < 1e-5, name
 
 
-@pytest.mark.parametrize("way", [*COPIES, *WRITES, "transposed weight", "read in both modes"])
+@pytest.mark.parametrize("way", [*COPIES, *WRITES, "transposed weight", "read in both modes", "inference"])
 def test_with_gradients_off_as_stock(way: str, tools: Any) -> None:
     torch.manual_seed(0)
     model = Blocks(way).train()
@@ -96,6 +138,22 @@ def test_with_gradients_off_as_stock(way: str, tools: Any) -> None:
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     assert [(site.pattern, site.status) for site in report.sites] == [("rms_norm", "rewritten")]
+
+
+@pytest.mark.parametrize("way", PAST_AUTOGRAD)
+def test_writes_past_autograd_as_stock(way: str, tools: Any) -> None:
+    """Stock's gradients are those of the values that backward finds; reads alone are no obstacle."""
+    torch.manual_seed(0)
+    model = Blocks(way).train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    compare(tools, model, stock, torch.randn(6, WIDTH))
+    report = fxopt.explain(model)
+    assert report.fallbacks == ()
+    reasons = [site.reason or "" for site in report.sites if site.status == "unmatched"]
+    told = ("is written to in place", "is also read by get_data_attr")
+    assert any(each in reason for reason in reasons for each in told) == (way != "read_after")
+    assert bool(reasons) == (way != "read_after")
 
 
 class Head(nn.Module):

@@ -142,6 +142,22 @@ class Squared(torch.autograd.Function):
         return 2 * given * gradient
 
 
+def test_a_checkpointed_function_of_logits_has_stock_gradients(lazy_twins):
+    """A non-reentrant checkpoint counts what is saved within it, and what computes logits runs once."""
+
+    def entropy(logits: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(-1).exp().pow(2).sum()
+
+    gradients = []
+    for each in lazy_twins:
+        output = each(input_ids=IDS, labels=IDS)
+        term = torch.utils.checkpoint.checkpoint(entropy, output.logits.float(), use_reentrant=False)
+        (output.loss + term).backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_an_autograd_function_of_the_users_loses_no_gradient(lazy_twins):
     """Its `apply` asks no tensor class: it takes lazy logits for a tensor without a gradient function."""
     model, stock = lazy_twins

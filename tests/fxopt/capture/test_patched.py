@@ -56,7 +56,13 @@ def forward_of(package: str, original: Any) -> Any:
     return functools.wraps(original)(scope["forward"])
 
 
-@pytest.mark.parametrize("bind", [types.MethodType, functools.partial])
+def called_by_an_object(forward: Any, module: nn.Module) -> Any:
+    scope: dict[str, Any] = {"__name__": "a_trainer.utils", "forward": forward, "module": module}
+    exec("class Wrapper:\n    def __call__(self, x):\n        return forward(module, x)", scope)
+    return scope["Wrapper"]()
+
+
+@pytest.mark.parametrize("bind", [types.MethodType, functools.partial, called_by_an_object])
 def test_a_forward_on_the_object_is_named_with_the_package_that_put_it_there(bind: Any) -> None:
     model = nn.Sequential(Block(), Block())
     assert find_own_forwards(model) == ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+
 import pytest
 import torch
 
@@ -49,3 +52,32 @@ def test_modules_whose_tensors_are_left_unlisted_list_them_as_ever():
         assert dict(model.named_buffers(recurse=True)) == buffers
         assert len(list(model.parameters())) == 4
     assert not {"named_parameters", "named_buffers"}.intersection(model.__dict__)
+
+
+def test_failures_are_silent_in_their_own_thread_alone_and_in_no_other_order() -> None:
+    logger, seen = logging.getLogger(torch_settings.LOGGER_OF_FAILURES), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger.addHandler(handler)
+    level, first_in, second_in = logger.level, threading.Event(), threading.Event()
+
+    def first() -> None:
+        with torch_settings.failures_suppressed(True):
+            first_in.set()
+            second_in.wait(10)
+            logger.warning("first")
+
+    thread = threading.Thread(target=first)
+    try:
+        thread.start()
+        first_in.wait(10)
+        logger.warning("nobody suppressed this")
+        with torch_settings.failures_suppressed(True):
+            second_in.set()
+            thread.join()
+            logger.warning("second")
+        logger.warning("after")
+    finally:
+        logger.removeHandler(handler)
+    assert seen == ["nobody suppressed this", "after"]
+    assert logger.level == level

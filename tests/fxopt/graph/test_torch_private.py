@@ -73,11 +73,15 @@ def test_registered_ops_have_names_and_schemas() -> None:
 def test_mode_switches_arrive_as_the_nodes_we_know() -> None:
     def run(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            return x @ x
+            x = x @ x
+        with torch.inference_mode():
+            return x.data.clone()
 
     targets = {node.target for node in captured(run, torch.ones(2, 2)).graph.nodes}
-    for switch in (torch_private.ENTER_AUTOCAST, torch_private.EXIT_AUTOCAST, torch_private.SET_GRAD):
-        assert switch in targets, f"Dynamo no longer puts {switch.__name__} into a graph"
+    switches = (torch_private.ENTER_AUTOCAST, torch_private.EXIT_AUTOCAST, torch_private.SET_GRAD)
+    of_inference = (torch_private.ENTER_INFERENCE, torch_private.EXIT_INFERENCE)
+    for target in (*switches, *of_inference, torch_private.GET_DATA):
+        assert target in targets, f"Dynamo no longer puts {target.__name__} into a graph"
 
 
 def test_sizes_that_are_not_fixed_have_expressions_and_hints() -> None:
