@@ -137,7 +137,7 @@ def judge(
 
 
 def _refuse(pattern: Pattern, progress: int, reason: str, *nodes: fx.Node) -> Mismatch:
-    return Mismatch(pattern.name, reason, nodes, progress, has_rare_op=True, has_site=True, is_complete=True)
+    return Mismatch(pattern.name, reason, nodes, progress, has_rare_op=True, has_site=True)
 
 
 def _find_write(match: Match, at: fx.Node, state: GraphState) -> tuple[fx.Node, str] | None:

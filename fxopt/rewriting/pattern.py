@@ -53,8 +53,8 @@ class Mismatch:
     """A "no" with its reason: the constraint that failed and the nodes it failed on; falsy.
 
     `progress` counts the nodes that did match before, `has_site` says that the node that was asked about is
-    among them, `has_rare_op` that an op is that marks the pattern; `is_complete`, that all nodes did, and may not be
-    replaced. In the order of `nearness` these decide which of two mismatches is the nearer.
+    among them, `has_rare_op` that an op is that marks the pattern. In the order of `nearness` these decide
+    which of two mismatches is the nearer.
     """
 
     pattern: str
@@ -63,12 +63,11 @@ class Mismatch:
     progress: int = 0
     has_rare_op: bool = False
     has_site: bool = False
-    is_complete: bool = False
 
     @property
-    def nearness(self) -> tuple[bool, bool, int, bool]:
+    def nearness(self) -> tuple[bool, bool, int]:
         """What mismatches are compared by, the nearer one having more."""
-        return self.has_site, self.has_rare_op, self.progress, self.is_complete
+        return self.has_site, self.has_rare_op, self.progress
 
     def __bool__(self) -> bool:
         return False

@@ -151,9 +151,12 @@ def test_writes_past_autograd_as_stock(way: str, tools: Any) -> None:
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     reasons = [site.reason or "" for site in report.sites if site.status == "unmatched"]
-    told = ("is written to in place", "is also read by get_data_attr")
-    assert any(each in reason for reason in reasons for each in told) == (way != "read_after")
     assert bool(reasons) == (way != "read_after")
+    # Of that one another form comes as far, in which the norm has no weight.
+    assert any("is written to in place" in reason for reason in reasons) or way in (
+        "read_after",
+        "written_in_a_product",
+    )
 
 
 class Head(nn.Module):
