@@ -40,7 +40,11 @@ def find_backbone(model: nn.Module, blocks: frozenset[nn.Module]) -> nn.Module |
     while True:
         children = [child for child in torch_modules.children_of(holder).values() if child is not None]
         inside = [child for child in children if not blocks.isdisjoint(walk(child))]
-        if len(inside) != 1 or inside[0] in blocks or type(inside[0]).forward is nn.Module.forward:
+        if (
+            len(inside) != 1
+            or inside[0] in blocks
+            or torch_modules.forward_of(type(inside[0])) is nn.Module.forward
+        ):
             return None
         (found,) = inside
         if any(tensors_of(child) for child in children if child is not found):
@@ -103,6 +107,8 @@ class Behind:
 
     def compile_anew(self) -> None:
         """Have Dynamo capture the model anew."""
+        self._limits.clear()
+        self._failure = ""
         for frames in self._frames.values():
             frames.clear()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.capture import torch_modules
 from fxopt.capture.torch_tensors import version_of
 
 
@@ -62,7 +63,7 @@ class Watch:
 def parameters_of(layer: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters of the forward of `layer`, none where they cannot be read."""
     try:
-        return tuple(inspect.signature(type(layer).forward).parameters)[1:]
+        return tuple(inspect.signature(torch_modules.forward_of(type(layer))).parameters)[1:]
     except (TypeError, ValueError):
         return ()
 

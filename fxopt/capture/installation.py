@@ -41,6 +41,7 @@ from fxopt.capture.shortage import Shortage
 from fxopt.capture.slot import Slot, find_caller
 from fxopt.capture.tail import cut_tail
 from fxopt.capture.torch_distributed import is_first_fsdp
+from fxopt.capture.torch_modes import check_modes
 from fxopt.capture.torch_modules import SLOT
 from fxopt.errors import FxoptError
 from fxopt.report.records import MODEL_REGION
@@ -228,6 +229,7 @@ class Installation:
 
         def compile_block(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             check_spread(example_inputs)
+            check_modes(gm)
             number = f"capture {1 + sum(capture.region == region for capture in self.ledger.captures)}"
             progress.show(name, f"{number}, rewriting and proving")
             outcome = self._transform(gm, region=region, lazy_outputs=False)
@@ -281,6 +283,7 @@ class Installation:
         """
         assert self.model_call is not None
         check_spread(given)
+        check_modes(gm)
         outside = find_outside_loss(gm, self.model) if self.model.training and not broken else ""
         if outside:
             self.ledger.note(outside)

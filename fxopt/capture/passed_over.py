@@ -6,22 +6,20 @@ this module, for the process as well.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from fxopt.capture.reasons import reason_of_frame
+from fxopt.capture import torch_modules
+from fxopt.capture.reasons import RESUMED, reason_of_frame
 
 Code = tuple[str, int, str]
 """File, first line and name of a function; of what Dynamo makes of the rest of one, the line and name of that."""
 Forward = tuple[str, range, str]
 """File, lines and name of a forward."""
-RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 _reasons: dict[Code, str] = {}
 _met: dict[frozenset[Forward], set[Code]] = {}
 """By the forwards around a backbone: what was passed over in calls of these. It may be any function that they call."""
@@ -29,7 +27,7 @@ _met: dict[frozenset[Forward], set[Code]] = {}
 
 def forwards_of(modules: Iterable[nn.Module]) -> frozenset[Forward]:
     """Return the forwards that the classes of `modules` have, their own or inherited ones."""
-    found = (inspect.unwrap(kind.forward) for kind in {type(module) for module in modules})
+    found = (inspect.unwrap(torch_modules.forward_of(kind)) for kind in {type(module) for module in modules})
     codes: Iterator[types.CodeType] = (each.__code__ for each in found if hasattr(each, "__code__"))
     return frozenset((code.co_filename, _lines_of(code), code.co_name) for code in codes)
 
@@ -44,7 +42,7 @@ def note_passed_over(frames: Iterable[Any], forwards: frozenset[Forward]) -> Non
 
 def find_passed_over(forwards: frozenset[Forward]) -> set[str]:
     """Return which functions are passed over in calls of `forwards`, and why: of these or what was met there."""
-    own = {code for code in _reasons if any(_is_of(code, forward) for forward in forwards)}
+    own = {code for code in list(_reasons) if any(_is_of(code, forward) for forward in forwards)}
     return {_reasons[code] for code in own | _met.get(forwards, set())}
 
 
@@ -53,7 +51,6 @@ def _is_of(code: Code, forward: Forward) -> bool:
     return file == forward[0] and line in forward[1] and RESUMED.sub(r"\1", name) == forward[2]
 
 
-@functools.cache
 def _lines_of(code: types.CodeType) -> range:
     lines = [line for _, _, line in code.co_lines() if line is not None]
     return range(code.co_firstlineno, max(lines, default=code.co_firstlineno) + 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fxopt.capture import torch_modules
 from fxopt.capture.modules import walk
 from fxopt.capture.places import line_of, with_place
 
@@ -20,7 +21,7 @@ def find_patched(model: nn.Module) -> tuple[str, ...]:
     """Return one line per class of `model` whose forward is defined in none of the packages of its bases."""
     lines: dict[str, None] = {}
     for kind in {type(module): None for module in walk(model)}:
-        forward = inspect.unwrap(kind.forward)
+        forward = inspect.unwrap(torch_modules.forward_of(kind))
         package = _package_of(getattr(forward, "__module__", None))
         if package and package not in _packages_of(kind):
             lines.setdefault(

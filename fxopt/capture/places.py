@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fxopt.capture import torch_modules
 from fxopt.graph.view import is_of_standard_library, location_in
 
 PLACE = re.compile(r"\S+\.py:\d+")
@@ -41,7 +42,7 @@ def _frames() -> Iterator[tuple[str, int]]:
 
 def forward_line(module: nn.Module) -> str:
     """Return "file:line" where the forward of `module` is defined, not what wraps it; "" where it is not Python."""
-    return line_of(inspect.unwrap(type(module).forward))
+    return line_of(inspect.unwrap(torch_modules.forward_of(type(module))))
 
 
 def line_of(function: Any) -> str:

@@ -108,7 +108,7 @@ def install_recorders(modules: Iterable[nn.Module]) -> None:
     if library is None:
         return
     for module in modules:
-        function: Any = type(module).forward
+        function: Any = torch_modules.forward_of(type(module))
         while function is not None:
             if getattr(getattr(function, "__code__", None), "co_filename", "") == library.__file__:
                 library.maybe_install_capturing_hooks(module)

@@ -8,6 +8,7 @@ from collections.abc import Container
 
 from torch import nn
 
+from fxopt.capture import torch_modules
 from fxopt.capture.modules import tensors_of, walk
 from fxopt.capture.zero import whole_shape
 
@@ -81,7 +82,7 @@ def find_regions(model: nn.Module) -> Regions:
 def _are_called(module: nn.Module) -> bool:
     """Return whether the members of a list can be called, and are more than single layers of torch's own."""
     members = list(module.children())
-    if any(type(member).forward is nn.Module.forward for member in members):
+    if any(torch_modules.forward_of(type(member)) is nn.Module.forward for member in members):
         return False
     are_layers = all(type(member) in TORCHS_OWN and not any(member.children()) for member in members)
     return isinstance(module, nn.Sequential) or not are_layers

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules, torch_stand_ins, zero
-from fxopt.capture.engines import cast_inputs, cast_output, gathered_device, gathered_dtype, say_kept
+from fxopt.capture.engines import (
+    cast_inputs,
+    cast_output,
+    gathered_device,
+    gathered_dtype,
+    gathers,
+    say_kept,
+)
 from fxopt.capture.four_bits import FourBitLayers
 from fxopt.capture.given_lists import GivenLists, writable
 from fxopt.capture.hooks import hooks_hidden, is_not_recorder, is_users_hook
@@ -20,7 +27,8 @@ from fxopt.capture.shadow import shadow_of
 from fxopt.capture.tail import TailRefusal
 from fxopt.capture.torch_distributed import is_dtensor
 from fxopt.capture.trial import try_on_values
-from fxopt.graph.torch_private import tree_map_only
+from fxopt.capture.writes_watched import WritesWatched
+from fxopt.graph.torch_private import tree_leaves, tree_map_only
 
 
 class StandIns:
@@ -100,6 +108,7 @@ class StandIns:
             raise TailRefusal(kept)
         self._running = True
         before = {module: dict(module.__dict__) for module in block.modules()}
+        own = (*block.named_parameters(), *block.named_buffers())
         try:
             state = {
                 name: torch_stand_ins.make_whole_stand_in(
@@ -111,10 +120,9 @@ class StandIns:
                 )
                 if is_dtensor(tensor) or zero.is_partitioned(tensor)
                 else torch_stand_ins.make_stand_in(mode, tensor)
-                for name, tensor in (*block.named_parameters(), *block.named_buffers())
+                for name, tensor in own
             }
             FourBitLayers(block).restore_in(block, state)
-            own = (*block.named_parameters(), *block.named_buffers())
             shadow = shadow_of(block, {id(tensor): state[name] for name, tensor in own})
             shadows = {module: dict(module.__dict__) for module in shadow.modules()}
             args, kwargs = cast_inputs(block, args, kwargs)
@@ -123,29 +131,57 @@ class StandIns:
             try:
                 with (
                     torch_stand_ins.real_tensors_allowed(mode),
-                    hooks_hidden(shadows, is_not_recorder),
+                    hooks_hidden((*before, *shadows), is_not_recorder),
+                    WritesWatched(),
                 ):
                     out, added = run_collecting(shadow, counts, args, kwargs)
                     out = cast_output(block, out), added
+            except TailRefusal as refusal:
+                raise TailRefusal(with_place(str(refusal), forward_line(block))) from None
             except Exception as error:
                 failure = error
+            changed = _take_stand_ins_back(before) or (_find_change(shadows) if failure is None else "")
             if failure is not None:
-                _put_back(before)
-                with hooks_hidden(block.modules(), is_users_hook):
-                    out = try_on_values(block, args, kwargs, counts)
+                # Parameters that are spread over ranks are gathered by hooks, which know the block's own modules.
+                tried = (
+                    block if gathers(block) else shadow_of(block, {id(b): b.clone() for b in block.buffers()})
+                )
+                before = {module: dict(module.__dict__) for module in tried.modules()}
+                try:
+                    with hooks_hidden(tried.modules(), is_users_hook):
+                        out = try_on_values(tried, args, kwargs, counts)
+                    changed = changed or _find_change(before)
+                finally:
+                    _put_back(before)
                 if out is None:
                     raise failure
-            changed = _find_change(before) or (_find_change(shadows) if failure is None else "")
         except Exception as error:
             self.failed_in = frames_of(error)
             raise
         finally:
             self._running = False
-            _put_back(before)
         if changed:
             reason = f"a block sets {changed} while it runs, which may be read after the blocks"
             raise TailRefusal(with_place(reason, forward_line(block)))
         return out
+
+
+def _take_stand_ins_back(before: dict[nn.Module, dict[str, Any]]) -> str:
+    """Give modules of the block itself back what a stand-in stands for now, and return the name of one such, or "".
+
+    Only plain objects and closures lead there. What else has changed, another thread may have.
+    """
+    found = ""
+    for module, attributes in before.items():
+        for name, value in list(module.__dict__.items()):
+            if attributes.get(name) is value or not any(map(torch_stand_ins.is_fake, tree_leaves(value))):
+                continue
+            found = f"{type(module).__name__}.{name}"
+            if name in attributes:
+                module.__dict__[name] = attributes[name]
+            else:
+                del module.__dict__[name]
+    return found
 
 
 def _put_back(before: dict[nn.Module, dict[str, Any]]) -> None:

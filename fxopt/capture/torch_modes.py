@@ -8,8 +8,34 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch as python_dispatch
+
+from fxopt.capture.places import with_place
+from fxopt.graph.torch_private import ENTER_INFERENCE
+from fxopt.graph.view import location_of
+
+
+class ModeRefusal(Exception):
+    """A captured graph switches to a mode in which it cannot be compiled for training."""
+
+
+def check_modes(gm: fx.GraphModule) -> None:
+    """Check that a captured graph stays out of inference mode.
+
+    AOTAutograd runs into an assertion of torch's own there as soon as a weight is multiplied, and leaves the thread's
+    dispatcher in a state in which nothing runs.
+
+    Raises:
+        ModeRefusal: it does not.
+    """
+    for node in gm.graph.nodes:
+        if node.target is ENTER_INFERENCE and node.args[0]:
+            text = (
+                "torch.inference_mode() within it, which cannot be compiled for training; torch.no_grad() can"
+            )
+            raise ModeRefusal(with_place(text, location_of(node)))
 
 
 class Around(NamedTuple):

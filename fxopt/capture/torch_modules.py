@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,11 @@ def called_by(module: torch.nn.Module, entry: Callable[..., Any]) -> Iterator[No
         for name in (SLOT, CALL):
             module.__dict__.pop(name, None)
         module.__dict__.update(before)
+
+
+def forward_of(kind: type) -> Any:
+    """Return the forward of a class of modules as it stands there: TorchScript's classes fail when they are asked."""
+    return inspect.getattr_static(kind, "forward", None)
 
 
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -9,8 +10,12 @@ import torch
 from torch import nn
 
 from fxopt.capture import torch_modules
+from fxopt.capture.engines import gathers
 from fxopt.capture.given_lists import GivenLists
+from fxopt.capture.places import forward_line, with_place
 from fxopt.capture.recorders import Counts, run_collecting
+from fxopt.capture.tail import TailRefusal
+from fxopt.capture.writes_watched import WritesWatched
 from fxopt.graph.torch_private import (
     size_seen,
     tree_leaves,
@@ -35,7 +40,7 @@ def try_on_values(
     at this call, those of a tensor it was given.
 
     Raises:
-        TailRefusal: the block writes to a list that it is given.
+        TailRefusal: the block writes to a list that it is given, or to a tensor that it keeps, beside its buffers.
     """
     results: list[Any] = []
     with unset_fake_temporarily(), torch.random.fork_rng(devices=_devices_of(block)):
@@ -46,7 +51,14 @@ def try_on_values(
                 real_args, real_kwargs = tree_map(_value_like, (args, kwargs))
                 lists = GivenLists(real_args, real_kwargs)
                 run = functools.partial(torch_modules.stock_call, block)
-                results.append(run_collecting(run, counts, real_args, real_kwargs))
+                given = [
+                    each for each in tree_leaves((real_args, real_kwargs)) if isinstance(each, torch.Tensor)
+                ]
+                free = (*given, *(buffer for buffer, _ in buffers))
+                with contextlib.nullcontext() if gathers(block) else WritesWatched(free):
+                    results.append(run_collecting(run, counts, real_args, real_kwargs))
+            except TailRefusal as refusal:
+                raise TailRefusal(with_place(str(refusal), forward_line(block))) from None
             except Exception:  # what the block said on stand-ins is told
                 return None
             finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.graph.aliases import Aliases
-from fxopt.graph.torch_private import ENTER_INFERENCE, EXIT_INFERENCE, SET_GRAD
+from fxopt.graph.torch_private import SET_GRAD
 
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 NO_GRAD = "no_grad"
@@ -125,15 +125,11 @@ def may_need_grad(node: fx.Node) -> bool:
 
 def note_modes(graph: fx.Graph) -> None:
     """Note at each node whether the graph's own switches have gradients off where it runs."""
-    is_off, inference = False, list[bool]()
+    is_off = False
     for node in graph.nodes:
         if node.target is SET_GRAD:
             is_off = not node.args[0]
-        elif node.target is ENTER_INFERENCE:
-            inference.append(bool(node.args[0]))
-        elif node.target is EXIT_INFERENCE:
-            del inference[-1:]
-        elif is_off or any(inference):
+        elif is_off:
             node.meta[NO_GRAD] = True
 
 

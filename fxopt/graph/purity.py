@@ -14,9 +14,7 @@ from fxopt.graph.names import op_name
 from fxopt.graph.storage import UNKNOWN, keys_of
 from fxopt.graph.torch_private import (
     ENTER_AUTOCAST,
-    ENTER_INFERENCE,
     EXIT_AUTOCAST,
-    EXIT_INFERENCE,
     GET_DATA,
     SET_GRAD,
     HigherOrderOperator,
@@ -98,7 +96,7 @@ RANDOM = frozenset({"scaled_dot_product_attention"})
 """Canonical ops that draw random numbers if an argument says so."""
 CANONICAL = frozenset(op.target for op in vocabulary.OPS)
 INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "idiv", "ipow", "imatmul", "ifloordiv", "iand", "ior"})
-MODE_SWITCHES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST, ENTER_INFERENCE, EXIT_INFERENCE, SET_GRAD})
+MODE_SWITCHES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD})
 """Nodes that change how all later nodes run."""
 
 MAX_NORM_POSITION = 3

@@ -39,9 +39,10 @@ GROUPED_PRODUCTS = frozenset({"grouped_mm", "_grouped_mm"})
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
 SET_GRAD = torch._C._set_grad_enabled
-ENTER_INFERENCE: Any = torch.autograd.grad_mode._enter_inference_mode
-EXIT_INFERENCE: Any = torch.autograd.grad_mode._exit_inference_mode
 """The targets of nodes that change how all later nodes run."""
+
+ENTER_INFERENCE: Any = torch.autograd.grad_mode._enter_inference_mode
+"""What begins inference mode in a captured graph."""
 
 GET_DATA: Any = getattr(torch._C, "_autograd")._get_data_attr  # noqa: B009
 """What Dynamo makes of `.data`: the same memory, of whose writes autograd is not told."""

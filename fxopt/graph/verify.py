@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import VerifyError
-from fxopt.graph.torch_private import EXIT_AUTOCAST, EXIT_INFERENCE
+from fxopt.graph.torch_private import EXIT_AUTOCAST
 from fxopt.graph.view import find_subgraphs, location_of, module_of
 
 PLACEHOLDERS = "placeholders"
@@ -75,5 +75,5 @@ def _placeholders_of(gm: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _is_read_as_value(node: fx.Node) -> bool:
-    # What begins a mode returns a handle, which only what ends it reads.
-    return any(user.target not in (EXIT_AUTOCAST, EXIT_INFERENCE) for user in node.users)
+    # What begins autocast returns a handle, which only what ends it reads.
+    return any(user.target is not EXIT_AUTOCAST for user in node.users)

@@ -1,4 +1,4 @@
-"""The modes that a node runs in: gradient and inference mode and autocast, as the switches in a graph set them.
+"""The modes that a node runs in: gradient mode and autocast, as the switches in a graph set them.
 
 A graph switches them by nodes of its own; what it leaves alone is as it is around the graph.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.graph.torch_private import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_AUTOCAST, EXIT_INFERENCE
+from fxopt.graph.torch_private import ENTER_AUTOCAST, EXIT_AUTOCAST
 from fxopt.rewriting.pattern import Match
 
 Autocast = tuple[str, torch.dtype | None, bool]
@@ -21,10 +21,9 @@ Autocast = tuple[str, torch.dtype | None, bool]
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What the switches before a node have set: gradient mode, inference and autocast regions, outermost first."""
+    """What the switches before a node have set: gradient mode and autocast regions, outermost first."""
 
     grad: bool | None = None
-    inference: tuple[bool, ...] = ()
     autocast: tuple[Autocast, ...] = ()
 
 
@@ -36,10 +35,6 @@ def switched(mode: Mode, node: fx.Node) -> Mode:
         return dataclasses.replace(mode, autocast=(*mode.autocast, entered))
     if node.target is EXIT_AUTOCAST:
         return dataclasses.replace(mode, autocast=mode.autocast[:-1])
-    if node.target is ENTER_INFERENCE:
-        return dataclasses.replace(mode, inference=(*mode.inference, bool(node.args[0])))
-    if node.target is EXIT_INFERENCE:
-        return dataclasses.replace(mode, inference=mode.inference[:-1])
     return dataclasses.replace(mode, grad=bool(node.args[0]))
 
 

@@ -55,7 +55,7 @@ def evaluate_examples(match: Match, outputs: Sequence[Call | fx.Node]) -> dict[i
     return known
 
 
-def keep_storages(
+def share_storages(
     match: Match, outputs: Sequence[Call | fx.Node], examples: dict[int, Any], written: frozenset[int]
 ) -> str:
     """Have what replaces a value that is written to lie in the storage of that value, or return why it cannot.
@@ -66,8 +66,11 @@ def keep_storages(
         if keys_of(old).isdisjoint(written):
             continue
         stock, new = old.meta["example_value"], examples.get(id(item))
-        if new is None or new.shape != stock.shape or new.stride() != stock.stride():
-            return f"{old.name} is written to in place, and what comes in its place lies otherwise in memory"
+        if new is None:
+            return f"{old.name} is written to in place, expected memory of its own in its place, got an input"
+        forms = [f"{tuple(value.shape)} with strides {value.stride()}" for value in (stock, new)]
+        if forms[0] != forms[1]:
+            return f"{old.name} is written to in place, expected {forms[0]} in its place, got {forms[1]}"
         examples[id(item)] = stock
     return ""
 

@@ -34,7 +34,7 @@ from fxopt.rewriting.replacement import (
     evaluate_examples,
     find_main_call,
     insert_call,
-    keep_storages,
+    share_storages,
 )
 from fxopt.rewriting.roots import find_climbing_terms, find_rare_ops, find_roots, make_climb_test
 from fxopt.rewriting.trace import Trace
@@ -174,7 +174,7 @@ class _Rewriter:
         outputs = replacement if isinstance(replacement, tuple) else (replacement,)
         examples = check_progress(match, outputs) or evaluate_examples(match, outputs)
         reason = (
-            examples if isinstance(examples, str) else keep_storages(match, outputs, examples, state.written)
+            examples if isinstance(examples, str) else share_storages(match, outputs, examples, state.written)
         )
         if not reason and self._context.prove is not None:
             proof = self._context.prove(match, replacement)

@@ -96,6 +96,14 @@ class Block(nn.Module):
             with torch.inference_mode():
                 held = h * 1
             h = h + held.clone()
+        elif self.way == "product in inference":
+            with torch.inference_mode():
+                held = self.linear(h.detach())
+            h = h + held.clone()
+        elif self.way == "out of inference":
+            with torch.inference_mode():
+                held = h * 2
+            return x + F.linear(h, weight) * held.clone()
         elif self.way == "read in both modes":
             with torch.no_grad():
                 held = h.view(h.shape)
@@ -128,7 +136,7 @@ def compare(tools: Any, model: nn.Module, stock: nn.Module, *batch: torch.Tensor
             assert tools.relative(ours.grad, theirs.grad) < 1e-5, name
 
 
-@pytest.mark.parametrize("way", [*COPIES, *WRITES, "transposed weight", "read in both modes", "inference"])
+@pytest.mark.parametrize("way", [*COPIES, *WRITES, "transposed weight", "read in both modes"])
 def test_with_gradients_off_as_stock(way: str, tools: Any) -> None:
     torch.manual_seed(0)
     model = Blocks(way).train()
@@ -138,6 +146,19 @@ def test_with_gradients_off_as_stock(way: str, tools: Any) -> None:
     report = fxopt.explain(model)
     assert report.fallbacks == ()
     assert [(site.pattern, site.status) for site in report.sites] == [("rms_norm", "rewritten")]
+
+
+@pytest.mark.parametrize("way", ["inference", "out of inference", "product in inference"])
+def test_inference_mode_within_a_block_runs_stock_and_says_so(way: str, tools: Any) -> None:
+    torch.manual_seed(0)
+    model = Blocks(way).train()
+    stock = copy.deepcopy(model)
+    fxopt.optimize(model)
+    for _ in range(2):
+        compare(tools, model, stock, torch.randn(6, WIDTH))
+    (block,) = (each for each in fxopt.explain(model).fallbacks if each.region == "layers")
+    assert "torch.inference_mode() within it, which cannot be compiled for training" in block.reason
+    assert "test_no_grad.py:" in block.reason
 
 
 @pytest.mark.parametrize("way", PAST_AUTOGRAD)

@@ -79,8 +79,7 @@ def test_mode_switches_arrive_as_the_nodes_we_know() -> None:
 
     targets = {node.target for node in captured(run, torch.ones(2, 2)).graph.nodes}
     switches = (torch_private.ENTER_AUTOCAST, torch_private.EXIT_AUTOCAST, torch_private.SET_GRAD)
-    of_inference = (torch_private.ENTER_INFERENCE, torch_private.EXIT_INFERENCE)
-    for target in (*switches, *of_inference, torch_private.GET_DATA):
+    for target in (*switches, torch_private.ENTER_INFERENCE, torch_private.GET_DATA):
         assert target in targets, f"Dynamo no longer puts {target.__name__} into a graph"
 
 
