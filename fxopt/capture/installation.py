@@ -361,7 +361,8 @@ def check_model(model: object) -> nn.Module:
     """Return `model` if it is a module; of DistributedDataParallel the model inside.
 
     Raises:
-        FxoptError: not a module, one of TorchScript, or the wrapper that torch.compile or the first FSDP returns.
+        FxoptError: not a module, one of TorchScript, one with lazy layers that were never called, or the wrapper that
+            torch.compile or the first FSDP returns.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise FxoptError(
@@ -378,6 +379,13 @@ def check_model(model: object) -> nn.Module:
         raise FxoptError(
             "model: got FullyShardedDataParallel, which flattens parameters, expected one sharded by fully_shard\n"
             "use torch.distributed.fsdp.fully_shard on each block and on the model"
+        )
+    named = (*model.named_parameters(), *model.named_buffers())
+    unmade = next((name for name, tensor in named if nn.parameter.is_lazy(tensor)), None)
+    if unmade is not None:
+        raise FxoptError(
+            f"model: {unmade} of {type(model).__name__} has no shape yet, expected weights that are made\n"
+            "call the model once first: lazy layers take their sizes from what they are given"
         )
     return model
 

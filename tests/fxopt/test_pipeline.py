@@ -219,6 +219,16 @@ def test_optimizing_twice_is_a_no_op_and_other_options_start_anew(caplog):
     assert sites["rms_norm"].status == "rewritten"
 
 
+def test_lazy_layers_that_were_never_called_are_said_plainly():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.ReLU())
+    with pytest.raises(
+        fxopt.FxoptError, match=r"0.weight of Sequential has no shape yet.*\ncall the model once first"
+    ):
+        fxopt.optimize(model)
+    model(torch.ones(2, 3))
+    assert fxopt.optimize(model) is model
+
+
 def test_a_module_of_torchscript_is_said_plainly():
     with pytest.raises(fxopt.FxoptError, match=r"expected a torch\.nn\.Module, got RecursiveScriptModule"):
         fxopt.optimize(torch.jit.script(nn.Linear(4, 4)))
