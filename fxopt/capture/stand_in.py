@@ -28,7 +28,7 @@ from fxopt.capture.tail import TailRefusal
 from fxopt.capture.torch_distributed import is_dtensor
 from fxopt.capture.trial import try_on_values
 from fxopt.capture.writes_watched import WritesWatched
-from fxopt.graph.torch_private import tree_leaves, tree_map_only
+from fxopt.graph.torch_private import tree_leaves, tree_map_only, unset_fake_temporarily
 
 
 class StandIns:
@@ -143,9 +143,9 @@ class StandIns:
             changed = _take_stand_ins_back(before) or (_find_change(shadows) if failure is None else "")
             if failure is not None:
                 # Parameters that are spread over ranks are gathered by hooks, which know the block's own modules.
-                tried = (
-                    block if gathers(block) else shadow_of(block, {id(b): b.clone() for b in block.buffers()})
-                )
+                with unset_fake_temporarily():
+                    own_buffers = {id(buffer): buffer.detach().clone() for buffer in block.buffers()}
+                tried = block if gathers(block) else shadow_of(block, own_buffers)
                 before = {module: dict(module.__dict__) for module in tried.modules()}
                 try:
                     with hooks_hidden(tried.modules(), is_users_hook):
