@@ -132,12 +132,12 @@ class StandIns:
                 with (
                     torch_stand_ins.real_tensors_allowed(mode),
                     hooks_hidden((*before, *shadows), is_not_recorder),
-                    WritesWatched(),
+                    WritesWatched(block),
                 ):
                     out, added = run_collecting(shadow, counts, args, kwargs)
                     out = cast_output(block, out), added
-            except TailRefusal as refusal:
-                raise TailRefusal(with_place(str(refusal), forward_line(block))) from None
+            except TailRefusal:
+                raise
             except Exception as error:
                 failure = error
             changed = _take_stand_ins_back(before) or (_find_change(shadows) if failure is None else "")

@@ -12,7 +12,6 @@ from torch import nn
 from fxopt.capture import torch_modules
 from fxopt.capture.engines import gathers
 from fxopt.capture.given_lists import GivenLists
-from fxopt.capture.places import forward_line, with_place
 from fxopt.capture.recorders import Counts, run_collecting
 from fxopt.capture.tail import TailRefusal
 from fxopt.capture.writes_watched import WritesWatched
@@ -55,10 +54,10 @@ def try_on_values(
                     each for each in tree_leaves((real_args, real_kwargs)) if isinstance(each, torch.Tensor)
                 ]
                 free = (*given, *(buffer for buffer, _ in buffers))
-                with contextlib.nullcontext() if gathers(block) else WritesWatched(free):
+                with contextlib.nullcontext() if gathers(block) else WritesWatched(block, free):
                     results.append(run_collecting(run, counts, real_args, real_kwargs))
-            except TailRefusal as refusal:
-                raise TailRefusal(with_place(str(refusal), forward_line(block))) from None
+            except TailRefusal:
+                raise
             except Exception:  # what the block said on stand-ins is told
                 return None
             finally:
